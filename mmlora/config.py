@@ -1,0 +1,174 @@
+"""Every option of the engine, checked before anything is loaded.
+
+`EngineArgs` is what `LLM(...)`, `AsyncLLM` and `mmlora serve` share. What only the loaded model can tell (its
+modalities, its context length) is checked in `mmlora.engine`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from mmlora.errors import ConfigError
+
+DTYPES = {
+    "float32": torch.float32,
+    "float": torch.float32,
+    "float16": torch.float16,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+MODALITIES = ("audio", "image")
+
+
+@dataclass(frozen=True)
+class EngineArgs:
+    """Options of an engine; names follow vLLM's.
+
+    Args:
+        model: directory or Hub id of a `transformers` checkpoint.
+        tokenizer: directory or Hub id, by default the model's.
+        revision: Hub revision of model and tokenizer.
+        served_model_name: name that clients use for the base model, by default `model`.
+        dtype: `auto` (the checkpoint's; float32 for half-precision checkpoints on CPU), `float32`, `float16` or
+            `bfloat16`.
+        device: `auto` (CUDA where there is one), `cpu` or `cuda`.
+        seed: seeds every request that brings no seed of its own.
+        max_model_len: longest prompt plus answer in tokens, by default the model's context length.
+        max_num_seqs: most sequences in one step.
+        max_num_batched_tokens: most tokens in one step; longer prompts are prefilled in chunks.
+        block_size: tokens in one KV block.
+        kv_cache_memory_bytes: memory of the KV cache; by default 1 GiB on CPU, and on CUDA what
+            `gpu_memory_utilization` leaves after the weights.
+        encoder_cache_memory_bytes: memory of the cache of encoded media.
+        enable_prefix_caching: reuse KV blocks of equal prefixes (same tokens, media and adapter).
+        enforce_eager: accepted; this version always runs eagerly.
+        enable_lora: allow adapters.
+        max_loras: most adapters in one step (slots on the device).
+        max_lora_rank: largest rank admitted; unset, any rank.
+        max_cpu_loras: adapters kept in host memory, by default `4 * max_loras`.
+        default_mm_loras: modality (`audio`, `image`, `audio+image`) to adapter path or Hub id.
+        enable_tower_connector_lora: admit adapters with tower or connector tensors.
+        limit_mm_per_prompt: most items of a modality in one prompt.
+        mm_processor_kwargs: options of the model's media processor, for every request.
+        chat_template: a Jinja template, or a file that holds one, in place of the tokenizer's.
+        max_logprobs: most `logprobs` a request may ask for; -1 for no bound.
+        generation_config: `auto` (the model's `generation_config.json` gives sampling defaults) or `none`.
+
+    Raises:
+        ConfigError: every wrong option is named, all in one message.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    revision: str | None = None
+    served_model_name: str | None = None
+    dtype: str | torch.dtype = "auto"
+    device: str = "auto"
+    seed: int = 0
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    kv_cache_memory_bytes: int | None = None
+    encoder_cache_memory_bytes: int = 256 * 2**20
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    enforce_eager: bool = False
+    enable_lora: bool = False
+    max_loras: int = 8
+    max_lora_rank: int | None = None
+    max_cpu_loras: int | None = None
+    default_mm_loras: Mapping[str, str] | None = None
+    enable_tower_connector_lora: bool = True
+    limit_mm_per_prompt: Mapping[str, int] | None = None
+    mm_processor_kwargs: Mapping[str, Any] | None = None
+    chat_template: str | None = None
+    max_logprobs: int = 20
+    generation_config: str = "auto"
+    tensor_parallel_size: int = 1
+    trust_remote_code: bool = False
+    quantization: str | None = None
+    _problems: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_choices()
+        self._check_lora()
+        if self._problems:
+            raise ConfigError("; ".join(self._problems))
+
+    @classmethod
+    def from_kwargs(cls, model: str, **options: Any) -> "EngineArgs":
+        """Build from keywords, naming unknown ones.
+
+        Raises:
+            ConfigError: an option is unknown or has a wrong value.
+        """
+        allowed = {f.name for f in fields(cls) if f.init}
+        unknown = sorted(set(options) - allowed)
+        if unknown:
+            raise ConfigError(f"unknown option(s) {', '.join(unknown)}; allowed: {', '.join(sorted(allowed))}")
+        return cls(model=model, **options)
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the base model."""
+        return self.served_model_name or self.model
+
+    @property
+    def num_host_loras(self) -> int:
+        """Adapters kept in host memory."""
+        return self.max_cpu_loras if self.max_cpu_loras is not None else 4 * self.max_loras
+
+    def _reject(self, name: str, allowed: str) -> None:
+        self._problems.append(f"{name}={getattr(self, name)!r}: {allowed}")
+
+    def _check_numbers(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_loras", "encoder_cache_memory_bytes"):
+            value = getattr(self, name)
+            if not _is_int(value) or value < 1:
+                self._reject(name, "must be a positive integer")
+        for name in ("max_model_len", "kv_cache_memory_bytes", "max_lora_rank", "max_cpu_loras"):
+            value = getattr(self, name)
+            if value is not None and (not _is_int(value) or value < 1):
+                self._reject(name, "must be a positive integer or None")
+        if not _is_int(self.seed):
+            self._reject("seed", "must be an integer")
+        if not _is_int(self.max_logprobs) or self.max_logprobs < -1:
+            self._reject("max_logprobs", "must be -1 (no bound) or more")
+        if not isinstance(self.gpu_memory_utilization, int | float) or not 0 < self.gpu_memory_utilization <= 1:
+            self._reject("gpu_memory_utilization", "must be above 0 and at most 1")
+
+    def _check_choices(self) -> None:
+        if not isinstance(self.model, str) or not self.model:
+            self._reject("model", "must be a directory or a Hub id")
+        if self.dtype != "auto" and self.dtype not in DTYPES and self.dtype not in DTYPES.values():
+            self._reject("dtype", f"must be auto, {', '.join(DTYPES)}")
+        if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
+            self._reject("device", "must be auto, cpu or cuda")
+        if self.generation_config not in ("auto", "none"):
+            self._reject("generation_config", "must be auto or none")
+        if self.tensor_parallel_size != 1:
+            self._reject("tensor_parallel_size", "only 1 is supported")
+        if self.trust_remote_code:
+            self._reject("trust_remote_code", "code from a checkpoint is never run; only False is supported")
+        if self.quantization is not None:
+            self._reject("quantization", "only None is supported")
+
+    def _check_lora(self) -> None:
+        if self.default_mm_loras is not None:
+            if not isinstance(self.default_mm_loras, Mapping):
+                self._reject("default_mm_loras", "must map modalities to adapter paths")
+            elif self.default_mm_loras and not self.enable_lora:
+                self._reject("default_mm_loras", "needs enable_lora=True")
+        if self.max_cpu_loras is not None and _is_int(self.max_cpu_loras) and self.max_cpu_loras < self.max_loras:
+            self._reject("max_cpu_loras", f"must be at least max_loras={self.max_loras}")
+        for key, limit in (self.limit_mm_per_prompt or {}).items():
+            if key not in MODALITIES or not _is_int(limit) or limit < 0:
+                self._reject("limit_mm_per_prompt", f"must map {' or '.join(MODALITIES)} to a count of 0 or more")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

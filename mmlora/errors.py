@@ -1,0 +1,37 @@
+"""Every error this project raises on purpose: what, the value received, what is allowed.
+
+A server maps `RequestError`, `MediaError` and `AdapterError` to 4xx answers; `ConfigError` stops start-up;
+`EngineDeadError` means that no request can be served any more.
+"""
+
+
+class MMLoRAError(Exception):
+    """Base class of all errors raised on purpose."""
+
+
+class ConfigError(MMLoRAError):
+    """The engine cannot start with these options."""
+
+
+class RequestError(MMLoRAError):
+    """One request asks for something that cannot be done."""
+
+
+class MediaError(RequestError):
+    """Audio or image content cannot be used: undecodable, too large, or not matching the prompt."""
+
+
+class AdapterError(RequestError):
+    """An adapter cannot be used."""
+
+
+class AdapterNotFound(AdapterError):
+    """There is no adapter at the given path, Hub id or name."""
+
+
+class AdapterMismatch(AdapterError):
+    """The adapter does not fit the model: unknown modules, wrong shapes, unsupported options."""
+
+
+class EngineDeadError(MMLoRAError):
+    """The engine stopped after an internal failure and serves no further request."""

@@ -1,0 +1,91 @@
+"""A loaded adapter on the host: its matrices, its identity and the report of what matched."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+import torch
+
+PARTS: Final = ("language_model", "connector", "vision_tower", "audio_tower")
+
+AdapterIdentity = tuple[int, str, int]
+"""`(uid, digest, generation)`: the only key under which anything about an adapter may be cached."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoRAWeights:
+    """The matrices of one module, in the model's dtype, on the host.
+
+    Attributes:
+        lora_A: `[r, in_features]`.
+        lora_B: `[out_features, r]`.
+        scaling: `alpha / r`, or `alpha / √r` with rsLoRA.
+    """
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.lora_A.nbytes + self.lora_B.nbytes
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What became of an adapter's tensors.
+
+    Attributes:
+        matched: modules of the model that the adapter changes.
+        parts: how many of them lie in each part of the model.
+        unmatched: tensors that landed nowhere; empty unless loaded with `strict=False`.
+    """
+
+    matched: int
+    parts: dict[str, int]
+    unmatched: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One version of an adapter, immutable; whoever runs with it keeps it alive by referring to it.
+
+    Attributes:
+        name: for people only.
+        digest: sha256 of the configuration and all tensors.
+        media_digest: sha256 of the tower and connector tensors alone, None if it has none.
+        path: the directory it was read from.
+        modules: by the model's own module name.
+        uid: number of the adapter in this process; 0 until an `AdapterStore` has taken it.
+        generation: count of in-place reloads.
+    """
+
+    name: str
+    digest: str
+    media_digest: str | None
+    path: Path
+    modules: dict[str, LoRAWeights] = field(repr=False)
+    report: AdapterReport
+    uid: int = 0
+    generation: int = 0
+
+    @property
+    def identity(self) -> AdapterIdentity:
+        return self.uid, self.digest, self.generation
+
+    @property
+    def rank(self) -> int:
+        """Largest rank of any module."""
+        return max(weights.rank for weights in self.modules.values())
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(weights.num_bytes for weights in self.modules.values())
+
+    def with_identity(self, uid: int, generation: int) -> "Adapter":
+        """Return the same adapter under the identity that the store gives it."""
+        return replace(self, uid=uid, generation=generation)

@@ -1,0 +1,73 @@
+"""What comes back for a request."""
+
+from dataclasses import dataclass, field
+
+from mmlora.errors import MMLoRAError
+from mmlora.lora.request import LoRARequest
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Log probability of one token, its rank in the vocabulary (1 is likeliest) and its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+TokenLogprobs = dict[int, Logprob]
+
+
+@dataclass
+class CompletionOutput:
+    """One answer. `finish_reason`: `stop`, `length`, `abort`, `error`, or None while it runs."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(frozen=True)
+class LoRAChoice:
+    """The adapter that was applied and why.
+
+    `reason` is `explicit`, `explicit:base`, `default:<modalities>`, `conflict:<modalities>` or `none`.
+    """
+
+    adapter: str | None
+    digest: str | None
+    reason: str
+    warning: str | None = None
+
+
+@dataclass
+class RequestMetrics:
+    """Seconds spent waiting, until the first token, and from there to the last."""
+
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+@dataclass
+class RequestOutput:
+    """The state of a request; from `AsyncLLM`, `outputs` holds what is new since the one before.
+
+    `error` is set when `finished` came from a failure; such a request's outputs have `finish_reason="error"`.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    lora: LoRAChoice
+    lora_request: LoRARequest | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    error: MMLoRAError | None = None

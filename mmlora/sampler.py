@@ -1,0 +1,87 @@
+"""From logits to the next token of each sequence, and the log probabilities that requests ask for."""
+
+from collections.abc import Sequence as Rows
+from typing import Any
+
+import torch
+
+from mmlora.outputs import Logprob, TokenLogprobs
+from mmlora.sampling_params import SamplingParams
+from mmlora.sequence import Sequence
+
+
+def sample(logits: torch.Tensor, seqs: Rows[Sequence], stop_ids: frozenset[int]) -> list[int]:
+    """Choose one token per sequence.
+
+    Each random choice uses the sequence's own generator, so it does not depend on the rest of the batch.
+
+    Args:
+        logits: `[num_seqs, vocab_size]` float32; changed in place.
+        seqs: in the order of the rows.
+        stop_ids: end-of-text tokens, masked while `min_tokens` is not reached.
+    """
+    for row, seq in zip(logits, seqs, strict=True):
+        _adjust_logits(row, seq, stop_ids)
+    tokens: list[int] = logits.argmax(-1).tolist()
+    for index, seq in enumerate(seqs):
+        if not seq.params.is_greedy:
+            probs = token_probabilities(logits[index], seq.params)
+            tokens[index] = int(torch.multinomial(probs, 1, generator=seq.generator))
+    return tokens
+
+
+def token_probabilities(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """The distribution that `temperature`, `top_k`, `top_p` and `min_p` leave of one row of logits.
+
+    Args:
+        logits: `[vocab_size]` float32.
+    """
+    scores = logits / params.temperature
+    if 0 < params.top_k < scores.numel():
+        threshold = scores.topk(params.top_k).values[-1]
+        scores = scores.masked_fill(scores < threshold, float("-inf"))
+    probs = scores.softmax(-1)
+    if params.top_p < 1:
+        ordered, order = probs.sort(descending=True)
+        is_dropped = ordered.cumsum(-1) - ordered >= params.top_p
+        probs = probs.index_fill(0, order[is_dropped], 0.0)
+    if params.min_p > 0:
+        probs = probs.masked_fill(probs < params.min_p * probs.max(), 0.0)
+    return probs / probs.sum()
+
+
+def top_logprobs(logprobs: torch.Tensor, token: int, num_top: int, tokenizer: Any) -> TokenLogprobs:
+    """The `num_top` likeliest tokens of one row (-1: all), and the chosen one.
+
+    Args:
+        logprobs: `[vocab_size]` float32.
+    """
+    count = logprobs.numel() if num_top == -1 else min(num_top, logprobs.numel())
+    values, ids = logprobs.topk(count)
+    ranked = {i: (v, rank) for rank, (i, v) in enumerate(zip(ids.tolist(), values.tolist(), strict=True), 1)}
+    if token not in ranked:
+        ranked[token] = (float(logprobs[token]), int((logprobs > logprobs[token]).sum()) + 1)
+    return {i: Logprob(value, rank, tokenizer.decode([i])) for i, (value, rank) in ranked.items()}
+
+
+def _adjust_logits(row: torch.Tensor, seq: Sequence, stop_ids: frozenset[int]) -> None:
+    params = seq.params
+    if params.has_penalties:
+        _apply_penalties(row, seq)
+    for token, bias in (params.logit_bias or {}).items():
+        row[token] += bias
+    if seq.num_output_tokens < params.min_tokens:
+        blocked = stop_ids.union(params.stop_token_ids or ())
+        row[list(blocked)] = float("-inf")
+
+
+def _apply_penalties(row: torch.Tensor, seq: Sequence) -> None:
+    params = seq.params
+    if params.repetition_penalty != 1:
+        seen = torch.tensor(seq.token_ids, device=row.device).unique()
+        seen = seen[seen < row.numel()]  # placeholders may lie outside the vocabulary
+        scores = row[seen]
+        row[seen] = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
+    if seq.num_output_tokens:
+        tokens, counts = torch.tensor(seq.output_token_ids, device=row.device).unique(return_counts=True)
+        row[tokens] -= params.frequency_penalty * counts + params.presence_penalty

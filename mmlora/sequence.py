@@ -1,0 +1,141 @@
+"""`Request` and its `Sequence`s: everything the engine knows about work in progress.
+
+A request has `n` sequences, one per answer. The scheduler moves sequences; the model runner appends tokens.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+import torch
+
+from mmlora.detokenizer import Detokenizer
+from mmlora.errors import MMLoRAError
+from mmlora.lora.adapter import Adapter
+from mmlora.lora.request import LoRARequest
+from mmlora.outputs import LoRAChoice, TokenLogprobs
+from mmlora.processors.base import ProcessedMedia
+from mmlora.processors.placeholders import PlaceholderRange
+from mmlora.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class MediaInput:
+    """One media item of a prompt: its tensors, where it goes, and the identity of its embeddings.
+
+    `encoder_key` names everything that the embeddings depend on: content, processor options, projection mode and
+    the tower part of the adapter.
+    """
+
+    media: ProcessedMedia
+    start: int  # first placeholder in the prompt
+    mode: str
+    encoder_key: tuple[tuple[str, object], ...]
+
+    @property
+    def end(self) -> int:
+        """One past the last placeholder."""
+        return self.start + self.media.num_tokens
+
+
+@dataclass(frozen=True)
+class EngineInput:
+    """A request made ready outside the engine thread: tokenized, its media processed, its adapter chosen and loaded."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    media: tuple[MediaInput, ...]
+    adapter: Adapter | None
+    lora: LoRAChoice
+    lora_request: LoRARequest | None
+    max_tokens: int
+
+
+class Status(Enum):
+    """Where a sequence is."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(eq=False)
+class Request:
+    """A request in the engine, with the times (s, monotonic) of its stages."""
+
+    input: EngineInput
+    arrival_s: float
+    sequences: list["Sequence"] = field(default_factory=list)
+    scheduled_s: float | None = None
+    first_token_s: float | None = None
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    error: MMLoRAError | None = None
+
+    @property
+    def request_id(self) -> str:
+        """The caller's id."""
+        return self.input.request_id
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every answer has ended."""
+        return all(seq.status is Status.FINISHED for seq in self.sequences)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One answer in the making: tokens, how many have KV, and the blocks that hold it."""
+
+    request: Request
+    index: int
+    token_ids: list[int]
+    detokenizer: Detokenizer
+    generator: torch.Generator
+    status: Status = Status.WAITING
+    num_computed_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks, filled by the block manager
+    media_embeds: dict[int, torch.Tensor] = field(default_factory=dict)  # media index: [num_tokens, hidden_size]
+    slot: int | None = None  # LoRA slot held while running
+    num_skips: int = 0  # scheduler steps in which another request was admitted before this one
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+
+    @property
+    def params(self) -> SamplingParams:
+        """The request's sampling parameters."""
+        return self.request.input.params
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The adapter version that this sequence started with."""
+        return self.request.input.adapter
+
+    @property
+    def media(self) -> tuple[MediaInput, ...]:
+        """The prompt's media items."""
+        return self.request.input.media
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt, placeholders expanded."""
+        return len(self.request.input.prompt_token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """Tokens generated so far."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_output_tokens(self) -> int:
+        """How many tokens were generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether this sequence computes its request's prompt log probabilities."""
+        return self.index == 0 and self.params.prompt_logprobs is not None and self.request.prompt_logprobs is None
