@@ -37,8 +37,12 @@ class Detokenizer:
         self._window_text = self._decode(self._window)
         self._num_returned = 0
 
-    def append(self, token_id: int) -> str | None:
+    def append(self, token_id: int, *, can_stop: bool = True) -> str | None:
         """Add a token.
+
+        Args:
+            token_id: the next token.
+            can_stop: whether a stop string counts yet (`min_tokens`).
 
         Returns:
             The stop string that the text now ends at, or None.
@@ -50,7 +54,7 @@ class Detokenizer:
         new_text = candidate[len(self._window_text) :]
         self._window = self._window[-4:]
         self._window_text = self._decode(self._window)
-        return self._extend(new_text)
+        return self._extend(new_text, can_stop)
 
     def finish(self) -> None:
         """Add what was held back; bytes that never became a character appear as U+FFFD."""
@@ -69,10 +73,12 @@ class Detokenizer:
         )
         return text
 
-    def _extend(self, new_text: str) -> str | None:
+    def _extend(self, new_text: str, can_stop: bool) -> str | None:
         longest = max(map(len, self._stop), default=0)
         search_from = max(0, len(self.text) - longest + 1)
         self.text += new_text
+        if not can_stop:
+            return None
         found = [(self.text.find(stop, search_from), stop) for stop in self._stop]
         found = [(position, stop) for position, stop in found if position >= 0]
         if not found:

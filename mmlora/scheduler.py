@@ -4,6 +4,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from mmlora.block_manager import BlockManager
+from mmlora.errors import AdapterError, MMLoRAError
 from mmlora.lora.slots import LoRASlots
 from mmlora.sequence import Sequence, Status
 
@@ -46,6 +47,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.failed: list[Sequence] = []  # ended because their adapter could not be activated
         self.num_preemptions = 0
 
     @property
@@ -124,9 +126,11 @@ class Scheduler:
                 skipped.append(seq)
                 continue
             item = self._admit(seq, budget)
-            if item is None:
+            if item is None and seq.status is Status.WAITING:
                 self.waiting.appendleft(seq)
                 break
+            if item is None:
+                continue
             scheduled.append(item)
             budget -= item.num_tokens
         if scheduled:
@@ -140,17 +144,32 @@ class Scheduler:
         return self.slots.can_activate(seq.adapter)
 
     def _admit(self, seq: Sequence, budget: int) -> ScheduledSequence | None:
+        """Start a waiting sequence; without room it keeps waiting, and without its adapter it fails."""
         start = self.block_manager.match_prefix(seq)
         num_tokens = min(len(seq.token_ids) - start, budget)
         if not self.block_manager.can_allocate(seq, start + num_tokens):
             self.block_manager.free(seq)
             return None
+        if not self._take_slot(seq):
+            return None
         self.block_manager.allocate(seq, start + num_tokens)
-        if seq.adapter is not None and self.slots is not None:
-            seq.slot = self.slots.acquire(seq.adapter)
         if seq.num_output_tokens == 0:
             seq.request.num_cached_tokens = max(seq.request.num_cached_tokens, start)
         seq.num_computed_tokens = start
+        seq.num_skips = 0
         seq.status = Status.RUNNING
         self.running.append(seq)
         return ScheduledSequence(seq, start, num_tokens)
+
+    def _take_slot(self, seq: Sequence) -> bool:
+        if seq.adapter is None or self.slots is None:
+            return True
+        try:
+            seq.slot = self.slots.activate(seq.adapter)
+        except (MMLoRAError, RuntimeError) as error:  # out of device memory, a module that cannot be wrapped
+            seq.request.error = AdapterError(f"adapter {seq.adapter.name!r} could not be activated: {error}")
+            self.finish(seq, "error")
+            self.failed.append(seq)
+            return False
+        self.slots.retain(seq.slot)
+        return True

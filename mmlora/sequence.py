@@ -70,7 +70,8 @@ class Request:
     scheduled_s: float | None = None
     first_token_s: float | None = None
     num_cached_tokens: int = 0
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    partial_prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # set once the whole prompt is computed
     error: MMLoRAError | None = None
 
     @property
@@ -99,6 +100,7 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks, filled by the block manager
     media_embeds: dict[int, torch.Tensor] = field(default_factory=dict)  # media index: [num_tokens, hidden_size]
     slot: int | None = None  # LoRA slot held while running
+    num_returned_tokens: int = 0  # tokens given out as deltas
     num_skips: int = 0  # scheduler steps in which another request was admitted before this one
     finish_reason: str | None = None
     stop_reason: int | str | None = None

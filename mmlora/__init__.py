@@ -1,0 +1,22 @@
+"""mmlora: one base model, many LoRA adapters, and the right one applied by itself when audio or an image comes."""
+
+from mmlora.async_llm import AsyncLLM
+from mmlora.config import EngineArgs
+from mmlora.engine import LLMEngine
+from mmlora.llm import LLM
+from mmlora.lora.request import BASE, LoRARequest
+from mmlora.outputs import CompletionOutput, LoRAChoice, RequestOutput
+from mmlora.sampling_params import SamplingParams
+
+__all__ = [
+    "BASE",
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "EngineArgs",
+    "LLMEngine",
+    "LoRAChoice",
+    "LoRARequest",
+    "RequestOutput",
+    "SamplingParams",
+]

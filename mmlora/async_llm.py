@@ -1,0 +1,209 @@
+"""`AsyncLLM`: the engine in a thread of its own, requests as async iterators of deltas."""
+
+import asyncio
+import itertools
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from mmlora.config import EngineArgs
+from mmlora.engine import LLMEngine
+from mmlora.errors import EngineDeadError, MMLoRAError
+from mmlora.inputs import Prompt
+from mmlora.lora.request import LoRARequest
+from mmlora.outputs import RequestOutput
+from mmlora.sampling_params import SamplingParams
+from mmlora.sequence import EngineInput
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class _Stream:
+    """The outputs of one request on their way from the engine thread to an event loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._outputs: asyncio.Queue[RequestOutput | MMLoRAError] = asyncio.Queue()
+
+    def put(self, output: RequestOutput | MMLoRAError) -> None:
+        """Hand over an output; called by the engine thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._outputs.put_nowait, output)
+        except RuntimeError:  # the loop is closed: nobody listens any more
+            logger.debug("an output was dropped: its event loop is closed")
+
+    async def get(self) -> RequestOutput:
+        """Wait for the next output.
+
+        Raises:
+            MMLoRAError: the request could not be queued, or the engine died.
+        """
+        output = await self._outputs.get()
+        if isinstance(output, MMLoRAError):
+            raise output
+        return output
+
+
+class AsyncLLM:
+    """Serve concurrent requests from an event loop.
+
+    Args:
+        args: every option of the engine.
+        num_workers: threads that tokenize, decode media and load adapters.
+
+    Raises:
+        ConfigError, AdapterError: see `LLMEngine`.
+    """
+
+    def __init__(self, args: EngineArgs, *, num_workers: int = 4) -> None:
+        self.engine = LLMEngine(args)
+        self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="mmlora-input")
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._streams: dict[str, _Stream] = {}  # touched by the engine thread only
+        self._ids = itertools.count()
+        self._is_alive = True
+        self._lock = threading.Lock()  # no message may slip in behind the last one that is answered
+        self._thread = threading.Thread(target=self._serve, name="mmlora-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's `transformers` tokenizer."""
+        return self.engine.tokenizer
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the base model."""
+        return self.engine.args.model_name
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are served."""
+        return self._is_alive and self._thread.is_alive()
+
+    async def run_in_pool(self, function: Callable[..., T], *args: Any) -> T:
+        """Run blocking work (decoding media, loading adapters) beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        lora_request: LoRARequest | object | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Complete one prompt, yielding what is new as it comes.
+
+        Each output holds only new text and tokens; the last one has `finished=True`. Leaving the iteration early, or
+        cancelling it, aborts the request.
+
+        Args:
+            prompt, sampling_params, lora_request: as in `LLM.generate`.
+            request_id: unique among unfinished requests; made up by default.
+
+        Raises:
+            RequestError: the request cannot be served.
+            EngineDeadError: the engine has stopped.
+        """
+        request_id = f"request-{next(self._ids)}" if request_id is None else request_id
+        ready = await self.run_in_pool(self.engine.process_input, request_id, prompt, sampling_params, lora_request)
+        stream = _Stream()
+        self._send(lambda: self._add(ready, stream))
+        is_finished = False
+        try:
+            while not is_finished:
+                output = await stream.get()
+                is_finished = output.finished
+                yield output
+        except MMLoRAError:
+            is_finished = True
+            raise
+        finally:
+            if not is_finished:
+                self._send(lambda: self._abort(request_id, stream), or_ignore=True)
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its iterator yields a last output with `finish_reason="abort"`."""
+        self._send(lambda: self._abort(request_id), or_ignore=True)
+
+    def shutdown(self) -> None:
+        """Abort what runs and stop the engine thread; waits for both."""
+        self._inbox.put(None)
+        self._thread.join()
+        self._pool.shutdown()
+
+    def _send(self, message: Callable[[], None], *, or_ignore: bool = False) -> None:
+        """Have the engine thread run a message.
+
+        Raises:
+            EngineDeadError: it has stopped, unless that may be ignored.
+        """
+        with self._lock:
+            if self._is_alive:
+                self._inbox.put(message)
+            elif not or_ignore:
+                raise EngineDeadError("the engine has stopped and serves no further request")
+
+    def _serve(self) -> None:
+        """The engine thread: take messages, step, hand out outputs; idle it sleeps on the inbox."""
+        try:
+            while self._take_messages():
+                for output in self.engine.step_deltas():
+                    self._deliver(output)
+        except Exception as error:
+            logger.exception("the engine died")
+            self._close(EngineDeadError(f"the engine died: {error}"))
+        else:
+            for request_id in list(self._streams):
+                self._abort(request_id)
+            self._close(EngineDeadError("the engine was shut down"))
+
+    def _take_messages(self) -> bool:
+        """Run queued messages, waiting for one if there is nothing to do; False means shut down."""
+        while True:
+            try:
+                message = self._inbox.get(block=not self.engine.has_unfinished_requests)
+            except queue.Empty:
+                return True
+            if message is None:
+                return False
+            message()
+
+    def _add(self, ready: EngineInput, stream: _Stream) -> None:
+        try:
+            if not self._is_alive:
+                raise EngineDeadError("the engine stopped before the request began")
+            self.engine.add_input(ready)
+        except MMLoRAError as error:
+            stream.put(error)
+        else:
+            self._streams[ready.request_id] = stream
+
+    def _abort(self, request_id: str, stream: _Stream | None = None) -> None:
+        if stream is not None and self._streams.get(request_id) is not stream:
+            return  # it has ended, or its id now belongs to another request
+        output = self.engine.abort_delta(request_id)
+        if output is not None:
+            self._deliver(output)
+
+    def _deliver(self, output: RequestOutput) -> None:
+        stream = self._streams.get(output.request_id)
+        if output.finished:
+            self._streams.pop(output.request_id, None)
+        if stream is not None:
+            stream.put(output)
+
+    def _close(self, error: EngineDeadError) -> None:
+        with self._lock:
+            self._is_alive = False
+        for stream in self._streams.values():
+            stream.put(error)
+        self._streams.clear()
+        while not self._inbox.empty():  # requests that came too late are told so
+            message = self._inbox.get()
+            if message is not None:
+                message()

@@ -1,0 +1,174 @@
+"""OpenAI-style messages to a prompt: the chat template is rendered, media parts become placeholders and items.
+
+Some templates take content as a list of parts, others only strings; which one is found out by rendering.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from mmlora.errors import ConfigError, RequestError
+from mmlora.processors.base import MultiModalProcessor
+from mmlora.processors.fetch import load_base64, load_url
+from mmlora.processors.items import DEFAULT_LIMITS, MediaItem, MediaLimits
+from mmlora.processors.media import load_media
+
+Message = Mapping[str, Any]
+PART_TYPES = ("text", "image_url", "input_audio", "audio_url", "image", "audio")
+
+
+def load_chat_template(template: str | None) -> str | None:
+    """The template that `chat_template` gives: Jinja text, or the content of a file.
+
+    Raises:
+        ConfigError: it looks like a file that does not exist.
+    """
+    if template is None or any(mark in template for mark in ("{{", "{%", "\n")):
+        return template
+    path = Path(template).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"chat_template={template!r} is neither a Jinja template nor a file")
+    return path.read_text()
+
+
+def render_chat(
+    messages: Sequence[Message],
+    tokenizer: Any,
+    processor: MultiModalProcessor | None,
+    *,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    add_generation_prompt: bool = True,
+    limits: MediaLimits = DEFAULT_LIMITS,
+) -> dict[str, Any]:
+    """Render a conversation to a prompt for `LLM.generate`.
+
+    Args:
+        messages: with `role` and `content`, text or a list of parts: `text`, `image_url`, `input_audio`,
+            `audio_url` (data: URLs), and from Python `image` (PIL) and `audio` (`(array, rate)`).
+        tokenizer: its template is used unless `chat_template` is given.
+        processor: names the placeholders; None for a text-only model.
+        chat_template_kwargs: passed to the template.
+        add_generation_prompt: end with the start of the assistant's turn.
+        limits: of each media item.
+
+    Returns:
+        `{"prompt_token_ids", "prompt", "multi_modal_data"}`; the prompt is the rendered text.
+
+    Raises:
+        RequestError: a message has the wrong form, or there is no template.
+        MediaError: a media item cannot be used.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise RequestError("messages must be a list of at least one message")
+    conversation = [_parse_message(message, limits) for message in messages]
+    media = [part for _, parts in conversation for part in parts if not isinstance(part, str)]
+    for item in media:
+        if processor is None or item.modality not in processor.modalities:
+            takes = ", ".join(sorted(processor.modalities)) if processor is not None else "text only"
+            raise RequestError(f"the messages hold {item.modality}; the model takes {takes}")
+
+    def render(turns: list[dict[str, Any]]) -> str:
+        kwargs = {"add_generation_prompt": add_generation_prompt, **(chat_template_kwargs or {})}
+        try:
+            text: str = tokenizer.apply_chat_template(turns, chat_template=chat_template, tokenize=False, **kwargs)
+        except (TemplateError, ValueError, TypeError) as error:
+            raise RequestError(f"the chat template cannot render these messages: {error}") from None
+        return text
+
+    text = _render_parts(conversation, media, processor, render)
+    data: dict[str, list[MediaItem]] = {}
+    for item in media:
+        data.setdefault(item.modality, []).append(item)
+    token_ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+    return {"prompt": text, "prompt_token_ids": token_ids, "multi_modal_data": data}
+
+
+def _render_parts(
+    conversation: list[tuple[Message, list[str | MediaItem]]],
+    media: list[MediaItem],
+    processor: MultiModalProcessor | None,
+    render: Any,
+) -> str:
+    """Render with parts where the template takes them, else with placeholders written into the text."""
+    if not media:
+        return str(render([_turn(message, "".join(map(str, parts))) for message, parts in conversation]))
+    assert processor is not None
+    try:
+        text = str(render([_turn(message, _template_parts(parts)) for message, parts in conversation]))
+        if _has_placeholders(text, media, conversation, processor):
+            return text
+    except RequestError:
+        pass  # a template for strings may fail on a list
+    turns = [
+        _turn(message, "".join(p if isinstance(p, str) else processor.placeholder_token(p.modality) for p in parts))
+        for message, parts in conversation
+    ]
+    return str(render(turns))
+
+
+def _has_placeholders(
+    text: str,
+    media: list[MediaItem],
+    conversation: list[tuple[Message, list[str | MediaItem]]],
+    processor: MultiModalProcessor,
+) -> bool:
+    """Whether the template put one placeholder per item, and not the list's own spelling, into the text."""
+    written = "".join(part for _, parts in conversation for part in parts if isinstance(part, str))
+    for modality in processor.modalities:
+        token = processor.placeholder_token(modality)
+        num_items = sum(item.modality == modality for item in media)
+        if text.count(token) - written.count(token) != num_items:
+            return False
+    return "'type':" not in text
+
+
+def _turn(message: Message, content: Any) -> dict[str, Any]:
+    return {**message, "content": content}
+
+
+def _template_parts(parts: list[str | MediaItem]) -> list[dict[str, str]]:
+    return [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": part.modality} for part in parts
+    ]
+
+
+def _parse_message(message: Message, limits: MediaLimits) -> tuple[Message, list[str | MediaItem]]:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise RequestError(f"a message must be a mapping with a 'role' and 'content', got {str(message)[:80]!r}")
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return message, [content or ""]
+    if not isinstance(content, Sequence):
+        raise RequestError(f"content is a {type(content).__name__}; it must be text or a list of parts")
+    return message, [_parse_part(part, limits) for part in content]
+
+
+def _parse_part(part: Any, limits: MediaLimits) -> str | MediaItem:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind not in PART_TYPES:
+        raise RequestError(f"content part of type {kind!r}; allowed: {', '.join(PART_TYPES)}")
+    if kind not in part:
+        raise RequestError(f"content part of type {kind!r} lacks its {kind!r} field")
+    value = part[kind]
+    if kind == "text":
+        if not isinstance(value, str):
+            raise RequestError(f"content part of type 'text' holds a {type(value).__name__}; it must be text")
+        return value
+    if kind in ("image", "audio"):
+        return load_media(value, limits, expected=kind)
+    if kind == "input_audio":
+        return load_base64(_field(value, kind, "data"), limits, expected="audio")
+    url = value if isinstance(value, str) else _field(value, kind, "url")
+    return load_url(url, limits, expected=kind.removesuffix("_url"))
+
+
+def _field(value: Any, kind: str, name: str) -> str:
+    found = value.get(name) if isinstance(value, Mapping) else None
+    if not isinstance(found, str):
+        raise RequestError(f"content part of type {kind!r} needs {kind}.{name} as a string")
+    return found

@@ -1,0 +1,207 @@
+"""Everything an engine is made of, loaded in order: model, processor, towers, adapters, KV cache, scheduler."""
+
+import itertools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from mmlora.attention import KVCache
+from mmlora.block_manager import BlockManager
+from mmlora.config import EngineArgs
+from mmlora.errors import ConfigError
+from mmlora.inputs import InputProcessor
+from mmlora.lora.adapter import Adapter
+from mmlora.lora.load import ModuleIndex
+from mmlora.lora.request import LoRARequest
+from mmlora.lora.slots import LoRASlots
+from mmlora.lora.store import AdapterStore
+from mmlora.model_loader import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+    resolve_max_model_len,
+    resolve_model_path,
+)
+from mmlora.model_runner import ModelRunner
+from mmlora.policy import parse_defaults
+from mmlora.processors.registry import get_processor
+from mmlora.scheduler import Scheduler
+from mmlora.towers.base import Towers
+from mmlora.towers.encoder import MediaEncoder
+from mmlora.towers.registry import get_towers
+
+DEFAULT_CPU_KV_BYTES = 2**30
+DEFAULT_LORA_IDS = 2**62  # ids of default adapters start here, far from those that callers choose
+GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass
+class EngineParts:
+    """The pieces of a loaded engine."""
+
+    tokenizer: Any
+    max_model_len: int
+    inputs: InputProcessor
+    runner: ModelRunner
+    block_manager: BlockManager
+    scheduler: Scheduler
+    store: AdapterStore | None
+    slots: LoRASlots | None
+    defaults: dict[str, tuple[LoRARequest, Adapter]]
+    stop_ids: frozenset[int]
+    sampling_defaults: dict[str, Any]
+    seed: int
+    _num_seeds: "itertools.count[int]" = field(default_factory=itertools.count)
+
+    def next_seed(self) -> int:
+        """A seed for a sequence whose request brings none; the n-th is the same in every run."""
+        return (self.seed * 1_000_003 + next(self._num_seeds)) % 2**63
+
+
+def load_engine_parts(args: EngineArgs) -> EngineParts:
+    """Load a model and everything around it.
+
+    Raises:
+        ConfigError: an option does not fit the model.
+        AdapterError: a default adapter cannot be loaded.
+    """
+    path = resolve_model_path(args.model, args.revision)
+    config = load_config(path)
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(args.dtype, config, device)
+    max_model_len = resolve_max_model_len(args.max_model_len, config)
+    tokenizer = load_tokenizer(args, path)
+    processor = get_processor(config, path, tokenizer)
+    default_paths = parse_defaults(args.default_mm_loras, processor.modalities if processor is not None else ())
+    _check_limits(args, processor.modalities if processor is not None else frozenset())
+    model = load_model(config, path, dtype=dtype, device=device)
+    towers = get_towers(model)
+    store, slots, defaults = None, None, {}
+    if args.enable_lora:
+        index = ModuleIndex(model, towers.part_of if towers is not None else None)
+        defaults = _load_defaults(default_paths, _adapter_store(args, index, dtype, None))
+        store = _adapter_store(args, index, dtype, args.num_host_loras)
+        slots = LoRASlots(model, args.max_loras, device)
+    num_blocks = _num_blocks(args, config, dtype, device, max_model_len)
+    kv_cache = KVCache(
+        config.get_text_config().num_hidden_layers,
+        num_blocks,
+        args.block_size,
+        *_kv_shape(config),
+        dtype=dtype,
+        device=device,
+    )
+    block_manager = BlockManager(num_blocks, args.block_size, enable_prefix_caching=args.enable_prefix_caching)
+    stop_ids, sampling_defaults = _generation_config(args, path, config, tokenizer)
+    lora_state = slots.state if slots is not None else None
+    encoder = MediaEncoder(towers, lora_state, args.encoder_cache_memory_bytes) if towers is not None else None
+    return EngineParts(
+        tokenizer=tokenizer,
+        max_model_len=max_model_len,
+        inputs=InputProcessor(
+            args,
+            tokenizer,
+            vocab_size=model.get_input_embeddings().weight.shape[0],
+            max_model_len=max_model_len,
+            processor=processor,
+            towers=towers,
+            store=store,
+            defaults=defaults,
+        ),
+        runner=ModelRunner(model, kv_cache, encoder, lora_state, tokenizer, stop_ids),
+        block_manager=block_manager,
+        scheduler=Scheduler(block_manager, slots, args.max_num_seqs, args.max_num_batched_tokens),
+        store=store,
+        slots=slots,
+        defaults=defaults,
+        stop_ids=stop_ids,
+        sampling_defaults=sampling_defaults,
+        seed=args.seed,
+    )
+
+
+def _check_limits(args: EngineArgs, modalities: frozenset[str]) -> None:
+    unknown = sorted(set(args.limit_mm_per_prompt or ()) - modalities)
+    if unknown:
+        takes = ", ".join(sorted(modalities)) or "text only"
+        raise ConfigError(f"limit_mm_per_prompt names {', '.join(unknown)}; the model takes {takes}")
+
+
+def _adapter_store(args: EngineArgs, index: ModuleIndex, dtype: torch.dtype, max_adapters: int | None) -> AdapterStore:
+    return AdapterStore(
+        index,
+        dtype=dtype,
+        max_cpu_loras=max_adapters,
+        max_lora_rank=args.max_lora_rank,
+        allow_media_parts=args.enable_tower_connector_lora,
+    )
+
+
+def _load_defaults(paths: dict[str, str], store: AdapterStore) -> dict[str, tuple[LoRARequest, Adapter]]:
+    """Load each default adapter once per path, in a store of their own so that their names are free for others."""
+    defaults: dict[str, tuple[LoRARequest, Adapter]] = {}
+    loaded: dict[str, Adapter] = {}
+    for index, (key, path) in enumerate(paths.items()):
+        request = LoRARequest(key, DEFAULT_LORA_IDS + index, path)
+        if path not in loaded:
+            loaded[path] = store.pin(request)
+        defaults[key] = request, loaded[path]
+    return defaults
+
+
+def _kv_shape(config: PretrainedConfig) -> tuple[int, int]:
+    """Key-value heads and their size."""
+    text = config.get_text_config()
+    num_heads: int = text.num_attention_heads
+    num_kv_heads = getattr(text, "num_key_value_heads", None) or num_heads
+    return num_kv_heads, getattr(text, "head_dim", None) or text.hidden_size // num_heads
+
+
+def _num_blocks(
+    args: EngineArgs, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, max_model_len: int
+) -> int:
+    """How many KV blocks the memory holds, at most as many as all sequences can use.
+
+    Raises:
+        ConfigError: not even one sequence of `max_model_len` fits.
+    """
+    num_kv_heads, head_dim = _kv_shape(config)
+    num_layers = config.get_text_config().num_hidden_layers
+    block_bytes = 2 * num_layers * args.block_size * num_kv_heads * head_dim * dtype.itemsize
+    num_bytes = args.kv_cache_memory_bytes
+    if num_bytes is None and device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        num_bytes = int(free - (1 - args.gpu_memory_utilization) * total)
+    elif num_bytes is None:
+        num_bytes = DEFAULT_CPU_KV_BYTES
+    blocks_per_seq = -(-max_model_len // args.block_size)
+    num_blocks = num_bytes // block_bytes
+    if num_blocks < blocks_per_seq:
+        raise ConfigError(
+            f"the KV cache of {num_bytes} bytes holds {max(0, num_blocks) * args.block_size} tokens, less than "
+            f"max_model_len={max_model_len}: give kv_cache_memory_bytes={blocks_per_seq * block_bytes} or more, "
+            "or a smaller max_model_len"
+        )
+    return int(min(num_blocks, blocks_per_seq * args.max_num_seqs * 2))
+
+
+def _generation_config(
+    args: EngineArgs, path: Path, config: PretrainedConfig, tokenizer: Any
+) -> tuple[frozenset[int], dict[str, Any]]:
+    """End-of-text tokens, and the sampling defaults of `generation_config.json`."""
+    file = path / "generation_config.json"
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    eos = content.get("eos_token_id", config.get_text_config().eos_token_id)
+    ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
+    defaults = {}
+    if args.generation_config == "auto":
+        defaults = {name: content[name] for name in GENERATION_DEFAULTS if content.get(name) is not None}
+        if content.get("do_sample") is False:
+            defaults["temperature"] = 0.0
+    return frozenset(ids - {None}), defaults

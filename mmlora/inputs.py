@@ -1,0 +1,226 @@
+"""`InputProcessor`: from what a caller passes to what the engine runs.
+
+Tokenizes, decodes and processes media, expands placeholders, chooses and loads the adapter. It holds no request state
+and may be called from several threads at once; the engine thread never does this work.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmlora.config import EngineArgs
+from mmlora.errors import MediaError, RequestError
+from mmlora.lora.adapter import Adapter
+from mmlora.lora.request import BASE, LoRARequest
+from mmlora.lora.store import AdapterStore
+from mmlora.outputs import LoRAChoice
+from mmlora.policy import choose_adapter
+from mmlora.processors.base import MultiModalProcessor, ProcessedMedia
+from mmlora.processors.media import load_media
+from mmlora.processors.placeholders import expand_placeholders
+from mmlora.sampling_params import SamplingParams
+from mmlora.sequence import EngineInput, MediaInput
+from mmlora.towers.base import Towers
+from mmlora.towers.encoder import encoder_key
+
+PROMPT_KEYS = ("prompt", "prompt_token_ids", "multi_modal_data", "mm_processor_kwargs")
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+
+class InputProcessor:
+    """Makes requests ready for the engine.
+
+    Args:
+        args: the engine's options.
+        tokenizer: of the model.
+        vocab_size: rows of the embedding table.
+        max_model_len: most tokens in prompt and answer.
+        processor, towers: None for a text-only model.
+        store: loads adapters; None without LoRA.
+        defaults: adapters of `default_mm_loras`, under canonical keys, with the request that names them.
+    """
+
+    def __init__(
+        self,
+        args: EngineArgs,
+        tokenizer: Any,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        processor: MultiModalProcessor | None,
+        towers: Towers | None,
+        store: AdapterStore | None,
+        defaults: Mapping[str, tuple[LoRARequest, Adapter]],
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.max_model_len = max_model_len
+        self._args = args
+        self._vocab_size = vocab_size
+        self._towers = towers
+        self._store = store
+        self._defaults = defaults
+
+    def process(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, lora_request: LoRARequest | object | None = None
+    ) -> EngineInput:
+        """Make one request ready.
+
+        Args:
+            request_id: the caller's.
+            prompt: text, token ids, or a mapping with `prompt` or `prompt_token_ids` (which then are the prompt),
+                `multi_modal_data` and `mm_processor_kwargs`.
+            params: sampling parameters.
+            lora_request: an adapter, `BASE` for none on purpose, None to let the media decide.
+
+        Raises:
+            RequestError: the prompt has the wrong form or length, or the parameters do not fit the model.
+            MediaError: a media item cannot be used, or does not match the placeholders.
+            AdapterError: the adapter cannot be loaded.
+        """
+        fields = _prompt_fields(prompt)
+        self._check_params(params)
+        text, token_ids = self._tokenize(fields)
+        processed = self._process_media(fields)
+        media_ranges = []
+        if self.processor is not None:
+            token_ids, media_ranges = expand_placeholders(token_ids, processed, self.processor)
+        self._check_tokens(token_ids)
+        modalities = {item.modality for item in processed}
+        lora_request, adapter, choice = self._choose_adapter(modalities, lora_request)
+        media_digest = adapter.media_digest if adapter is not None else None
+        media = []
+        for place in media_ranges:
+            assert self._towers is not None
+            item = processed[place.media_index]
+            mode = self._towers.mode(item.modality, modalities)
+            media.append(MediaInput(item, place.start, mode, encoder_key(item, mode, media_digest)))
+        room = self.max_model_len - len(token_ids)
+        return EngineInput(
+            request_id=request_id,
+            prompt=text,
+            prompt_token_ids=token_ids,
+            params=params,
+            media=tuple(media),
+            adapter=adapter,
+            lora=choice,
+            lora_request=lora_request,
+            max_tokens=min(params.max_tokens or room, room),
+        )
+
+    def _tokenize(self, fields: Mapping[str, Any]) -> tuple[str | None, list[int]]:
+        text, token_ids = fields.get("prompt"), fields.get("prompt_token_ids")
+        if token_ids is not None:
+            return text, list(token_ids)
+        try:
+            return text, list(self.tokenizer(text).input_ids)
+        except (TypeError, ValueError) as error:  # lone surrogates, for one
+            raise RequestError(f"the prompt cannot be tokenized: {error}") from None
+
+    def _process_media(self, fields: Mapping[str, Any]) -> list[ProcessedMedia]:
+        data = fields.get("multi_modal_data") or {}
+        if not isinstance(data, Mapping):
+            raise RequestError(f"multi_modal_data is a {type(data).__name__}; it must map modalities to items")
+        allowed = sorted(self.processor.modalities) if self.processor is not None else []
+        unknown = sorted(str(key) for key in data if key not in allowed)
+        if unknown:
+            takes = f"the model takes {', '.join(allowed)}" if allowed else "the model takes text only"
+            raise RequestError(f"multi_modal_data holds {', '.join(unknown)}; {takes}")
+        options = {**(self._args.mm_processor_kwargs or {}), **(fields.get("mm_processor_kwargs") or {})}
+        processed = []
+        for modality in allowed:
+            contents = _as_items(data.get(modality))
+            limit = (self._args.limit_mm_per_prompt or {}).get(modality)
+            if limit is not None and len(contents) > limit:
+                raise MediaError(f"the prompt has {len(contents)} {modality} items; limit_mm_per_prompt allows {limit}")
+            for content in contents:
+                assert self.processor is not None
+                item = load_media(content, expected=modality)
+                processed.append(self.processor.process(item, options))
+        return processed
+
+    def _choose_adapter(
+        self, modalities: set[str], lora_request: LoRARequest | object | None
+    ) -> tuple[LoRARequest | None, Adapter | None, LoRAChoice]:
+        is_base = lora_request is BASE
+        if lora_request is not None and not is_base and not isinstance(lora_request, LoRARequest):
+            raise RequestError(f"lora_request={lora_request!r} must be a LoRARequest, mmlora.BASE or None")
+        explicit = lora_request if isinstance(lora_request, LoRARequest) else None
+        if explicit is not None and self._store is None:
+            raise RequestError(f"adapter {explicit.lora_name!r} was asked for, but the engine has enable_lora=False")
+        requests = {key: request for key, (request, _) in self._defaults.items()}
+        choice = choose_adapter(modalities, requests, explicit=explicit, is_base_explicit=is_base)
+        if choice.adapter is None:
+            return None, None, LoRAChoice(None, None, choice.reason, choice.warning)
+        adapter = self._load(choice.adapter)
+        return choice.adapter, adapter, LoRAChoice(choice.adapter.lora_name, adapter.digest, choice.reason)
+
+    def _load(self, request: LoRARequest) -> Adapter:
+        for default, adapter in self._defaults.values():
+            if default is request:
+                return adapter
+        assert self._store is not None
+        return self._store.get(request)
+
+    def _check_params(self, params: SamplingParams) -> None:
+        bound = self._args.max_logprobs
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(params, name)
+            if value is not None and bound != -1 and (value > bound or value == -1):
+                raise RequestError(f"{name}={value} exceeds max_logprobs={bound}")
+        ids = [*(params.logit_bias or {}), *(params.stop_token_ids or ())]
+        outside = [token for token in ids if token >= self._vocab_size]
+        if outside:
+            raise RequestError(f"token id {outside[0]} is outside the vocabulary of {self._vocab_size}")
+
+    def _check_tokens(self, token_ids: list[int]) -> None:
+        if not token_ids:
+            raise RequestError("the prompt is empty; at least one token is needed")
+        if len(token_ids) >= self.max_model_len:
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens; with at least one new token "
+                f"max_model_len={self.max_model_len} must hold it"
+            )
+        allowed = set()
+        if self.processor is not None:
+            allowed = {self.processor.placeholder_token_id(modality) for modality in self.processor.modalities}
+        for token in token_ids:
+            if not isinstance(token, int) or not (0 <= token < self._vocab_size or token in allowed):
+                raise RequestError(f"token id {token!r} is outside the vocabulary of {self._vocab_size}")
+
+
+def _prompt_fields(prompt: Prompt) -> Mapping[str, Any]:
+    """The prompt as a mapping with text, or token ids (which count), or both."""
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    if isinstance(prompt, Mapping):
+        unknown = sorted(str(key) for key in prompt if key not in PROMPT_KEYS)
+        if unknown:
+            raise RequestError(f"prompt has unknown key(s) {', '.join(unknown)}; allowed: {', '.join(PROMPT_KEYS)}")
+        if prompt.get("prompt") is None and prompt.get("prompt_token_ids") is None:
+            raise RequestError("a prompt needs 'prompt' or 'prompt_token_ids'")
+        _check_types(prompt)
+        return prompt
+    if isinstance(prompt, Sequence):
+        fields = {"prompt_token_ids": prompt}
+        _check_types(fields)
+        return fields
+    raise RequestError(f"prompt is a {type(prompt).__name__}; it must be text, token ids or a mapping")
+
+
+def _check_types(fields: Mapping[str, Any]) -> None:
+    text, ids = fields.get("prompt"), fields.get("prompt_token_ids")
+    if text is not None and not isinstance(text, str):
+        raise RequestError(f"'prompt' is a {type(text).__name__}; it must be text")
+    is_ids = isinstance(ids, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+    if ids is not None and not is_ids:
+        raise RequestError("'prompt_token_ids' must be a list of integers")
+    options = fields.get("mm_processor_kwargs")
+    if options is not None and not isinstance(options, Mapping):
+        raise RequestError(f"mm_processor_kwargs is a {type(options).__name__}; it must be a mapping")
+
+
+def _as_items(contents: object) -> list[object]:
+    """One item or a list of them, as a list; an `(array, rate)` tuple is one item."""
+    if contents is None:
+        return []
+    return list(contents) if isinstance(contents, list) else [contents]

@@ -1,0 +1,252 @@
+"""`adapter_config.json` of PEFT: what it says about ranks and scalings; whatever is not understood is refused by name.
+
+The keys are those of `peft.LoraConfig` up to PEFT 0.21 (https://huggingface.co/docs/peft, "LoRA").
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from mmlora.errors import AdapterMismatch, AdapterNotFound
+
+CONFIG_FILE: Final = "adapter_config.json"
+
+_UNDERSTOOD: Final = frozenset(
+    [
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+    ]
+)
+# Training, provenance, or settings of features that are off unless another key turns them on.
+_IRRELEVANT: Final = frozenset(
+    [
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+        "inference_mode",
+        "auto_mapping",
+        "lora_dropout",
+        "merge_weights",
+        "megatron_core",
+        "qalora_group_size",
+        "runtime_config",
+    ]
+)
+# Keys that change the computation or the base weights, with the values that leave them off.
+_SUPPORTED_VALUES: Final[dict[str, tuple[Any, ...]]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    # These only choose the starting point of training; pissa, olora, corda, loftq and lora_ga also change the base.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "mica"),
+    **dict.fromkeys(("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "ensure_weight_tying"), (False, None)),
+    **dict.fromkeys(("modules_to_save", "target_parameters", "trainable_token_indices"), (None, [], {})),
+    **dict.fromkeys(("layer_replication", "alora_invocation_tokens", "enable_lora"), (None, [])),
+    **dict.fromkeys(("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"), (None, {})),
+    **dict.fromkeys(("monteclora_config", "arrow_config", "kasa_config", "megatron_config"), (None, {})),
+    "use_bdlora": (None, False, {}),
+}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """The part of a PEFT LoRA configuration that decides what the adapter computes.
+
+    Attributes:
+        r: rank of modules without a `rank_pattern`.
+        lora_alpha: numerator of the scaling of modules without an `alpha_pattern`.
+        use_rslora: scale by `alpha / √r` instead of `alpha / r`.
+        rank_pattern: rank by regular expression on the end of the module name; the first that matches holds.
+        alpha_pattern: the same for alpha.
+        target_modules: which modules have tensors: a regular expression, names, or None for "not said".
+        exclude_modules: exceptions to it.
+        layers_to_transform: layer numbers that it is limited to; empty for all.
+        layers_pattern: names of the lists that these numbers count in; empty for any.
+    """
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    target_modules: str | tuple[str, ...] | None = None
+    exclude_modules: str | tuple[str, ...] | None = None
+    layers_to_transform: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
+
+    @classmethod
+    def from_file(cls, path: Path) -> "PeftConfig":
+        """Read `adapter_config.json`.
+
+        Raises:
+            AdapterNotFound: there is no such file.
+            AdapterMismatch: it is not a JSON object, or `from_dict` refuses it.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise AdapterNotFound(f"no {CONFIG_FILE} in {path.parent}; a PEFT directory has one") from None
+        except (ValueError, OSError) as error:
+            raise AdapterMismatch(f"{path} cannot be read as JSON: {error}") from None
+        if not isinstance(content, dict):
+            raise AdapterMismatch(f"{path} holds a {type(content).__name__}; it must be a JSON object")
+        return cls.from_dict(content)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "PeftConfig":
+        """Build the configuration from the parsed JSON object.
+
+        Raises:
+            AdapterMismatch: a key is unknown, has a value that is not supported, or has the wrong type; the message
+                names the key and the value.
+        """
+        _refuse_unsupported(content)
+        return cls(
+            r=_rank(content.get("r", 8), "r"),
+            lora_alpha=_number(content.get("lora_alpha", 8), "lora_alpha"),
+            use_rslora=_typed(content, "use_rslora", bool, False),
+            rank_pattern={key: _rank(value, f"rank_pattern[{key!r}]") for key, value in _pattern(content, "rank")},
+            alpha_pattern={key: _number(value, f"alpha_pattern[{key!r}]") for key, value in _pattern(content, "alpha")},
+            target_modules=_names(content, "target_modules"),
+            exclude_modules=_names(content, "exclude_modules"),
+            layers_to_transform=_layers(content.get("layers_to_transform")),
+            layers_pattern=_as_tuple(_names(content, "layers_pattern")),
+        )
+
+    def rank_of(self, *names: str) -> int:
+        """Return the rank of a module, known under one or several names (the first with a pattern decides)."""
+        return _lookup(self.rank_pattern, names, self.r)
+
+    def scaling_of(self, *names: str) -> float:
+        """Return the factor of a module: `alpha / r`, or `alpha / √r` with rsLoRA, both its own."""
+        rank = self.rank_of(*names)
+        return _lookup(self.alpha_pattern, names, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def selects(self, name: str) -> bool:
+        """Tell whether PEFT would adapt the module of this name under this configuration."""
+        if self.exclude_modules and _is_named(self.exclude_modules, name):
+            return False
+        if self.target_modules is None or self.target_modules == "all-linear":
+            return True
+        if not _is_named(self.target_modules, name):
+            return False
+        if isinstance(self.target_modules, str) or name in self.target_modules or not self.layers_to_transform:
+            return True
+        patterns = self.layers_pattern or (r"[^.]*",)
+        # The first number after a list name counts; without a list name, some parent must precede the list.
+        prefix = r"(?:^|.*?\.)" if self.layers_pattern else r".*?\."
+        found = (re.match(rf"{prefix}{pattern}\.(\d+)\.", name) for pattern in patterns)
+        layer = next((match.group(match.lastindex or 1) for match in found if match), None)
+        return layer is not None and int(layer) in self.layers_to_transform
+
+    def digest_content(self) -> dict[str, Any]:
+        """Return what, besides the tensors, decides the output; patterns as pairs since their order matters."""
+        return {
+            "r": self.r,
+            "lora_alpha": self.lora_alpha,
+            "use_rslora": self.use_rslora,
+            "rank_pattern": list(self.rank_pattern.items()),
+            "alpha_pattern": list(self.alpha_pattern.items()),
+        }
+
+
+def _refuse_unsupported(content: Mapping[str, Any]) -> None:
+    if "peft_type" not in content:
+        raise AdapterMismatch(f"{CONFIG_FILE} has no peft_type; it must be 'LORA'")
+    for key, value in content.items():
+        if key in _UNDERSTOOD or key in _IRRELEVANT:
+            continue
+        if key not in _SUPPORTED_VALUES:
+            raise AdapterMismatch(f"{CONFIG_FILE}: the key {key}={value!r} is unknown; it might change the output")
+        if value not in _SUPPORTED_VALUES[key]:
+            allowed = ", ".join(map(repr, _SUPPORTED_VALUES[key]))
+            raise AdapterMismatch(f"{CONFIG_FILE}: {key}={value!r} is not supported; allowed: {allowed}")
+
+
+def _lookup(pattern: Mapping[str, T], names: Sequence[str], default: T) -> T:
+    for name in names:
+        for key, value in pattern.items():
+            if name == key or re.fullmatch(rf"(?:.*\.)?(?:{key})", name):
+                return value
+    return default
+
+
+def _is_named(selection: str | Sequence[str], name: str) -> bool:
+    if isinstance(selection, str):
+        return re.fullmatch(selection, name) is not None
+    return any(name == entry or name.endswith(f".{entry}") for entry in selection)
+
+
+def _wrong(key: str, value: object, allowed: str) -> AdapterMismatch:
+    return AdapterMismatch(f"{CONFIG_FILE}: {key} is {value!r}; it must be {allowed}")
+
+
+def _typed(content: Mapping[str, Any], key: str, kind: type[T], default: T) -> T:
+    value = content.get(key)
+    if value is not None and not isinstance(value, kind):
+        raise _wrong(key, value, f"a {kind.__name__}")
+    return default if value is None else value
+
+
+def _rank(value: object, key: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise _wrong(key, value, "an integer of at least 1")
+    return value
+
+
+def _number(value: object, key: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise _wrong(key, value, "a finite number")
+    return float(value)
+
+
+def _pattern(content: Mapping[str, Any], kind: str) -> list[tuple[str, object]]:
+    key = f"{kind}_pattern"
+    items = list(_typed(content, key, dict, {}).items())
+    for pattern, _ in items:
+        _compile(pattern, key)
+    return items
+
+
+def _names(content: Mapping[str, Any], key: str) -> str | tuple[str, ...] | None:
+    value = content.get(key)
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return _compile(value, key)
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return tuple(value)
+    raise _wrong(key, value, "a string or a list of strings")
+
+
+def _as_tuple(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else value or ()
+    return tuple(_compile(name, "layers_pattern") for name in names if name)
+
+
+def _layers(value: object) -> tuple[int, ...]:
+    layers = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
+        raise _wrong("layers_to_transform", value, "an integer or a list of integers")
+    return tuple(layers)
+
+
+def _compile(pattern: str, key: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise AdapterMismatch(f"{CONFIG_FILE}: {key} has {pattern!r}, no valid regular expression: {error}") from None
+    return pattern

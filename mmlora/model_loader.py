@@ -1,0 +1,151 @@
+"""From a directory or Hub id to a `transformers` model that runs on this engine's attention."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+
+from mmlora.attention import ATTENTION_NAME
+from mmlora.config import DTYPES, EngineArgs
+from mmlora.errors import ConfigError
+
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def resolve_model_path(model: str, revision: str | None) -> Path:
+    """The local directory of a model, downloaded from the Hub unless it is one.
+
+    Raises:
+        ConfigError: there is neither such a directory nor such a repository.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=MODEL_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(f"model={model!r} is neither a directory nor a Hub repository within reach: {error}") from None
+
+
+def load_config(path: Path) -> PretrainedConfig:
+    """Read a model's configuration and refuse what this engine cannot run.
+
+    Raises:
+        ConfigError: names what is unknown or unsupported.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (ValueError, OSError, KeyError) as error:
+        raise ConfigError(f"model={str(path)!r} has no configuration that transformers understands: {error}") from None
+    text_config = config.get_text_config()
+    if config.is_encoder_decoder:
+        raise ConfigError(f"{config.model_type} is an encoder-decoder model; only decoders are supported")
+    unsupported = set(getattr(text_config, "layer_types", None) or ()) - ATTENTION_LAYERS
+    if unsupported:
+        raise ConfigError(
+            f"{config.model_type} has layers of type {', '.join(sorted(unsupported))}; "
+            f"supported are {', '.join(sorted(ATTENTION_LAYERS))}"
+        )
+    return config
+
+
+def load_tokenizer(args: EngineArgs, path: Path) -> Any:
+    """The model's tokenizer, or the one that `tokenizer` names.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    source = path if args.tokenizer is None else resolve_model_path(args.tokenizer, args.revision)
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (ValueError, OSError, KeyError) as error:
+        raise ConfigError(f"tokenizer={str(source)!r} cannot be loaded: {error}") from None
+
+
+def load_model(config: PretrainedConfig, path: Path, *, dtype: torch.dtype, device: torch.device) -> Any:
+    """Load the class that the checkpoint names, in eval mode, its decoder on paged attention.
+
+    Raises:
+        ConfigError: transformers lacks the class, its attention cannot be replaced, or the weights do not load.
+    """
+    name = (config.architectures or ["none"])[0]
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        raise ConfigError(f"transformers {transformers.__version__} has no model class {name!r}")
+    if not getattr(model_class, "_supports_attention_backend", False) or getattr(model_class, "_is_stateful", False):
+        raise ConfigError(f"the attention of {name} cannot be replaced, so it cannot run on a paged KV cache")
+    with _view_without_adapter(path) as view:
+        try:
+            model = model_class.from_pretrained(view, config=config, dtype=dtype, use_safetensors=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"the weights of {str(path)!r} cannot be loaded as {name}: {error}") from None
+    # On the decoder only: towers have masks of their own, which this attention would ignore.
+    has_text_config = config.get_text_config() is not config
+    model.set_attn_implementation({"text_config" if has_text_config else "": ATTENTION_NAME})
+    return model.to(device).eval().requires_grad_(False)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `device` names; `auto` is CUDA where there is one.
+
+    Raises:
+        ConfigError: CUDA is asked for and missing.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device={name!r}: torch sees no CUDA device here; allowed are auto and cpu")
+    return torch.device(name)
+
+
+def resolve_dtype(dtype: str | torch.dtype, config: PretrainedConfig, device: torch.device) -> torch.dtype:
+    """The type of weights and activations; `auto` takes the checkpoint's, and float32 for half precision on CPU."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        return DTYPES[dtype]
+    stored = config.dtype or config.get_text_config().dtype or torch.float32
+    stored = DTYPES[stored] if isinstance(stored, str) else stored
+    return torch.float32 if device.type == "cpu" else stored
+
+
+def resolve_max_model_len(requested: int | None, config: PretrainedConfig) -> int:
+    """The longest sequence in tokens: what is asked for, or what the model takes.
+
+    Raises:
+        ConfigError: the model takes less than what is asked for.
+    """
+    text_config = config.get_text_config()
+    limit: int = text_config.max_position_embeddings
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Beyond this length the factors of every position change, which a shared KV cache cannot follow.
+        limit = getattr(text_config, "original_max_position_embeddings", None) or limit
+    if requested is not None and requested > limit:
+        raise ConfigError(f"max_model_len={requested} exceeds the {limit} tokens that this model takes here")
+    return requested or limit
+
+
+@contextmanager
+def _view_without_adapter(path: Path) -> Iterator[Path]:
+    """A directory that shows the model's files but no adapter.
+
+    With PEFT installed, `from_pretrained` would merge an adapter it finds beside the weights into the base model.
+    """
+    if not (path / "adapter_config.json").exists():
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for file in path.iterdir():
+            if not file.name.startswith("adapter_"):
+                os.symlink(file.resolve(), Path(folder) / file.name)
+        yield Path(folder)

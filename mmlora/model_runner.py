@@ -1,0 +1,261 @@
+"""`ModelRunner`: one step of the model over the sequences that the scheduler chose.
+
+It gathers tokens, media embeddings, positions and KV rows into one flattened batch, runs the decoder, and samples.
+"""
+
+from collections.abc import Sequence as Rows
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mmlora.attention import AttentionMetadata, KVCache, attention_context
+from mmlora.errors import MediaError
+from mmlora.lora.layers import LoRAState
+from mmlora.outputs import TokenLogprobs
+from mmlora.sampler import sample, top_logprobs
+from mmlora.scheduler import ScheduledSequence
+from mmlora.sequence import Sequence
+from mmlora.towers.encoder import EncoderJob, MediaEncoder
+
+BASE_SLOT = -1
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """The next token of a sequence and, if asked for, the log probabilities around it."""
+
+    seq: Sequence
+    token_id: int
+    logprob: float | None = None
+    top: TokenLogprobs | None = None
+
+
+@dataclass
+class StepResult:
+    """What a step brought: new tokens, and sequences whose media could not be encoded."""
+
+    sampled: list[SampledToken] = field(default_factory=list)
+    failed: list[tuple[Sequence, MediaError]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The flattened inputs of one forward; rows are grouped by LoRA slot."""
+
+    items: list[ScheduledSequence]
+    input_ids: torch.Tensor  # [num_tokens]
+    positions: torch.Tensor  # [num_tokens]
+    attention: AttentionMetadata
+    segments: list[tuple[int, int, int]] | None  # (start, end, slot) over all rows, None without adapters
+    starts: list[int]  # first row of each item
+
+
+class ModelRunner:
+    """Runs a loaded model on one device.
+
+    Args:
+        model: a `transformers` causal language model whose decoder uses paged attention.
+        kv_cache: sized for the block manager.
+        encoder: of media; None for a text-only model.
+        lora_state: shared with the wrapped layers; None without LoRA.
+        tokenizer: spells tokens in log probabilities.
+        stop_ids: end-of-text tokens.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        kv_cache: KVCache,
+        encoder: MediaEncoder | None,
+        lora_state: LoRAState | None,
+        tokenizer: Any,
+        stop_ids: frozenset[int],
+    ) -> None:
+        self.model = model
+        self.kv_cache = kv_cache
+        self.encoder = encoder
+        self.lora_state = lora_state
+        self.tokenizer = tokenizer
+        self.stop_ids = stop_ids
+        self.device: torch.device = kv_cache.keys.device
+
+    @torch.inference_mode()
+    def run(self, scheduled: list[ScheduledSequence]) -> StepResult:
+        """Compute the scheduled tokens; sequences that are complete up to here get their next token."""
+        result = StepResult()
+        items = self._encode_media(scheduled, result)
+        if not items:
+            return result
+        batch = self._prepare(items)
+        rows, logits = self._forward(batch)
+        self._take_prompt_logprobs(batch, rows, logits)
+        self._sample(batch, logits, rows, result)
+        return result
+
+    def _encode_media(self, scheduled: list[ScheduledSequence], result: StepResult) -> list[ScheduledSequence]:
+        """Give each sequence the embeddings that this step needs; return those that have them all."""
+        if self.encoder is None or not any(item.seq.media for item in scheduled):
+            return scheduled
+        needed = {(item.seq, index) for item in scheduled for index in _missing_media(item)}
+        embeds = self.encoder.encode([_encoder_job(seq, index) for seq, index in needed])
+        errors: dict[Sequence, MediaError] = {}
+        for seq, index in needed:
+            rows = embeds[seq.media[index].encoder_key]
+            if isinstance(rows, MediaError):
+                errors[seq] = rows
+            else:
+                seq.media_embeds[index] = rows
+        result.failed.extend(errors.items())
+        return [item for item in scheduled if item.seq not in errors]
+
+    def _prepare(self, items: list[ScheduledSequence]) -> Batch:
+        items = sorted(items, key=_slot_of)
+        token_ids: list[int] = []
+        positions: list[int] = []
+        starts: list[int] = []
+        segments: list[tuple[int, int, int]] = []
+        for item in items:
+            start = len(token_ids)
+            starts.append(start)
+            token_ids += item.seq.token_ids[item.start : item.end]
+            positions += range(item.start, item.end)
+            if segments and segments[-1][2] == _slot_of(item):
+                segments[-1] = (segments[-1][0], len(token_ids), _slot_of(item))
+            else:
+                segments.append((start, len(token_ids), _slot_of(item)))
+        has_adapter = any(slot != BASE_SLOT for _, _, slot in segments)
+        return Batch(
+            items,
+            torch.tensor(token_ids, device=self.device),
+            torch.tensor(positions, device=self.device),
+            self._attention_metadata(items),
+            segments if has_adapter else None,
+            starts,
+        )
+
+    def _attention_metadata(self, items: list[ScheduledSequence]) -> AttentionMetadata:
+        block_size = self.kv_cache.block_size
+        offsets = torch.arange(block_size)
+        read_slots = []
+        for item in items:
+            blocks = torch.tensor(item.seq.block_table)[:, None] * block_size + offsets  # [num_blocks, block_size]
+            read_slots.append(blocks.flatten()[: item.end])
+        write_slots = torch.cat([rows[item.start :] for item, rows in zip(items, read_slots, strict=True)])
+        return AttentionMetadata(
+            self.kv_cache,
+            write_slots.to(self.device),
+            [rows.to(self.device) for rows in read_slots],
+            [item.num_tokens for item in items],
+        )
+
+    def _forward(self, batch: Batch) -> tuple[list[int], torch.Tensor]:
+        """Run the model.
+
+        Returns:
+            The rows of the batch whose logits are needed, and these `[num_rows, vocab_size]` in float32.
+        """
+        rows = [row for item, start in zip(batch.items, batch.starts, strict=True) for row in _logit_rows(item, start)]
+        with ExitStack() as stack:
+            stack.enter_context(attention_context(batch.attention))
+            if self.lora_state is not None:
+                stack.enter_context(self.lora_state.rows(batch.segments))
+            output = self.model(
+                inputs_embeds=self._embed(batch)[None],
+                position_ids=batch.positions[None],
+                use_cache=False,
+                logits_to_keep=torch.tensor(rows, dtype=torch.long, device=self.device),
+            )
+        return rows, output.logits[0].float()
+
+    def _embed(self, batch: Batch) -> torch.Tensor:
+        """`[num_tokens, hidden_size]`: token embeddings, and media embeddings at their placeholders."""
+        embedding = self.model.get_input_embeddings()
+        # Placeholder ids may lie outside the vocabulary; their rows are overwritten below.
+        is_known = batch.input_ids < embedding.weight.shape[0]
+        embeds: torch.Tensor = embedding(torch.where(is_known, batch.input_ids, 0))
+        for item, first_row in zip(batch.items, batch.starts, strict=True):
+            for index, media in enumerate(item.seq.media):
+                start, end = max(media.start, item.start), min(media.end, item.end)
+                if start < end:
+                    rows = item.seq.media_embeds[index][start - media.start : end - media.start]
+                    embeds[first_row + start - item.start : first_row + end - item.start] = rows.to(embeds.dtype)
+                if media.end <= item.end:
+                    item.seq.media_embeds.pop(index, None)
+        return embeds
+
+    def _take_prompt_logprobs(self, batch: Batch, rows: list[int], logits: torch.Tensor) -> None:
+        index_of = {row: index for index, row in enumerate(rows)}
+        for item, first_row in zip(batch.items, batch.starts, strict=True):
+            if not item.seq.wants_prompt_logprobs:
+                continue
+            request, num_top = item.seq.request, item.seq.params.prompt_logprobs
+            assert num_top is not None
+            found = request.partial_prompt_logprobs
+            if item.start == 0:
+                del found[1:]  # a preempted sequence starts over
+            for position in _prompt_positions(item):
+                logprobs = logits[index_of[first_row + position - item.start]].log_softmax(-1)
+                target = item.seq.token_ids[position + 1]
+                found.append(_prompt_entry(logprobs, target, num_top, self.tokenizer))
+            if len(found) == item.seq.num_prompt_tokens:
+                request.prompt_logprobs = found
+
+    def _sample(self, batch: Batch, logits: torch.Tensor, rows: list[int], result: StepResult) -> None:
+        index_of = {row: index for index, row in enumerate(rows)}
+        ready = [
+            (item.seq, index_of[start + item.num_tokens - 1])
+            for item, start in zip(batch.items, batch.starts, strict=True)
+            if item.is_sampled
+        ]
+        if not ready:
+            return
+        seqs = [seq for seq, _ in ready]
+        chosen = logits[torch.tensor([index for _, index in ready], device=logits.device)]
+        tokens = sample(chosen.clone(), seqs, self.stop_ids)
+        for row, seq, token in zip(chosen, seqs, tokens, strict=True):
+            if seq.params.logprobs is None:
+                result.sampled.append(SampledToken(seq, token))
+                continue
+            top = top_logprobs(row.log_softmax(-1), token, seq.params.logprobs, self.tokenizer)
+            result.sampled.append(SampledToken(seq, token, top[token].logprob, top))
+
+
+def _slot_of(item: ScheduledSequence) -> int:
+    return BASE_SLOT if item.seq.slot is None else item.seq.slot
+
+
+def _missing_media(item: ScheduledSequence) -> list[int]:
+    return [
+        index
+        for index, media in enumerate(item.seq.media)
+        if media.start < item.end and media.end > item.start and index not in item.seq.media_embeds
+    ]
+
+
+def _encoder_job(seq: Sequence, index: int) -> EncoderJob:
+    media = seq.media[index]
+    has_media_part = seq.adapter is not None and seq.adapter.media_digest is not None
+    return EncoderJob(media.media, media.mode, seq.slot if has_media_part else None, media.encoder_key)
+
+
+def _prompt_positions(item: ScheduledSequence) -> range:
+    """Positions of this chunk whose logits predict a token of the prompt."""
+    return range(item.start, min(item.end, item.seq.num_prompt_tokens - 1))
+
+
+def _logit_rows(item: ScheduledSequence, first_row: int) -> Rows[int]:
+    rows = []
+    if item.seq.wants_prompt_logprobs:
+        rows = [first_row + position - item.start for position in _prompt_positions(item)]
+    if item.is_sampled:
+        rows.append(first_row + item.num_tokens - 1)
+    return rows
+
+
+def _prompt_entry(logprobs: torch.Tensor, target: int, num_top: int, tokenizer: Any) -> TokenLogprobs:
+    """Log probabilities for one prompt token; a placeholder outside the vocabulary has none of its own."""
+    if target >= logprobs.numel():
+        target = int(logprobs.argmax())
+    return top_logprobs(logprobs, target, num_top, tokenizer)
