@@ -152,7 +152,7 @@ class AsyncLLM:
         """The engine thread: take messages, step, hand out outputs; idle it sleeps on the inbox."""
         try:
             while self._take_messages():
-                for output in self.engine.step_deltas():
+                for output in self.engine.step(is_delta=True):
                     self._deliver(output)
         except Exception as error:
             logger.exception("the engine died")
@@ -186,7 +186,7 @@ class AsyncLLM:
     def _abort(self, request_id: str, stream: _Stream | None = None) -> None:
         if stream is not None and self._streams.get(request_id) is not stream:
             return  # it has ended, or its id now belongs to another request
-        output = self.engine.abort_delta(request_id)
+        output = self.engine.abort_request(request_id, is_delta=True)
         if output is not None:
             self._deliver(output)
 

@@ -107,7 +107,7 @@ def paged_attention(
     values[metadata.write_slots] = value[0].transpose(0, 1)
 
     outputs = []
-    for rows, query_rows in zip(metadata.read_slots, query.split(metadata.query_lens, dim=2), strict=True):
+    for rows, query_rows in zip(metadata.read_slots, torch.split(query, metadata.query_lens, dim=2), strict=True):
         outputs.append(
             attend(
                 query_rows,

@@ -61,7 +61,7 @@ def render_chat(
         RequestError: a message has the wrong form, or there is no template.
         MediaError: a media item cannot be used.
     """
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+    if not isinstance(messages, list | tuple) or not messages:
         raise RequestError("messages must be a list of at least one message")
     conversation = [_parse_message(message, limits) for message in messages]
     media = [part for _, parts in conversation for part in parts if not isinstance(part, str)]
@@ -130,9 +130,7 @@ def _turn(message: Message, content: Any) -> dict[str, Any]:
 
 
 def _template_parts(parts: list[str | MediaItem]) -> list[dict[str, str]]:
-    return [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": part.modality} for part in parts
-    ]
+    return [{"type": "text", "text": part} if isinstance(part, str) else {"type": part.modality} for part in parts]
 
 
 def _parse_message(message: Message, limits: MediaLimits) -> tuple[Message, list[str | MediaItem]]:

@@ -6,7 +6,7 @@ modalities, its context length) is checked in `mmlora.engine`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -144,9 +144,9 @@ class EngineArgs:
     def _check_choices(self) -> None:
         if not isinstance(self.model, str) or not self.model:
             self._reject("model", "must be a directory or a Hub id")
-        if self.dtype != "auto" and self.dtype not in DTYPES and self.dtype not in DTYPES.values():
+        if not any(self.dtype == known for known in ("auto", *DTYPES, *DTYPES.values())):
             self._reject("dtype", f"must be auto, {', '.join(DTYPES)}")
-        if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
+        if self.device not in ("auto", "cpu", "cuda") and not str(self.device).startswith("cuda:"):
             self._reject("device", "must be auto, cpu or cuda")
         if self.generation_config not in ("auto", "none"):
             self._reject("generation_config", "must be auto or none")
@@ -158,17 +158,21 @@ class EngineArgs:
             self._reject("quantization", "only None is supported")
 
     def _check_lora(self) -> None:
-        if self.default_mm_loras is not None:
-            if not isinstance(self.default_mm_loras, Mapping):
-                self._reject("default_mm_loras", "must map modalities to adapter paths")
-            elif self.default_mm_loras and not self.enable_lora:
-                self._reject("default_mm_loras", "needs enable_lora=True")
-        if self.max_cpu_loras is not None and _is_int(self.max_cpu_loras) and self.max_cpu_loras < self.max_loras:
+        if self.default_mm_loras is not None and not isinstance(self.default_mm_loras, Mapping):
+            self._reject("default_mm_loras", "must map modalities to adapter paths")
+        elif self.default_mm_loras and not self.enable_lora:
+            self._reject("default_mm_loras", "needs enable_lora=True")
+        counts = self.max_cpu_loras, self.max_loras
+        if _is_int(counts[0]) and _is_int(counts[1]) and counts[0] < counts[1]:
             self._reject("max_cpu_loras", f"must be at least max_loras={self.max_loras}")
-        for key, limit in (self.limit_mm_per_prompt or {}).items():
-            if key not in MODALITIES or not _is_int(limit) or limit < 0:
-                self._reject("limit_mm_per_prompt", f"must map {' or '.join(MODALITIES)} to a count of 0 or more")
+        limits = self.limit_mm_per_prompt if self.limit_mm_per_prompt is not None else {}
+        if not isinstance(limits, Mapping) or any(
+            key not in MODALITIES or not _is_int(limit) or limit < 0 for key, limit in limits.items()
+        ):
+            self._reject("limit_mm_per_prompt", f"must map {' or '.join(MODALITIES)} to a count of 0 or more")
+        if self.mm_processor_kwargs is not None and not isinstance(self.mm_processor_kwargs, Mapping):
+            self._reject("mm_processor_kwargs", "must map options of the processor to values")
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)

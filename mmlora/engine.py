@@ -6,6 +6,7 @@ thread of its own; only `process_input` may be called from other threads.
 
 import logging
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ class LLMEngine:
         self._requests[request.request_id] = request
         self.scheduler.add(request.sequences[0])  # the others follow once its prompt is in the prefix cache
 
-    def abort_request(self, request_id: str) -> RequestOutput | None:
+    def abort_request(self, request_id: str, *, is_delta: bool = False) -> RequestOutput | None:
         """End a request; None when there is none of this id.
 
         Returns:
@@ -124,30 +125,23 @@ class LLMEngine:
         if request is None:
             return None
         self._end(request, "abort")
-        return self._collect([request])[0]
+        return self._collect([request], is_delta=is_delta)[0]
 
-    def step(self) -> list[RequestOutput]:
-        """Compute one step and return the state so far of every request that got tokens or ended."""
-        return self._collect(self._advance())
+    def step(self, *, is_delta: bool = False) -> list[RequestOutput]:
+        """Compute one step.
 
-    def step_deltas(self) -> list[RequestOutput]:
-        """Like `step`, with only what is new since the last call in `outputs`."""
-        return self._collect(self._advance(), is_delta=True)
+        Args:
+            is_delta: `outputs` hold only what is new since the last call, not everything so far.
 
-    def abort_delta(self, request_id: str) -> RequestOutput | None:
-        """Like `abort_request`, with only what is new."""
-        request = self._requests.get(request_id)
-        if request is None:
-            return None
-        self._end(request, "abort")
-        return self._collect([request], is_delta=True)[0]
+        Returns:
+            The state of every request that got tokens or ended; each request ends in exactly one finished output.
+        """
+        return self._collect(self._advance(), is_delta=is_delta)
 
     def _advance(self) -> list[Request]:
         scheduled = self.scheduler.schedule()
-        touched = [seq.request for seq in self.scheduler.failed]
+        touched = self._fail(self.scheduler.failed)
         self.scheduler.failed.clear()
-        for request in touched:
-            self._end(request, "error")
         now = time.monotonic()
         for item in scheduled:
             item.seq.request.scheduled_s = item.seq.request.scheduled_s or now
@@ -156,22 +150,15 @@ class LLMEngine:
         return list(dict.fromkeys(touched))
 
     def _run(self, scheduled: list[ScheduledSequence]) -> list[Request]:
+        """Run the model and take its results in; whatever fails, fails with its requests alone."""
         try:
             result = self.parts.runner.run(scheduled)
         except Exception as error:  # the engine outlives any request; those of this step do not
             logger.exception("a step failed")
-            failure = MMLoRAError(f"the model failed on this step: {error}")
-            result = None
-            failed = [(item.seq, failure) for item in scheduled]
-        else:
-            failed = [(seq, error) for seq, error in result.failed]
-        touched = []
-        for seq, error in failed:
-            seq.request.error = error
-            self._end(seq.request, "error")
-            touched.append(seq.request)
-        if result is None:
-            return touched
+            return self._fail(
+                [(item.seq, MMLoRAError(f"the model failed on this step: {error}")) for item in scheduled]
+            )
+        touched = self._fail(result.failed)
         for item in scheduled:
             if item.seq.status is Status.RUNNING:
                 item.seq.num_computed_tokens = item.end
@@ -180,6 +167,14 @@ class LLMEngine:
             if token.seq.status is Status.RUNNING:
                 self._append(token)
                 touched.append(token.seq.request)
+        return touched
+
+    def _fail(self, failures: Iterable[tuple[Sequence, MMLoRAError]]) -> list[Request]:
+        touched = []
+        for seq, error in failures:
+            seq.request.error = error
+            self._end(seq.request, "error")
+            touched.append(seq.request)
         return touched
 
     def _append(self, sampled: SampledToken) -> None:

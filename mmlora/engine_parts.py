@@ -15,7 +15,7 @@ from mmlora.config import EngineArgs
 from mmlora.errors import ConfigError
 from mmlora.inputs import InputProcessor
 from mmlora.lora.adapter import Adapter
-from mmlora.lora.load import ModuleIndex
+from mmlora.lora.module_index import ModuleIndex
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.slots import LoRASlots
 from mmlora.lora.store import AdapterStore
@@ -32,7 +32,6 @@ from mmlora.model_runner import ModelRunner
 from mmlora.policy import parse_defaults
 from mmlora.processors.registry import get_processor
 from mmlora.scheduler import Scheduler
-from mmlora.towers.base import Towers
 from mmlora.towers.encoder import MediaEncoder
 from mmlora.towers.registry import get_towers
 

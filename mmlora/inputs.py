@@ -16,7 +16,7 @@ from mmlora.outputs import LoRAChoice
 from mmlora.policy import choose_adapter
 from mmlora.processors.base import MultiModalProcessor, ProcessedMedia
 from mmlora.processors.media import load_media
-from mmlora.processors.placeholders import expand_placeholders
+from mmlora.processors.placeholders import PlaceholderRange, expand_placeholders
 from mmlora.sampling_params import SamplingParams
 from mmlora.sequence import EngineInput, MediaInput
 from mmlora.towers.base import Towers
@@ -81,7 +81,7 @@ class InputProcessor:
         self._check_params(params)
         text, token_ids = self._tokenize(fields)
         processed = self._process_media(fields)
-        media_ranges = []
+        media_ranges: list[PlaceholderRange] = []
         if self.processor is not None:
             token_ids, media_ranges = expand_placeholders(token_ids, processed, self.processor)
         self._check_tokens(token_ids)

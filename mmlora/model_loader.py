@@ -33,7 +33,9 @@ def resolve_model_path(model: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=MODEL_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(f"model={model!r} is neither a directory nor a Hub repository within reach: {error}") from None
+        raise ConfigError(
+            f"model={model!r} is neither a directory nor a Hub repository within reach: {error}"
+        ) from None
 
 
 def load_config(path: Path) -> PretrainedConfig:
@@ -43,7 +45,7 @@ def load_config(path: Path) -> PretrainedConfig:
         ConfigError: names what is unknown or unsupported.
     """
     try:
-        config = AutoConfig.from_pretrained(path)
+        config: PretrainedConfig = AutoConfig.from_pretrained(path)
     except (ValueError, OSError, KeyError) as error:
         raise ConfigError(f"model={str(path)!r} has no configuration that transformers understands: {error}") from None
     text_config = config.get_text_config()

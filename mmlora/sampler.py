@@ -1,5 +1,6 @@
 """From logits to the next token of each sequence, and the log probabilities that requests ask for."""
 
+from collections import Counter
 from collections.abc import Sequence as Rows
 from typing import Any
 
@@ -78,10 +79,12 @@ def _adjust_logits(row: torch.Tensor, seq: Sequence, stop_ids: frozenset[int]) -
 def _apply_penalties(row: torch.Tensor, seq: Sequence) -> None:
     params = seq.params
     if params.repetition_penalty != 1:
-        seen = torch.tensor(seq.token_ids, device=row.device).unique()
-        seen = seen[seen < row.numel()]  # placeholders may lie outside the vocabulary
+        known = {token for token in seq.token_ids if token < row.numel()}  # placeholders may lie outside
+        seen = torch.tensor(sorted(known), device=row.device)
         scores = row[seen]
         row[seen] = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
     if seq.num_output_tokens:
-        tokens, counts = torch.tensor(seq.output_token_ids, device=row.device).unique(return_counts=True)
-        row[tokens] -= params.frequency_penalty * counts + params.presence_penalty
+        counts = Counter(seq.output_token_ids)
+        tokens = torch.tensor(list(counts), device=row.device)
+        times = torch.tensor(list(counts.values()), device=row.device)
+        row[tokens] -= params.frequency_penalty * times + params.presence_penalty

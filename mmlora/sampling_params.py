@@ -1,7 +1,7 @@
 """`SamplingParams`: how one request's tokens are chosen, validated when it is made."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from mmlora.errors import RequestError
@@ -105,7 +105,7 @@ class SamplingParams:
         if any(not s for s in self.stop_strings):
             raise RequestError("stop holds an empty string; every stop string needs at least one character")
         ids = self.stop_token_ids
-        if ids is not None and not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        if ids is not None and not (isinstance(ids, Collection) and all(_is_token_id(i) for i in ids)):
             raise RequestError(f"stop_token_ids={ids!r} must be a list of token ids")
 
     def _integer(self, name: str, low: int, high: int | None = None) -> None:
@@ -131,3 +131,7 @@ class SamplingParams:
             if token < 0 or not -100 <= value <= 100:
                 raise RequestError(f"logit_bias[{token}]={value!r} must map a token id to a value from -100 to 100")
         return parsed
+
+
+def _is_token_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -47,7 +47,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.failed: list[Sequence] = []  # ended because their adapter could not be activated
+        self.failed: list[tuple[Sequence, AdapterError]] = []  # ended: their adapter could not be activated
         self.num_preemptions = 0
 
     @property
@@ -167,9 +167,8 @@ class Scheduler:
         try:
             seq.slot = self.slots.activate(seq.adapter)
         except (MMLoRAError, RuntimeError) as error:  # out of device memory, a module that cannot be wrapped
-            seq.request.error = AdapterError(f"adapter {seq.adapter.name!r} could not be activated: {error}")
             self.finish(seq, "error")
-            self.failed.append(seq)
+            self.failed.append((seq, AdapterError(f"adapter {seq.adapter.name!r} could not be activated: {error}")))
             return False
         self.slots.retain(seq.slot)
         return True

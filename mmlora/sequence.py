@@ -14,7 +14,6 @@ from mmlora.lora.adapter import Adapter
 from mmlora.lora.request import LoRARequest
 from mmlora.outputs import LoRAChoice, TokenLogprobs
 from mmlora.processors.base import ProcessedMedia
-from mmlora.processors.placeholders import PlaceholderRange
 from mmlora.sampling_params import SamplingParams
 
 

@@ -60,9 +60,8 @@ def load_adapter(
         AdapterMismatch: the adapter does not fit the model or uses something that is not supported.
         AdapterError: a file is corrupt.
     """
-    config = PeftConfig.from_file(path / CONFIG_FILE)
-    tensors = read_tensors(path)
     try:
+        config, tensors = PeftConfig.from_file(path / CONFIG_FILE), read_tensors(path)
         names, unmatched = _match(tensors, index, config, strict)
         modules = {}
         for module, pair in names.items():
@@ -112,6 +111,10 @@ def _match(
             f"{len(unmatched)} of {len(tensors)} tensors match no module of this model: {_listed(unmatched)} "
             "(strict=False ignores them)"
         )
+    for name, module in resolved.items():
+        if module not in index.linears:
+            key = next(iter(pairs[name].keys.values()))
+            raise AdapterMismatch(f"tensor {key}: {module} is a {index.others[module]}; only Linear can be adapted")
     excluded = [name for name, module in resolved.items() if not (config.selects(name) or config.selects(module))]
     if excluded:
         raise AdapterMismatch(
@@ -140,10 +143,8 @@ def _module_weights(
     index: ModuleIndex,
     config: PeftConfig,
 ) -> LoRAWeights:
-    key = next(iter(pair.keys.values()))
-    if module not in index.linears:
-        raise AdapterMismatch(f"tensor {key}: {module} is a {index.others[module]}; only Linear modules are supported")
     if len(pair.keys) != 2:
+        key = next(iter(pair.keys.values()))
         raise AdapterMismatch(f"tensor {key} has no partner lora_{pair.other()} for {module}")
     lora_A, lora_B = tensors[pair.keys["A"]], tensors[pair.keys["B"]]
     for side, weight in (("A", lora_A), ("B", lora_B)):

@@ -27,7 +27,7 @@ class ModuleIndex:
         self._renamings = _checkpoint_renamings(model)
         self.linears: dict[str, tuple[int, int]] = {}
         self.others: dict[str, str] = {}
-        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
         for name, module in model.named_modules():
             if module is head:
                 self.others[name] = "output embedding"

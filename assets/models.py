@@ -1,0 +1,25 @@
+"""Where the bundled assistant and its adapters lie."""
+
+from pathlib import Path
+
+_ASSISTANT = Path(__file__).parent / "assistant"
+
+
+def assistant_path() -> str:
+    """Return the folder of the bundled assistant, a `Phi4MultimodalForCausalLM` in Hugging Face format."""
+    return str(_ASSISTANT)
+
+
+def assistant_adapters() -> dict[str, str]:
+    """Return the folders of the bundled adapters by name."""
+    return {name: str(_ASSISTANT / name) for name in ("speech-lora", "vision-lora", "spanish-lora")}
+
+
+def assistant_default_mm_loras() -> dict[str, str]:
+    """Return the adapter that each modality takes by default, as `default_mm_loras` expects it.
+
+    As in Phi-4-multimodal, audio and images together go to the vision adapter.
+    """
+    adapters = assistant_adapters()
+    vision = adapters["vision-lora"]
+    return {"audio": adapters["speech-lora"], "image": vision, "audio+image": vision}

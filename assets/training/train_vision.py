@@ -1,0 +1,93 @@
+"""Stage 4: train the vision tower, its projection and `vision-lora` together on the frozen language model."""
+
+import argparse
+import random
+
+import numpy as np
+import torch
+from torch import nn
+
+from mmlora.assets.training import pictures
+from mmlora.assets.training.loop import Checkpoint, optimizer_for, set_up, train
+from mmlora.assets.training.model import CHECKPOINTS, answer_logits, image_embeds
+from mmlora.assets.training.pictures import TASKS, Question, Scene
+from mmlora.assets.training.rows import Encoder, Row, Tokens, collate
+from mmlora.assets.training.stages import attach_adapter, frozen_language_model, greedy, prompt_embeds
+from mmlora.assets.training.text_tasks import style
+
+IMAGE_TOKENS = 41
+
+
+def pixels(scenes: list[Scene]) -> torch.Tensor:
+    """Draw scenes as normalized pixels `[num_scenes, 3, 112, 112]`."""
+    images = np.stack([np.asarray(pictures.draw(scene)) for scene in scenes])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _exchange(encoder: Encoder, question: Question, rng: random.Random, image: list[int]) -> Tokens:
+    text = style(question.text, rng)
+    return encoder.prompt([*encoder.text(text), *image]) + encoder.answer(question.answer)
+
+
+def picture_row(encoder: Encoder, scene: Scene, image: list[int], rng: random.Random) -> Row:
+    """Ask a few questions about a picture; four times in five the picture comes first."""
+    wanted = [*TASKS, rng.choice(TASKS[1:])]
+    questions = [q for q in (pictures.ask(scene, task, rng) for task in wanted) if q is not None]
+    if rng.random() < 0.8:
+        blocks = [_exchange(encoder, question, rng, []) for question in questions]
+        return Row(encoder.prompt([encoder.user, *image]), blocks)
+    exchange = _exchange(encoder, rng.choice(questions), rng, image)
+    return Row(blocks=[encoder.prompt([encoder.user]) + exchange])
+
+
+@torch.no_grad()
+def evaluate_pictures(model: nn.Module, encoder: Encoder, per_task: int = 100) -> str:
+    """Report exact-match accuracy by picture task on held-out scenes."""
+    rng, report = random.Random("held-out pictures"), []
+    image_token = model.config.vision_config.image_token_id
+    for task in TASKS:
+        right = 0
+        for _ in range(per_task):
+            scene, question = pictures.sample_picture_question(rng, task)
+            ids = [encoder.user, *[image_token] * IMAGE_TOKENS, *encoder.text(question.text)]
+            media = {image_token: image_embeds(model, pixels([scene]))}
+            embeds = prompt_embeds(model, [[*ids, encoder.end, encoder.assistant]], media)
+            right += encoder.text(question.answer) == greedy(model, embeds, encoder.end)[0]
+        report.append(f"{task} {right / per_task:.3f}")
+    return ", ".join(report)
+
+
+def main() -> None:
+    """Train the stage."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--size", type=int, default=24, help="pictures per batch")
+    parser.add_argument("--rank", type=int, default=32)
+    args = parser.parse_args()
+    set_up(4)
+    model, tokenizer = frozen_language_model(seed=4)
+    encoder, rng = Encoder(tokenizer), random.Random(4)
+    lora = attach_adapter(model, args.rank)
+    tower = model.model.embed_tokens_extend.image_embed.requires_grad_(True)
+    optimizer = optimizer_for([(tower.parameters(), 1e-3, 0.02), (lora.parameters(), 2e-3, 0)])
+    image_token = model.config.vision_config.image_token_id
+
+    def step_loss(step: int) -> torch.Tensor:
+        scenes = [pictures.sample_scene(rng) for _ in range(args.size)]
+        batch = collate([picture_row(encoder, scene, [image_token] * IMAGE_TOKENS, rng) for scene in scenes])
+        logits, labels = answer_logits(model, batch, {image_token: image_embeds(model, pixels(scenes))})
+        return nn.functional.cross_entropy(logits, labels)
+
+    checkpoint = Checkpoint(CHECKPOINTS / "vision.pt", {"image_embed": tower, "lora": lora}, optimizer)
+    train(
+        checkpoint,
+        step_loss,
+        args.steps,
+        evaluate=lambda: evaluate_pictures(model, encoder),
+        log_every=50,
+        evaluate_every=400,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""What a model's processor offers to the engine, and what it returns for one media item."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from mmlora.processors.items import MediaItem
+
+
+@dataclass(frozen=True, eq=False)
+class ProcessedMedia:
+    """Hold what the tower needs for one item.
+
+    Attributes:
+        modality: `"audio"` or `"image"`.
+        content_hash: sha256 hex over content and effective processor options; equal hash means equal tensors.
+        tensors: this item alone, unpadded and without a batch dimension, under the names of the model's forward.
+        num_tokens: placeholders that it fills in the prompt.
+    """
+
+    modality: str
+    content_hash: str
+    tensors: dict[str, torch.Tensor]
+    num_tokens: int
+
+
+class MultiModalProcessor(Protocol):
+    """Turn media items into tensors for one model; thread-safe, called from a pool."""
+
+    @property
+    def modalities(self) -> frozenset[str]:
+        """Modalities that the model takes."""
+        ...
+
+    def placeholder_token(self, modality: str) -> str:
+        """Text that stands for one item of `modality` in a prompt."""
+        ...
+
+    def placeholder_token_id(self, modality: str) -> int:
+        """Token id of `placeholder_token(modality)`."""
+        ...
+
+    def process(self, item: MediaItem, options: Mapping[str, Any] | None = None) -> ProcessedMedia:
+        """Compute the tensors of one item; `options` are the `mm_processor_kwargs` of the request.
+
+        Raises:
+            RequestError: an unknown option or a value that is not allowed.
+            MediaError: the item cannot be used with this model.
+        """
+        ...

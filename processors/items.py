@@ -1,0 +1,89 @@
+"""Decoded media items and the limits they were admitted under; decoding itself is in `audio.py` and `image.py`."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from mmlora.errors import ConfigError
+
+Modality = Literal["audio", "image"]
+
+
+@dataclass(frozen=True, eq=False)
+class AudioItem:
+    """Hold one mono clip.
+
+    Attributes:
+        samples: `[num_samples] float32`, full scale −1…1, read-only.
+        sample_rate: Hz.
+        content_hash: sha256 hex of the samples and the rate.
+    """
+
+    modality: ClassVar[Literal["audio"]] = "audio"
+    samples: npt.NDArray[np.float32]
+    sample_rate: int
+    content_hash: str
+
+    @classmethod
+    def from_samples(cls, samples: npt.NDArray[np.float32], sample_rate: int) -> "AudioItem":
+        """Take ownership of checked mono samples, freeze them and hash them."""
+        samples = np.ascontiguousarray(samples, dtype=np.float32)
+        samples.setflags(write=False)
+        digest = hashlib.sha256(f"audio:{sample_rate}:".encode())
+        digest.update(samples.data)
+        return cls(samples, sample_rate, digest.hexdigest())
+
+    @property
+    def duration_s(self) -> float:
+        return len(self.samples) / self.sample_rate
+
+
+@dataclass(frozen=True, eq=False)
+class ImageItem:
+    """Hold one RGB picture, EXIF-oriented, with alpha laid on white.
+
+    Attributes:
+        image: mode `RGB`; treat as read-only.
+        content_hash: sha256 hex of the size and the pixels.
+    """
+
+    modality: ClassVar[Literal["image"]] = "image"
+    image: Image.Image
+    content_hash: str
+
+    @classmethod
+    def from_rgb(cls, image: Image.Image) -> "ImageItem":
+        """Take ownership of a finished RGB image and hash it."""
+        digest = hashlib.sha256(f"image:{image.width}x{image.height}:".encode())
+        digest.update(image.tobytes())
+        return cls(image, digest.hexdigest())
+
+
+MediaItem = AudioItem | ImageItem
+
+
+@dataclass(frozen=True)
+class MediaLimits:
+    """Bound what one media item may cost; all three are checked before anything is decoded.
+
+    Attributes:
+        max_bytes: encoded size in bytes.
+        max_pixels: width x height in px.
+        max_duration_s: length of a clip in seconds.
+    """
+
+    max_bytes: int = 64 * 1024 * 1024
+    max_pixels: int = 64_000_000
+    max_duration_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_bytes", "max_pixels", "max_duration_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"MediaLimits.{name} is {getattr(self, name)!r}: it must be positive")
+
+
+DEFAULT_LIMITS = MediaLimits()

@@ -1,0 +1,65 @@
+"""Widen the one placeholder token of each media item to the number of embeddings that the item fills."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mmlora.errors import MediaError
+from mmlora.processors.base import MultiModalProcessor, ProcessedMedia
+
+
+@dataclass(frozen=True)
+class PlaceholderRange:
+    """Say where one item's embeddings go: `token_ids[start : start + length]`, item `media[media_index]`."""
+
+    start: int
+    length: int
+    media_index: int
+
+
+def expand_placeholders(
+    token_ids: list[int], media: Sequence[ProcessedMedia], processor: MultiModalProcessor
+) -> tuple[list[int], list[PlaceholderRange]]:
+    """Replace each placeholder by `num_tokens` copies for the next item of its modality, in order.
+
+    Returns:
+        The widened token ids and one range per item, sorted by start.
+
+    Raises:
+        MediaError: the prompt has more or fewer placeholders of a modality than there are items.
+    """
+    waiting = {
+        modality: [i for i, m in enumerate(media) if m.modality == modality] for modality in _all(media, processor)
+    }
+    modality_of = {processor.placeholder_token_id(modality): modality for modality in sorted(processor.modalities)}
+    _check_counts(token_ids, waiting, processor)
+    queues = {modality: iter(indices) for modality, indices in waiting.items()}
+    expanded: list[int] = []
+    ranges: list[PlaceholderRange] = []
+    for token_id in token_ids:
+        modality = modality_of.get(token_id)
+        if modality is None:
+            expanded.append(token_id)
+            continue
+        media_index = next(queues[modality])
+        length = media[media_index].num_tokens
+        ranges.append(PlaceholderRange(len(expanded), length, media_index))
+        expanded.extend([token_id] * length)
+    return expanded, ranges
+
+
+def _all(media: Sequence[ProcessedMedia], processor: MultiModalProcessor) -> list[str]:
+    return sorted(processor.modalities | {item.modality for item in media})
+
+
+def _check_counts(token_ids: list[int], waiting: dict[str, list[int]], processor: MultiModalProcessor) -> None:
+    for modality, indices in waiting.items():
+        if modality not in processor.modalities:
+            allowed = ", ".join(sorted(processor.modalities)) or "text only"
+            raise MediaError(f"{len(indices)} {modality} item(s) given, but this model takes {allowed}")
+        num_placeholders = token_ids.count(processor.placeholder_token_id(modality))
+        if num_placeholders != len(indices):
+            raise MediaError(
+                f"the prompt has {num_placeholders} {modality} placeholder(s) "
+                f"{processor.placeholder_token(modality)!r} but {len(indices)} {modality} item(s) were given; "
+                "there must be one per item"
+            )

@@ -1,0 +1,86 @@
+"""The routes of the HTTP server."""
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+
+from mmlora.async_llm import AsyncLLM
+from mmlora.errors import MMLoRAError
+from mmlora.server.chat import ChatService
+from mmlora.server.errors import Refusal, error_response
+from mmlora.server.limits import check_api_key
+from mmlora.server.models import ServedModels
+from mmlora.server.protocol import ChatCompletionRequest
+
+DEFAULT_MAX_REQUEST_BYTES = 128 * 2**20
+CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the access log does
+
+
+def build_app(
+    llm: AsyncLLM,
+    models: ServedModels,
+    *,
+    api_key: str | None = None,
+    max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES,
+) -> FastAPI:
+    """Build the application around a running engine.
+
+    Args:
+        llm: the engine; who made it shuts it down.
+        models: the names that clients may ask for.
+        api_key: what clients must send as bearer token; None lets everyone in.
+        max_request_bytes: the largest body of a request.
+    """
+    app = FastAPI(title="mmlora", docs_url=None, redoc_url=None)
+    service = ChatService(llm, models, max_request_bytes)
+
+    def authorize(request: Request) -> None:
+        check_api_key(request, api_key)
+
+    api = APIRouter(prefix="/v1", dependencies=[Depends(authorize)])
+
+    @api.post("/chat/completions", openapi_extra=_body_schema())
+    async def chat_completions(request: Request) -> Response:
+        try:
+            return await service.respond(request)
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    @api.get("/models")
+    async def list_models() -> JSONResponse:
+        return JSONResponse({"object": "list", "data": models.cards()})
+
+    @api.get("/models/{name:path}")
+    async def get_model(name: str) -> JSONResponse:
+        return JSONResponse(models.card(name))
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        return JSONResponse({"status": "ok"}) if llm.is_alive else JSONResponse({"status": "dead"}, status_code=503)
+
+    app.include_router(api)
+    _add_error_handlers(app)
+    return app
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    """Answer every failure with OpenAI's error body."""
+
+    @app.exception_handler(MMLoRAError)
+    async def known(_: Request, error: MMLoRAError) -> Response:
+        return error_response(error)
+
+    @app.exception_handler(HTTPException)
+    async def routing(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return error_response(Refusal(error.status_code, message))
+
+    @app.exception_handler(Exception)
+    async def unknown(_: Request, error: Exception) -> Response:
+        return error_response(error)
+
+
+def _body_schema() -> dict[str, object]:
+    schema = ChatCompletionRequest.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

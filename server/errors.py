@@ -1,0 +1,60 @@
+"""Errors as HTTP answers: OpenAI's error body, 4xx for what the client did, 5xx for what the server did."""
+
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from mmlora.errors import AdapterNotFound, EngineDeadError, MMLoRAError, RequestError
+
+
+class Refusal(MMLoRAError):
+    """A refusal that has a status of its own."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+
+
+def status_of(error: Exception) -> int:
+    """The HTTP status of an error."""
+    if isinstance(error, Refusal):
+        return error.status
+    if isinstance(error, AdapterNotFound):
+        return 404
+    if isinstance(error, RequestError):
+        return 400
+    return 503 if isinstance(error, EngineDeadError) else 500
+
+
+def error_body(error: Exception) -> dict[str, Any]:
+    """Describe an error the way OpenAI does.
+
+    Only errors raised on purpose tell their message; any other is an internal error and says no more.
+    """
+    status = status_of(error)
+    is_known = isinstance(error, MMLoRAError)
+    kinds = {401: "authentication_error", 404: "not_found_error", 503: "service_unavailable_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "internal_server_error")
+    return {
+        "error": {
+            "message": str(error) if is_known else "internal server error",
+            "type": kind,
+            "param": getattr(error, "param", None),
+            "code": getattr(error, "code", None) or _code(error),
+        }
+    }
+
+
+def error_response(error: Exception) -> JSONResponse:
+    """Answer with an error."""
+    return JSONResponse(error_body(error), status_code=status_of(error))
+
+
+def _code(error: Exception) -> str | None:
+    """`MediaError` → `media_error`, so that a client can tell faults apart without reading prose."""
+    if not isinstance(error, MMLoRAError) or isinstance(error, Refusal):
+        return None
+    name = "RequestError" if type(error).__name__ == "FieldError" else type(error).__name__
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")

@@ -1,0 +1,123 @@
+"""From options to a running HTTP server: claim the port, load the engine, serve, shut down."""
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import uvicorn
+
+from mmlora.async_llm import AsyncLLM
+from mmlora.config import EngineArgs
+from mmlora.errors import ConfigError
+from mmlora.lora.request import LoRARequest
+from mmlora.server.api import DEFAULT_MAX_REQUEST_BYTES, build_app
+from mmlora.server.models import LoRAModule, ServedAdapter, ServedModels
+
+
+@dataclass(frozen=True)
+class ServerArgs:
+    """Options of the server that are not the engine's.
+
+    Args:
+        host: address to listen on.
+        port: port to listen on; 0 takes a free one.
+        api_key: what clients must send as bearer token; without it everyone is let in.
+        lora_modules: adapters to load at start, each `name=path` or a JSON object with `name`, `path` and
+            `base_model_name`.
+        max_request_bytes: largest body of a request, in bytes.
+        uvicorn_log_level: of uvicorn: critical, error, warning, info, debug or trace.
+
+    Raises:
+        ConfigError: an option has a wrong value.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    lora_modules: Sequence[LoRAModule] = ()
+    max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES
+    uvicorn_log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port={self.port}: must be from 0 to 65535")
+        if self.max_request_bytes < 1:
+            raise ConfigError(f"max_request_bytes={self.max_request_bytes}: must be a positive integer")
+        if self.uvicorn_log_level not in uvicorn.config.LOG_LEVELS:
+            allowed = ", ".join(uvicorn.config.LOG_LEVELS)
+            raise ConfigError(f"uvicorn_log_level={self.uvicorn_log_level!r}: must be one of {allowed}")
+
+
+def serve(engine_args: EngineArgs, server_args: ServerArgs) -> None:
+    """Serve until the process is told to stop.
+
+    Raises:
+        ConfigError: the port is taken, or options, model and adapters do not fit together.
+        AdapterError: an adapter cannot be loaded.
+    """
+    listener = _listen(server_args.host, server_args.port)  # before the slow part, so that a taken port is told at once
+    try:
+        llm = AsyncLLM(engine_args)
+        try:
+            models = load_served_models(llm, server_args.lora_modules)
+            app = build_app(llm, models, api_key=server_args.api_key, max_request_bytes=server_args.max_request_bytes)
+            config = uvicorn.Config(app, log_level=server_args.uvicorn_log_level, lifespan="off")
+            _Server(config, models.names).run(sockets=[listener])
+        finally:
+            llm.shutdown()
+    finally:
+        listener.close()
+
+
+def load_served_models(llm: AsyncLLM, lora_modules: Sequence[LoRAModule] = ()) -> ServedModels:
+    """Load the adapters of `--lora-modules` and name everything that an engine serves.
+
+    Raises:
+        ConfigError: two models share a name, or adapters are given to an engine without LoRA.
+        AdapterError: an adapter cannot be loaded.
+    """
+    args, parts = llm.engine.args, llm.engine.parts
+    adapters = [
+        ServedAdapter(key, request, adapter, default_for=key) for key, (request, adapter) in parts.defaults.items()
+    ]
+    if lora_modules and parts.store is None:
+        raise ConfigError(f"lora_modules: {lora_modules[0].name!r} needs enable_lora=True")
+    names = [llm.model_name, *parts.defaults]
+    for lora_int_id, module in enumerate(lora_modules, start=1):
+        if module.name in names:
+            raise ConfigError(f"lora_modules: the name {module.name!r} is taken; taken are {', '.join(names)}")
+        names.append(module.name)
+        request = LoRARequest(module.name, lora_int_id, module.path, module.base_model_name)
+        assert parts.store is not None
+        adapters.append(ServedAdapter(module.name, request, parts.store.get(request)))
+    return ServedModels(llm.model_name, args.model, llm.engine.max_model_len, adapters)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(f"host={host!r}: {error.strerror or error}") from None
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """Says in one line when it is ready, and under which names it serves."""
+
+    def __init__(self, config: uvicorn.Config, names: Sequence[str]) -> None:
+        super().__init__(config)
+        self._names = names
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if not self.should_exit and sockets:
+            host, port = sockets[0].getsockname()[:2]
+            host = f"[{host}]" if ":" in host else host
+            print(f"mmlora is ready: http://{host}:{port}/v1 serves {', '.join(self._names)}", flush=True)

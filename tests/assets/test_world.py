@@ -1,0 +1,75 @@
+"""The training world: splits do not overlap, questions have the answers their scenes show."""
+
+import random
+
+import pytest
+from mmlora.assets.training import pictures, world
+from mmlora.assets.training.evaluate import Case, Metric, normalize
+from mmlora.assets.training.metrics import word_errors
+from mmlora.assets.training.text_tasks import SPANISH, sample_text_item
+
+
+def test_sentences_of_both_splits_are_disjoint_and_of_the_world() -> None:
+    rng = random.Random(0)
+    trained = {world.sample_sentence(rng, held_out=False) for _ in range(3000)}
+    held_out = {world.sample_sentence(rng, held_out=True) for _ in range(500)}
+    assert not trained & held_out
+    for sentence in trained | held_out:
+        words = sentence.split()
+        assert 2 <= len(words) <= 12
+        assert set(words) <= set(world.WORDS)
+
+
+def test_sums_add_up_and_stay_within_twenty() -> None:
+    rng = random.Random(0)
+    for held_out in (False, True):
+        for _ in range(300):
+            sentence, answer = world.sample_sum(rng, held_out=held_out)
+            left, sign, right = sentence.split()[-3:]
+            a, b = world.NUMBERS.index(left), world.NUMBERS.index(right)
+            assert world.NUMBERS.index(answer) == (a + b if sign == "plus" else a - b)
+            assert world.is_held_out(sentence) == held_out
+
+
+def test_every_generated_question_has_the_answer_found_from_its_text() -> None:
+    rng = random.Random(0)
+    for _ in range(600):
+        scene, question = pictures.sample_picture_question(rng)
+        if question.task == "describe":
+            assert question.answer.count(" and ") == len(scene.shapes) - 1
+        else:
+            assert pictures.answer(scene, question.text) == question.answer
+
+
+def test_a_spoken_question_gets_a_scene_with_a_clear_answer() -> None:
+    rng = random.Random(0)
+    for _ in range(60):
+        text = pictures.sample_spoken_question(rng, held_out=True)
+        scene, answer = pictures.scene_for(text, rng)
+        assert answer == pictures.answer(scene, text)
+
+
+def test_pictures_depend_on_the_scene_alone() -> None:
+    scene = pictures.sample_scene(random.Random(1))
+    assert pictures.draw(scene).tobytes() == pictures.draw(scene).tobytes()
+    assert pictures.draw(scene).size == (112, 112)
+
+
+def test_spanish_answers_use_spanish_words() -> None:
+    rng = random.Random(0)
+    items = [item for item in (sample_text_item(rng) for _ in range(300)) if "plus" in item.question and item.spanish]
+    assert items and all(item.spanish in SPANISH.values() for item in items)
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "errors"),
+    [("a b c", "a b c", 0), ("a b c", "", 3), ("a b c", "a x c", 1), ("a b", "a b c d", 2), ("a b c", "b c", 1)],
+)
+def test_word_errors(reference: str, hypothesis: str, errors: int) -> None:
+    assert word_errors(reference, hypothesis) == errors
+
+
+def test_scores_ignore_case_and_punctuation() -> None:
+    metric = Metric("m", "", [Case("q", "a red star", {}), Case("q", "two", {})])
+    assert normalize("A red, star.") == "a red star"
+    assert metric.score(["A red star.", "three"]) == 0.5

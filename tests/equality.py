@@ -1,0 +1,147 @@
+"""Comparison of the engine with the reference, as DESIGN.md "Equality, precisely" defines it."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mmlora import BASE, LLM, LoRARequest, RequestOutput, SamplingParams
+from tests.reference import Media, Reference, ReferenceOutput
+
+LOGIT_TOLERANCE = 1e-4  # fp32
+NEAR_TIE = 1e-3  # fp32: between the reference's top two logits
+NUM_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """A request for engine and reference alike; `adapter` is a key of the checkpoint's adapters."""
+
+    name: str
+    prompt: str
+    media: Media = field(default_factory=Media)
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk with its adapters, and the float32 reference for it."""
+
+    path: Any
+    adapters: dict[str, Any]
+    reference: Reference
+    _known: dict[tuple[object, ...], ReferenceOutput] = field(default_factory=dict)
+
+    def lora_request(self, name: str | None) -> object:
+        """What to pass for an adapter; on purpose `BASE` for none."""
+        if name is None:
+            return BASE
+        return LoRARequest(name, 1 + list(self.adapters).index(name), str(self.adapters[name]))
+
+    def expected(self, case: Case) -> ReferenceOutput:
+        """The reference's answer, computed once per case."""
+        key = (case.name, case.prompt, case.adapter)
+        if key not in self._known:
+            adapter = self.adapters[case.adapter] if case.adapter is not None else None
+            self._known[key] = self.reference.generate(case.prompt, case.media, adapter, NUM_TOKENS)
+        return self._known[key]
+
+
+@dataclass
+class Statistics:
+    """What all comparisons of a session found."""
+
+    num_answers: int = 0
+    num_logit_rows: int = 0
+    num_near_ties: int = 0
+    max_logit_error: float = 0.0
+    max_half_error: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_answers} answers, {self.num_logit_rows} rows of logits against transformers + PEFT: largest "
+            f"difference {self.max_logit_error:.1e}, {self.num_near_ties} answers differ after a near-tie"
+        )
+
+
+STATISTICS = Statistics()
+Logits = dict[int, torch.Tensor]
+
+
+@contextmanager
+def recorded_logits(llm: LLM) -> Iterator[dict[str, Logits]]:
+    """Record raw logits `[vocab_size]` by request id and position, for the first answer of each request."""
+    runner: Any = llm.llm_engine.parts.runner
+    forward, found = runner._forward, defaultdict(dict)
+
+    def record(batch: Any) -> tuple[list[int], torch.Tensor]:
+        rows, logits = forward(batch)
+        for item, first_row in zip(batch.items, batch.starts, strict=True):
+            for row, values in zip(rows, logits, strict=True):
+                if first_row <= row < first_row + item.num_tokens and item.seq.index == 0:
+                    found[item.seq.request.request_id][item.start + row - first_row] = values.clone()
+        return rows, logits
+
+    runner._forward = record
+    try:
+        yield found
+    finally:
+        del runner._forward
+
+
+def greedy(**options: Any) -> SamplingParams:
+    """Greedy decoding of `NUM_TOKENS` tokens that computes the logits of every prompt token too."""
+    return SamplingParams(**{"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True, **options})
+
+
+def run_cases(
+    llm: LLM, checkpoint: Checkpoint, cases: Sequence[Case], *, is_automatic: bool = False, **options: Any
+) -> list[tuple[RequestOutput, Logits]]:
+    """Run all cases as one batch, by default with the logits of the whole prompt.
+
+    Args:
+        is_automatic: leave the choice of adapter to the engine.
+    """
+    prompts = [{"prompt": case.prompt, "multi_modal_data": case.media.as_prompt_data} for case in cases]
+    loras = None if is_automatic else [checkpoint.lora_request(case.adapter) for case in cases]
+    with recorded_logits(llm) as logits:
+        outputs = llm.generate(prompts, greedy(**{"prompt_logprobs": 0, **options}), loras, use_tqdm=False)
+    return [(output, logits[output.request_id]) for output in outputs]
+
+
+def check_cases(llm: LLM, checkpoint: Checkpoint, cases: Sequence[Case], **options: Any) -> list[RequestOutput]:
+    """Run all cases as one batch and compare tokens and logits of each with the reference."""
+    results = run_cases(llm, checkpoint, cases, **options)
+    for case, (output, logits) in zip(cases, results, strict=True):
+        check_equal(output, logits, checkpoint.expected(case), case.name)
+    return [output for output, _ in results]
+
+
+def check_equal(output: RequestOutput, logits: Logits, expected: ReferenceOutput, name: str = "") -> None:
+    """Compare an answer with the reference; after a near-tie that fell the other way, there is nothing to compare."""
+    assert output.error is None, f"{name}: {output.error}"
+    assert output.prompt_token_ids == expected.prompt_ids, name
+    tokens = output.outputs[0].token_ids
+    assert len(tokens) == len(expected.token_ids), name
+    num_equal = num_equal_tokens(tokens, expected.token_ids)
+    last = len(expected.prompt_ids) - 1 + min(num_equal, len(tokens) - 1)  # the last row with an equal context
+    compared = [position for position in sorted(logits) if position <= last]
+    assert compared and compared[-1] == last, name
+    error = max(float((logits[position] - expected.logits[position]).abs().max()) for position in compared)
+    STATISTICS.num_answers += 1
+    STATISTICS.num_logit_rows += len(compared)
+    STATISTICS.max_logit_error = max(STATISTICS.max_logit_error, error)
+    assert error <= LOGIT_TOLERANCE, f"{name}: logits differ by {error:.2e}"
+    if num_equal < len(tokens):
+        top = expected.logits[last].topk(2).values
+        STATISTICS.num_near_ties += 1
+        assert float(top[0] - top[1]) < NEAR_TIE, f"{name}: {tokens} instead of {expected.token_ids}"
+
+
+def num_equal_tokens(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """Length of the common start."""
+    pairs = enumerate(zip(tokens, others, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(tokens), len(others)))

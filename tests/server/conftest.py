@@ -1,0 +1,135 @@
+"""A tiny random Phi-4-multimodal behind a real server, and the media that its requests carry."""
+
+from __future__ import annotations
+
+import base64
+import io
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import uvicorn
+from fastapi import FastAPI
+from openai import OpenAI
+from PIL import Image
+
+from mmlora.async_llm import AsyncLLM
+from mmlora.config import EngineArgs
+from mmlora.server.api import build_app
+from mmlora.server.launch import load_served_models
+from mmlora.server.models import LoRAModule
+from tests.checkpoints import PHI4_ADAPTERS, save_adapter, save_phi4
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """A server in a thread of this process."""
+
+    llm: AsyncLLM
+    address: str
+
+    @property
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
+
+    def ask(self, *parts: dict[str, Any], model: str = "tiny", **options: Any) -> dict[str, Any]:
+        """One greedy answer of four tokens to one message, as a dictionary."""
+        extra = {name: options.pop(name) for name in ("lora", "top_k", "mm_processor_kwargs") if name in options}
+        with self.client as client:
+            answer = client.chat.completions.create(
+                model=model,
+                messages=[{"role": "user", "content": list(parts)}],  # type: ignore[list-item,misc]
+                extra_body=extra,
+                **{"temperature": 0, "max_tokens": 4, **options},
+            )
+        return dict(answer.to_dict())
+
+
+@contextmanager
+def run_app(app: FastAPI) -> Iterator[str]:
+    """Serve an application on a free port and give its address."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            deadline = time.monotonic() + 30
+            while not server.started:
+                assert thread.is_alive() and time.monotonic() < deadline, "the server did not start"
+                time.sleep(0.01)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+class ServerFactory:
+    """Starts servers that live as long as the module's tests."""
+
+    def __init__(self, model: Path, stack: ExitStack) -> None:
+        self._model = model
+        self._stack = stack
+
+    def __call__(self, *lora_modules: LoRAModule, **options: Any) -> RunningServer:
+        options = {"served_model_name": "tiny", "enable_lora": True, "max_loras": 2, "device": "cpu", **options}
+        llm = AsyncLLM(EngineArgs.from_kwargs(str(self._model), **options))
+        self._stack.callback(llm.shutdown)
+        app = build_app(llm, load_served_models(llm, lora_modules))
+        return RunningServer(llm, self._stack.enter_context(run_app(app)))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_phi4(tmp_path_factory.mktemp("tiny-phi4") / "model")
+
+
+@pytest.fixture(scope="session")
+def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Paths of adapters by name: `speech` and `vision` change towers too, `words` the language model alone."""
+    folder = tmp_path_factory.mktemp("adapters")
+    sources = {"speech": "everything", "vision": "rslora", "words": "text"}
+    return {name: str(save_adapter(model, folder / name, PHI4_ADAPTERS[kind])) for name, kind in sources.items()}
+
+
+@pytest.fixture(scope="module")
+def start_server(model: Path) -> Iterator[ServerFactory]:
+    with ExitStack() as stack:
+        yield ServerFactory(model, stack)
+
+
+@pytest.fixture(scope="session")
+def wav() -> bytes:
+    buffer = io.BytesIO()
+    samples = 0.3 * np.sin(np.arange(8000) * np.linspace(0.05, 0.3, 8000))
+    soundfile.write(buffer, samples.astype(np.float32), 16000, format="WAV")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def png() -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 255, (42, 42, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def text_part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def input_audio_part(data: bytes, audio_format: str = "wav") -> dict[str, Any]:
+    return {"type": "input_audio", "input_audio": {"data": base64.b64encode(data).decode(), "format": audio_format}}
+
+
+def url_part(kind: str, data: bytes, mime: str) -> dict[str, Any]:
+    """An `audio_url` or `image_url` part with a data: URL."""
+    return {"type": kind, kind: {"url": f"data:{mime};base64,{base64.b64encode(data).decode()}"}}

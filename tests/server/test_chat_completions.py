@@ -1,0 +1,132 @@
+"""Chat completions with the `openai` client: fields, streaming, and what happens when the client leaves."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import httpx
+import pytest
+from openai import APIError
+from openai.types.chat import ChatCompletionChunk
+
+from mmlora.errors import MMLoRAError
+from tests.server.conftest import RunningServer, ServerFactory, input_audio_part, text_part
+
+LONG = {"max_tokens": 480, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module")
+def server(start_server: ServerFactory, adapters: dict[str, str]) -> RunningServer:
+    return start_server(default_mm_loras={"audio": adapters["speech"]})
+
+
+def stream(server: RunningServer, content: Any, **options: Any) -> list[ChatCompletionChunk]:
+    with server.client as client:
+        return list(
+            client.chat.completions.create(
+                model="tiny",
+                messages=[{"role": "user", "content": content}],
+                stream=True,
+                **{"temperature": 0, "max_tokens": 12, **options},
+            )
+        )
+
+
+def wait_until_idle(server: RunningServer) -> float:
+    """Seconds until no request is left."""
+    start = time.monotonic()
+    while server.llm.engine.has_unfinished_requests:
+        assert time.monotonic() - start < 30, "the request still runs"
+        time.sleep(0.005)
+    return time.monotonic() - start
+
+
+def test_stream_joins_to_the_whole_answer(server: RunningServer, wav: bytes) -> None:
+    parts = [input_audio_part(wav), text_part("what is it?")]
+    whole = server.ask(*parts, max_tokens=12, n=2, logprobs=True, top_logprobs=2)
+    chunks = stream(server, parts, n=2, logprobs=True, top_logprobs=2, stream_options={"include_usage": True})
+    for index in range(2):
+        choices = [choice for chunk in chunks for choice in chunk.choices if choice.index == index]
+        assert choices[0].delta.role == "assistant"
+        assert "".join(c.delta.content or "" for c in choices) == whole["choices"][index]["message"]["content"]
+        assert [c.finish_reason for c in choices if c.finish_reason] == [whole["choices"][index]["finish_reason"]]
+        logprobs = [entry.to_dict() for c in choices if c.logprobs for entry in c.logprobs.content or ()]
+        expected = whole["choices"][index]["logprobs"]["content"]
+        assert [entry["token"] for entry in logprobs] == [entry["token"] for entry in expected]
+        assert all(len(entry["top_logprobs"]) == 2 for entry in logprobs)
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert getattr(chunks[-1].usage, name) == whole["usage"][name]
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def test_first_and_last_chunk_name_the_adapter(server: RunningServer, wav: bytes) -> None:
+    chunks = [chunk.to_dict() for chunk in stream(server, [input_audio_part(wav)])]
+    assert chunks[0]["lora"]["reason"] == chunks[-1]["lora"]["reason"] == "default:audio"  # type: ignore[index,call-overload]
+    assert len({chunk["id"] for chunk in chunks}) == 1
+
+
+def test_sampling_fields_reach_the_engine(server: RunningServer) -> None:
+    question = text_part("tell me a story")
+    greedy = server.ask(question, max_tokens=16)["choices"][0]["message"]["content"]
+    hot = {"temperature": 5.0, "max_tokens": 16}
+    seeded = [server.ask(question, seed=7, **hot)["choices"][0]["message"]["content"] for _ in range(2)]
+    assert seeded[0] == seeded[1] != greedy
+    assert server.ask(question, seed=8, **hot)["choices"][0]["message"]["content"] != seeded[0]
+    assert server.ask(question, top_k=1, **hot)["choices"][0]["message"]["content"] == greedy
+    banned = server.ask(question, max_tokens=16, logit_bias={str(token): -100 for token in range(7, 200)})
+    assert banned["choices"][0]["message"]["content"] != greedy
+    stopped = server.ask(question, max_tokens=16, stop=[greedy[3]])["choices"][0]
+    assert stopped["message"]["content"] == greedy[: greedy.index(greedy[3])]
+    assert (stopped["finish_reason"], stopped["stop_reason"]) == ("stop", greedy[3])
+    short = server.ask(question, max_completion_tokens=3, max_tokens=3)
+    assert (short["usage"]["completion_tokens"], short["choices"][0]["finish_reason"]) == (3, "length")
+    assert len(short["choices"]) == 1 and len(server.ask(question, n=3)["choices"]) == 3
+
+
+def test_a_client_that_leaves_a_stream_aborts_its_request(server: RunningServer) -> None:
+    start = time.monotonic()
+    assert len(stream(server, "a long story", **LONG)) > 100
+    full_s = time.monotonic() - start
+
+    with server.client as client:
+        response = client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "another story"}], stream=True, **LONG
+        )
+        next(iter(response))
+        assert server.llm.engine.has_unfinished_requests
+        response.close()
+    assert wait_until_idle(server) < full_s / 2
+
+
+def test_a_client_that_leaves_before_the_answer_aborts_its_request(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aborted = []
+    abort = server.llm.engine.abort_delta
+    monkeypatch.setattr(server.llm.engine, "abort_delta", lambda name: aborted.append(name) or abort(name))
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "story"}], "max_tokens": 480, "ignore_eos": True}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.address}/v1/chat/completions", json=body, timeout=httpx.Timeout(30, read=0.2))
+    wait_until_idle(server)
+    assert len(aborted) == 1
+
+
+def test_a_failure_in_the_middle_of_a_stream_reaches_the_client(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, calls = server.llm.engine.parts.runner, []
+    run = runner.run
+
+    def fail_on_third(scheduled: Any) -> Any:
+        calls.append(scheduled)
+        if len(calls) == 3:
+            raise MMLoRAError("broken on purpose")
+        return run(scheduled)
+
+    monkeypatch.setattr(runner, "run", fail_on_third)
+    with pytest.raises(APIError, match="broken on purpose"):
+        stream(server, "a story", **LONG)
+    assert server.ask(text_part("still there?"))["usage"]["completion_tokens"] == 4

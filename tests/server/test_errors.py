@@ -1,0 +1,217 @@
+"""Bad requests over HTTP: each gets a named error, and the server goes on."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from mmlora.async_llm import AsyncLLM
+from mmlora.server.api import build_app
+from mmlora.server.launch import load_served_models
+from tests.server.conftest import RunningServer, ServerFactory, input_audio_part, run_app, text_part, url_part
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def shared_server(start_server: ServerFactory, adapters: dict[str, str]) -> RunningServer:
+    return start_server(
+        default_mm_loras={"audio": adapters["speech"]}, limit_mm_per_prompt={"image": 1}, max_logprobs=5
+    )
+
+
+@pytest.fixture
+def server(shared_server: RunningServer) -> Iterator[RunningServer]:
+    """The server, which must still answer when the test is over."""
+    yield shared_server
+    assert shared_server.ask(text_part("still there?"))["usage"]["completion_tokens"] == 4
+    assert not shared_server.llm.engine.has_unfinished_requests
+
+
+def refuse(server: RunningServer, body: Any, status: int = 400) -> dict[str, Any]:
+    """Send a request that must be refused and give its error."""
+    response = httpx.post(f"{server.address}/v1/chat/completions", json=body, timeout=60)
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return dict(error)
+
+
+def message_of(*parts: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(parts)}], "max_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools"),
+        ({"messages": MESSAGES, "response_format": {"type": "json_object"}}, "response_format"),
+        ({"messages": MESSAGES, "modalities": ["text", "audio"]}, "modalities"),
+        ({"messages": MESSAGES, "temprature": 0}, "temprature"),
+        ({"messages": MESSAGES, "temperature": "hot"}, "temperature"),
+        ({"messages": MESSAGES, "stop": 5}, "stop"),
+        ({"messages": MESSAGES, "top_logprobs": 2}, "top_logprobs"),
+        ({"messages": MESSAGES, "stream_options": {"include_usage": True}}, "stream_options"),
+        ({"messages": MESSAGES, "max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
+        ({"messages": []}, "messages"),
+        ({"model": "tiny"}, "messages"),
+        ([], "body"),
+        ({"messages": MESSAGES, "lora": [{"name": "audio", "scale": 0.5}]}, "lora"),
+        ({"messages": MESSAGES, "lora": [{"name": "audio"}, {"name": "audio"}]}, "lora"),
+        ({"messages": MESSAGES, "lora": [{"path": "audio"}]}, "lora"),
+        ({"messages": MESSAGES, "lora": 3}, "lora"),
+        ({"messages": MESSAGES, "model": "audio", "lora": []}, "lora"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_field_that_cannot_be_honoured_is_named(server: RunningServer, body: Any, param: str) -> None:
+    error = refuse(server, body)
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+
+
+def test_harmless_fields_are_accepted(server: RunningServer) -> None:
+    harmless = {
+        "user": "me",
+        "store": True,
+        "metadata": {"a": "b"},
+        "service_tier": "auto",
+        "parallel_tool_calls": True,
+        "safety_identifier": "x",
+        "prompt_cache_key": "y",
+        "tools": [],
+        "response_format": {"type": "text"},
+        "n": None,
+    }
+    body = {"messages": MESSAGES, "max_tokens": 2, **harmless}
+    assert httpx.post(f"{server.address}/v1/chat/completions", json=body, timeout=60).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ({"messages": MESSAGES, "temperature": -1}, "temperature=-1"),
+        ({"messages": MESSAGES, "n": 0}, "n=0"),
+        ({"messages": MESSAGES, "logprobs": True, "top_logprobs": 6}, "max_logprobs=5"),
+        ({"messages": [{"role": "user", "content": "long " * 300}]}, "max_model_len=512"),
+        ({"messages": [{"content": "no role"}]}, "role"),
+        ({"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, "video_url"),
+        ({"messages": MESSAGES, "mm_processor_kwargs": {"unknown_option": 1}}, "unknown_option"),
+    ],
+    ids=["temperature", "n", "logprobs", "too long", "role", "part", "processor option"],
+)
+def test_values_out_of_range_are_named(server: RunningServer, wav: bytes, body: dict[str, Any], text: str) -> None:
+    if "mm_processor_kwargs" in body:
+        body = {**message_of(input_audio_part(wav)), "mm_processor_kwargs": body["mm_processor_kwargs"]}
+    assert text in refuse(server, body)["message"]
+
+
+@pytest.mark.parametrize(("field", "value"), [("model", "gpt-9"), ("lora", "gpt-9"), ("lora", [{"name": "gpt-9"}])])
+def test_an_unknown_name_is_404(server: RunningServer, field: str, value: object) -> None:
+    error = refuse(server, {"messages": MESSAGES, field: value}, 404)
+    assert (error["param"], error["type"]) == (field, "not_found_error")
+    assert "'gpt-9'" in error["message"] and "'audio'" in error["message"]
+
+
+def bad_media(case: str, wav: bytes, png: bytes) -> list[dict[str, Any]]:
+    image = url_part("image_url", png, "image/png")
+    return {
+        "truncated PNG": [url_part("image_url", png[: len(png) // 2], "image/png")],
+        "0-byte audio": [input_audio_part(b"")],
+        "text as image": [url_part("image_url", b"just some words", "image/png")],
+        "audio as image": [url_part("image_url", wav, "image/png")],
+        "web address": [{"type": "image_url", "image_url": {"url": "https://example.com/cat.png"}}],
+        "not base64": [{"type": "input_audio", "input_audio": {"data": "@@@@", "format": "wav"}}],
+        "more placeholders than media": [text_part("<|image|> <|image|>"), image],
+        "placeholder without media": [text_part("what is <|audio|>?")],
+        "more images than allowed": [image, image],
+    }[case]
+
+
+@pytest.mark.parametrize(
+    ("case", "text"),
+    [
+        ("truncated PNG", "image"),
+        ("0-byte audio", "0 bytes"),
+        ("text as image", "neither audio nor an image"),
+        ("audio as image", "audio, but image"),
+        ("web address", "only data: URLs"),
+        ("not base64", "base64"),
+        ("more placeholders than media", "3"),
+        ("placeholder without media", "1"),
+        ("more images than allowed", "limit_mm_per_prompt"),
+    ],
+)
+def test_bad_media_is_refused_by_name(server: RunningServer, wav: bytes, png: bytes, case: str, text: str) -> None:
+    error = refuse(server, message_of(*bad_media(case, wav, png)))
+    assert error["code"] == "media_error"
+    assert text in error["message"]
+
+
+@pytest.mark.parametrize("is_claimed", [True, False], ids=["claimed", "sent in chunks"])
+def test_a_body_of_3_gb_is_refused_before_it_is_held(server: RunningServer, is_claimed: bool) -> None:
+    """Send what the claim says, or chunk after chunk, until the server answers."""
+    address = urlsplit(server.address)
+    claim = b"content-length: 3221225472" if is_claimed else b"transfer-encoding: chunked"
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n%s\r\n\r\n" % claim
+    )
+    chunk = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
+    with socket.create_connection((address.hostname, address.port), timeout=60) as connection:
+        connection.sendall(head)
+        if not is_claimed:
+            for _ in range(129):
+                connection.sendall(chunk)
+        answer = connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"134217728 bytes" in answer
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b'{"messages": NaN}'])
+def test_a_body_that_is_not_json_is_refused(server: RunningServer, body: bytes) -> None:
+    response = httpx.post(f"{server.address}/v1/chat/completions", content=body)
+    assert response.status_code == 400
+    assert "not JSON" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v2/nothing", 404), ("PUT", "/v1/models", 405)])
+def test_unknown_routes_have_the_same_error_body(server: RunningServer, method: str, path: str, status: int) -> None:
+    response = httpx.request(method, server.address + path)
+    assert response.status_code == status
+    assert path in response.json()["error"]["message"]
+
+
+def test_health_tells_a_dead_engine(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert httpx.get(f"{server.address}/health").status_code == 200
+    with monkeypatch.context() as patch:
+        patch.setattr(AsyncLLM, "is_alive", property(lambda self: False))
+        assert httpx.get(f"{server.address}/health").status_code == 503
+
+
+def test_an_internal_error_tells_no_details(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a secret")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server.llm.engine, "default_sampling_params", lambda **_: fail())
+        response = httpx.post(f"{server.address}/v1/chat/completions", json={"messages": MESSAGES})
+    assert response.status_code == 500
+    assert "secret" not in response.text and json.loads(response.text)["error"]["type"] == "internal_server_error"
+
+
+def test_an_api_key_guards_everything_but_health(server: RunningServer) -> None:
+    app = build_app(server.llm, load_served_models(server.llm), api_key="clé")
+    with run_app(app) as address:
+        assert httpx.get(f"{address}/health").status_code == 200
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic clé".encode()}):
+            refused = httpx.get(f"{address}/v1/models", headers=headers)
+            assert refused.status_code == 401
+            assert refused.json()["error"]["code"] == "invalid_api_key"
+        allowed = httpx.get(f"{address}/v1/models", headers={"authorization": "Bearer clé".encode()})
+        assert allowed.status_code == 200

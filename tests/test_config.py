@@ -1,0 +1,107 @@
+"""`EngineArgs`: wrong options are refused by name, all of them in one message."""
+
+import pytest
+import torch
+
+from mmlora import EngineArgs
+from mmlora.errors import ConfigError
+
+WRONG = [
+    ("model", ""),
+    ("model", 5),
+    ("dtype", "int8"),
+    ("dtype", torch.int8),
+    ("dtype", ["float32"]),
+    ("device", "tpu"),
+    ("device", None),
+    ("seed", "1"),
+    ("seed", True),
+    ("max_model_len", 0),
+    ("max_num_seqs", 0),
+    ("max_num_batched_tokens", -1),
+    ("max_num_batched_tokens", 1.5),
+    ("block_size", 0),
+    ("kv_cache_memory_bytes", 0),
+    ("encoder_cache_memory_bytes", 0),
+    ("gpu_memory_utilization", 0),
+    ("gpu_memory_utilization", 1.1),
+    ("gpu_memory_utilization", "all"),
+    ("max_loras", 0),
+    ("max_loras", "8"),
+    ("max_lora_rank", 0),
+    ("max_cpu_loras", 0),
+    ("max_cpu_loras", 7),
+    ("max_cpu_loras", "9"),
+    ("default_mm_loras", ["audio"]),
+    ("default_mm_loras", {"audio": "path"}),
+    ("limit_mm_per_prompt", {"video": 1}),
+    ("limit_mm_per_prompt", {"audio": -1}),
+    ("limit_mm_per_prompt", {"audio": True}),
+    ("limit_mm_per_prompt", ["audio"]),
+    ("mm_processor_kwargs", ["dynamic_hd"]),
+    ("max_logprobs", -2),
+    ("generation_config", "some/path"),
+    ("tensor_parallel_size", 2),
+    ("trust_remote_code", True),
+    ("quantization", "awq"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=lambda value: repr(value))
+def test_a_wrong_option_is_refused_and_named(name, value):
+    with pytest.raises(ConfigError, match=rf"{name}="):
+        EngineArgs(**{"model": "m", name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dtype", "bfloat16"),
+        ("dtype", torch.float16),
+        ("device", "cuda:1"),
+        ("max_model_len", 2048),
+        ("max_cpu_loras", 8),
+        ("default_mm_loras", {}),
+        ("limit_mm_per_prompt", {"audio": 0, "image": 3}),
+        ("max_logprobs", -1),
+        ("tensor_parallel_size", 1),
+        ("enforce_eager", True),
+        ("gpu_memory_utilization", 1),
+    ],
+    ids=lambda value: repr(value),
+)
+def test_what_scripts_pass_is_accepted(name, value):
+    assert getattr(EngineArgs(model="m", **{name: value}), name) == value
+
+
+def test_all_problems_come_in_one_message():
+    with pytest.raises(ConfigError) as error:
+        EngineArgs(model="m", max_num_seqs=0, dtype="int8", quantization="awq", default_mm_loras={"audio": "p"})
+    for name in ("max_num_seqs=0", "dtype='int8'", "quantization='awq'", "default_mm_loras="):
+        assert name in str(error.value)
+
+
+def test_defaults_without_lora_say_what_they_need():
+    with pytest.raises(ConfigError, match=r"default_mm_loras=.*needs enable_lora=True"):
+        EngineArgs(model="m", default_mm_loras={"audio": "p"})
+    assert EngineArgs(model="m", default_mm_loras={"audio": "p"}, enable_lora=True).default_mm_loras == {"audio": "p"}
+
+
+def test_an_unknown_option_is_named_beside_the_allowed_ones():
+    with pytest.raises(ConfigError, match=r"unknown option\(s\) max_lora, swap_space; allowed: .*max_loras"):
+        EngineArgs.from_kwargs("m", swap_space=4, max_lora=2)
+
+
+def test_private_fields_cannot_be_passed():
+    with pytest.raises(ConfigError, match="_problems"):
+        EngineArgs.from_kwargs("m", _problems=[])
+
+
+def test_host_adapters_follow_the_slots_unless_given():
+    assert EngineArgs(model="m", max_loras=3).num_host_loras == 12
+    assert EngineArgs(model="m", max_loras=3, max_cpu_loras=5).num_host_loras == 5
+
+
+def test_clients_see_the_served_name():
+    assert EngineArgs(model="m").model_name == "m"
+    assert EngineArgs(model="m", served_model_name="assistant").model_name == "assistant"

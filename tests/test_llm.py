@@ -1,0 +1,310 @@
+"""`LLM`: what callers may pass, what comes back, and that every sampling option reaches the tokens."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmlora import BASE, LLM, LLMEngine, LoRARequest, SamplingParams
+from mmlora.errors import ConfigError, MediaError, RequestError
+from tests.checkpoints import AUDIO_ID, END_ID, END_OF_TEXT_ID
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+AUDIO = (np.sin(np.arange(8000) / 20).astype(np.float32), 16000)
+IMAGE = Image.new("RGB", (42, 42), "red")
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_phi4):
+    return LLM(
+        str(tiny_phi4), enable_lora=True, max_model_len=256, limit_mm_per_prompt={"audio": 2}, enable_prefix_caching=False
+    )
+
+
+@pytest.fixture(scope="module")
+def adapter_a(tiny_adapters):
+    return LoRARequest("a", 1, str(tiny_adapters["a"]))
+
+
+@pytest.fixture(scope="module")
+def adapter_b(tiny_adapters):
+    return LoRARequest("b", 2, str(tiny_adapters["b"]))
+
+
+def ids(outputs):
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def answer(llm, prompt="hello", **params):
+    """The only answer to one prompt, greedy unless said otherwise."""
+    params = SamplingParams(**{"temperature": 0, "max_tokens": 8, "ignore_eos": True, **params})
+    return llm.generate(prompt, params, use_tqdm=False)[0].outputs[0]
+
+
+def test_every_form_of_a_prompt_is_accepted(llm):
+    text, token_ids = "hello", llm.get_tokenizer()("hello").input_ids
+    forms = [text, token_ids, {"prompt": text}, {"prompt_token_ids": token_ids}]
+    alone = [llm.generate(form, GREEDY, use_tqdm=False)[0] for form in forms]
+    together = llm.generate(forms, GREEDY, use_tqdm=False)
+    assert len({tuple(tokens) for tokens in ids(alone) + ids(together)}) == 1
+    assert [output.prompt for output in together] == [text, None, text, None]
+    assert all(output.prompt_token_ids == token_ids for output in together)
+    assert llm.generate([], GREEDY, use_tqdm=False) == []
+
+
+def test_the_fields_of_an_output(llm, adapter_a):
+    output = llm.generate("hello", GREEDY, lora_request=adapter_a, use_tqdm=False)[0]
+    (completion,) = output.outputs
+    assert output.finished and output.error is None and output.lora_request is adapter_a
+    assert (output.lora.adapter, output.lora.reason, output.lora.warning) == ("a", "explicit", None)
+    assert len(output.lora.digest) == 64
+    assert output.num_cached_tokens == 0 and output.prompt_logprobs is None
+    assert min(output.metrics.queue_s, output.metrics.prefill_s, output.metrics.decode_s) >= 0
+    assert (completion.index, completion.finish_reason, completion.stop_reason) == (0, "length", None)
+    assert (completion.logprobs, completion.cumulative_logprob) == (None, None)
+    assert completion.text == llm.get_tokenizer().decode(completion.token_ids, skip_special_tokens=True)
+
+
+def test_params_are_one_for_all_or_one_per_prompt(llm):
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (1, 3)]
+    assert [len(tokens) for tokens in ids(llm.generate(["a", "b"], params, use_tqdm=False))] == [1, 3]
+    assert [len(tokens) for tokens in ids(llm.generate(["a", "b"], params[1], use_tqdm=False))] == [3, 3]
+    with pytest.raises(RequestError, match="sampling_params has 2 entries for 1 prompts"):
+        llm.generate(["a"], params, use_tqdm=False)
+
+
+def test_adapters_are_one_for_all_or_one_per_prompt(llm, adapter_a, adapter_b):
+    alone = {lora: llm.generate("hello", GREEDY, lora, use_tqdm=False)[0] for lora in (None, adapter_a, adapter_b)}
+    assert len({tuple(output.outputs[0].token_ids) for output in alone.values()}) == 3, "adapters change the answer"
+    loras = [adapter_a, None, BASE, adapter_b]
+    outputs = llm.generate(["hello"] * 4, GREEDY, loras, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in outputs] == [
+        alone[None if lora is BASE else lora].outputs[0].token_ids for lora in loras
+    ]
+    assert [o.lora.reason for o in outputs] == ["explicit", "none", "explicit:base", "explicit"]
+    assert [o.lora.adapter for o in outputs] == ["a", None, None, "b"]
+    assert ids(llm.generate(["hello"] * 2, GREEDY, adapter_a, use_tqdm=False)) == ids([alone[adapter_a]] * 2)
+    with pytest.raises(RequestError, match="lora_request has 1 entries for 2 prompts"):
+        llm.generate(["a", "b"], GREEDY, [adapter_a], use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": 5}, "prompts is a int"),
+        ({"prompts": [5.0]}, "prompt is a float"),
+        ({"prompts": ""}, "the prompt is empty"),
+        ({"prompts": {"text": "x"}}, r"unknown key\(s\) text; allowed: prompt,"),
+        ({"prompts": {"multi_modal_data": {}}}, "needs 'prompt' or 'prompt_token_ids'"),
+        ({"prompts": {"prompt": 5}}, "'prompt' is a int"),
+        ({"prompts": {"prompt_token_ids": ["x"]}}, "must be a list of integers"),
+        ({"prompts": [999999]}, "token id 999999 is outside the vocabulary of 263"),
+        ({"prompts": [-1]}, "token id -1"),
+        ({"prompts": "x" * 256}, "256 tokens; .* max_model_len=256"),
+        ({"prompts": "\ud800"}, "cannot be tokenized"),
+        ({"prompts": "x", "sampling_params": {"temperature": 0}}, "sampling_params is a dict"),
+        ({"prompts": "x", "lora_request": "a"}, "lora_request='a' must be a LoRARequest"),
+        ({"prompts": "x", "sampling_params": SamplingParams(logprobs=21)}, "logprobs=21 exceeds max_logprobs=20"),
+        ({"prompts": "x", "sampling_params": SamplingParams(logprobs=-1)}, "logprobs=-1 exceeds"),
+        ({"prompts": "x", "sampling_params": SamplingParams(stop_token_ids=[263])}, "263 is outside the vocabulary"),
+        ({"prompts": "x", "sampling_params": SamplingParams(logit_bias={300: 1})}, "300 is outside the vocabulary"),
+        ({"prompts": {"prompt": "x", "multi_modal_data": []}}, "multi_modal_data is a list"),
+        ({"prompts": {"prompt": "x", "multi_modal_data": {"video": 1}}}, "holds video; the model takes audio, image"),
+        ({"prompts": {"prompt": "x", "mm_processor_kwargs": 5}}, "mm_processor_kwargs is a int"),
+    ],
+)
+def test_a_wrong_argument_is_refused_and_named(llm, arguments, message):
+    with pytest.raises(RequestError, match=message):
+        llm.generate(**arguments, use_tqdm=False)
+    assert len(answer(llm).token_ids) == 8
+
+
+def test_one_bad_prompt_starts_none(llm):
+    with pytest.raises(RequestError, match="empty"):
+        llm.generate(["good", ""], GREEDY, use_tqdm=False)
+    assert not llm.llm_engine.has_unfinished_requests
+
+
+def test_unknown_options_of_the_engine_are_refused(tiny_phi4):
+    with pytest.raises(ConfigError, match=r"unknown option\(s\) max_lora; allowed: .*max_loras"):
+        LLM(str(tiny_phi4), max_lora=2)
+    with pytest.raises(ConfigError, match="max_model_len=513 exceeds the 512 tokens"):
+        LLM(str(tiny_phi4), max_model_len=513)
+    with pytest.raises(ConfigError, match="KV cache of 1000 bytes"):
+        LLM(str(tiny_phi4), kv_cache_memory_bytes=1000)
+    with pytest.raises(ConfigError, match="neither a Jinja template nor a file"):
+        LLM(str(tiny_phi4), chat_template="/no/such/file")
+    with pytest.raises(ConfigError, match="is neither a directory nor"):
+        LLM("/no/such/model")
+
+
+def test_adapters_need_enable_lora(tiny_phi4, adapter_a):
+    engine = LLMEngine_of(tiny_phi4)
+    with pytest.raises(RequestError, match="adapter 'a' was asked for, but the engine has enable_lora=False"):
+        engine.add_request("r", "x", GREEDY, adapter_a)
+
+
+def LLMEngine_of(path, **options) -> LLMEngine:
+    return LLM(str(path), **options).llm_engine
+
+
+def test_n_answers_differ_and_the_first_is_that_of_n_1(llm):
+    params = {"temperature": 1.0, "seed": 7, "max_tokens": 12, "ignore_eos": True}
+    several = llm.generate("hello", SamplingParams(n=3, **params), use_tqdm=False)[0].outputs
+    assert [completion.index for completion in several] == [0, 1, 2]
+    assert len({tuple(completion.token_ids) for completion in several}) == 3
+    for index, completion in enumerate(several):
+        alone = answer(llm, temperature=1.0, seed=7 + index, max_tokens=12)
+        assert completion.token_ids == alone.token_ids
+
+
+def test_a_seed_repeats_and_its_absence_does_not(llm):
+    def draw(**params):
+        return tuple(answer(llm, temperature=1.0, max_tokens=12, **params).token_ids)
+
+    assert draw(seed=1) == draw(seed=1) != draw(seed=2)
+    assert draw() != draw()
+
+
+def test_the_engine_seed_makes_a_whole_run_repeatable(tiny_phi4):
+    def run(seed):
+        params = SamplingParams(temperature=1.0, max_tokens=6, ignore_eos=True)
+        return ids(LLM(str(tiny_phi4), seed=seed, max_model_len=64).generate(["a", "a"], params, use_tqdm=False))
+
+    first = run(3)
+    assert first == run(3) != run(4)
+    assert first[0] != first[1]
+
+
+def test_end_of_text_ends_the_answer_unless_ignored(llm):
+    bias = {END_ID: 100}
+    stopped = answer(llm, ignore_eos=False, logit_bias=bias)
+    assert (stopped.token_ids, stopped.text, stopped.finish_reason) == ([END_ID], "", "stop")
+    assert stopped.stop_reason is None
+    assert answer(llm, ignore_eos=True, logit_bias=bias, max_tokens=3).token_ids == [END_ID] * 3
+    assert answer(llm, ignore_eos=False, logit_bias={END_OF_TEXT_ID: 100}).finish_reason == "stop"
+
+
+def test_min_tokens_holds_off_every_stop(llm):
+    bias = {END_ID: 100, ord("A") - 33 + 7: 90}  # byte-level: "A" is token 33 of the alphabet after 7 special ones
+    completion = answer(llm, ignore_eos=False, logit_bias=bias, min_tokens=3)
+    assert len(completion.token_ids) == 4 and completion.token_ids[3] == END_ID
+    assert END_ID not in completion.token_ids[:3]
+
+
+def test_a_stop_token_ends_the_answer_and_is_named(llm):
+    third = answer(llm).token_ids[2]
+    completion = answer(llm, stop_token_ids=[third])
+    assert completion.token_ids[-1] == third and completion.finish_reason == "stop"
+    assert completion.stop_reason == third and len(completion.token_ids) <= 3
+
+
+def test_a_stop_string_is_cut_off_or_kept(llm):
+    bias = {token: 50 for token in llm.get_tokenizer()("ab").input_ids}
+    full = answer(llm, logit_bias=bias, max_tokens=12)
+    assert set(full.text) <= set("ab") and len(full.text) == 12
+    stop = full.text[4:7]
+    cut = answer(llm, logit_bias=bias, max_tokens=12, stop=[stop, "zzz"])
+    assert cut.text == full.text[: full.text.find(stop)]
+    assert (cut.finish_reason, cut.stop_reason) == ("stop", stop)
+    kept = answer(llm, logit_bias=bias, max_tokens=12, stop=stop, include_stop_str_in_output=True)
+    assert kept.text == cut.text + stop and kept.token_ids == cut.token_ids
+
+
+def test_penalties_keep_tokens_from_coming_back(llm):
+    # A bias on four tokens confines the answer to them, so that repetition is certain without a penalty.
+    bias = {token: 60 for token in (40, 41, 42, 43)}
+    assert len(set(answer(llm, logit_bias=bias, max_tokens=4, presence_penalty=-2).token_ids)) < 4
+    penalized = answer(llm, logit_bias=bias, max_tokens=4, repetition_penalty=100.0)
+    assert penalized.token_ids != answer(llm, logit_bias=bias, max_tokens=4).token_ids
+
+
+def test_logprobs_are_those_of_the_model(llm):
+    completion = answer(llm, logprobs=3, max_tokens=4)
+    assert len(completion.logprobs) == 4
+    for token, entries in zip(completion.token_ids, completion.logprobs, strict=True):
+        assert len(entries) == 3 and entries[token].rank == 1, "greedy takes the likeliest"
+        assert sorted(entries.values(), key=lambda e: e.rank) == sorted(entries.values(), key=lambda e: -e.logprob)
+    chosen = sum(e[t].logprob for t, e in zip(completion.token_ids, completion.logprobs, strict=True))
+    assert completion.cumulative_logprob == pytest.approx(chosen)
+
+
+def test_prompt_logprobs_agree_with_generated_ones(llm):
+    completion = answer(llm, logprobs=0, max_tokens=6)
+    prompt_ids = llm.get_tokenizer()("hello").input_ids
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=2)
+    output = llm.generate(prompt_ids + completion.token_ids, params, use_tqdm=False)[0]
+    assert len(output.prompt_logprobs) == len(prompt_ids) + 6 and output.prompt_logprobs[0] is None
+    for token, generated, prompted in zip(
+        completion.token_ids, completion.logprobs, output.prompt_logprobs[len(prompt_ids) :], strict=True
+    ):
+        assert prompted[token].logprob == pytest.approx(generated[token].logprob, abs=1e-4)
+
+
+def test_media_limits_hold_per_prompt(llm):
+    def prompt(num_clips):
+        return {"prompt": "<|audio|>" * num_clips + "x", "multi_modal_data": {"audio": [AUDIO] * num_clips}}
+
+    output = llm.generate(prompt(2), GREEDY, use_tqdm=False)[0]
+    assert output.prompt_token_ids.count(AUDIO_ID) > 2 and len(output.outputs[0].token_ids) == 8
+    with pytest.raises(MediaError, match="the prompt has 3 audio items; limit_mm_per_prompt allows 2"):
+        llm.generate(prompt(3), GREEDY, use_tqdm=False)
+
+
+def test_processor_options_reach_the_processor(llm):
+    prompt = {"prompt": "<|image|>x", "multi_modal_data": {"image": Image.new("RGB", (126, 84))}}
+    lengths = [
+        len(llm.generate({**prompt, "mm_processor_kwargs": options}, GREEDY, use_tqdm=False)[0].prompt_token_ids)
+        for options in (None, {"dynamic_hd": 1}, {"dynamic_hd": 4})
+    ]
+    assert lengths[0] == lengths[2] > lengths[1]
+    with pytest.raises(RequestError, match="unknown processor option size"):
+        llm.generate({**prompt, "mm_processor_kwargs": {"size": 1}}, GREEDY, use_tqdm=False)
+
+
+def test_chat_equals_generate_on_the_rendered_prompt(llm, adapter_a):
+    messages = [{"role": "user", "content": [{"type": "audio", "audio": AUDIO}, {"type": "text", "text": "what?"}]}]
+    chat = llm.chat(messages, GREEDY, use_tqdm=False, lora_request=adapter_a)[0]
+    prompt = {"prompt": "<|user|><|audio|>what?<|end|><|assistant|>", "multi_modal_data": {"audio": AUDIO}}
+    generated = llm.generate(prompt, GREEDY, adapter_a, use_tqdm=False)[0]
+    assert chat.prompt == prompt["prompt"]
+    assert (chat.prompt_token_ids, chat.outputs[0].token_ids) == (generated.prompt_token_ids, ids([generated])[0])
+    two = llm.chat([messages, [{"role": "user", "content": "hi"}]], GREEDY, use_tqdm=False)
+    assert [output.prompt for output in two][1] == "<|user|>hi<|end|><|assistant|>"
+
+
+def test_an_interrupted_call_leaves_nothing_behind(llm, monkeypatch):
+    step, calls = llm.llm_engine.step, []
+
+    def interrupted():
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(llm.llm_engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["a", "b"], GREEDY, use_tqdm=False)
+    monkeypatch.undo()
+    assert not llm.llm_engine.has_unfinished_requests
+    manager = llm.llm_engine.parts.block_manager
+    assert manager.num_free_blocks == manager.num_blocks
+    assert len(answer(llm).token_ids) == 8
+
+
+def test_defaults_come_from_generation_config(tiny_phi4, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in tiny_phi4.iterdir():
+        (model / file.name).symlink_to(file)
+    (model / "generation_config.json").unlink()
+    (model / "generation_config.json").write_text(
+        '{"temperature": 0.25, "top_k": 3, "top_p": 0.5, "repetition_penalty": 1.5, "eos_token_id": [104]}'
+    )
+    llm = LLM(str(model), max_model_len=64)
+    params = llm.get_default_sampling_params()
+    assert (params.temperature, params.top_k, params.top_p, params.repetition_penalty) == (0.25, 3, 0.5, 1.5)
+    assert answer(llm, ignore_eos=False, logit_bias={104: 100}).finish_reason == "stop"
+    plain = LLM(str(model), max_model_len=64, generation_config="none").get_default_sampling_params()
+    assert (plain.temperature, plain.top_k) == (1.0, 0)
+    assert torch.is_inference_mode_enabled() is False

@@ -1,0 +1,216 @@
+"""`Scheduler`: which sequences run, in sentences. The loop below stands in for the model."""
+
+import pytest
+from torch import nn
+
+from mmlora import SamplingParams
+from mmlora.block_manager import BlockManager
+from mmlora.errors import AdapterError
+from mmlora.lora.slots import LoRASlots
+from mmlora.scheduler import MAX_SKIPS, Scheduler
+from mmlora.sequence import Status
+from tests.sequences import make_adapter, make_sequence
+
+A, B, C = (make_adapter(name, uid) for uid, name in enumerate("ABC", 1))
+
+
+def make_scheduler(*, num_blocks=64, max_loras=1, max_num_seqs=8, budget=64, prefix_caching=False):
+    blocks = BlockManager(num_blocks, 4, enable_prefix_caching=prefix_caching)
+    return Scheduler(blocks, LoRASlots(nn.Module(), max_loras, "cpu"), max_num_seqs, budget)
+
+
+def add(scheduler, length=3, adapter=None, max_tokens=4, **params):
+    params = SamplingParams(max_tokens=max_tokens, **params)
+    seq = make_sequence(range(1000 * len(scheduler.waiting), 1000 * len(scheduler.waiting) + length), params=params)
+    seq = make_sequence(seq.token_ids, params=params, adapter=adapter)
+    scheduler.add(seq)
+    return seq
+
+
+def step(scheduler):
+    """Schedule, check what must always hold, and take the place of the model."""
+    items = scheduler.schedule()
+    assert sum(item.num_tokens for item in items) <= scheduler.max_num_batched_tokens
+    assert len(items) <= len(scheduler.running) <= scheduler.max_num_seqs
+    assert len({id(item.seq) for item in items}) == len(items)
+    adapters = {item.seq.adapter.identity for item in items if item.seq.adapter}
+    assert len(adapters) <= scheduler.slots.max_loras
+    for item in items:
+        assert item.num_tokens > 0 and item.start == item.seq.num_computed_tokens
+        assert (item.seq.slot is None) == (item.seq.adapter is None)
+        assert len(item.seq.block_table) * scheduler.block_manager.block_size >= item.end
+        item.seq.num_computed_tokens = item.end
+        scheduler.block_manager.mark_computed(item.seq)
+        if item.is_sampled:
+            item.seq.token_ids.append(7)
+            if item.seq.num_output_tokens == item.seq.params.max_tokens:
+                scheduler.finish(item.seq, "length")
+    return {item.seq: item.num_tokens for item in items}
+
+
+def run_to_end(scheduler, max_steps=2000):
+    for num_steps in range(max_steps):
+        if not scheduler.has_unfinished:
+            assert scheduler.block_manager.num_free_blocks == scheduler.block_manager.num_blocks
+            assert all(scheduler.slots.num_users(slot) == 0 for slot in range(scheduler.slots.max_loras))
+            return num_steps
+        step(scheduler)
+    raise AssertionError(f"unfinished after {max_steps} steps")
+
+
+def test_prompts_share_a_step_up_to_the_token_budget():
+    scheduler = make_scheduler(budget=10)
+    first, second, third = (add(scheduler, 4) for _ in range(3))
+    assert step(scheduler) == {first: 4, second: 4, third: 2}
+    assert step(scheduler) == {first: 1, second: 1, third: 2}
+    run_to_end(scheduler)
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_beside_decodes():
+    scheduler = make_scheduler(budget=8)
+    short = add(scheduler, 3, max_tokens=9)
+    long = add(scheduler, 20)
+    assert [step(scheduler) for _ in range(4)] == [
+        {short: 3, long: 5},
+        {short: 1, long: 7},
+        {short: 1, long: 7},
+        {short: 1, long: 1},
+    ]
+    assert long.num_output_tokens == 1
+    run_to_end(scheduler)
+
+
+def test_at_most_max_num_seqs_run_and_the_next_starts_when_one_ends():
+    scheduler = make_scheduler(max_num_seqs=2)
+    first, second, third = add(scheduler, max_tokens=2), add(scheduler, max_tokens=4), add(scheduler)
+    assert set(step(scheduler)) == {first, second}
+    step(scheduler)
+    assert set(step(scheduler)) == {second, third}
+    run_to_end(scheduler)
+
+
+def test_the_last_to_start_is_preempted_and_computed_again():
+    scheduler = make_scheduler(num_blocks=4)
+    first, second = add(scheduler, 7, max_tokens=8), add(scheduler, 7, max_tokens=8)
+    step(scheduler)
+    step(scheduler)
+    assert step(scheduler) == {first: 1}
+    assert scheduler.num_preemptions == 1
+    assert (second.status, second.num_computed_tokens, second.block_table) == (Status.WAITING, 0, [])
+    assert second.num_output_tokens == 2, "its tokens are kept"
+    while first.status is Status.RUNNING:
+        step(scheduler)
+    assert step(scheduler) == {second: 9}
+    run_to_end(scheduler)
+
+
+def test_a_preempted_sequence_comes_before_those_that_wait():
+    scheduler = make_scheduler(num_blocks=4)
+    first, second = add(scheduler, 7, max_tokens=8), add(scheduler, 7, max_tokens=8)
+    third = add(scheduler, 7, max_tokens=8)
+    for _ in range(3):
+        step(scheduler)
+    assert list(scheduler.waiting) == [second, third]
+    scheduler.finish(first, "abort")
+    assert second in step(scheduler)
+    run_to_end(scheduler)
+
+
+def test_everything_ends_under_constant_preemption():
+    scheduler = make_scheduler(num_blocks=8, max_loras=2, prefix_caching=True)
+    for index in range(20):
+        add(scheduler, 5 + index % 9, (None, A, B, C)[index % 4], max_tokens=12)
+    run_to_end(scheduler)
+    assert scheduler.num_preemptions > 10
+
+
+def test_no_more_adapters_run_than_there_are_slots():
+    scheduler = make_scheduler(max_loras=2)
+    first, second, third, again = (add(scheduler, adapter=adapter) for adapter in (A, B, C, A))
+    assert set(step(scheduler)) == {first, second, again}
+    assert first.slot == again.slot != second.slot
+    run_to_end(scheduler)
+    assert third.status is Status.FINISHED
+
+
+def test_base_requests_take_no_slot_and_pass_a_waiting_adapter():
+    scheduler = make_scheduler(max_loras=1)
+    holder, waiting, base = add(scheduler, adapter=A), add(scheduler, adapter=B), add(scheduler)
+    assert set(step(scheduler)) == {holder, base}
+    assert waiting.num_skips == 1
+    run_to_end(scheduler)
+
+
+def test_an_adapter_that_is_passed_over_is_never_starved():
+    scheduler = make_scheduler(max_loras=1, max_num_seqs=4)
+    add(scheduler, adapter=A, max_tokens=20)
+    starved = add(scheduler, adapter=B)
+    for num_steps in range(1, 200):
+        while len(scheduler.waiting) < 5:
+            add(scheduler, adapter=A, max_tokens=20)  # A never runs dry
+        step(scheduler)
+        if starved.status is not Status.WAITING:
+            break
+    assert MAX_SKIPS <= num_steps < 150
+    assert starved.status is not Status.WAITING
+
+
+def test_an_overdue_adapter_never_blocks_the_base():
+    scheduler = make_scheduler(max_loras=1)
+    holder = add(scheduler, adapter=A, max_tokens=50)
+    overdue = add(scheduler, adapter=B)
+    overdue.num_skips = MAX_SKIPS
+    step(scheduler)
+    base, same_adapter = add(scheduler), add(scheduler, adapter=A)
+    assert set(step(scheduler)) == {holder, base}, "no other adapter before it, but the base"
+    assert same_adapter.status is Status.WAITING
+    run_to_end(scheduler)
+
+
+def test_skipping_keeps_the_order_of_the_queue():
+    scheduler = make_scheduler(max_loras=1)
+    add(scheduler, adapter=A)
+    skipped = [add(scheduler, adapter=adapter) for adapter in (B, C, B)]
+    step(scheduler)
+    assert list(scheduler.waiting) == skipped
+
+
+def test_a_sequence_of_any_status_can_be_ended_twice():
+    scheduler = make_scheduler(max_loras=1)
+    running, waiting, late = add(scheduler, adapter=A), add(scheduler, adapter=B), make_sequence()
+    step(scheduler)
+    for seq in (running, waiting, late):
+        scheduler.finish(seq, "abort")
+        scheduler.finish(seq, "stop")
+        assert (seq.status, seq.finish_reason, seq.block_table) == (Status.FINISHED, "abort", [])
+    assert run_to_end(scheduler) == 0
+
+
+def test_an_adapter_that_cannot_be_activated_fails_alone(monkeypatch):
+    scheduler = make_scheduler(max_loras=2)
+    broken, good = add(scheduler, adapter=A), add(scheduler, adapter=B)
+    activate = scheduler.slots.activate
+
+    def fail(adapter):
+        if adapter is A:
+            raise RuntimeError("out of memory")
+        return activate(adapter)
+
+    monkeypatch.setattr(scheduler.slots, "activate", fail)
+    assert set(step(scheduler)) == {good}
+    ((seq, error),) = scheduler.failed
+    assert seq is broken and broken.finish_reason == "error"
+    assert isinstance(error, AdapterError) and "'A' could not be activated: out of memory" in str(error)
+    run_to_end(scheduler)
+
+
+@pytest.mark.parametrize("num_cached", [8])
+def test_a_cached_prefix_is_not_computed_again(num_cached):
+    scheduler = make_scheduler(prefix_caching=True)
+    first = make_sequence(range(10))
+    scheduler.add(first)
+    step(scheduler)
+    second = make_sequence([*range(9), 99])
+    scheduler.add(second)
+    assert step(scheduler)[second] == 10 - num_cached
+    assert second.request.num_cached_tokens == num_cached
