@@ -86,8 +86,16 @@ class AsyncLLM:
         return self._is_alive and self._thread.is_alive()
 
     async def run_in_pool(self, function: Callable[..., T], *args: Any) -> T:
-        """Run blocking work (decoding media, loading adapters) beside the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+        """Run blocking work (decoding media, loading adapters) beside the event loop.
+
+        Raises:
+            EngineDeadError: the engine was shut down.
+        """
+        try:
+            future = asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+        except RuntimeError:  # the pool takes no more work
+            raise EngineDeadError("the engine has stopped and serves no further request") from None
+        return await future
 
     async def generate(
         self,

@@ -162,6 +162,8 @@ class InputProcessor:
         return self._store.get(request)
 
     def _check_params(self, params: SamplingParams) -> None:
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling_params is a {type(params).__name__}; it must be a SamplingParams or None")
         bound = self._args.max_logprobs
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(params, name)

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from mmlora import BASE, LLM, LLMEngine, LoRARequest, SamplingParams
@@ -17,7 +16,11 @@ IMAGE = Image.new("RGB", (42, 42), "red")
 @pytest.fixture(scope="module")
 def llm(tiny_phi4):
     return LLM(
-        str(tiny_phi4), enable_lora=True, max_model_len=256, limit_mm_per_prompt={"audio": 2}, enable_prefix_caching=False
+        str(tiny_phi4),
+        enable_lora=True,
+        max_model_len=256,
+        limit_mm_per_prompt={"audio": 2},
+        enable_prefix_caching=False,
     )
 
 
@@ -139,12 +142,12 @@ def test_unknown_options_of_the_engine_are_refused(tiny_phi4):
 
 
 def test_adapters_need_enable_lora(tiny_phi4, adapter_a):
-    engine = LLMEngine_of(tiny_phi4)
+    engine = engine_of(tiny_phi4)
     with pytest.raises(RequestError, match="adapter 'a' was asked for, but the engine has enable_lora=False"):
         engine.add_request("r", "x", GREEDY, adapter_a)
 
 
-def LLMEngine_of(path, **options) -> LLMEngine:
+def engine_of(path, **options) -> LLMEngine:
     return LLM(str(path), **options).llm_engine
 
 
@@ -186,8 +189,7 @@ def test_end_of_text_ends_the_answer_unless_ignored(llm):
 
 
 def test_min_tokens_holds_off_every_stop(llm):
-    bias = {END_ID: 100, ord("A") - 33 + 7: 90}  # byte-level: "A" is token 33 of the alphabet after 7 special ones
-    completion = answer(llm, ignore_eos=False, logit_bias=bias, min_tokens=3)
+    completion = answer(llm, ignore_eos=False, logit_bias={END_ID: 100}, min_tokens=3)
     assert len(completion.token_ids) == 4 and completion.token_ids[3] == END_ID
     assert END_ID not in completion.token_ids[:3]
 
@@ -200,7 +202,7 @@ def test_a_stop_token_ends_the_answer_and_is_named(llm):
 
 
 def test_a_stop_string_is_cut_off_or_kept(llm):
-    bias = {token: 50 for token in llm.get_tokenizer()("ab").input_ids}
+    bias = dict.fromkeys(llm.get_tokenizer()("ab").input_ids, 50)
     full = answer(llm, logit_bias=bias, max_tokens=12)
     assert set(full.text) <= set("ab") and len(full.text) == 12
     stop = full.text[4:7]
@@ -212,11 +214,13 @@ def test_a_stop_string_is_cut_off_or_kept(llm):
 
 
 def test_penalties_keep_tokens_from_coming_back(llm):
-    # A bias on four tokens confines the answer to them, so that repetition is certain without a penalty.
-    bias = {token: 60 for token in (40, 41, 42, 43)}
-    assert len(set(answer(llm, logit_bias=bias, max_tokens=4, presence_penalty=-2).token_ids)) < 4
-    penalized = answer(llm, logit_bias=bias, max_tokens=4, repetition_penalty=100.0)
-    assert penalized.token_ids != answer(llm, logit_bias=bias, max_tokens=4).token_ids
+    def num_distinct(**params):
+        return len(set(answer(llm, max_tokens=60, **params).token_ids))
+
+    plain = num_distinct()
+    assert num_distinct(presence_penalty=2, frequency_penalty=2) > plain
+    assert num_distinct(repetition_penalty=50.0) > plain
+    assert num_distinct(frequency_penalty=-2) < plain
 
 
 def test_logprobs_are_those_of_the_model(llm):
@@ -307,4 +311,3 @@ def test_defaults_come_from_generation_config(tiny_phi4, tmp_path):
     assert answer(llm, ignore_eos=False, logit_bias={104: 100}).finish_reason == "stop"
     plain = LLM(str(model), max_model_len=64, generation_config="none").get_default_sampling_params()
     assert (plain.temperature, plain.top_k) == (1.0, 0)
-    assert torch.is_inference_mode_enabled() is False

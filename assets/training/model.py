@@ -70,7 +70,19 @@ def build_model(config: Phi4MultimodalConfig, seed: int = 0) -> Phi4MultimodalFo
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.MultiheadAttention):
             nn.init.normal_(module.in_proj_weight, std=1 / math.sqrt(module.embed_dim))
+    positions = model.model.embed_tokens_extend.image_embed.img_processor.embeddings.position_embedding
+    positions.weight.data = 0.3 * _sine_grid(positions.num_embeddings, positions.embedding_dim)
     return model
+
+
+def _sine_grid(num_positions: int, width: int) -> torch.Tensor:
+    """Return sines and cosines of the row and column of each patch of a square grid, `[num_positions, width]`."""
+    side = math.isqrt(num_positions)
+    frequencies = torch.linspace(0.2, math.pi, width // 4)
+    angles = torch.arange(side)[:, None] * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    rows, columns = waves.repeat_interleave(side, 0), waves.repeat(side, 1)
+    return torch.cat([rows, columns], dim=-1)
 
 
 def lora_config(r: int = 32) -> LoraConfig:
@@ -98,41 +110,71 @@ def project_audio(model: Phi4MultimodalForCausalLM, hidden: torch.Tensor, mode: 
     return projected
 
 
-def image_embeds(model: Phi4MultimodalForCausalLM, pixels: torch.Tensor) -> torch.Tensor:
-    """Embed 112-px pictures `[num_images, 3, 112, 112]` as `[num_images, 41, 192]`.
+def patch_features(model: Phi4MultimodalForCausalLM, pixels: torch.Tensor) -> torch.Tensor:
+    """Run the vision tower on 112-px pictures `[num_images, 3, 112, 112]`; returns `[num_images, 64, 128]`."""
+    tower = model.model.embed_tokens_extend.image_embed.img_processor
+    features: torch.Tensor = tower(pixels, output_hidden_states=True).hidden_states[-1]
+    return features
 
-    The crop and the global view of such a picture are the same pixels, so the tower runs once.
+
+def embed_patches(model: Phi4MultimodalForCausalLM, patches: torch.Tensor) -> torch.Tensor:
+    """Pool and project patch features into `[num_images, 41, 192]`, as the model does.
+
+    The crop and the global view of a 112-px picture are the same pixels, so the tower runs once for both.
     """
     embed = model.model.embed_tokens_extend.image_embed
-    features = embed.get_img_features(pixels)  # [num_images, 16, 128]
-    num, side = len(features), int(math.sqrt(features.shape[1]))
-    grid = features.view(num, side, side, -1)
-    newline = embed.sub_img_feature_extensor.expand(num, side, 1, -1)
+    num, side = len(patches), math.isqrt(patches.shape[1])
+    grid = patches.view(num, side, side, -1).permute(0, 3, 1, 2)
+    grid = embed.image_token_compression(grid).permute(0, 2, 3, 1)
+    newline = embed.sub_img_feature_extensor.expand(num, side // 2, 1, -1)
     view = torch.cat([grid, newline], dim=2).flatten(1, 2)
     joined = torch.cat([view, embed.global_img_feature_extensor.expand(num, 1, -1), view], dim=1)
     projected: torch.Tensor = embed.img_projection_down(nn.functional.gelu(embed.img_projection_up(joined)))
     return projected
 
 
-def answer_logits(
-    model: nn.Module, batch: Batch, media: dict[int, torch.Tensor] | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def image_embeds(model: Phi4MultimodalForCausalLM, pixels: torch.Tensor) -> torch.Tensor:
+    """Embed 112-px pictures `[num_images, 3, 112, 112]` as `[num_images, 41, 192]`."""
+    return embed_patches(model, patch_features(model, pixels))
+
+
+def run_language_model(
+    model: nn.Module, batch: Batch, media: dict[int, torch.Tensor] | None = None, *, with_attentions: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
     """Run the language model over a batch of rows.
 
     Args:
         model: The model, or the base inside a PEFT model.
         batch: The rows.
         media: Embeddings that replace a placeholder, `{token_id: [num_items, num_tokens, hidden_size]}`.
+        with_attentions: Return the attention weights; the model must use eager attention then.
 
     Returns:
-        Logits of the labelled positions `[num_labels, vocab_size]`, and the labels.
+        Logits of the labelled positions `[num_labels, vocab_size]`, the labels, and the attention weights of all
+        layers `[num_rows, num_heads, num_tokens, num_tokens]`.
     """
     embeds = model.model.embed_tokens(batch.ids)
     for token_id, values in (media or {}).items():
         where = torch.nonzero(batch.ids == token_id, as_tuple=True)
         embeds = embeds.index_put(where, values.flatten(0, 1))
-    hidden = model.model(
-        inputs_embeds=embeds, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
-    ).last_hidden_state
+    mask = batch.mask
+    if with_attentions:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    output = model.model(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=batch.positions,
+        use_cache=False,
+        output_attentions=with_attentions,
+    )
     chosen = batch.labels >= 0
-    return model.lm_head(hidden[chosen]), batch.labels[chosen]
+    logits = model.lm_head(output.last_hidden_state[chosen])
+    return logits, batch.labels[chosen], output.attentions or ()
+
+
+def answer_logits(
+    model: nn.Module, batch: Batch, media: dict[int, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits of the labelled positions and the labels (see `run_language_model`)."""
+    logits, labels, _ = run_language_model(model, batch, media)
+    return logits, labels

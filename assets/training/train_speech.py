@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmlora.assets.training.alignment import forced_alignment, guide_loss, guide_mask, token_loss, word_spans
 from mmlora.assets.training.corpus import SPEECH, Corpus
 from mmlora.assets.training.loop import Checkpoint, optimizer_for, set_up, train
 from mmlora.assets.training.metrics import word_errors
-from mmlora.assets.training.model import CHECKPOINTS, answer_logits, audio_hidden, project_audio
+from mmlora.assets.training.model import CHECKPOINTS, audio_hidden, project_audio, run_language_model
 from mmlora.assets.training.rows import Batch, Encoder, Row, collate
 from mmlora.assets.training.stages import attach_adapter, frozen_language_model, greedy, load_stage, prompt_embeds
 from mmlora.assets.training.text_tasks import ANSWER_QUESTIONS, TRANSCRIBE_QUESTIONS, style
@@ -23,7 +24,7 @@ def speech_row(encoder: Encoder, item: Item, audio: list[int], rng: random.Rando
     """Ask for the transcript and, if the clip is a sum, for its answer; three times in four the audio comes first."""
     exchanges = [(rng.choice(TRANSCRIBE_QUESTIONS), item["text"])]
     if item["kind"] == "sum":
-        exchanges.append((rng.choice(ANSWER_QUESTIONS), item["answer"]))
+        exchanges += [(question, item["answer"]) for question in rng.sample(ANSWER_QUESTIONS, 3)]
     exchanges = [(style(q, rng) if rng.random() < 0.3 else q, answer) for q, answer in exchanges]
     if rng.random() < 0.06:
         exchanges[0] = ("", item["text"])
@@ -85,6 +86,7 @@ def main() -> None:
     embed.encoder.load_state_dict(warm["encoder"])
     head = nn.Linear(model.config.audio_config.hidden_size, len(ALPHABET))
     head.load_state_dict(warm["head"])
+    model.set_attn_implementation({"": "eager"})
     lora = attach_adapter(model, args.rank)
     tower = embed.encoder.requires_grad_(True)
     projection = [*embed.up_proj_for_speech.parameters(), *embed.down_proj_for_speech.parameters()]
@@ -96,13 +98,28 @@ def main() -> None:
     batches = endless_batches(corpus, rng, args.frames)
     audio_token = model.config.audio_config.audio_token_id
 
+    @torch.no_grad()
+    def spans(hidden: torch.Tensor, texts: list[str]) -> list[list[tuple[int, int]]]:
+        log_probs = head(hidden).log_softmax(-1).numpy()
+        paths = forced_alignment(log_probs, [[ALPHABET.index(c) for c in text] for text in texts])
+        return [word_spans(path, text) for path, text in zip(paths, texts, strict=True)]
+
     def step_loss(step: int) -> torch.Tensor:
         items = next(batches)
         hidden = audio_hidden(model, corpus.load(items, rng))
         batch = speech_batch(encoder, items, [audio_token] * hidden.shape[1], rng)
-        logits, labels = answer_logits(model, batch, {audio_token: project_audio(model, hidden)})
-        answer_loss = nn.functional.cross_entropy(logits, labels)
-        return answer_loss + 0.3 * ctc_loss(head, hidden, [item["text"] for item in items])
+        media = {audio_token: project_audio(model, hidden)}
+        logits, labels, attentions = run_language_model(model, batch, media, with_attentions=True)
+        texts = [item["text"] for item in items]
+        aligned = spans(hidden, texts)
+        guide = guide_mask(batch, audio_token, encoder.assistant, [encoder.text(t) for t in texts], aligned)
+        guided = guide_loss(attentions, guide)
+        words = [encoder.text(f" {text}") for text in texts]
+        drawn = token_loss(media[audio_token], model.model.embed_tokens.weight, words, aligned)
+        answered = nn.functional.cross_entropy(logits, labels)
+        if (step + 1) % 25 == 0:
+            print(f"answers {answered.item():.3f} guide {guided.item():.3f} tokens {drawn.item():.3f}", flush=True)
+        return answered + 0.3 * guided + 0.2 * drawn + 0.3 * ctc_loss(head, hidden, texts)
 
     checkpoint = Checkpoint(
         CHECKPOINTS / "speech.pt", {"audio_embed": embed, "lora": lora, "head": head}, optimizer

@@ -1,4 +1,4 @@
-"""Stage 4: train the vision tower, its projection and `vision-lora` together on the frozen language model."""
+"""Stage 4b: train the vision tower, its projection and `vision-lora` together on the frozen language model."""
 
 import argparse
 import random
@@ -9,11 +9,12 @@ from torch import nn
 
 from mmlora.assets.training import pictures
 from mmlora.assets.training.loop import Checkpoint, optimizer_for, set_up, train
-from mmlora.assets.training.model import CHECKPOINTS, answer_logits, image_embeds
+from mmlora.assets.training.model import CHECKPOINTS, answer_logits, embed_patches, image_embeds, patch_features
 from mmlora.assets.training.pictures import TASKS, Question, Scene
 from mmlora.assets.training.rows import Encoder, Row, Tokens, collate
-from mmlora.assets.training.stages import attach_adapter, frozen_language_model, greedy, prompt_embeds
+from mmlora.assets.training.stages import attach_adapter, frozen_language_model, greedy, load_stage, prompt_embeds
 from mmlora.assets.training.text_tasks import style
+from mmlora.assets.training.train_patches import patch_heads, patch_loss, patch_targets
 
 IMAGE_TOKENS = 41
 
@@ -68,17 +69,25 @@ def main() -> None:
     model, tokenizer = frozen_language_model(seed=4)
     encoder, rng = Encoder(tokenizer), random.Random(4)
     lora = attach_adapter(model, args.rank)
+    warm = load_stage("patches")
+    heads = patch_heads(model.config.vision_config.hidden_size)
+    heads.load_state_dict(warm["heads"])
+    model.model.embed_tokens_extend.image_embed.img_processor.load_state_dict(warm["tower"])
     tower = model.model.embed_tokens_extend.image_embed.requires_grad_(True)
-    optimizer = optimizer_for([(tower.parameters(), 1e-3, 0.02), (lora.parameters(), 2e-3, 0)])
+    optimizer = optimizer_for(
+        [([*tower.parameters(), *heads.parameters()], 1e-3, 0.02), (lora.parameters(), 2e-3, 0)]
+    )
     image_token = model.config.vision_config.image_token_id
 
     def step_loss(step: int) -> torch.Tensor:
         scenes = [pictures.sample_scene(rng) for _ in range(args.size)]
         batch = collate([picture_row(encoder, scene, [image_token] * IMAGE_TOKENS, rng) for scene in scenes])
-        logits, labels = answer_logits(model, batch, {image_token: image_embeds(model, pixels(scenes))})
-        return nn.functional.cross_entropy(logits, labels)
+        patches = patch_features(model, pixels(scenes))
+        logits, labels = answer_logits(model, batch, {image_token: embed_patches(model, patches)})
+        auxiliary = patch_loss(heads, patches, patch_targets(scenes))
+        return nn.functional.cross_entropy(logits, labels) + 0.2 * auxiliary
 
-    checkpoint = Checkpoint(CHECKPOINTS / "vision.pt", {"image_embed": tower, "lora": lora}, optimizer)
+    checkpoint = Checkpoint(CHECKPOINTS / "vision.pt", {"image_embed": tower, "lora": lora, "heads": heads}, optimizer)
     train(
         checkpoint,
         step_loss,

@@ -146,6 +146,6 @@ def test_the_audio_libraries_are_not_imported_before_they_are_needed():
         "try: load_media(b'fLaC' + bytes(99))\n"
         "except Exception as error: print(type(error).__name__, error)\n"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("MediaError") and "soundfile" in run.stdout

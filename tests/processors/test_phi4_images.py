@@ -20,7 +20,7 @@ REFERENCE = Path(__file__).parent / "phi4_image_reference.py"
 
 @pytest.fixture(scope="module")
 def comparison():
-    run = subprocess.run([sys.executable, str(REFERENCE), "50"], capture_output=True, text=True, timeout=300)
+    run = subprocess.run([sys.executable, str(REFERENCE), "50"], capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
