@@ -41,7 +41,7 @@ def check_api_key(request: Request, api_key: str | None) -> None:
     if api_key is None:
         return
     kind, _, token = request.headers.get("authorization", "").partition(" ")
-    if kind.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), api_key.encode()):
+    if kind.lower() != "bearer" or not hmac.compare_digest(token.strip().encode("latin-1"), api_key.encode()):
         raise Refusal(401, "a valid API key is needed as 'Authorization: Bearer <key>'", code="invalid_api_key")
 
 

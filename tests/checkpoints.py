@@ -1,7 +1,8 @@
 """Tiny random checkpoints and PEFT adapters on disk: the one place where tests make them.
 
-Weights are rounded to bfloat16, so that a half-precision run has the very weights of the float32 reference. Every
-tensor is drawn anew at a sane scale: the classes leave some at std 1.0 or zero, which would hide errors.
+Weights are rounded to what bfloat16 and float16 both hold, so that a half-precision run has the very weights of the
+float32 reference. Every tensor is drawn anew at a sane scale: the classes leave some at std 1.0 or zero, which would
+hide errors.
 """
 
 import warnings
@@ -173,8 +174,7 @@ TEXT_FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         },
     ),
     "gemma3_text": ("Gemma3", {"head_dim": 14, "sliding_window": 9, "sliding_window_pattern": 2}),
-    "mistral": ("Mistral", {"sliding_window": 9}),
-    "phi3": ("Phi3", {}),
+    "phi3": ("Phi3", {"sliding_window": 9}),
 }
 
 
@@ -220,7 +220,7 @@ def randomize_adapter(path: Path, seed: int, dtype: torch.dtype = torch.float32)
         scale = tensor.shape[1] ** -0.5
         if ".lora_B." in key:
             scale *= 0.5
-        tensors[key] = (torch.randn(tensor.shape, generator=generator) * scale).bfloat16().to(dtype)
+        tensors[key] = _rounded(torch.randn(tensor.shape, generator=generator) * scale).to(dtype)
     save_file(tensors, file, {"format": "pt"})
 
 
@@ -253,4 +253,10 @@ def _draw_weights(model: nn.Module, generator: torch.Generator) -> None:
             value = noise
         else:
             value = noise * (2.0 if name == "lm_head.weight" else 1.0) * parameter[0].numel() ** -0.5
-        parameter.copy_(value.bfloat16())
+        parameter.copy_(_rounded(value))
+
+
+def _rounded(value: torch.Tensor) -> torch.Tensor:
+    """The nearest values that bfloat16 and float16 both hold; what is subnormal in float16 becomes 0."""
+    smallest = torch.finfo(torch.float16).smallest_normal
+    return torch.where(value.abs() < smallest, 0.0, value).bfloat16().to(value.dtype)

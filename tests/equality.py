@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from mmlora import BASE, LLM, LoRARequest, RequestOutput, SamplingParams
-from tests.reference import Media, Reference, ReferenceOutput
+from tests.reference import NUM_TOKENS, Media, Reference, ReferenceOutput
 
 LOGIT_TOLERANCE = 1e-4  # fp32
 NEAR_TIE = 1e-3  # fp32: between the reference's top two logits
-NUM_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Checkpoint:
         key = (case.name, case.prompt, case.adapter)
         if key not in self._known:
             adapter = self.adapters[case.adapter] if case.adapter is not None else None
-            self._known[key] = self.reference.generate(case.prompt, case.media, adapter, NUM_TOKENS)
+            self._known[key] = self.reference.generate(case.prompt, case.media, adapter)
         return self._known[key]
 
 
@@ -58,7 +57,7 @@ class Statistics:
     num_logit_rows: int = 0
     num_near_ties: int = 0
     max_logit_error: float = 0.0
-    max_half_error: dict[str, str] = field(default_factory=dict)
+    half_errors: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return (

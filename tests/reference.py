@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, Phi4MultimodalFeatureExtractor
 from mmlora.processors.phi4_images import ImageSettings, process_image
 from tests.checkpoints import AUDIO_ID, IMAGE_ID, load_reference
 
+NUM_TOKENS = 8
 Audio = tuple[np.ndarray, int]
 
 
@@ -66,7 +67,7 @@ class Reference:
 
     @torch.inference_mode()
     def generate(
-        self, prompt: str, media: Media | None = None, adapter: Path | None = None, max_tokens: int = 8
+        self, prompt: str, media: Media | None = None, adapter: Path | None = None, max_tokens: int = NUM_TOKENS
     ) -> ReferenceOutput:
         """Continue a prompt greedily, never stopping early."""
         model = self._base if adapter is None else self._with_adapter(adapter)

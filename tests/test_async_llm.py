@@ -96,7 +96,22 @@ def test_abort_ends_the_iterator_with_one_terminal_output(llm):
     run(check())
 
 
-def test_leaving_the_iterator_aborts(llm):
+@pytest.fixture
+def aborted(llm, monkeypatch):
+    """Finish reasons of the requests that the engine aborts."""
+    reasons = []
+    abort = llm.engine.abort_request
+
+    def spy(request_id, **arguments):
+        output = abort(request_id, **arguments)
+        reasons.extend(completion.finish_reason for completion in output.outputs)
+        return output
+
+    monkeypatch.setattr(llm.engine, "abort_request", spy)
+    return reasons
+
+
+def test_leaving_the_iterator_aborts(llm, aborted):
     async def check():
         async with aclosing(llm.generate("hello", LONG)) as outputs:
             async for _ in outputs:
@@ -104,9 +119,10 @@ def test_leaving_the_iterator_aborts(llm):
         await until_idle(llm)
 
     run(check())
+    assert aborted == ["abort"]
 
 
-def test_cancelling_the_task_aborts(llm):
+def test_cancelling_the_task_aborts(llm, aborted):
     async def check():
         task = asyncio.create_task(collect(llm, params=LONG))
         while not llm.engine.has_unfinished_requests:
@@ -117,6 +133,7 @@ def test_cancelling_the_task_aborts(llm):
         await until_idle(llm)
 
     run(check())
+    assert aborted == ["abort"]
 
 
 def test_a_bad_request_fails_alone_and_the_engine_lives(llm):

@@ -50,6 +50,9 @@ class Phi4MultimodalTowers:
 
     def encode(self, modality: str, mode: str, items: Sequence[ProcessedMedia]) -> list[torch.Tensor]:
         """See `Towers.encode`."""
+        if modality == "image" and len(items) > 1:
+            # The class attends causally unless some mask hides a patch: pictures encoded together change each other.
+            return [rows for item in items for rows in self.encode(modality, mode, [item])]
         num_tokens = [item.num_tokens for item in items]
         tensors = {name: torch.stack([item.tensors[name] for item in items]) for name in items[0].tensors}
         if modality == "image":

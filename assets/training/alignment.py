@@ -10,6 +10,8 @@ from mmlora.assets.training.rows import Batch
 
 GUIDED_LAYERS = (2, 3)
 GUIDED_HEADS = 2
+SUM_LAYERS = (1, 2)
+SUM_HEADS = (2, 3)
 _NEVER = -1e9
 
 
@@ -114,3 +116,36 @@ def token_loss(
     heard = torch.nn.functional.normalize(audio_embeds[clips, stops], dim=-1)
     logits = 12 * heard @ torch.nn.functional.normalize(token_embeddings, dim=-1).T
     return torch.nn.functional.cross_entropy(logits, targets)
+
+
+def sum_guide_loss(
+    attentions: tuple[torch.Tensor, ...],
+    batch: Batch,
+    markers: tuple[int, int],
+    answers: list[int | None],
+    spans: list[list[tuple[int, int]]],
+) -> torch.Tensor:
+    """Guide one head to each operand where the answer of a spoken sum is predicted.
+
+    Args:
+        attentions: Attention weights by layer.
+        batch: The rows, one for each clip.
+        markers: The token ids of the audio placeholder and of the assistant marker.
+        answers: The answer's token for clips that are sums; the operands are their third last and last word.
+        spans: First and last step of every word of every clip.
+    """
+    audio_token, assistant = markers
+    losses = []
+    for i, (answer, steps) in enumerate(zip(answers, spans, strict=True)):
+        if answer is None:
+            continue
+        ids = batch.ids[i].tolist()
+        first = ids.index(audio_token)
+        positions = [p for p in range(len(ids) - 1) if ids[p] == assistant and ids[p + 1] == answer]
+        if not positions:
+            continue
+        for head, (start, stop) in zip(SUM_HEADS, (steps[-3], steps[-1]), strict=True):
+            for layer in SUM_LAYERS:
+                seen = attentions[layer][i, head, positions, first + max(0, start - 1) : first + stop + 2]
+                losses.append(-torch.log(seen.sum(-1) + 1e-4).mean())
+    return torch.stack(losses).mean() if losses else attentions[0].new_zeros(())

@@ -45,6 +45,11 @@ class Shape:
     def name(self) -> str:
         return f"{self.color} {self.kind}"
 
+    @property
+    def cell(self) -> int:
+        """The cell of a 4 x 4 grid, row by row, in which the centre lies."""
+        return int(self.y // (SIDE // 4)) * 4 + int(self.x // (SIDE // 4))
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -56,11 +61,15 @@ class Scene:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a scene, its answer, and the task it belongs to (see `TASKS`)."""
+    """A question about a scene, its answer, and the task it belongs to (see `TASKS`).
+
+    `cells` tells for every word of the answer which cell of a 4 x 4 grid shows it (-1: none); it may be empty.
+    """
 
     task: str
     text: str
     answer: str
+    cells: tuple[int, ...] = ()
 
 
 def sample_scene(rng: random.Random) -> Scene:
@@ -152,7 +161,8 @@ def description(scene: Scene) -> str:
 
 
 def _describe(scene: Scene, rng: random.Random) -> Question:
-    return Question("describe", rng.choice(DESCRIBE_QUESTIONS), description(scene))
+    cells = tuple(cell for shape in scene.shapes for cell in (-1, -1, *[shape.cell] * 3))
+    return Question("describe", rng.choice(DESCRIBE_QUESTIONS), description(scene), cells[1:])
 
 
 def _count(scene: Scene, rng: random.Random) -> Question:
@@ -172,9 +182,9 @@ def _count(scene: Scene, rng: random.Random) -> Question:
 def _color(scene: Scene, rng: random.Random) -> Question | None:
     shape = rng.choice(scene.shapes)
     if sum(other.kind == shape.kind for other in scene.shapes) == 1:
-        return Question("color", f"what color is the {shape.kind}", shape.color)
+        return Question("color", f"what color is the {shape.kind}", shape.color, (shape.cell,))
     if sum((other.kind, other.size) == (shape.kind, shape.size) for other in scene.shapes) == 1:
-        return Question("color", f"what color is the {shape.size} {shape.kind}", shape.color)
+        return Question("color", f"what color is the {shape.size} {shape.kind}", shape.color, (shape.cell,))
     return None
 
 
@@ -200,7 +210,8 @@ def _relation(scene: Scene, rng: random.Random) -> Question | None:
         near = [s for s in scene.shapes if s is not other and offset(s, other, relation) > -8]
         if near != [shape] or offset(shape, other, relation) < MIN_GAP:
             return None
-        return Question("relation", f"what is {relation} the {other.name}", f"a {shape.name}")
+        cells = (-1, shape.cell, shape.cell)
+        return Question("relation", f"what is {relation} the {other.name}", f"a {shape.name}", cells)
     axis = rng.choice((("left of", "right of"), ("above", "below")))
     if abs(offset(shape, other, axis[0])) < MIN_GAP:
         return None

@@ -14,13 +14,20 @@ from mmlora.assets.training.tokenizer import ASSISTANT, END, USER
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids with labels of the same length; a label of -1 is not trained on."""
+    """Token ids with labels of the same length; a label of -1 is not trained on.
+
+    `looks`, if not empty, holds for each position the picture cell that it should attend to, or -1.
+    """
 
     ids: list[int]
     labels: list[int]
+    looks: list[int] = field(default_factory=list)
 
     def __add__(self, other: "Tokens") -> "Tokens":
-        return Tokens(self.ids + other.ids, self.labels + other.labels)
+        return Tokens(self.ids + other.ids, self.labels + other.labels, self._looks() + other._looks())
+
+    def _looks(self) -> list[int]:
+        return self.looks or [-1] * len(self.ids)
 
 
 @dataclass
@@ -39,12 +46,13 @@ class Row:
 class Batch:
     """Rows padded to one length; `labels` are shifted, so position i holds the token that follows it.
 
-    Shapes: ids, labels and positions `[num_rows, num_tokens]`, mask `[num_rows, 1, num_tokens, num_tokens]` bool.
+    Shapes: ids, labels, positions and looks `[num_rows, num_tokens]`, mask `[num_rows, 1, num_tokens, num_tokens]` bool.
     """
 
     ids: torch.Tensor
     labels: torch.Tensor
     positions: torch.Tensor
+    looks: torch.Tensor
     mask: torch.Tensor
 
 
@@ -67,10 +75,16 @@ class Encoder:
     def prompt(self, ids: list[int]) -> Tokens:
         return Tokens(ids, [-1] * len(ids))
 
-    def answer(self, answer: str) -> Tokens:
-        """End the user's turn and answer it; the assistant marker is trained on too, so prompts may lack it."""
+    def answer(self, answer: str, cells: tuple[int, ...] = ()) -> Tokens:
+        """End the user's turn and answer it; the assistant marker is trained on too, so prompts may lack it.
+
+        Args:
+            answer: The answer.
+            cells: For each of its tokens the picture cell that shows it, or -1; may be empty.
+        """
         ids = self.text(answer)
-        return Tokens([self.end, self.assistant, *ids, self.end], [-1, self.assistant, *ids, self.end])
+        looks = [-1, *cells, -1, -1] if len(cells) == len(ids) else []
+        return Tokens([self.end, self.assistant, *ids, self.end], [-1, self.assistant, *ids, self.end], looks)
 
     def exchange(self, question: str, answer: str) -> Tokens:
         """Encode one turn of the user and its answer."""
@@ -93,7 +107,7 @@ def collate(rows: list[Row]) -> Batch:
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     labels = torch.full((len(rows), length), -1)
     positions = torch.zeros(len(rows), length, dtype=torch.long)
-    block_ids = torch.full((len(rows), length), -1)
+    block_ids, looks = torch.full((len(rows), length), -1), torch.full((len(rows), length), -1)
     for i, row in enumerate(rows):
         start, shared = 0, len(row.prefix.ids)
         for k, part in enumerate([row.prefix, *row.blocks]):
@@ -105,8 +119,10 @@ def collate(rows: list[Row]) -> Batch:
             first = shared if k else 0
             positions[i, start:stop] = torch.arange(first, first + len(part.ids))
             block_ids[i, start:stop] = k
+            if part.looks:
+                looks[i, start:stop] = torch.tensor(part.looks)
             start = stop
-    return Batch(ids, labels, positions, _mask(block_ids))
+    return Batch(ids, labels, positions, looks, _mask(block_ids))
 
 
 def _mask(block_ids: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmlora.assets.training.alignment import forced_alignment, guide_loss, guide_mask, token_loss, word_spans
+from mmlora.assets.training.alignment import (
+    forced_alignment,
+    guide_loss,
+    guide_mask,
+    sum_guide_loss,
+    token_loss,
+    word_spans,
+)
 from mmlora.assets.training.corpus import SPEECH, Corpus
 from mmlora.assets.training.loop import Checkpoint, optimizer_for, set_up, train
 from mmlora.assets.training.metrics import word_errors
@@ -95,6 +102,7 @@ def main() -> None:
     optimizer = optimizer_for(
         [([*tower.parameters(), *head.parameters()], 1.2e-3, 0.01), (projection, 2e-3, 0.01), (lora.parameters(), 2e-3, 0)]
     )
+    corpus.items += [item for item in corpus.items if item["kind"] == "sum"]
     batches = endless_batches(corpus, rng, args.frames)
     audio_token = model.config.audio_config.audio_token_id
 
@@ -114,12 +122,14 @@ def main() -> None:
         aligned = spans(hidden, texts)
         guide = guide_mask(batch, audio_token, encoder.assistant, [encoder.text(t) for t in texts], aligned)
         guided = guide_loss(attentions, guide)
+        sums = [encoder.text(item["answer"])[0] if item["kind"] == "sum" else None for item in items]
+        summed = sum_guide_loss(attentions, batch, (audio_token, encoder.assistant), sums, aligned)
         words = [encoder.text(f" {text}") for text in texts]
         drawn = token_loss(media[audio_token], model.model.embed_tokens.weight, words, aligned)
         answered = nn.functional.cross_entropy(logits, labels)
         if (step + 1) % 25 == 0:
-            print(f"answers {answered.item():.3f} guide {guided.item():.3f} tokens {drawn.item():.3f}", flush=True)
-        return answered + 0.3 * guided + 0.2 * drawn + 0.3 * ctc_loss(head, hidden, texts)
+            print(f"answers {answered.item():.3f} guide {guided.item():.3f} tokens {drawn.item():.3f} sums {summed.item():.3f}", flush=True)
+        return answered + 0.3 * (guided + summed) + 0.2 * drawn + 0.3 * ctc_loss(head, hidden, texts)
 
     checkpoint = Checkpoint(
         CHECKPOINTS / "speech.pt", {"audio_embed": embed, "lora": lora, "head": head}, optimizer

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from mmlora.assets.training import pictures
+from mmlora.assets.training.alignment import guide_loss
+from mmlora.assets.training.grounding import cell_token_loss, look_mask
 from mmlora.assets.training.loop import Checkpoint, optimizer_for, set_up, train
-from mmlora.assets.training.model import CHECKPOINTS, answer_logits, embed_patches, image_embeds, patch_features
+from mmlora.assets.training.model import CHECKPOINTS, embed_patches, image_embeds, patch_features, run_language_model
 from mmlora.assets.training.pictures import TASKS, Question, Scene
 from mmlora.assets.training.rows import Encoder, Row, Tokens, collate
 from mmlora.assets.training.stages import attach_adapter, frozen_language_model, greedy, load_stage, prompt_embeds
@@ -27,7 +29,7 @@ def pixels(scenes: list[Scene]) -> torch.Tensor:
 
 def _exchange(encoder: Encoder, question: Question, rng: random.Random, image: list[int]) -> Tokens:
     text = style(question.text, rng)
-    return encoder.prompt([*encoder.text(text), *image]) + encoder.answer(question.answer)
+    return encoder.prompt([*encoder.text(text), *image]) + encoder.answer(question.answer, question.cells)
 
 
 def picture_row(encoder: Encoder, scene: Scene, image: list[int], rng: random.Random) -> Row:
@@ -68,6 +70,7 @@ def main() -> None:
     set_up(4)
     model, tokenizer = frozen_language_model(seed=4)
     encoder, rng = Encoder(tokenizer), random.Random(4)
+    model.set_attn_implementation({"": "eager"})
     lora = attach_adapter(model, args.rank)
     warm = load_stage("patches")
     heads = patch_heads(model.config.vision_config.hidden_size)
@@ -83,9 +86,14 @@ def main() -> None:
         scenes = [pictures.sample_scene(rng) for _ in range(args.size)]
         batch = collate([picture_row(encoder, scene, [image_token] * IMAGE_TOKENS, rng) for scene in scenes])
         patches = patch_features(model, pixels(scenes))
-        logits, labels = answer_logits(model, batch, {image_token: embed_patches(model, patches)})
-        auxiliary = patch_loss(heads, patches, patch_targets(scenes))
-        return nn.functional.cross_entropy(logits, labels) + 0.2 * auxiliary
+        embeds = embed_patches(model, patches)
+        logits, labels, attentions = run_language_model(model, batch, {image_token: embeds}, with_attentions=True)
+        answered = nn.functional.cross_entropy(logits, labels)
+        guided = guide_loss(attentions, look_mask(batch, image_token))
+        drawn = cell_token_loss(embeds, model.model.embed_tokens.weight, scenes, tokenizer)
+        if (step + 1) % 50 == 0:
+            print(f"answers {answered.item():.3f} guide {guided.item():.3f} cells {drawn.item():.3f}", flush=True)
+        return answered + 0.3 * guided + 0.2 * drawn + 0.2 * patch_loss(heads, patches, patch_targets(scenes))
 
     checkpoint = Checkpoint(CHECKPOINTS / "vision.pt", {"image_embed": tower, "lora": lora, "heads": heads}, optimizer)
     train(

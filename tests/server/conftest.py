@@ -26,7 +26,6 @@ from mmlora.config import EngineArgs
 from mmlora.server.api import build_app
 from mmlora.server.launch import load_served_models
 from mmlora.server.models import LoRAModule
-from tests.checkpoints import PHI4_ADAPTERS, save_adapter, save_phi4
 
 
 @dataclass(frozen=True)
@@ -88,22 +87,19 @@ class ServerFactory:
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_phi4(tmp_path_factory.mktemp("tiny-phi4") / "model")
-
-
-@pytest.fixture(scope="session")
-def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Paths of adapters by name: `speech` and `vision` change towers too, `words` the language model alone."""
-    folder = tmp_path_factory.mktemp("adapters")
-    sources = {"speech": "everything", "vision": "rslora", "words": "text"}
-    return {name: str(save_adapter(model, folder / name, PHI4_ADAPTERS[kind])) for name, kind in sources.items()}
+def adapters(tiny_adapters: dict[str, Path]) -> dict[str, str]:
+    """Paths of adapters by name: `speech` changes every part of the model, the others the language model alone."""
+    return {
+        "speech": str(tiny_adapters["everything"]),
+        "vision": str(tiny_adapters["a"]),
+        "words": str(tiny_adapters["b"]),
+    }
 
 
 @pytest.fixture(scope="module")
-def start_server(model: Path) -> Iterator[ServerFactory]:
+def start_server(tiny_phi4: Path) -> Iterator[ServerFactory]:
     with ExitStack() as stack:
-        yield ServerFactory(model, stack)
+        yield ServerFactory(tiny_phi4, stack)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,62 @@
+"""Tie answers about pictures to the places that show them: guided attention and token-like picture embeddings.
+
+These auxiliary losses only speed training up; nothing of them is left in the model.
+"""
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from mmlora.assets.training.pictures import Scene
+from mmlora.assets.training.rows import Batch
+from mmlora.assets.training.world import COLORS, SHAPES, SIZES
+
+CELLS_PER_SIDE = 4
+GLOBAL_VIEW = CELLS_PER_SIDE * (CELLS_PER_SIDE + 1) + 1
+
+
+def cell_offset(cell: int) -> int:
+    """Return the index of a cell among the tokens of a picture: every row of cells ends in a newline token."""
+    return cell + cell // CELLS_PER_SIDE
+
+
+def look_mask(batch: Batch, image_token: int) -> torch.Tensor:
+    """Mark for each position that looks at a cell the two picture tokens of that cell.
+
+    Returns:
+        `[num_rows, num_tokens, num_tokens]` fp32 of ones and zeros.
+    """
+    mask = torch.zeros(batch.ids.shape[0], batch.ids.shape[1], batch.ids.shape[1])
+    first = (batch.ids == image_token).int().argmax(1)
+    for row, position in torch.nonzero(batch.looks >= 0).tolist():
+        key = int(first[row]) + cell_offset(int(batch.looks[row, position]))
+        mask[row, position, [key, key + GLOBAL_VIEW]] = 1
+    return mask
+
+
+def cell_token_loss(
+    embeds: torch.Tensor, token_embeddings: torch.Tensor, scenes: list[Scene], tokenizer: PreTrainedTokenizerFast
+) -> torch.Tensor:
+    """Draw the embedding of each cell with one shape towards the tokens of its size, color and kind.
+
+    Args:
+        embeds: Picture embeddings, `[num_scenes, 41, hidden_size]`.
+        token_embeddings: `[vocab_size, hidden_size]`.
+        scenes: What the pictures show.
+        tokenizer: The tokenizer, in which each of these words is one token.
+    """
+    shapes = [
+        (i, shape)
+        for i, scene in enumerate(scenes)
+        for shape in scene.shapes
+        if sum(other.cell == shape.cell for other in scene.shapes) == 1
+    ]
+    seen = embeds[[i for i, _ in shapes], [cell_offset(shape.cell) for _, shape in shapes]]
+    seen = nn.functional.normalize(seen, dim=-1)
+    loss = seen.new_zeros(())
+    for words, name in ((SIZES, "size"), (COLORS, "color"), (SHAPES, "kind")):
+        tokens = [tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in words]
+        logits = 12 * seen @ nn.functional.normalize(token_embeddings[tokens], dim=-1).T
+        targets = torch.tensor([list(words).index(getattr(shape, name)) for _, shape in shapes])
+        loss = loss + nn.functional.cross_entropy(logits, targets)
+    return loss

@@ -1,0 +1,212 @@
+"""`mmlora serve`: flags, environment, the bundled assistant as the default, and one clear message for what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from mmlora import cli
+from mmlora.assets.models import assistant_default_mm_loras, assistant_path
+from mmlora.config import EngineArgs
+from mmlora.server.launch import ServerArgs
+from mmlora.server.models import LoRAModule
+from tests.checkpoints import AdapterSpec, save_adapter, save_text_model
+
+Served = tuple[EngineArgs, ServerArgs]
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Served]:
+    """Run `mmlora serve` up to the point where it would load the model, and give the options."""
+    for name in os.environ:
+        if name.startswith(cli.ENV_PREFIX):
+            monkeypatch.delenv(name)
+
+    def run(*arguments: str) -> Served:
+        calls: list[Served] = []
+        monkeypatch.setattr(cli, "serve", lambda *args: calls.append(args))
+        assert cli.main(["serve", *arguments]) == 0
+        return calls[0]
+
+    return run
+
+
+def message_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a refused command prints."""
+    try:
+        code: object = cli.main(["serve", *arguments])
+    except SystemExit as exit_:
+        code = exit_.code
+    assert code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_flags_of_the_reference_document(served: Callable[..., Served]) -> None:
+    engine, server = served(
+        *("some/model", "--max-model-len", "2048", "--enable-lora", "--max-lora-rank", "64", "--max_loras=3"),
+        *("--default-mm-loras", '{"audio": "some/adapter"}', "--limit-mm-per-prompt", '{"audio": 1}'),
+        *("--no-enable-prefix-caching", "--no-enable-tower-connector-lora", "--served-model-name", "m"),
+        *("--host", "0.0.0.0", "--port", "80", "--dtype", "float32", "--kv-cache-memory-bytes", "1000"),
+        *("--lora-modules", "a=path=x", '{"name": "b", "path": "p", "base_model_name": "c"}'),
+    )
+    expected = EngineArgs(
+        model="some/model",
+        max_model_len=2048,
+        enable_lora=True,
+        max_lora_rank=64,
+        max_loras=3,
+        default_mm_loras={"audio": "some/adapter"},
+        limit_mm_per_prompt={"audio": 1},
+        enable_prefix_caching=False,
+        enable_tower_connector_lora=False,
+        served_model_name="m",
+        dtype="float32",
+        kv_cache_memory_bytes=1000,
+    )
+    assert engine == expected
+    assert (server.host, server.port) == ("0.0.0.0", 80)
+    assert server.lora_modules == [LoRAModule("a", "path=x"), LoRAModule("b", "p", "c")]
+
+
+def test_without_a_model_the_bundled_assistant_is_served(served: Callable[..., Served]) -> None:
+    engine, server = served()
+    assert (engine.model, engine.model_name, engine.enable_lora) == (assistant_path(), "assistant", True)
+    assert engine.default_mm_loras == assistant_default_mm_loras()
+    assert [module.name for module in server.lora_modules] == ["spanish-lora"]
+
+    engine, server = served("--no-enable-lora")
+    assert (engine.enable_lora, engine.default_mm_loras, server.lora_modules) == (False, None, ())
+    assert served("--default-mm-loras", "{}")[0].default_mm_loras == {}
+
+
+def test_command_line_wins_over_environment(served: Callable[..., Served], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMLORA_MAX_LORAS", "5")
+    monkeypatch.setenv("MMLORA_SEED", "6")
+    monkeypatch.setenv("MMLORA_ENABLE_LORA", "TRUE")
+    monkeypatch.setenv("MMLORA_ENABLE_PREFIX_CACHING", "0")
+    monkeypatch.setenv("MMLORA_API_KEY", "secret")
+    monkeypatch.setenv("MMLORA_LORA_MODULES", "a=b c=d")
+    engine, server = served("model", "--max-loras", "7", "--enable-prefix-caching")
+    assert (engine.max_loras, engine.seed, engine.enable_lora, engine.enable_prefix_caching) == (7, 6, True, True)
+    assert server.api_key == "secret"
+    assert [module.name for module in server.lora_modules] == ["a", "c"]
+
+
+def test_every_option_has_a_flag_and_a_help_text() -> None:
+    flags = [*cli._flags(EngineArgs), *cli._flags(ServerArgs)]
+    names = {f.name for cls in (EngineArgs, ServerArgs) for f in dataclasses.fields(cls) if f.init} - {"model"}
+    assert {flag.name for flag in flags} == names
+    undocumented = {flag.name for flag in flags if not flag.help}
+    assert undocumented <= {"gpu_memory_utilization", "tensor_parallel_size", "trust_remote_code", "quantization"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--no-such-option"], "--no-such-option"),
+        (["--max-lora", "3"], "--max-lora"),
+        (["--max-loras", "three"], "'three'"),
+        (["--max-loras", "0"], "max_loras=0"),
+        (["--default-mm-loras", "{"], "not JSON"),
+        (["--default-mm-loras", "[]"], "JSON object"),
+        (["m", "--default-mm-loras", '{"audio": "x"}'], "needs enable_lora=True"),
+        (["--lora-modules", "nameonly"], "name=path"),
+        (["--lora-modules", '{"name": "a"}'], "a name and a path"),
+        (["--lora-modules", '{"name": "a", "path": "b", "rank": 3}'], "base_model_name"),
+        (["--port", "70000"], "port=70000"),
+        (["--uvicorn-log-level", "loud"], "'loud'"),
+        (["--dtype", "int3"], "int3"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_bad_option_is_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], text: str
+) -> None:
+    assert text in message_of(capsys, *arguments)
+
+
+def test_a_bad_environment_variable_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMLORA_ENABLE_LORA", "yes")
+    assert "MMLORA_ENABLE_LORA='yes'" in message_of(capsys)
+
+
+@pytest.fixture(scope="module")
+def models(tiny_phi4: Path, tiny_adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A multimodal and a text model, and an adapter of each."""
+    folder = tmp_path_factory.mktemp("models")
+    llama = save_text_model(folder / "llama", "llama")
+    other = save_adapter(llama, folder / "other", AdapterSpec(("q_proj",), seed=1))
+    paths = {"phi4": tiny_phi4, "llama": llama, "speech": tiny_adapters["everything"], "other": other}
+    return {name: str(path) for name, path in paths.items()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["{phi4}", "--enable-lora", "--max-lora-rank", "8", "--lora-modules", "a={speech}"], "rank"),
+        (["{phi4}", "--enable-lora", "--lora-modules", "a={other}"], "q_proj"),
+        (["{phi4}", "--enable-lora", "--lora-modules", "a=b/no-such-adapter"], "no-such-adapter"),
+        (["{phi4}", "--lora-modules", "a={speech}"], "needs enable_lora=True"),
+        (["{phi4}", "--enable-lora", "--default-mm-loras", '{{"video": "{speech}"}}'], "allowed are audio, image"),
+        (["{llama}", "--enable-lora", "--default-mm-loras", '{{"audio": "{speech}"}}'], "text only"),
+        (
+            [
+                "{phi4}",
+                "--enable-lora",
+                "--default-mm-loras",
+                '{{"audio": "{speech}"}}',
+                "--lora-modules",
+                "audio={speech}",
+            ],
+            "'audio' is taken",
+        ),
+        (["{phi4}", "--enable-lora", "--lora-modules", "a={speech}", "a={speech}"], "'a' is taken"),
+        (["{phi4}", "--chat-template", "no-such-file.jinja"], "no-such-file.jinja"),
+        (["/no/such/model"], "/no/such/model"),
+    ],
+)
+def test_what_only_the_loaded_model_tells_is_also_one_line(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    models: dict[str, str],
+    arguments: list[str],
+    text: str,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    filled = [argument.format(**models) for argument in arguments]
+    assert text in message_of(capsys, *filled, "--port", "0", "--device", "cpu")
+
+
+def test_a_taken_port_is_told_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        assert "in use" in message_of(capsys, "/no/such/model", "--port", str(listener.getsockname()[1]))
+
+
+def test_the_process_says_when_it_is_ready_and_stops_on_a_signal(models: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "mmlora.cli", "serve", models["phi4"], "--port", "0", "--served-model-name", "m"]
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen([*command, "--device", "cpu"], **options) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        try:
+            assert line.startswith("mmlora is ready: http://127.0.0.1:") and line.endswith("serves m\n"), line
+            assert httpx.get(line.split()[3] + "/models", timeout=30).json()["data"][0]["id"] == "m"
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) in (0, 130, -signal.SIGINT)

@@ -1,0 +1,76 @@
+"""The examples, the demo and the README's Python run as they stand, on the bundled assistant."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmlora import AsyncLLM, EngineArgs
+from mmlora.assets.models import assistant_default_mm_loras, assistant_path
+from mmlora.server.api import build_app
+from mmlora.server.launch import load_served_models
+from tests.server.conftest import run_app
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+
+
+def run_example(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_an_example_is_short(path: Path) -> None:
+    limit = 100 if path.name == "demo.py" else 40
+    assert len(path.read_text().splitlines()) <= limit
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("default_mm_lora.py", ["audio default:audio"]),
+        ("multilora.py", ["base     none", "spanish  explicit", "image    default:image", "base     explicit:base"]),
+        ("async_engine.py", ["what is two plus three? five", "what comes after seven? eight"]),
+    ],
+)
+def test_an_offline_example_runs(
+    name: str, expected: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_example(name, monkeypatch)
+    printed = capsys.readouterr().out
+    for text in expected:
+        assert text in printed
+
+
+def test_the_client_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    args = EngineArgs(assistant_path(), enable_lora=True, default_mm_loras=assistant_default_mm_loras())
+    llm = AsyncLLM(args)
+    try:
+        with run_app(build_app(llm, load_served_models(llm))) as address:
+            run_example("chat_client.py", monkeypatch, f"{address}/v1")
+    finally:
+        llm.shutdown()
+    assert "'reason': 'default:audio'" in capsys.readouterr().out
+
+
+def test_the_demo_runs_and_leaves_no_server() -> None:
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / "demo.py")], capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines() if line.endswith(" s")]
+    reasons = ["none", "default:audio", "explicit:base", "default:image", "explicit:base", "default:audio+image", "explicit"]
+    assert [row[-3] for row in rows] == reasons
+    assert "spanish-lora" in rows[-1]
+
+
+@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
+def test_a_snippet_of_the_readme_runs(snippet: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
+    assert "default:audio" in capsys.readouterr().out
