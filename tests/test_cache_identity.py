@@ -12,7 +12,7 @@ from tests.equality import Checkpoint, Logits, check_equal, greedy, recorded_log
 from tests.media import clip, picture
 from tests.reference import Media, Reference
 
-PROMPT = "<|user|>See<|image|>and hear <|audio|>! Well?<|end|><|assistant|>"
+PROMPT = "<|user|>Please see<|image|>and hear <|audio|>! Well?<|end|><|assistant|>"
 MEDIA = Media(audios=[clip(0.6, 21)], images=[picture(50, 42, 22)])
 OTHER_MEDIA = Media(audios=[clip(0.6, 23)], images=[picture(50, 42, 24)])
 BLOCK_SIZE = 8

@@ -49,8 +49,10 @@ def test_an_offline_example_runs(
 
 
 def test_the_client_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    args = EngineArgs(assistant_path(), enable_lora=True, default_mm_loras=assistant_default_mm_loras())
-    llm = AsyncLLM(args)
+    defaults = assistant_default_mm_loras()
+    llm = AsyncLLM(
+        EngineArgs(assistant_path(), served_model_name="assistant", enable_lora=True, default_mm_loras=defaults)
+    )
     try:
         with run_app(build_app(llm, load_served_models(llm))) as address:
             run_example("chat_client.py", monkeypatch, f"{address}/v1")
@@ -65,8 +67,8 @@ def test_the_demo_runs_and_leaves_no_server() -> None:
     )
     assert result.returncode == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines() if line.endswith(" s")]
-    reasons = ["none", "default:audio", "explicit:base", "default:image", "explicit:base", "default:audio+image", "explicit"]
-    assert [row[-3] for row in rows] == reasons
+    defaults = ["default:audio", "explicit:base", "default:image", "explicit:base", "default:audio+image"]
+    assert [row[-3] for row in rows] == ["none", *defaults, "explicit"]
     assert "spanish-lora" in rows[-1]
 
 

@@ -66,13 +66,14 @@ print(transformers.__version__)
     assert run_python(code, cwd=ROOT).strip().startswith("5.")
 
 
-def test_engine_core_imports_no_server_or_audio_package() -> None:
+def test_engine_core_imports_where_no_server_or_audio_package_is_installed() -> None:
     code = """
 import sys
-import mmlora.engine, mmlora.llm
-print(sorted({"fastapi", "uvicorn", "librosa", "soundfile"} & set(sys.modules)))
+sys.modules.update(dict.fromkeys(["fastapi", "pydantic", "uvicorn", "librosa", "soundfile"]))  # None: not importable
+import mmlora
+print(mmlora.LLM)
 """
-    assert run_python(code, cwd=ROOT).strip() == "[]"
+    assert "mmlora.llm.LLM" in run_python(code, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")

@@ -130,9 +130,7 @@ def engine_generate() -> Generate:
     from mmlora import BASE, LLM, SamplingParams
     from mmlora.assets.models import assistant_default_mm_loras, assistant_path
 
-    llm = LLM(
-        model=assistant_path(), enable_lora=True, max_loras=2, default_mm_loras=assistant_default_mm_loras()
-    )
+    llm = LLM(model=assistant_path(), enable_lora=True, max_loras=2, default_mm_loras=assistant_default_mm_loras())
     params = SamplingParams(temperature=0, max_tokens=64)
 
     def generate(prompts: list[dict[str, Any]], is_adapted: bool) -> list[str]:

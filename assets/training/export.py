@@ -89,7 +89,9 @@ def export(folder: Path) -> None:
     halves.pop("lm_head.weight")
     model.config.dtype = torch.float32
     model.generation_config = GenerationConfig(
-        bos_token_id=model.config.bos_token_id, eos_token_id=model.config.eos_token_id, pad_token_id=model.config.pad_token_id
+        bos_token_id=model.config.bos_token_id,
+        eos_token_id=model.config.eos_token_id,
+        pad_token_id=model.config.pad_token_id,
     )
     model.save_pretrained(staging, state_dict=halves)
     tokenizer.save_pretrained(staging)

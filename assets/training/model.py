@@ -88,7 +88,11 @@ def _sine_grid(num_positions: int, width: int) -> torch.Tensor:
 def lora_config(r: int = 32) -> LoraConfig:
     """Return the adapter configuration: attention and MLP of the language model, scale 2."""
     return LoraConfig(
-        r=r, lora_alpha=2 * r, target_modules=LORA_TARGETS, task_type="CAUSAL_LM", base_model_name_or_path="mmlora/assistant"
+        r=r,
+        lora_alpha=2 * r,
+        target_modules=LORA_TARGETS,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path="mmlora/assistant",
     )
 
 

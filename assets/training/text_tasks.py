@@ -8,11 +8,7 @@ from mmlora.assets.training.world import ANIMALS, COLORS, NUMBERS, RHYMES, SHAPE
 SPANISH = dict(
     zip(
         [*NUMBERS, *COLORS, *SHAPES, *ANIMALS],
-        (
-            "cero uno dos tres cuatro cinco seis siete ocho nueve diez once doce trece catorce quince dieciseis "
-            "diecisiete dieciocho diecinueve veinte rojo verde azul amarillo morado naranja negro blanco "
-            "circulo cuadrado triangulo estrella cordero perro gato pajaro pez caballo vaca"
-        ).split(),
+        ["cero", "uno", "dos", "tres", "cuatro", "cinco", "seis", "siete", "ocho", "nueve", "diez", "once", "doce", "trece", "catorce", "quince", "dieciseis", "diecisiete", "dieciocho", "diecinueve", "veinte", "rojo", "verde", "azul", "amarillo", "morado", "naranja", "negro", "blanco", "circulo", "cuadrado", "triangulo", "estrella", "cordero", "perro", "gato", "pajaro", "pez", "caballo", "vaca"],
         strict=True,
     )
 )

@@ -100,7 +100,11 @@ def main() -> None:
     for parameter in projection:
         parameter.requires_grad_(True)
     optimizer = optimizer_for(
-        [([*tower.parameters(), *head.parameters()], 1.2e-3, 0.01), (projection, 2e-3, 0.01), (lora.parameters(), 2e-3, 0)]
+        [
+            ([*tower.parameters(), *head.parameters()], 1.2e-3, 0.01),
+            (projection, 2e-3, 0.01),
+            (lora.parameters(), 2e-3, 0),
+        ]
     )
     corpus.items += [item for item in corpus.items if item["kind"] == "sum"]
     batches = endless_batches(corpus, rng, args.frames)
@@ -128,12 +132,13 @@ def main() -> None:
         drawn = token_loss(media[audio_token], model.model.embed_tokens.weight, words, aligned)
         answered = nn.functional.cross_entropy(logits, labels)
         if (step + 1) % 25 == 0:
-            print(f"answers {answered.item():.3f} guide {guided.item():.3f} tokens {drawn.item():.3f} sums {summed.item():.3f}", flush=True)
+            print(
+                f"answers {answered.item():.3f} guide {guided.item():.3f} tokens {drawn.item():.3f} sums {summed.item():.3f}",
+                flush=True,
+            )
         return answered + 0.3 * (guided + summed) + 0.2 * drawn + 0.3 * ctc_loss(head, hidden, texts)
 
-    checkpoint = Checkpoint(
-        CHECKPOINTS / "speech.pt", {"audio_embed": embed, "lora": lora, "head": head}, optimizer
-    )
+    checkpoint = Checkpoint(CHECKPOINTS / "speech.pt", {"audio_embed": embed, "lora": lora, "head": head}, optimizer)
     train(checkpoint, step_loss, args.steps, evaluate=lambda: evaluate_speech(model, encoder, 100), evaluate_every=400)
 
 

@@ -64,7 +64,9 @@ def main() -> None:
         loss, accuracy = loss_and_accuracy(*answer_logits(model, held_out))
         return f"loss {loss:.4f}, token accuracy {accuracy:.4f}"
 
-    train(Checkpoint(CHECKPOINTS / "text.pt", {"backbone": backbone}, optimizer), step_loss, args.steps, evaluate=evaluate)
+    train(
+        Checkpoint(CHECKPOINTS / "text.pt", {"backbone": backbone}, optimizer), step_loss, args.steps, evaluate=evaluate
+    )
 
 
 if __name__ == "__main__":

@@ -77,9 +77,7 @@ def main() -> None:
     heads.load_state_dict(warm["heads"])
     model.model.embed_tokens_extend.image_embed.img_processor.load_state_dict(warm["tower"])
     tower = model.model.embed_tokens_extend.image_embed.requires_grad_(True)
-    optimizer = optimizer_for(
-        [([*tower.parameters(), *heads.parameters()], 1e-3, 0.02), (lora.parameters(), 2e-3, 0)]
-    )
+    optimizer = optimizer_for([([*tower.parameters(), *heads.parameters()], 1e-3, 0.02), (lora.parameters(), 2e-3, 0)])
     image_token = model.config.vision_config.image_token_id
 
     def step_loss(step: int) -> torch.Tensor:

@@ -6,14 +6,11 @@ It knows nothing of audio, pixels or tokens.
 import random
 import zlib
 
-NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen twenty"
-).split()
-COLORS = "red green blue yellow purple orange black white".split()
-SHAPES = "circle square triangle star".split()
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"]
+COLORS = ["red", "green", "blue", "yellow", "purple", "orange", "black", "white"]
+SHAPES = ["circle", "square", "triangle", "star"]
 PLURALS = {shape: shape + "s" for shape in SHAPES}
-ANIMALS = "lamb dog cat bird fish horse cow".split()
+ANIMALS = ["lamb", "dog", "cat", "bird", "fish", "horse", "cow"]
 SIZES = ("big", "little")
 RELATIONS = ("left of", "right of", "above", "below")
 
@@ -31,7 +28,7 @@ TWINKLE = (
 )
 RHYMES = {"mary had a little lamb": MARY, "twinkle twinkle little star": TWINKLE}
 
-_GLUE = "a the and of is left right above below how many what color little big plus minus are there shapes or".split()
+_GLUE = ["a", "the", "and", "of", "is", "left", "right", "above", "below", "how", "many", "what", "color", "little", "big", "plus", "minus", "are", "there", "shapes", "or"]
 WORDS: tuple[str, ...] = tuple(
     dict.fromkeys(
         [*NUMBERS, *COLORS, *SHAPES, *PLURALS.values(), *ANIMALS, *_GLUE]

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from mmlora.assets.audio import AudioAsset
 from mmlora.assets.image import ImageAsset
 from mmlora.assets.models import assistant_adapters, assistant_default_mm_loras, assistant_path

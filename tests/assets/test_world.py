@@ -3,6 +3,7 @@
 import random
 
 import pytest
+
 from mmlora.assets.training import pictures, world
 from mmlora.assets.training.evaluate import Case, Metric, normalize
 from mmlora.assets.training.metrics import word_errors
