@@ -67,7 +67,7 @@ def word_spans(path: np.ndarray, text: str) -> list[tuple[int, int]]:
 def guide_mask(
     batch: Batch, audio_token: int, assistant: int, transcripts: list[list[int]], spans: list[list[tuple[int, int]]]
 ) -> torch.Tensor:
-    """Mark for each position that predicts a word of a transcript the audio positions of that word, with a margin of one.
+    """Mark, for each position that predicts a word of a transcript, that word's audio positions, with a margin of one.
 
     Returns:
         `[num_rows, num_tokens, num_tokens]` fp32 of ones and zeros.

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -143,7 +144,7 @@ def image_embeds(model: Phi4MultimodalForCausalLM, pixels: torch.Tensor) -> torc
 
 
 def run_language_model(
-    model: nn.Module, batch: Batch, media: dict[int, torch.Tensor] | None = None, *, with_attentions: bool = False
+    model: Any, batch: Batch, media: dict[int, torch.Tensor] | None = None, *, with_attentions: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
     """Run the language model over a batch of rows.
 
@@ -177,7 +178,7 @@ def run_language_model(
 
 
 def answer_logits(
-    model: nn.Module, batch: Batch, media: dict[int, torch.Tensor] | None = None
+    model: Any, batch: Batch, media: dict[int, torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits of the labelled positions and the labels (see `run_language_model`)."""
     logits, labels, _ = run_language_model(model, batch, media)

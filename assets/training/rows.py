@@ -46,7 +46,8 @@ class Row:
 class Batch:
     """Rows padded to one length; `labels` are shifted, so position i holds the token that follows it.
 
-    Shapes: ids, labels, positions and looks `[num_rows, num_tokens]`, mask `[num_rows, 1, num_tokens, num_tokens]` bool.
+    Shapes: ids, labels, positions and looks `[num_rows, num_tokens]`, mask
+    `[num_rows, 1, num_tokens, num_tokens]` bool.
     """
 
     ids: torch.Tensor
@@ -61,7 +62,7 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
-        self.user, self.assistant, self.end = tokenizer.convert_tokens_to_ids([USER, ASSISTANT, END])
+        self.user, self.assistant, self.end = (int(tokenizer.convert_tokens_to_ids(t)) for t in (USER, ASSISTANT, END))
         self._cache: dict[str, list[int]] = {}
 
     def text(self, text: str) -> list[int]:

@@ -1,6 +1,6 @@
 """Synthesize speech with espeak-ng and turn it into the model's own log-mel features.
 
-The corpus is a folder of shards (`features-K.npy`, fp16, and `items-K.json`); it holds no tokens and no labels but text.
+The corpus is a folder of shards (`features-K.npy`, fp16, and `items-K.json`); it holds no labels but text.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import soxr
+import soxr  # type: ignore[import-untyped]
 import torch
 from transformers import Phi4MultimodalFeatureExtractor
 

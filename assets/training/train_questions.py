@@ -22,7 +22,7 @@ from mmlora.assets.training.train_vision import IMAGE_TOKENS, evaluate_pictures,
 
 
 def spoken_row(encoder: Encoder, answer: str, media: list[list[int]], rng: random.Random) -> Row:
-    """Ask a spoken question about a picture: either may come first, with a typed request after, before or not at all."""
+    """Ask a spoken question about a picture: either may come first, a typed request after, before or not at all."""
     rng.shuffle(media)
     ids = [token for part in media for token in part]
     text = encoder.text(rng.choice(["", rng.choice(ANSWER_QUESTIONS)]))

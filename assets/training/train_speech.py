@@ -133,7 +133,8 @@ def main() -> None:
         answered = nn.functional.cross_entropy(logits, labels)
         if (step + 1) % 25 == 0:
             print(
-                f"answers {answered.item():.3f} guide {guided.item():.3f} tokens {drawn.item():.3f} sums {summed.item():.3f}",
+                f"answers {answered.item():.3f} guide {guided.item():.3f} "
+                f"tokens {drawn.item():.3f} sums {summed.item():.3f}",
                 flush=True,
             )
         return answered + 0.3 * (guided + summed) + 0.2 * drawn + 0.3 * ctc_loss(head, hidden, texts)

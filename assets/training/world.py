@@ -6,7 +6,29 @@ It knows nothing of audio, pixels or tokens.
 import random
 import zlib
 
-NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"]
+NUMBERS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+    "twenty",
+]
 COLORS = ["red", "green", "blue", "yellow", "purple", "orange", "black", "white"]
 SHAPES = ["circle", "square", "triangle", "star"]
 PLURALS = {shape: shape + "s" for shape in SHAPES}
@@ -28,7 +50,29 @@ TWINKLE = (
 )
 RHYMES = {"mary had a little lamb": MARY, "twinkle twinkle little star": TWINKLE}
 
-_GLUE = ["a", "the", "and", "of", "is", "left", "right", "above", "below", "how", "many", "what", "color", "little", "big", "plus", "minus", "are", "there", "shapes", "or"]
+_GLUE = [
+    "a",
+    "the",
+    "and",
+    "of",
+    "is",
+    "left",
+    "right",
+    "above",
+    "below",
+    "how",
+    "many",
+    "what",
+    "color",
+    "little",
+    "big",
+    "plus",
+    "minus",
+    "are",
+    "there",
+    "shapes",
+    "or",
+]
 WORDS: tuple[str, ...] = tuple(
     dict.fromkeys(
         [*NUMBERS, *COLORS, *SHAPES, *PLURALS.values(), *ANIMALS, *_GLUE]
