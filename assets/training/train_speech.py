@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--frames", type=int, default=4_000, help="frames per batch")
     parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--tune", action="store_true", help="freeze the trained tower; go on with the rest, on more sums")
     args = parser.parse_args()
     set_up(3)
     model, tokenizer = frozen_language_model(seed=3)
@@ -95,13 +96,19 @@ def main() -> None:
     head.load_state_dict(warm["head"])
     model.set_attn_implementation({"": "eager"})
     lora = attach_adapter(model, args.rank)
-    tower = embed.encoder.requires_grad_(True)
+    if args.tune:
+        trained = load_stage("speech")
+        embed.load_state_dict(trained["audio_embed"])
+        head.load_state_dict(trained["head"])
+        lora.load_state_dict(trained["lora"])
+        corpus.items = corpus.items[::2] + [item for item in corpus.items if item["kind"] == "sum"]
+    tower = embed.encoder.requires_grad_(not args.tune)
     projection = [*embed.up_proj_for_speech.parameters(), *embed.down_proj_for_speech.parameters()]
     for parameter in projection:
         parameter.requires_grad_(True)
     optimizer = optimizer_for(
         [
-            ([*tower.parameters(), *head.parameters()], 1.2e-3, 0.01),
+            ([*([] if args.tune else tower.parameters()), *head.parameters()], 1.2e-3, 0.01),
             (projection, 2e-3, 0.01),
             (lora.parameters(), 2e-3, 0),
         ]
@@ -139,7 +146,7 @@ def main() -> None:
             )
         return answered + 0.3 * (guided + summed) + 0.2 * drawn + 0.3 * ctc_loss(head, hidden, texts)
 
-    checkpoint = Checkpoint(CHECKPOINTS / "speech.pt", {"audio_embed": embed, "lora": lora, "head": head}, optimizer)
+    checkpoint = Checkpoint(CHECKPOINTS / ("speech-tuned.pt" if args.tune else "speech.pt"), {"audio_embed": embed, "lora": lora, "head": head}, optimizer)
     train(checkpoint, step_loss, args.steps, evaluate=lambda: evaluate_speech(model, encoder, 100), evaluate_every=400)
 
 
