@@ -20,7 +20,8 @@ from mmlora.assets.image import ImageAsset
 def server() -> Iterator[str]:
     """Run `mmlora serve` on a free port and give its address; it is stopped whatever happens."""
     command = [sys.executable, "-m", "mmlora.cli", "serve", "--port", "0", "--uvicorn-log-level", "warning"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stdout is not None
         ready = next((line for line in process.stdout if line.startswith("mmlora is ready")), None)

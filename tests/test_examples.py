@@ -34,7 +34,7 @@ def test_an_example_is_short(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("default_mm_lora.py", ["audio default:audio"]),
+        ("default_mm_lora.py", ["mary had a little lamb", "audio default:audio"]),
         ("multilora.py", ["base     none", "spanish  explicit", "image    default:image", "base     explicit:base"]),
         ("async_engine.py", ["what is two plus three? five", "what comes after seven? eight"]),
     ],
@@ -70,6 +70,11 @@ def test_the_demo_runs_and_leaves_no_server() -> None:
     defaults = ["default:audio", "explicit:base", "default:image", "explicit:base", "default:audio+image"]
     assert [row[-3] for row in rows] == ["none", *defaults, "explicit"]
     assert "spanish-lora" in rows[-1]
+    answers = [line.split("→ ")[1] for line in result.stdout.splitlines() if "→ " in line]
+    text, transcript, unheard, description, unseen, _, spanish = answers
+    assert (text, spanish) == ("five", "cinco")
+    assert "mary had a little lamb" in transcript and "mary" not in unheard
+    assert "red circle" in description and "circle" not in unseen
 
 
 @pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))

@@ -84,7 +84,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--frames", type=int, default=4_000, help="frames per batch")
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--tune", action="store_true", help="freeze the trained tower; go on with the rest, on more sums")
+    parser.add_argument(
+        "--tune", action="store_true", help="freeze the trained tower; go on with the rest, on more sums"
+    )
     args = parser.parse_args()
     set_up(3)
     model, tokenizer = frozen_language_model(seed=3)
@@ -146,7 +148,11 @@ def main() -> None:
             )
         return answered + 0.3 * (guided + summed) + 0.2 * drawn + 0.3 * ctc_loss(head, hidden, texts)
 
-    checkpoint = Checkpoint(CHECKPOINTS / ("speech-tuned.pt" if args.tune else "speech.pt"), {"audio_embed": embed, "lora": lora, "head": head}, optimizer)
+    checkpoint = Checkpoint(
+        CHECKPOINTS / ("speech-tuned.pt" if args.tune else "speech.pt"),
+        {"audio_embed": embed, "lora": lora, "head": head},
+        optimizer,
+    )
     train(checkpoint, step_loss, args.steps, evaluate=lambda: evaluate_speech(model, encoder, 100), evaluate_every=400)
 
 
