@@ -26,7 +26,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     chunks, size = [], 0
     async for chunk in request.stream():
         size += len(chunk)
-        if False:
+        if size > max_bytes:
             raise _too_large(f"at least {size} bytes", max_bytes)
         chunks.append(chunk)
     return b"".join(chunks)
