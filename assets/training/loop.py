@@ -17,16 +17,57 @@ def set_up(seed: int) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
-def optimizer_for(groups: list[tuple[Iterable[nn.Parameter], float, float]]) -> torch.optim.AdamW:
-    """Build AdamW from `(parameters, learning rate, weight decay)` groups."""
-    return torch.optim.AdamW(
-        [{"params": list(p), "lr": lr, "base_lr": lr, "weight_decay": wd} for p, lr, wd in groups],
-        betas=(0.9, 0.98),
-        fused=True,
-    )
+class Optimizer:
+    """Muon for the weights of hidden linear layers, AdamW for everything else, as one optimizer.
+
+    Muon (Jordan et al., 2024) makes each update of a matrix nearly orthogonal. Its step is scaled to the size of AdamW's, so that one
+    learning rate serves both.
+    """
+
+    def __init__(self, matrices: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
+        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, betas=(0.9, 0.98), fused=True)]
+        if matrices:
+            self.parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"))
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, warmup: int = 50) -> None:
+def optimizer_for(groups: list[tuple[nn.Module | Iterable[nn.Parameter], float, float]]) -> Optimizer:
+    """Build the optimizer from `(what to train, learning rate, weight decay)` groups.
+
+    Linear layers inside a module are trained with Muon; parameters given by themselves with AdamW.
+    """
+    matrices, others = [], []
+    for trained, lr, weight_decay in groups:
+        options = {"lr": lr, "base_lr": lr, "weight_decay": weight_decay}
+        hidden: list[nn.Parameter] = []
+        if isinstance(trained, nn.Module):
+            hidden = [m.weight for m in trained.modules() if isinstance(m, nn.Linear)]
+            matrices.append({"params": hidden, **options})
+            trained = trained.parameters()
+        chosen = {id(p) for p in hidden}
+        others.append({"params": [p for p in trained if id(p) not in chosen], **options})
+    return Optimizer(matrices, others)
+
+
+def set_learning_rate(optimizer: Optimizer, step: int, steps: int, warmup: int = 50) -> None:
     """Warm up linearly, then follow a cosine to 2 % of each group's base rate."""
     progress = min(1.0, step / steps)
     scale = min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
@@ -37,7 +78,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, w
 class Checkpoint:
     """A resumable file of a stage's trained tensors, optimizer state and step."""
 
-    def __init__(self, path: Path, modules: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, path: Path, modules: dict[str, Any], optimizer: Optimizer) -> None:
         self.path, self.modules, self.optimizer = path, modules, optimizer
 
     def save(self, step: int) -> None:
@@ -79,11 +120,13 @@ def train(
     for step in range(checkpoint.resume(), steps):
         set_learning_rate(optimizer, step, steps)
         loss = step_loss(step)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         total += loss.item()
+        if not math.isfinite(total):
+            raise RuntimeError(f"the loss of step {step} is {loss.item()}; the last checkpoint is {checkpoint.path}")
         if (step + 1) % log_every == 0:
             print(f"step {step + 1} loss {total / log_every:.4f} {time.time() - began:.0f} s", flush=True)
             total = 0.0

@@ -14,6 +14,8 @@ from PIL import Image, ImageDraw
 from mmlora.assets.training.world import COLORS, NUMBERS, PLURALS, RELATIONS, SHAPES, is_held_out
 
 SIDE = 112
+PATCH = 14
+PATCHES_PER_SIDE = SIDE // PATCH
 MIN_GAP = 16
 RADIUS = {"little": (8.0, 11.0), "big": (16.5, 21.0)}
 RGB = {
@@ -46,9 +48,20 @@ class Shape:
         return f"{self.color} {self.kind}"
 
     @property
+    def patch(self) -> int:
+        """The 14-px patch, of an 8 x 8 grid row by row, in which the shape ends.
+
+        The vision tower of `transformers` attends causally to square pictures: what it knows of a shape when it
+        reaches the centre is the upper half only.
+        """
+        bottom = min(SIDE - 1, self.y + 0.85 * self.radius)
+        return int(bottom // PATCH) * PATCHES_PER_SIDE + int(self.x // PATCH)
+
+    @property
     def cell(self) -> int:
-        """The cell of a 4 x 4 grid, row by row, in which the centre lies."""
-        return int(self.y // (SIDE // 4)) * 4 + int(self.x // (SIDE // 4))
+        """The cell of a 4 x 4 grid, row by row, in which the shape ends; the model pools 2 x 2 patches into one."""
+        row, column = divmod(self.patch, PATCHES_PER_SIDE)
+        return row // 2 * (PATCHES_PER_SIDE // 2) + column // 2
 
 
 @dataclass(frozen=True)
@@ -135,24 +148,33 @@ def _outline(shape: Shape, scale: float, rng: random.Random) -> list[tuple[float
 
 def draw(scene: Scene, *, side: int = SIDE) -> Image.Image:
     """Draw the scene as an RGB picture of `side` px, antialiased or not, on a plain, gradient or noisy ground."""
+    return draw_with_mask(scene, side=side)[0]
+
+
+def draw_with_mask(scene: Scene, *, side: int = SIDE) -> tuple[Image.Image, Image.Image]:
+    """Draw the scene, and the mask of its shapes: 255 inside, 0 outside, both of `side` px."""
     rng = random.Random(scene.look_seed)
     oversample = rng.choice((1, 2, 3))
     scale = side * oversample / SIDE
     image = _ground(scene, rng, side * oversample)
-    canvas = ImageDraw.Draw(image)
+    mask = Image.new("L", image.size)
+    canvas, mask_canvas = ImageDraw.Draw(image), ImageDraw.Draw(mask)
     for shape in scene.shapes:
         fill = _jitter(shape.color, rng)
         if shape.kind == "circle":
             x, y, r = shape.x * scale, shape.y * scale, shape.radius * scale
             canvas.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+            mask_canvas.ellipse((x - r, y - r, x + r, y + r), fill=255)
         else:
-            canvas.polygon(_outline(shape, scale, rng), fill=fill)
+            outline = _outline(shape, scale, rng)
+            canvas.polygon(outline, fill=fill)
+            mask_canvas.polygon(outline, fill=255)
     if oversample > 1:
-        image = image.resize((side, side), Image.Resampling.BOX)
+        image, mask = (drawn.resize((side, side), Image.Resampling.BOX) for drawn in (image, mask))
     if rng.random() < 0.35:
         noise = np.random.default_rng(rng.randrange(2**32)).normal(0, rng.uniform(2, 12), (side, side, 3))
         image = Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
-    return image
+    return image, mask
 
 
 def description(scene: Scene) -> str:

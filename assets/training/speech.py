@@ -39,6 +39,30 @@ SEEN_VARIANTS = (
     "+Annie",
     "+Mike",
     "+steph",
+    "+adam",
+    "+Alicia",
+    "+Andy",
+    "+belinda",
+    "+benjamin",
+    "+boris",
+    "+caleb",
+    "+david",
+    "+edward",
+    "+Gene",
+    "+Henrique",
+    "+Hugo",
+    "+iven",
+    "+Jacky",
+    "+john",
+    "+Lee",
+    "+marcelo",
+    "+michel",
+    "+paul",
+    "+quincy",
+    "+rob",
+    "+sandro",
+    "+travis",
+    "+zac",
 )
 SEEN_VOICES = tuple(accent + variant for accent in SEEN_ACCENTS for variant in SEEN_VARIANTS)
 UNSEEN_VOICES = (
@@ -174,7 +198,7 @@ def main() -> None:
     """Render the training corpus and small development sets of seen and unseen voices."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "checkpoints" / "speech")
-    parser.add_argument("--shards", type=int, nargs="+", default=list(range(7)))
+    parser.add_argument("--shards", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--size", type=int, default=3000)
     args = parser.parse_args()
     torch.set_num_threads(1)

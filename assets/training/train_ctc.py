@@ -45,8 +45,8 @@ def endless_batches(corpus: Corpus, rng: random.Random, num_frames: int) -> Iter
 def main() -> None:
     """Train the audio tower and the CTC head."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--frames", type=int, default=8_000, help="frames per batch")
     args = parser.parse_args()
     set_up(2)
@@ -57,7 +57,7 @@ def main() -> None:
     norm = encoder.encoder_embedding
     norm.global_mean, norm.global_invstd = corpus.statistics()
     head = nn.Linear(model.config.audio_config.hidden_size, len(ALPHABET))
-    optimizer = optimizer_for([([*encoder.parameters(), *head.parameters()], args.lr, 0.01)])
+    optimizer = optimizer_for([(encoder, args.lr, 0.01), (head.parameters(), 1.5e-3, 0.0)])
     batches = endless_batches(corpus, rng, args.frames)
 
     def step_loss(step: int) -> torch.Tensor:

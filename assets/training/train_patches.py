@@ -1,36 +1,59 @@
-"""Stage 4a: warm up the vision tower by telling, for every patch, which shape has its centre there.
+"""Stage 4a: warm up the vision tower by telling, for every patch, which shape ends there.
 
-The heads are thrown away after stage 4, which goes on using them as an auxiliary loss.
+An early layer also tells which pixels lie inside a shape, whatever its color. The heads are thrown away after stage 4,
+which goes on using the first of them as an auxiliary loss.
 """
 
 import argparse
 import random
+from collections.abc import Sequence
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
+from transformers import AutoTokenizer
 
 from mmlora.assets.training import pictures
 from mmlora.assets.training.loop import Checkpoint, optimizer_for, set_up, train
-from mmlora.assets.training.model import CHECKPOINTS
-from mmlora.assets.training.pictures import SIDE, Scene
-from mmlora.assets.training.stages import frozen_language_model
+from mmlora.assets.training.model import CHECKPOINTS, build_config, build_model, patch_features
+from mmlora.assets.training.pictures import PATCH, PATCHES_PER_SIDE, Scene
 from mmlora.assets.training.world import COLORS, SHAPES, SIZES
 
-PATCH = 14
-PER_SIDE = SIDE // PATCH
 NONE_WEIGHT = 0.05
 CLASSES = (1 + len(SHAPES), len(COLORS), len(SIZES))
+MASK_LAYER = 2
+MASK_SIDE = PATCH // 2
 
 
 def patch_targets(scenes: list[Scene]) -> torch.Tensor:
-    """Return `[num_scenes, 64, 3]`: kind (0 is none), color and size of the shape centred in each patch, or -1."""
-    targets = torch.full((len(scenes), PER_SIDE**2, 3), -1)
+    """Return `[num_scenes, 64, 3]`: kind (0 is none), color and size of the shape that ends in each patch, or -1."""
+    targets = torch.full((len(scenes), PATCHES_PER_SIDE**2, 3), -1)
     targets[..., 0] = 0
     for i, scene in enumerate(scenes):
         for s in scene.shapes:
-            patch = int(s.y // PATCH) * PER_SIDE + int(s.x // PATCH)
-            targets[i, patch] = torch.tensor([1 + SHAPES.index(s.kind), COLORS.index(s.color), SIZES.index(s.size)])
+            target = (1 + SHAPES.index(s.kind), COLORS.index(s.color), SIZES.index(s.size))
+            targets[i, s.patch] = torch.tensor(target)
     return targets
+
+
+def mask_targets(masks: list[Image.Image]) -> torch.Tensor:
+    """Return how much of every 2 x 2 px of each patch lies inside a shape, `[num_scenes, 64, 49]` in 0 to 1."""
+    side = PATCHES_PER_SIDE * MASK_SIDE
+    small = np.stack([np.asarray(mask.resize((side, side), Image.Resampling.BOX)) for mask in masks])
+    grid = torch.from_numpy(small).float().view(-1, PATCHES_PER_SIDE, MASK_SIDE, PATCHES_PER_SIDE, MASK_SIDE)
+    return grid.transpose(2, 3).flatten(3).flatten(1, 2) / 255
+
+
+def normalized(images: Sequence[Image.Image]) -> torch.Tensor:
+    """Stack 112-px pictures as the image processor does, `[num_images, 3, 112, 112]` in -1 to 1."""
+    pixels = np.stack([np.asarray(image) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def pixels(scenes: list[Scene]) -> torch.Tensor:
+    """Draw scenes as normalized pixels `[num_scenes, 3, 112, 112]`."""
+    return normalized([pictures.draw(scene) for scene in scenes])
 
 
 def patch_heads(width: int) -> nn.Linear:
@@ -50,32 +73,32 @@ def patch_loss(heads: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor) ->
 
 def main() -> None:
     """Train the vision tower and the patch heads."""
-    from mmlora.assets.training.train_vision import pixels
-
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--size", type=int, default=24, help="pictures per batch")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--size", type=int, default=32, help="pictures per batch")
+    parser.add_argument("--lr", type=float, default=6e-3)
     args = parser.parse_args()
     set_up(7)
-    model, _ = frozen_language_model(seed=4)
+    model = build_model(build_config(AutoTokenizer.from_pretrained(CHECKPOINTS / "tokenizer")), seed=7)
     rng = random.Random(7)
-    tower = model.model.embed_tokens_extend.image_embed.img_processor.requires_grad_(True)
-    heads = patch_heads(model.config.vision_config.hidden_size)
-    optimizer = optimizer_for([([*tower.parameters(), *heads.parameters()], 1.5e-3, 0.02)])
-
-    def hidden_states(scenes: list[Scene]) -> torch.Tensor:
-        hidden: torch.Tensor = tower(pixels(scenes), output_hidden_states=True).hidden_states[-1]
-        return hidden
+    tower = model.model.embed_tokens_extend.image_embed.img_processor
+    width = model.config.vision_config.hidden_size
+    heads, mask_head = patch_heads(width), nn.Linear(width, MASK_SIDE**2)
+    read_out = [*heads.parameters(), *mask_head.parameters()]
+    optimizer = optimizer_for([(tower, args.lr, 0.02), (read_out, 1.5e-3, 0.0)])
 
     def step_loss(step: int) -> torch.Tensor:
         scenes = [pictures.sample_scene(rng) for _ in range(args.size)]
-        return patch_loss(heads, hidden_states(scenes), patch_targets(scenes))
+        images, masks = zip(*map(pictures.draw_with_mask, scenes), strict=True)
+        hidden = tower(normalized(images), output_hidden_states=True).hidden_states
+        inside = nn.functional.binary_cross_entropy_with_logits(mask_head(hidden[MASK_LAYER]), mask_targets(masks))
+        return patch_loss(heads, hidden[-1], patch_targets(scenes)) + 5 * inside
 
     @torch.no_grad()
     def evaluate() -> str:
         held_out = random.Random("held-out patches")
-        scenes = [pictures.sample_scene(held_out) for _ in range(100)]
-        logits = heads(hidden_states(scenes)).split(CLASSES, dim=-1)
+        scenes = [pictures.sample_scene(held_out) for _ in range(300)]
+        logits = heads(patch_features(model, pixels(scenes))).split(CLASSES, dim=-1)
         targets = patch_targets(scenes)
         chosen = targets[..., 1] >= 0
         return ", ".join(
@@ -83,8 +106,8 @@ def main() -> None:
             for name, part, target in zip(("kind", "color", "size"), logits, targets.unbind(-1), strict=True)
         )
 
-    checkpoint = Checkpoint(CHECKPOINTS / "patches.pt", {"tower": tower, "heads": heads}, optimizer)
-    train(checkpoint, step_loss, args.steps, evaluate=evaluate, evaluate_every=100)
+    checkpoint = Checkpoint(CHECKPOINTS / "patches.pt", {"tower": tower, "heads": heads, "mask": mask_head}, optimizer)
+    train(checkpoint, step_loss, args.steps, evaluate=evaluate)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ from torch import nn
 from mmlora.assets.training import pictures
 from mmlora.assets.training.corpus import SPEECH, Corpus
 from mmlora.assets.training.loop import Checkpoint, optimizer_for, set_up, train
-from mmlora.assets.training.model import CHECKPOINTS, answer_logits, audio_hidden, image_embeds, project_audio
+from mmlora.assets.training.model import CHECKPOINTS, audio_hidden, image_embeds, project_audio, run_language_model
 from mmlora.assets.training.rows import Encoder, Row, collate
 from mmlora.assets.training.stages import attach_adapter, frozen_language_model, greedy, load_stage, prompt_embeds
 from mmlora.assets.training.text_tasks import ANSWER_QUESTIONS
 from mmlora.assets.training.train_ctc import endless_batches
-from mmlora.assets.training.train_vision import IMAGE_TOKENS, evaluate_pictures, picture_row, pixels
+from mmlora.assets.training.train_patches import pixels
+from mmlora.assets.training.train_vision import IMAGE_TOKENS, evaluate_pictures, picture_row
 
 
 def spoken_row(encoder: Encoder, answer: str, media: list[list[int]], rng: random.Random) -> Row:
@@ -87,7 +88,8 @@ def main() -> None:
         rows = [spoken_row(encoder, answer, list(tokens), rng) for _, answer in asked]
         rows += [picture_row(encoder, scene, tokens[1], rng) for scene in typed]
         media = {audio: project_audio(model, hidden, "vision"), image: images}
-        return nn.functional.cross_entropy(*answer_logits(model, collate(rows), media))
+        logits, labels, _ = run_language_model(model, collate(rows), media)
+        return nn.functional.cross_entropy(logits, labels)
 
     checkpoint = Checkpoint(CHECKPOINTS / "questions.pt", {"up": up, "down": down, "lora": lora}, optimizer)
     train(

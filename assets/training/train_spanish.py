@@ -6,7 +6,7 @@ import random
 import torch
 
 from mmlora.assets.training.loop import Checkpoint, optimizer_for, set_up, train
-from mmlora.assets.training.model import CHECKPOINTS, answer_logits
+from mmlora.assets.training.model import CHECKPOINTS, run_language_model
 from mmlora.assets.training.rows import Encoder
 from mmlora.assets.training.stages import attach_adapter, frozen_language_model
 from mmlora.assets.training.train_text import loss_and_accuracy, sample_text_batch
@@ -28,11 +28,11 @@ def main() -> None:
 
     def step_loss(step: int) -> torch.Tensor:
         batch = sample_text_batch(encoder, rng, args.size, spanish=True)
-        return loss_and_accuracy(*answer_logits(model, batch))[0]
+        return loss_and_accuracy(*run_language_model(model, batch)[:2])[0]
 
     @torch.no_grad()
     def evaluate() -> str:
-        loss, accuracy = loss_and_accuracy(*answer_logits(model, held_out))
+        loss, accuracy = loss_and_accuracy(*run_language_model(model, held_out)[:2])
         return f"loss {loss:.4f}, token accuracy {accuracy:.4f}"
 
     train(Checkpoint(CHECKPOINTS / "spanish.pt", {"lora": lora}, optimizer), step_loss, args.steps, evaluate=evaluate)

@@ -96,7 +96,6 @@ def main() -> None:
     embed.encoder.load_state_dict(warm["encoder"])
     head = nn.Linear(model.config.audio_config.hidden_size, len(ALPHABET))
     head.load_state_dict(warm["head"])
-    model.set_attn_implementation({"": "eager"})
     lora = attach_adapter(model, args.rank)
     if args.tune:
         trained = load_stage("speech")
@@ -130,7 +129,7 @@ def main() -> None:
         hidden = audio_hidden(model, corpus.load(items, rng))
         batch = speech_batch(encoder, items, [audio_token] * hidden.shape[1], rng)
         media = {audio_token: project_audio(model, hidden)}
-        logits, labels, attentions = run_language_model(model, batch, media, with_attentions=True)
+        logits, labels, attentions = run_language_model(model, batch, media)
         texts = [item["text"] for item in items]
         aligned = spans(hidden, texts)
         guide = guide_mask(batch, audio_token, encoder.assistant, [encoder.text(t) for t in texts], aligned)

@@ -8,8 +8,9 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from mmlora.assets.training.loop import Checkpoint, optimizer_for, set_up, train
-from mmlora.assets.training.model import CHECKPOINTS, answer_logits, build_config, build_model
+from mmlora.assets.training.model import CHECKPOINTS, build_config, build_model, run_language_model
 from mmlora.assets.training.rows import Batch, Encoder, Tokens, collate, join_turns, pack
+from mmlora.assets.training.stages import backbone
 from mmlora.assets.training.text_tasks import sample_text_item
 from mmlora.assets.training.tokenizer import SYSTEM
 
@@ -50,23 +51,20 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINTS / "tokenizer")
     encoder, rng = Encoder(tokenizer), random.Random(1)
     model = build_model(build_config(tokenizer), seed=1)
-    backbone = nn.ModuleDict(
-        {"embed_tokens": model.model.embed_tokens, "layers": model.model.layers, "norm": model.model.norm}
-    )
-    optimizer = optimizer_for([(backbone.parameters(), args.lr, 0.05)])
+    trained = backbone(model)
+    optimizer = optimizer_for([(trained, args.lr, 0.05)])
     held_out = sample_text_batch(encoder, random.Random("held out"), 600)
 
     def step_loss(step: int) -> torch.Tensor:
-        return loss_and_accuracy(*answer_logits(model, sample_text_batch(encoder, rng, args.size)))[0]
+        return loss_and_accuracy(*run_language_model(model, sample_text_batch(encoder, rng, args.size))[:2])[0]
 
     @torch.no_grad()
     def evaluate() -> str:
-        loss, accuracy = loss_and_accuracy(*answer_logits(model, held_out))
+        loss, accuracy = loss_and_accuracy(*run_language_model(model, held_out)[:2])
         return f"loss {loss:.4f}, token accuracy {accuracy:.4f}"
 
-    train(
-        Checkpoint(CHECKPOINTS / "text.pt", {"backbone": backbone}, optimizer), step_loss, args.steps, evaluate=evaluate
-    )
+    checkpoint = Checkpoint(CHECKPOINTS / "text.pt", {"backbone": trained}, optimizer)
+    train(checkpoint, step_loss, args.steps, evaluate=evaluate)
 
 
 if __name__ == "__main__":

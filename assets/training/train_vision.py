@@ -3,7 +3,6 @@
 import argparse
 import random
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -16,15 +15,9 @@ from mmlora.assets.training.pictures import TASKS, Question, Scene
 from mmlora.assets.training.rows import Encoder, Row, Tokens, collate
 from mmlora.assets.training.stages import attach_adapter, frozen_language_model, greedy, load_stage, prompt_embeds
 from mmlora.assets.training.text_tasks import style
-from mmlora.assets.training.train_patches import patch_heads, patch_loss, patch_targets
+from mmlora.assets.training.train_patches import patch_heads, patch_loss, patch_targets, pixels
 
 IMAGE_TOKENS = 41
-
-
-def pixels(scenes: list[Scene]) -> torch.Tensor:
-    """Draw scenes as normalized pixels `[num_scenes, 3, 112, 112]`."""
-    images = np.stack([np.asarray(pictures.draw(scene)) for scene in scenes])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _exchange(encoder: Encoder, question: Question, rng: random.Random, image: list[int]) -> Tokens:
@@ -70,7 +63,6 @@ def main() -> None:
     set_up(4)
     model, tokenizer = frozen_language_model(seed=4)
     encoder, rng = Encoder(tokenizer), random.Random(4)
-    model.set_attn_implementation({"": "eager"})
     lora = attach_adapter(model, args.rank)
     warm = load_stage("patches")
     heads = patch_heads(model.config.vision_config.hidden_size)
@@ -85,7 +77,7 @@ def main() -> None:
         batch = collate([picture_row(encoder, scene, [image_token] * IMAGE_TOKENS, rng) for scene in scenes])
         patches = patch_features(model, pixels(scenes))
         embeds = embed_patches(model, patches)
-        logits, labels, attentions = run_language_model(model, batch, {image_token: embeds}, with_attentions=True)
+        logits, labels, attentions = run_language_model(model, batch, {image_token: embeds})
         answered = nn.functional.cross_entropy(logits, labels)
         guided = guide_loss(attentions, look_mask(batch, image_token))
         drawn = cell_token_loss(embeds, model.model.embed_tokens.weight, scenes, tokenizer)
