@@ -50,7 +50,12 @@ def lora_expand_kernel(
         is_rank = ranks < rank
         h = tl.load(h_rows + ranks[None, :], mask=is_row[:, None] & is_rank[None, :], other=0.0)
         b = tl.load(b_rows + ranks[:, None], mask=is_rank[:, None] & is_column[None, :], other=0.0)
-        delta = tl.dot(h.to(DTYPE).to(DOT_DTYPE), b.to(DOT_DTYPE), delta, input_precision="ieee")
+        b = b.to(DOT_DTYPE)
+        high = h.to(DTYPE)
+        delta = tl.dot(high.to(DOT_DTYPE), b, delta, input_precision="ieee")
+        if DTYPE != tl.float32:  # what rounding h to the weights' type dropped; b is in registers already
+            low = (h - high.to(tl.float32)).to(DTYPE)
+            delta = tl.dot(low.to(DOT_DTYPE), b, delta, input_precision="ieee")
     y_block = y_ptr + rows.to(tl.int64)[:, None] * stride_y + columns[None, :]
     is_y = is_row[:, None] & is_column[None, :]
     # Each element of y belongs to one program, so it is read and written without atomics.

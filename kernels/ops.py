@@ -35,7 +35,7 @@ def lora_apply(y: torch.Tensor, x: torch.Tensor, weights: SlotWeights, rows: Row
     """Add every adapter's contribution to its own rows of y in place.
 
     **Semantics**: `y[start:end] += scaling[slot] * (x[start:end] @ lora_A[slot].T) @ lora_B[slot].T`
-    for each segment `(start, end, slot)`; rows of no segment are left as they are.
+    for each segment `(start, end, slot)`, summed in fp32 and rounded once; rows of no segment are left as they are.
 
     Args:
         y: `[num_rows, out_features]`.
@@ -54,11 +54,12 @@ def _apply_torch(y: torch.Tensor, x: torch.Tensor, weights: SlotWeights, segment
         lora_A, lora_B = weights.lora_A[slot], weights.lora_B[slot]
         if lora_A is None or lora_B is None:
             continue
-        h = torch.mm(x[start:end].to(lora_A.dtype), lora_A.t())
-        if lora_B.dtype == y.dtype:
-            y[start:end].addmm_(h, lora_B.t(), alpha=weights.scaling[slot])
-        else:
-            y[start:end] += torch.mm(h, lora_B.t()) * weights.scaling[slot]
+        h = torch.mm(x[start:end].float(), lora_A.float().t())
+        if y.dtype == torch.float32:
+            y[start:end].addmm_(h, lora_B.float().t(), alpha=weights.scaling[slot])
+        else:  # rounded once, when the sum is known
+            total = torch.addmm(y[start:end].float(), h, lora_B.float().t(), alpha=weights.scaling[slot])
+            y[start:end] = total
 
 
 def _apply_triton(y: torch.Tensor, x: torch.Tensor, weights: SlotWeights, tiles: torch.Tensor) -> None:

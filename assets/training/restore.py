@@ -19,7 +19,9 @@ def main() -> None:
     AutoTokenizer.from_pretrained(ASSISTANT).save_pretrained(CHECKPOINTS / "tokenizer")
     model = Phi4MultimodalForCausalLM.from_pretrained(ASSISTANT, dtype=torch.float32)
     torch.save({"backbone": backbone(model).state_dict()}, CHECKPOINTS / "text.pt")
-    spanish = {name: tensor.float() for name, tensor in load_file(ASSISTANT / "spanish-lora/adapter_model.safetensors").items()}
+    spanish = {
+        name: tensor.float() for name, tensor in load_file(ASSISTANT / "spanish-lora/adapter_model.safetensors").items()
+    }
     torch.save({"lora": spanish}, CHECKPOINTS / "spanish.pt")
 
 

@@ -60,6 +60,7 @@ def run_case(case: dict, device: torch.device) -> dict:
         "shrink": h_error,
         "expand": (expanded.float() - y_expected.float()).abs().max().item(),
         "apply": (applied.float() - expected.float()).abs().max().item(),
+        "unequal": (applied != expected).float().mean().item(),
         "change": (expected.float() - y.float()).abs().max().item(),
         "base_rows_untouched": torch.equal(applied[without_lora.to(device)], y[without_lora.to(device)]),
         "alone_equal": alone_equal,

@@ -11,8 +11,11 @@ import pytest
 
 Run = Callable[[dict], dict]
 
-# Largest difference on outputs of size about 1; h is rounded to the weights' type between the two kernels.
-TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 8e-2}
+# Largest difference of one output; both sides round y once, so in 16 bits it is a unit in the last place of y < 16.
+TOLERANCE = {"float32": 1e-5, "float16": 2**-7, "bfloat16": 2**-4}
+# Share of outputs that may differ at all: few where both sides round once, many if h were rounded too. Only for fp16:
+# fp32 differs in its last bits, and Triton's interpreter truncates to bf16 where everyone else rounds.
+UNEQUAL = {"float16": 0.03}
 
 SEGMENTS = {
     "one-row": [(0, 1, 0)],
@@ -65,6 +68,7 @@ def check(run: Run, case: dict) -> None:
     assert measured["change"] > 0.1, "the case would pass without any LoRA"
     for half in ("shrink", "expand", "apply"):
         assert measured[half] <= tolerance, half
+    assert measured["unequal"] <= UNEQUAL.get(case["dtype"], 1.0)
     for property in ("base_rows_untouched", "alone_equal", "padded_equal", "repeat_equal"):
         assert measured[property], property
 

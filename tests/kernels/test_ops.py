@@ -12,7 +12,8 @@ from mmlora.kernels.segments import adapter_segments, build_tiles, max_tiles
 from mmlora.kernels.slot_weights import SlotWeights
 
 CPU = torch.device("cpu")
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+# Both sides round once: in 16 bits a difference is a unit in the last place of y < 16, and rare.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2**-7, torch.bfloat16: 2**-4}
 
 
 def slot_weights(in_features: int, out_features: int, ranks: list[int], dtype: torch.dtype) -> SlotWeights:
@@ -36,6 +37,7 @@ def test_torch_path_equals_the_twin(dtype: torch.dtype) -> None:
     before = y.clone()
     ops.lora_apply(y, x, weights, ops.row_segments(segments, CPU))
     assert (y.float() - expected.float()).abs().max() <= TOLERANCE[dtype]
+    assert dtype == torch.float32 or (y != expected).float().mean() <= 0.03
     assert torch.equal(y[:3], before[:3]) and torch.equal(y[25:30], before[25:30])
     assert not torch.equal(y[3:25], before[3:25])
 
