@@ -53,7 +53,7 @@ def lora_expand_kernel(
         b = b.to(DOT_DTYPE)
         high = h.to(DTYPE)
         delta = tl.dot(high.to(DOT_DTYPE), b, delta, input_precision="ieee")
-        if DTYPE != tl.float32:  # what rounding h to the weights' type dropped; b is in registers already
+        if tl.float32 != DTYPE:  # what rounding h to the weights' type dropped; b is in registers already
             low = (h - high.to(tl.float32)).to(DTYPE)
             delta = tl.dot(low.to(DOT_DTYPE), b, delta, input_precision="ieee")
     y_block = y_ptr + rows.to(tl.int64)[:, None] * stride_y + columns[None, :]

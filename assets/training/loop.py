@@ -20,8 +20,8 @@ def set_up(seed: int) -> None:
 class Optimizer:
     """Muon for the weights of hidden linear layers, AdamW for everything else, as one optimizer.
 
-    Muon (Jordan et al., 2024) makes each update of a matrix nearly orthogonal. Its step is scaled to the size of AdamW's, so that one
-    learning rate serves both.
+    Muon (Jordan et al., 2024) makes each update of a matrix nearly orthogonal. Its step is scaled to the size of
+    AdamW's, so that one learning rate serves both.
     """
 
     def __init__(self, matrices: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:

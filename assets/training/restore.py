@@ -3,10 +3,9 @@
 The exported weights are fp16; the optimizer's state is not kept.
 """
 
+import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Phi4MultimodalForCausalLM
-
-import torch
 
 from mmlora.assets.training.export import ASSISTANT
 from mmlora.assets.training.model import CHECKPOINTS

@@ -22,8 +22,11 @@ class LoraState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_peft_model_state_dict(self.peft_model, state)
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for name, p in self.peft_model.named_parameters() if "lora_" in name]
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The lora_A and lora_B layers."""
+        names = (".lora_A.default", ".lora_B.default")
+        return nn.ModuleList([m for name, m in self.peft_model.named_modules() if name.endswith(names)])
 
 
 def load_stage(name: str) -> dict[str, Any]:

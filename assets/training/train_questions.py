@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--frames", type=int, default=3_000, help="audio frames per batch")
     parser.add_argument("--size", type=int, default=8, help="pictures with typed questions per batch")
-    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--rank", type=int, default=64)
     args = parser.parse_args()
     set_up(5)
     model, tokenizer = frozen_language_model(seed=5)
@@ -69,8 +69,8 @@ def main() -> None:
     down.load_state_dict(embed.audio_embed.down_proj_for_speech.state_dict())
     lora = attach_adapter(model, args.rank)
     lora.load_state_dict(vision["lora"])
-    projection = [*up.requires_grad_(True).parameters(), *down.requires_grad_(True).parameters()]
-    optimizer = optimizer_for([(projection, 2e-3, 0.01), (lora.parameters(), 1e-3, 0)])
+    projection = nn.ModuleList([up, down]).requires_grad_(True)
+    optimizer = optimizer_for([(projection, 3e-3, 0.01), (lora.layers, 2e-3, 0.0)])
     corpus, held_out = Corpus(), Corpus(SPEECH / "seen")
     for clips in (corpus, held_out):
         clips.items = [item for item in clips.items if item["kind"] == "picture"]

@@ -23,7 +23,7 @@ def main() -> None:
     model, tokenizer = frozen_language_model(seed=6)
     encoder, rng = Encoder(tokenizer), random.Random(6)
     lora = attach_adapter(model, args.rank)
-    optimizer = optimizer_for([(lora.parameters(), 3e-3, 0)])
+    optimizer = optimizer_for([(lora.layers, 3e-3, 0.0)])
     held_out = sample_text_batch(encoder, random.Random("held out"), 300, spanish=True)
 
     def step_loss(step: int) -> torch.Tensor:

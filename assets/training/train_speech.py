@@ -81,9 +81,9 @@ def evaluate_speech(model: nn.Module, encoder: Encoder, limit: int = 1000) -> st
 def main() -> None:
     """Train the stage."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--frames", type=int, default=4_000, help="frames per batch")
-    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--frames", type=int, default=6_000, help="frames per batch")
+    parser.add_argument("--rank", type=int, default=64)
     parser.add_argument(
         "--tune", action="store_true", help="freeze the trained tower; go on with the rest, on more sums"
     )
@@ -104,16 +104,9 @@ def main() -> None:
         lora.load_state_dict(trained["lora"])
         corpus.items = corpus.items[::2] + [item for item in corpus.items if item["kind"] == "sum"]
     tower = embed.encoder.requires_grad_(not args.tune)
-    projection = [*embed.up_proj_for_speech.parameters(), *embed.down_proj_for_speech.parameters()]
-    for parameter in projection:
-        parameter.requires_grad_(True)
-    optimizer = optimizer_for(
-        [
-            ([*([] if args.tune else tower.parameters()), *head.parameters()], 1.2e-3, 0.01),
-            (projection, 2e-3, 0.01),
-            (lora.parameters(), 2e-3, 0),
-        ]
-    )
+    projection = nn.ModuleList([embed.up_proj_for_speech, embed.down_proj_for_speech]).requires_grad_(True)
+    groups = [(projection, 3e-3, 0.01), (lora.layers, 3e-3, 0.0), (head.parameters(), 1e-3, 0.01)]
+    optimizer = optimizer_for(groups if args.tune else [(tower, 1e-3, 0.01), *groups])
     corpus.items += [item for item in corpus.items if item["kind"] == "sum"]
     batches = endless_batches(corpus, rng, args.frames)
     audio_token = model.config.audio_config.audio_token_id

@@ -56,9 +56,9 @@ def evaluate_pictures(model: nn.Module, encoder: Encoder, per_task: int = 100) -
 def main() -> None:
     """Train the stage."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--size", type=int, default=24, help="pictures per batch")
-    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--size", type=int, default=32, help="pictures per batch")
+    parser.add_argument("--rank", type=int, default=64)
     args = parser.parse_args()
     set_up(4)
     model, tokenizer = frozen_language_model(seed=4)
@@ -68,8 +68,12 @@ def main() -> None:
     heads = patch_heads(model.config.vision_config.hidden_size)
     heads.load_state_dict(warm["heads"])
     model.model.embed_tokens_extend.image_embed.img_processor.load_state_dict(warm["tower"])
-    tower = model.model.embed_tokens_extend.image_embed.requires_grad_(True)
-    optimizer = optimizer_for([([*tower.parameters(), *heads.parameters()], 1e-3, 0.02), (lora.parameters(), 2e-3, 0)])
+    embed = model.model.embed_tokens_extend.image_embed.requires_grad_(True)
+    projection = nn.ModuleList([embed.img_projection_up, embed.img_projection_down])
+    marks = [embed.global_img_feature_extensor, embed.sub_img_feature_extensor, *heads.parameters()]
+    optimizer = optimizer_for(
+        [(embed.img_processor, 1.5e-3, 0.02), (projection, 4e-3, 0.02), (lora.layers, 8e-3, 0.0), (marks, 1e-3, 0.0)]
+    )
     image_token = model.config.vision_config.image_token_id
 
     def step_loss(step: int) -> torch.Tensor:
@@ -85,7 +89,7 @@ def main() -> None:
             print(f"answers {answered.item():.3f} guide {guided.item():.3f} cells {drawn.item():.3f}", flush=True)
         return answered + 0.3 * guided + 0.2 * drawn + 0.2 * patch_loss(heads, patches, patch_targets(scenes))
 
-    checkpoint = Checkpoint(CHECKPOINTS / "vision.pt", {"image_embed": tower, "lora": lora, "heads": heads}, optimizer)
+    checkpoint = Checkpoint(CHECKPOINTS / "vision.pt", {"image_embed": embed, "lora": lora, "heads": heads}, optimizer)
     train(
         checkpoint,
         step_loss,

@@ -1,12 +1,15 @@
 """The training world: splits do not overlap, questions have the answers their scenes show."""
 
 import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from mmlora.assets.training import pictures, world
 from mmlora.assets.training.evaluate import Case, Metric, normalize
 from mmlora.assets.training.metrics import word_errors
+from mmlora.assets.training.pictures import Shape
 from mmlora.assets.training.text_tasks import SPANISH, sample_text_item
 
 
@@ -54,6 +57,24 @@ def test_pictures_depend_on_the_scene_alone() -> None:
     scene = pictures.sample_scene(random.Random(1))
     assert pictures.draw(scene).tobytes() == pictures.draw(scene).tobytes()
     assert pictures.draw(scene).size == (112, 112)
+
+
+def test_a_shape_ends_in_its_patch_and_cell() -> None:
+    shape = Shape("circle", "red", "big", x=40, y=30, radius=20)
+    assert divmod(shape.patch, 8) == (3, 2)  # y = 30 + 17, x = 40, in patches of 14 px
+    assert divmod(shape.cell, 4) == (1, 1)
+    assert replace(shape, y=91).patch // 8 == 7
+
+
+def test_the_mask_covers_the_shapes_and_nothing_else() -> None:
+    for seed in range(20):
+        scene = pictures.sample_scene(random.Random(seed))
+        picture, mask = (np.asarray(drawn).astype(int) for drawn in pictures.draw_with_mask(scene))
+        assert np.array_equal(picture, np.asarray(pictures.draw(scene)))
+        distance = [np.hypot(*(np.mgrid[:112, :112] - np.array([s.y, s.x])[:, None, None])) for s in scene.shapes]
+        assert (mask[[int(s.y) for s in scene.shapes], [int(s.x) for s in scene.shapes]] == 255).all()
+        outside = np.all([d > s.radius * 1.3 + 1 for d, s in zip(distance, scene.shapes, strict=True)], axis=0)
+        assert (mask[outside] == 0).all() and 0 < (mask > 0).mean() < 1
 
 
 def test_spanish_answers_use_spanish_words() -> None:
