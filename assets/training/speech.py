@@ -158,15 +158,15 @@ def pad_to_bucket(samples: np.ndarray) -> np.ndarray:
     return np.pad(samples, (0, 400 + 160 * (buckets * FRAMES_PER_BUCKET - 1) - len(samples)))
 
 
-def sample_utterance(rng: random.Random, *, held_out: bool) -> Utterance:
-    """Draw a sentence to transcribe (70 %), a sum (18 %) or a question about a picture (12 %)."""
-    kind = rng.random()
-    if kind < 0.70:
-        return Utterance(world.sample_sentence(rng, held_out=held_out), "sentence")
-    if kind < 0.88:
+def sample_utterance(rng: random.Random, *, held_out: bool, kind: str = "") -> Utterance:
+    """Draw an utterance of `kind`, or a sentence to transcribe (70 %), a sum (18 %) or a picture question (12 %)."""
+    kind = kind or rng.choices(("sentence", "sum", "picture"), (70, 18, 12))[0]
+    if kind == "sentence":
+        return Utterance(world.sample_sentence(rng, held_out=held_out), kind)
+    if kind == "sum":
         text, answer = world.sample_sum(rng, held_out=held_out)
-        return Utterance(text, "sum", answer)
-    return Utterance(pictures.sample_spoken_question(rng, held_out=held_out), "picture")
+        return Utterance(text, kind, answer)
+    return Utterance(pictures.sample_spoken_question(rng, held_out=held_out), kind)
 
 
 def _render_one(job: tuple[Utterance, str, int]) -> np.ndarray:
@@ -174,13 +174,17 @@ def _render_one(job: tuple[Utterance, str, int]) -> np.ndarray:
     return pad_to_bucket(speak(utterance.text, voice, random.Random(seed)))
 
 
-def render_shard(folder: Path, index: int, size: int, voices: tuple[str, ...], *, held_out: bool) -> None:
-    """Render one shard of the corpus; the result depends on `index` only."""
+def render_shard(
+    folder: Path, index: int, size: int, voices: tuple[str, ...], *, held_out: bool, kind: str = ""
+) -> None:
+    """Render one shard of the corpus, of all kinds or of one; the result depends on nothing but the arguments."""
     target = folder / f"items-{index}.json"
     if target.exists():
         return
-    rng = random.Random(f"speech {index} {held_out}")
-    jobs = [(sample_utterance(rng, held_out=held_out), rng.choice(voices), rng.randrange(2**32)) for _ in range(size)]
+    rng = random.Random(f"speech {kind}{index} {held_out}")
+    utterances = [sample_utterance(rng, held_out=held_out, kind=kind) for _ in range(size)]
+    jobs = [(utterance, rng.choice(voices), rng.randrange(2**32)) for utterance in utterances]
+    folder.mkdir(parents=True, exist_ok=True)
     extractor = feature_extractor()
     items, blocks, offset = [], [], 0
     with ThreadPoolExecutor(2) as pool:
@@ -195,18 +199,18 @@ def render_shard(folder: Path, index: int, size: int, voices: tuple[str, ...], *
 
 
 def main() -> None:
-    """Render the training corpus and small development sets of seen and unseen voices."""
+    """Render the training corpus, more spoken questions, and small development sets of seen and unseen voices."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "checkpoints" / "speech")
     parser.add_argument("--shards", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--size", type=int, default=3000)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.folder.mkdir(parents=True, exist_ok=True)
     for index in args.shards:
         render_shard(args.folder, index, args.size, SEEN_VOICES, held_out=False)
+    for index in range(2):
+        render_shard(args.folder / "questions", index, args.size, SEEN_VOICES, held_out=False, kind="picture")
     for name, voices in (("seen", SEEN_VOICES), ("unseen", UNSEEN_VOICES)):
-        (args.folder / name).mkdir(exist_ok=True)
         render_shard(args.folder / name, 0, 200, voices, held_out=True)
 
 

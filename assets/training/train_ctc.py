@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
+from mmlora.assets.training.alignment import forced_alignment, word_spans
 from mmlora.assets.training.corpus import SPEECH, Corpus
 from mmlora.assets.training.loop import Checkpoint, optimizer_for, set_up, train
 from mmlora.assets.training.metrics import word_errors
@@ -34,6 +35,14 @@ def ctc_decode(head: nn.Linear, hidden: torch.Tensor) -> list[str]:
     for row in head(hidden).argmax(-1).tolist():
         texts.append("".join(ALPHABET[c] for c, _ in itertools.groupby(row) if c))
     return texts
+
+
+@torch.no_grad()
+def align_words(head: nn.Linear, hidden: torch.Tensor, texts: list[str]) -> list[list[tuple[int, int]]]:
+    """Return for each clip the first and last step of every word of its text."""
+    log_probs = head(hidden).log_softmax(-1).numpy()
+    paths = forced_alignment(log_probs, [[ALPHABET.index(c) for c in text] for text in texts])
+    return [word_spans(path, text) for path, text in zip(paths, texts, strict=True)]
 
 
 def endless_batches(corpus: Corpus, rng: random.Random, num_frames: int) -> Iterator[list[dict[str, Any]]]:

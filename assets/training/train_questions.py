@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from mmlora.assets.training import pictures
+from mmlora.assets.training.alignment import token_loss
 from mmlora.assets.training.corpus import SPEECH, Corpus
 from mmlora.assets.training.loop import Checkpoint, optimizer_for, set_up, train
 from mmlora.assets.training.model import CHECKPOINTS, audio_hidden, image_embeds, project_audio, run_language_model
 from mmlora.assets.training.rows import Encoder, Row, collate
 from mmlora.assets.training.stages import attach_adapter, frozen_language_model, greedy, load_stage, prompt_embeds
 from mmlora.assets.training.text_tasks import ANSWER_QUESTIONS
-from mmlora.assets.training.train_ctc import endless_batches
+from mmlora.assets.training.train_ctc import ALPHABET, align_words, endless_batches
 from mmlora.assets.training.train_patches import pixels
 from mmlora.assets.training.train_vision import IMAGE_TOKENS, evaluate_pictures, picture_row
 
@@ -53,8 +54,8 @@ def main() -> None:
     """Train the stage."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--frames", type=int, default=3_000, help="audio frames per batch")
-    parser.add_argument("--size", type=int, default=8, help="pictures with typed questions per batch")
+    parser.add_argument("--frames", type=int, default=6_000, help="audio frames per batch")
+    parser.add_argument("--size", type=int, default=12, help="pictures with typed questions per batch")
     parser.add_argument("--rank", type=int, default=64)
     args = parser.parse_args()
     set_up(5)
@@ -67,13 +68,14 @@ def main() -> None:
     up, down = embed.audio_embed.up_proj_for_vision_speech, embed.audio_embed.down_proj_for_vision_speech
     up.load_state_dict(embed.audio_embed.up_proj_for_speech.state_dict())
     down.load_state_dict(embed.audio_embed.down_proj_for_speech.state_dict())
+    head = nn.Linear(model.config.audio_config.hidden_size, len(ALPHABET))
+    head.load_state_dict(speech["head"])
     lora = attach_adapter(model, args.rank)
     lora.load_state_dict(vision["lora"])
     projection = nn.ModuleList([up, down]).requires_grad_(True)
     optimizer = optimizer_for([(projection, 3e-3, 0.01), (lora.layers, 2e-3, 0.0)])
-    corpus, held_out = Corpus(), Corpus(SPEECH / "seen")
-    for clips in (corpus, held_out):
-        clips.items = [item for item in clips.items if item["kind"] == "picture"]
+    corpus, held_out = Corpus(SPEECH / "questions"), Corpus(SPEECH / "seen")
+    held_out.items = [item for item in held_out.items if item["kind"] == "picture"]
     batches = endless_batches(corpus, rng, args.frames)
     audio, image = model.config.audio_config.audio_token_id, model.config.vision_config.image_token_id
 
@@ -89,7 +91,10 @@ def main() -> None:
         rows += [picture_row(encoder, scene, tokens[1], rng) for scene in typed]
         media = {audio: project_audio(model, hidden, "vision"), image: images}
         logits, labels, _ = run_language_model(model, collate(rows), media)
-        return nn.functional.cross_entropy(logits, labels)
+        texts = [item["text"] for item in items]
+        words, aligned = [encoder.text(f" {text}") for text in texts], align_words(head, hidden, texts)
+        drawn = token_loss(media[audio], model.model.embed_tokens.weight, words, aligned)
+        return nn.functional.cross_entropy(logits, labels) + 0.2 * drawn
 
     checkpoint = Checkpoint(CHECKPOINTS / "questions.pt", {"up": up, "down": down, "lora": lora}, optimizer)
     train(

@@ -7,14 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmlora.assets.training.alignment import (
-    forced_alignment,
-    guide_loss,
-    guide_mask,
-    sum_guide_loss,
-    token_loss,
-    word_spans,
-)
+from mmlora.assets.training.alignment import guide_loss, guide_mask, sum_guide_loss, token_loss
 from mmlora.assets.training.corpus import SPEECH, Corpus
 from mmlora.assets.training.loop import Checkpoint, optimizer_for, set_up, train
 from mmlora.assets.training.metrics import word_errors
@@ -22,7 +15,7 @@ from mmlora.assets.training.model import CHECKPOINTS, audio_hidden, project_audi
 from mmlora.assets.training.rows import Batch, Encoder, Row, collate
 from mmlora.assets.training.stages import attach_adapter, frozen_language_model, greedy, load_stage, prompt_embeds
 from mmlora.assets.training.text_tasks import ANSWER_QUESTIONS, TRANSCRIBE_QUESTIONS, style
-from mmlora.assets.training.train_ctc import ALPHABET, ctc_loss, endless_batches
+from mmlora.assets.training.train_ctc import ALPHABET, align_words, ctc_loss, endless_batches
 
 Item = dict[str, Any]
 
@@ -111,12 +104,6 @@ def main() -> None:
     batches = endless_batches(corpus, rng, args.frames)
     audio_token = model.config.audio_config.audio_token_id
 
-    @torch.no_grad()
-    def spans(hidden: torch.Tensor, texts: list[str]) -> list[list[tuple[int, int]]]:
-        log_probs = head(hidden).log_softmax(-1).numpy()
-        paths = forced_alignment(log_probs, [[ALPHABET.index(c) for c in text] for text in texts])
-        return [word_spans(path, text) for path, text in zip(paths, texts, strict=True)]
-
     def step_loss(step: int) -> torch.Tensor:
         items = next(batches)
         hidden = audio_hidden(model, corpus.load(items, rng))
@@ -124,7 +111,7 @@ def main() -> None:
         media = {audio_token: project_audio(model, hidden)}
         logits, labels, attentions = run_language_model(model, batch, media)
         texts = [item["text"] for item in items]
-        aligned = spans(hidden, texts)
+        aligned = align_words(head, hidden, texts)
         guide = guide_mask(batch, audio_token, encoder.assistant, [encoder.text(t) for t in texts], aligned)
         guided = guide_loss(attentions, guide)
         sums = [encoder.text(item["answer"])[0] if item["kind"] == "sum" else None for item in items]
