@@ -38,11 +38,16 @@ def lora_apply(y: torch.Tensor, x: torch.Tensor, weights: SlotWeights, rows: Row
     for each segment `(start, end, slot)`, summed in fp32 and rounded once; rows of no segment are left as they are.
 
     Args:
-        y: `[num_rows, out_features]`.
+        y: `[num_rows, out_features]`, its rows contiguous.
         x: `[num_rows, in_features]`.
         weights: of this module.
         rows: of this forward pass.
+
+    Raises:
+        ValueError: the rows of y are not contiguous.
     """
+    if y.stride(1) != 1:
+        raise ValueError(f"the rows of y must be contiguous, its strides are {y.stride()}")
     if rows.tiles is not None:
         _apply_triton(y, x, weights, rows.tiles)
     else:
@@ -70,5 +75,5 @@ def _apply_triton(y: torch.Tensor, x: torch.Tensor, weights: SlotWeights, tiles:
     if max_rank == 0 or tiles.shape[0] == 0:
         return
     dtype = next(lora_A.dtype for lora_A in weights.lora_A if lora_A is not None)
-    h = lora_shrink(x, weights.table, tiles, max_rank, dtype)
+    h = lora_shrink(x.contiguous(), weights.table, tiles, max_rank, dtype)
     lora_expand(y, h, weights.table, weights.scaling_table, tiles, dtype)

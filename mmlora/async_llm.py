@@ -26,6 +26,7 @@ class _Stream:
     """The outputs of one request on their way from the engine thread to an event loop."""
 
     def __init__(self) -> None:
+        self.is_aborted = False  # before the engine knew of it
         self._loop = asyncio.get_running_loop()
         self._outputs: asyncio.Queue[RequestOutput | MMLoRAError] = asyncio.Queue()
 
@@ -64,6 +65,7 @@ class AsyncLLM:
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="mmlora-input")
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}  # touched by the engine thread only
+        self._preparing: dict[_Stream, str] = {}  # requests in the pool; touched by event loops only
         self._ids = itertools.count()
         self._is_alive = True
         self._lock = threading.Lock()  # no message may slip in behind the last one that is answered
@@ -118,9 +120,15 @@ class AsyncLLM:
             EngineDeadError: the engine has stopped.
         """
         request_id = f"request-{next(self._ids)}" if request_id is None else request_id
-        ready = await self.run_in_pool(self.engine.process_input, request_id, prompt, sampling_params, lora_request)
         stream = _Stream()
+        self._preparing[stream] = request_id
+        try:
+            ready = await self.run_in_pool(self.engine.process_input, request_id, prompt, sampling_params, lora_request)
+        finally:
+            del self._preparing[stream]
         self._send(lambda: self._add(ready, stream))
+        if stream.is_aborted:
+            self._send(lambda: self._abort(request_id, stream), or_ignore=True)
         is_finished = False
         try:
             while not is_finished:
@@ -136,6 +144,8 @@ class AsyncLLM:
 
     async def abort(self, request_id: str) -> None:
         """End a request; its iterator yields a last output with `finish_reason="abort"`."""
+        for stream, preparing_id in self._preparing.items():
+            stream.is_aborted |= preparing_id == request_id
         self._send(lambda: self._abort(request_id), or_ignore=True)
 
     def shutdown(self) -> None:
@@ -162,7 +172,7 @@ class AsyncLLM:
             while self._take_messages():
                 for output in self.engine.step(is_delta=True):
                     self._deliver(output)
-        except Exception as error:
+        except BaseException as error:  # a panic of a library in Rust is no Exception
             logger.exception("the engine died")
             self._close(EngineDeadError(f"the engine died: {error}"))
         else:

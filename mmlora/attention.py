@@ -83,6 +83,7 @@ def paged_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Write this step's keys and values, then attend over each sequence's context.
@@ -94,6 +95,10 @@ def paged_attention(
         scaling: of the scores, by default `head_dim ** -0.5`.
         sliding_window: a token sees itself and the `sliding_window - 1` before it.
         softcap: scores become `softcap * tanh(scores / softcap)`.
+        s_aux: attention sinks.
+
+    Raises:
+        ValueError: the model has attention sinks, which are not supported.
 
     Returns:
         `[1, num_tokens, num_heads, head_dim]`, and no attention weights.
@@ -101,6 +106,8 @@ def paged_attention(
     metadata = _current.get()
     if metadata is None:
         raise RuntimeError("paged attention was called outside of a decoder forward")
+    if s_aux is not None:
+        raise ValueError("this model's attention has sinks (s_aux), which are not supported")
     keys = metadata.kv_cache.keys[module.layer_idx]  # type: ignore[index]
     values = metadata.kv_cache.values[module.layer_idx]  # type: ignore[index]
     keys[metadata.write_slots] = key[0].transpose(0, 1)

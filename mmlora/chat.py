@@ -3,20 +3,23 @@
 Some templates take content as a list of parts, others only strings; which one is found out by rendering.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 
-from mmlora.errors import ConfigError, RequestError
+from mmlora.errors import ConfigError, MediaError, RequestError
+from mmlora.inputs import encode_text
 from mmlora.processors.base import MultiModalProcessor
 from mmlora.processors.fetch import load_base64, load_url
 from mmlora.processors.items import DEFAULT_LIMITS, MediaItem, MediaLimits
-from mmlora.processors.media import load_media
+from mmlora.processors.media import check_counts, load_media
 
 Message = Mapping[str, Any]
-PART_TYPES = ("text", "image_url", "input_audio", "audio_url", "image", "audio")
+MODALITIES = {"image_url": "image", "input_audio": "audio", "audio_url": "audio", "image": "image", "audio": "audio"}
+PART_TYPES = ("text", *MODALITIES)
 
 
 def load_chat_template(template: str | None) -> str | None:
@@ -30,7 +33,10 @@ def load_chat_template(template: str | None) -> str | None:
     path = Path(template).expanduser()
     if not path.is_file():
         raise ConfigError(f"chat_template={template!r} is neither a Jinja template nor a file")
-    return path.read_text()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"chat_template={template!r} cannot be read: {error}") from None
 
 
 def render_chat(
@@ -42,6 +48,8 @@ def render_chat(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     add_generation_prompt: bool = True,
     limits: MediaLimits = DEFAULT_LIMITS,
+    limit_mm_per_prompt: Mapping[str, int] | None = None,
+    max_model_len: int | None = None,
 ) -> dict[str, Any]:
     """Render a conversation to a prompt for `LLM.generate`.
 
@@ -52,7 +60,9 @@ def render_chat(
         processor: names the placeholders; None for a text-only model.
         chat_template_kwargs: passed to the template.
         add_generation_prompt: end with the start of the assistant's turn.
-        limits: of each media item.
+        limits: of the media.
+        limit_mm_per_prompt: most items by modality, counted before any is decoded.
+        max_model_len: text that cannot fit into so many tokens is refused before it is tokenized.
 
     Returns:
         `{"prompt_token_ids", "prompt", "multi_modal_data"}`; the prompt is the rendered text.
@@ -63,12 +73,11 @@ def render_chat(
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise RequestError("messages must be a list of at least one message")
-    conversation = [_parse_message(message, limits) for message in messages]
+    checked = [_check_message(message) for message in messages]
+    counts = Counter(MODALITIES[kind] for _, parts in checked for kind, _ in parts if kind in MODALITIES)
+    check_counts(counts, processor.modalities if processor is not None else (), limit_mm_per_prompt)
+    conversation = _load_parts(checked, limits)
     media = [part for _, parts in conversation for part in parts if not isinstance(part, str)]
-    for item in media:
-        if processor is None or item.modality not in processor.modalities:
-            takes = ", ".join(sorted(processor.modalities)) if processor is not None else "text only"
-            raise RequestError(f"the messages hold {item.modality}; the model takes {takes}")
 
     def render(turns: list[dict[str, Any]]) -> str:
         kwargs = {"add_generation_prompt": add_generation_prompt, **(chat_template_kwargs or {})}
@@ -82,7 +91,7 @@ def render_chat(
     data: dict[str, list[MediaItem]] = {}
     for item in media:
         data.setdefault(item.modality, []).append(item)
-    token_ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+    token_ids = encode_text(tokenizer, text, max_model_len, add_special_tokens=False)
     return {"prompt": text, "prompt_token_ids": token_ids, "multi_modal_data": data}
 
 
@@ -94,7 +103,7 @@ def _render_parts(
 ) -> str:
     """Render with parts where the template takes them, else with placeholders written into the text."""
     if not media:
-        return str(render([_turn(message, "".join(map(str, parts))) for message, parts in conversation]))
+        return _render_text([(message, "".join(map(str, parts))) for message, parts in conversation], render)
     assert processor is not None
     try:
         text = str(render([_turn(message, _template_parts(parts)) for message, parts in conversation]))
@@ -107,6 +116,20 @@ def _render_parts(
         for message, parts in conversation
     ]
     return str(render(turns))
+
+
+def _render_text(conversation: list[tuple[Message, str]], render: Any) -> str:
+    """Render with strings, or with parts where the template loses strings and keeps parts."""
+    text = str(render([_turn(message, content) for message, content in conversation]))
+    contents = [content.strip() for _, content in conversation]
+    if all(content in text for content in contents):
+        return text
+    try:
+        with_parts = str(render([_turn(message, _template_parts([content])) for message, content in conversation]))
+    except RequestError:
+        return text
+    is_kept = all(content in with_parts for content in contents) and "'type':" not in with_parts
+    return with_parts if is_kept else text
 
 
 def _has_placeholders(
@@ -133,36 +156,58 @@ def _template_parts(parts: list[str | MediaItem]) -> list[dict[str, str]]:
     return [{"type": "text", "text": part} if isinstance(part, str) else {"type": part.modality} for part in parts]
 
 
-def _parse_message(message: Message, limits: MediaLimits) -> tuple[Message, list[str | MediaItem]]:
+def _check_message(message: Message) -> tuple[Message, list[tuple[str, Any]]]:
+    """Return the parts of a message by their type, media not decoded yet."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise RequestError(f"a message must be a mapping with a 'role' and 'content', got {str(message)[:80]!r}")
     content = message.get("content")
     if content is None or isinstance(content, str):
-        return message, [content or ""]
+        return message, [("text", content or "")]
     if not isinstance(content, Sequence):
         raise RequestError(f"content is a {type(content).__name__}; it must be text or a list of parts")
-    return message, [_parse_part(part, limits) for part in content]
+    return message, [_check_part(part) for part in content]
 
 
-def _parse_part(part: Any, limits: MediaLimits) -> str | MediaItem:
+def _check_part(part: Any) -> tuple[str, Any]:
     if isinstance(part, str):
-        return part
+        return "text", part
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind not in PART_TYPES:
         raise RequestError(f"content part of type {kind!r}; allowed: {', '.join(PART_TYPES)}")
     if kind not in part:
         raise RequestError(f"content part of type {kind!r} lacks its {kind!r} field")
-    value = part[kind]
-    if kind == "text":
-        if not isinstance(value, str):
-            raise RequestError(f"content part of type 'text' holds a {type(value).__name__}; it must be text")
-        return value
+    if kind == "text" and not isinstance(part[kind], str):
+        raise RequestError(f"content part of type 'text' holds a {type(part[kind]).__name__}; it must be text")
+    return str(kind), part[kind]
+
+
+def _load_parts(
+    checked: list[tuple[Message, list[tuple[str, Any]]]], limits: MediaLimits
+) -> list[tuple[Message, list[str | MediaItem]]]:
+    """Decode the media of a conversation, one by one, until they exceed what it may hold."""
+    num_bytes = 0
+    conversation = []
+    for message, parts in checked:
+        loaded: list[str | MediaItem] = []
+        for kind, value in parts:
+            loaded.append(value if kind == "text" else _load_part(kind, value, limits))
+            num_bytes += 0 if isinstance(loaded[-1], str) else loaded[-1].num_bytes
+            if num_bytes > limits.max_decoded_bytes:
+                raise MediaError(
+                    f"the media of the messages have {num_bytes} bytes or more when decoded; "
+                    f"allowed are {limits.max_decoded_bytes}"
+                )
+        conversation.append((message, loaded))
+    return conversation
+
+
+def _load_part(kind: str, value: Any, limits: MediaLimits) -> MediaItem:
     if kind in ("image", "audio"):
         return load_media(value, limits, expected=kind)
     if kind == "input_audio":
         return load_base64(_field(value, kind, "data"), limits, expected="audio")
     url = value if isinstance(value, str) else _field(value, kind, "url")
-    return load_url(url, limits, expected=kind.removesuffix("_url"))
+    return load_url(url, limits, expected=MODALITIES[kind])
 
 
 def _field(value: Any, kind: str, name: str) -> str:

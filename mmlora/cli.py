@@ -89,8 +89,9 @@ def parse_options(options: Mapping[str, Any], environment: Mapping[str, str]) ->
             found[flag.name] = options[flag.name]
         elif flag.env_name in environment:
             found[flag.name] = _read_env(flag, environment[flag.env_name])
-    if options.get("model") is not None:
-        found["model"] = options["model"]
+    model = options.get("model") or environment.get(f"{ENV_PREFIX}MODEL")
+    if model:
+        found["model"] = model
     if "model" not in found:
         _add_assistant(found)
     server_names = {flag.name for flag in _flags(ServerArgs)}
@@ -135,7 +136,8 @@ def _add_flag(group: argparse._ArgumentGroup, flag: _Flag) -> None:
     if flag.parse is _parse_bool:
         group.add_argument(flag.option, action=argparse.BooleanOptionalAction, default=None, help=text)
     elif flag.name == "lora_modules":
-        group.add_argument(flag.option, nargs="+", type=_for_argparse(flag), metavar="NAME=PATH", help=text)
+        read = _for_argparse(flag)
+        group.add_argument(flag.option, action="extend", nargs="+", type=read, metavar="NAME=PATH", help=text)
     else:
         metavar = {int: "N", float: "X", _parse_json: "JSON"}.get(flag.parse, "VALUE")
         group.add_argument(flag.option, type=_for_argparse(flag), metavar=metavar, help=text)
@@ -155,10 +157,15 @@ def _for_argparse(flag: _Flag) -> Callable[[str], Any]:
 def _read_env(flag: _Flag, text: str) -> Any:
     try:
         if flag.name == "lora_modules":
-            return [flag.parse(entry) for entry in text.split()]
+            return [flag.parse(entry) for entry in _split_entries(text)]
         return flag.parse(text)
-    except ValueError as error:
+    except (ValueError, ConfigError) as error:
         raise ConfigError(f"{flag.env_name}={text!r}: {error}") from None
+
+
+def _split_entries(text: str) -> list[str]:
+    """Split `--lora-modules` entries at blanks that are not inside a JSON object."""
+    return re.findall(r"\{[^{}]*\}|[^\s{][^\s]*|\{.*", text)
 
 
 def _flags(cls: type[EngineArgs] | type[ServerArgs]) -> list[_Flag]:

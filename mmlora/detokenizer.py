@@ -6,6 +6,8 @@ It never gives out half a UTF-8 character, and holds back text that may turn out
 from typing import Any
 
 REPLACEMENT = "\ufffd"
+CONTEXT = 4
+MAX_WINDOW = 64  # tokens; more of them without a whole character are no text
 
 
 class Detokenizer:
@@ -33,8 +35,9 @@ class Detokenizer:
         self._stop = stop
         self._include_stop = include_stop
         self._skip_special_tokens = skip_special_tokens
-        self._window = prompt_token_ids[-4:]  # tokens that may still change how the next ones are spelled
+        self._window = self._end_of(prompt_token_ids)  # tokens that may still change how the next ones are spelled
         self._window_text = self._decode(self._window)
+        self._borders: list[int] = []  # lengths of the window after which no character was open
         self._num_returned = 0
 
     def append(self, token_id: int, *, can_stop: bool = True) -> str | None:
@@ -47,13 +50,14 @@ class Detokenizer:
         Returns:
             The stop string that the text now ends at, or None.
         """
-        candidate = self._decode([*self._window, token_id])
-        self._window = [*self._window, token_id]
-        if candidate.endswith(REPLACEMENT):
+        self._window.append(token_id)
+        candidate = self._decode(self._window)
+        if candidate.endswith(REPLACEMENT) and len(self._window) < MAX_WINDOW:
             return None  # the bytes so far may be the start of a character
         new_text = candidate[len(self._window_text) :]
-        self._window = self._window[-4:]
-        self._window_text = self._decode(self._window)
+        self._window_text = candidate
+        self._borders.append(len(self._window))
+        self._shorten_window()
         return self._extend(new_text, can_stop)
 
     def finish(self) -> None:
@@ -66,6 +70,22 @@ class Detokenizer:
         end = len(self.text) if is_finished else len(self.text) - self._num_held_back()
         start, self._num_returned = self._num_returned, max(end, self._num_returned)
         return self.text[start : self._num_returned]
+
+    def _end_of(self, token_ids: list[int]) -> list[int]:
+        """The last `CONTEXT` tokens, and those before them that their first character began with."""
+        for length in range(CONTEXT, CONTEXT + 4):
+            end = token_ids[-length:]
+            if not self._decode(end).startswith(REPLACEMENT):
+                break
+        return end
+
+    def _shorten_window(self) -> None:
+        """Cut the window where no character was open, and leave at least `CONTEXT` tokens."""
+        cut = max((border for border in self._borders if border <= len(self._window) - CONTEXT), default=0)
+        if cut:
+            self._window = self._window[cut:]
+            self._borders = [border - cut for border in self._borders if border > cut]
+            self._window_text = self._decode(self._window)
 
     def _decode(self, token_ids: list[int]) -> str:
         text: str = self._tokenizer.decode(

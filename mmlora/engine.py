@@ -155,9 +155,8 @@ class LLMEngine:
             result = self.parts.runner.run(scheduled)
         except Exception as error:  # the engine outlives any request; those of this step do not
             logger.exception("a step failed")
-            return self._fail(
-                [(item.seq, MMLoRAError(f"the model failed on this step: {error}")) for item in scheduled]
-            )
+            failure = MMLoRAError(f"the model failed on this step: {error}")
+            return self._fail([(item.seq, failure) for item in scheduled])
         touched = self._fail(result.failed)
         for item in scheduled:
             if item.seq.status is Status.RUNNING:
@@ -195,6 +194,8 @@ class LLMEngine:
             self.scheduler.finish(seq, "stop")
         elif token_id in (params.stop_token_ids or ()) and can_stop:
             seq.stop_reason = token_id
+            if params.include_stop_str_in_output:
+                seq.detokenizer.append(token_id, can_stop=False)
             self.scheduler.finish(seq, "stop")
         else:
             stop = seq.detokenizer.append(token_id, can_stop=can_stop)
@@ -250,7 +251,7 @@ def _output(request: Request, *, is_delta: bool) -> RequestOutput:
         lora=request.input.lora,
         lora_request=request.input.lora_request,
         prompt_logprobs=request.prompt_logprobs,
-        num_cached_tokens=request.num_cached_tokens,
+        num_cached_tokens=request.num_cached_tokens or 0,
         metrics=_metrics(request),
         error=request.error,
     )

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmlora.config import EngineArgs
-from mmlora.errors import MediaError, RequestError
+from mmlora.errors import RequestError
 from mmlora.lora.adapter import Adapter
 from mmlora.lora.request import BASE, LoRARequest
 from mmlora.lora.store import AdapterStore
 from mmlora.outputs import LoRAChoice
 from mmlora.policy import choose_adapter
 from mmlora.processors.base import MultiModalProcessor, ProcessedMedia
-from mmlora.processors.media import load_media
+from mmlora.processors.media import check_counts, load_media
 from mmlora.processors.placeholders import PlaceholderRange, expand_placeholders
 from mmlora.sampling_params import SamplingParams
 from mmlora.sequence import EngineInput, MediaInput
@@ -23,6 +23,7 @@ from mmlora.towers.base import Towers
 from mmlora.towers.encoder import encoder_key
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "multi_modal_data", "mm_processor_kwargs")
+MAX_CHARS_PER_TOKEN = 256  # more than the longest token of any vocabulary in use
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
@@ -111,28 +112,24 @@ class InputProcessor:
         text, token_ids = fields.get("prompt"), fields.get("prompt_token_ids")
         if token_ids is not None:
             return text, list(token_ids)
-        try:
-            return text, list(self.tokenizer(text).input_ids)
-        except (TypeError, ValueError) as error:  # lone surrogates, for one
-            raise RequestError(f"the prompt cannot be tokenized: {error}") from None
+        assert isinstance(text, str)
+        return text, encode_text(self.tokenizer, text, self.max_model_len)
 
     def _process_media(self, fields: Mapping[str, Any]) -> list[ProcessedMedia]:
         data = fields.get("multi_modal_data") or {}
         if not isinstance(data, Mapping):
             raise RequestError(f"multi_modal_data is a {type(data).__name__}; it must map modalities to items")
         allowed = sorted(self.processor.modalities) if self.processor is not None else []
-        unknown = sorted(str(key) for key in data if key not in allowed)
+        items = {str(modality): _as_items(contents) for modality, contents in data.items()}
+        unknown = sorted(modality for modality in items if modality not in allowed)
         if unknown:
             takes = f"the model takes {', '.join(allowed)}" if allowed else "the model takes text only"
             raise RequestError(f"multi_modal_data holds {', '.join(unknown)}; {takes}")
+        check_counts({name: len(contents) for name, contents in items.items()}, allowed, self._args.limit_mm_per_prompt)
         options = {**(self._args.mm_processor_kwargs or {}), **(fields.get("mm_processor_kwargs") or {})}
         processed = []
         for modality in allowed:
-            contents = _as_items(data.get(modality))
-            limit = (self._args.limit_mm_per_prompt or {}).get(modality)
-            if limit is not None and len(contents) > limit:
-                raise MediaError(f"the prompt has {len(contents)} {modality} items; limit_mm_per_prompt allows {limit}")
-            for content in contents:
+            for content in items.get(modality, ()):
                 assert self.processor is not None
                 item = load_media(content, expected=modality)
                 processed.append(self.processor.process(item, options))
@@ -188,6 +185,22 @@ class InputProcessor:
         for token in token_ids:
             if not isinstance(token, int) or not (0 <= token < self._vocab_size or token in allowed):
                 raise RequestError(f"token id {token!r} is outside the vocabulary of {self._vocab_size}")
+
+
+def encode_text(tokenizer: Any, text: str, max_model_len: int | None, *, add_special_tokens: bool = True) -> list[int]:
+    """Tokenize a prompt, unless it is so long that its tokens cannot fit.
+
+    Raises:
+        RequestError: it is too long, or no text (a lone surrogate, for one).
+    """
+    if max_model_len is not None and len(text) > max_model_len * MAX_CHARS_PER_TOKEN:
+        raise RequestError(
+            f"the prompt has {len(text)} characters, which cannot fit into max_model_len={max_model_len} tokens"
+        )
+    try:
+        return list(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"the prompt cannot be tokenized: {error}") from None
 
 
 def _prompt_fields(prompt: Prompt) -> Mapping[str, Any]:

@@ -116,6 +116,8 @@ class LLM:
                 chat_template=load_chat_template(chat_template) or self._chat_template,
                 chat_template_kwargs=chat_template_kwargs,
                 add_generation_prompt=add_generation_prompt,
+                limit_mm_per_prompt=self.llm_engine.args.limit_mm_per_prompt,
+                max_model_len=self.llm_engine.max_model_len,
             )
             prompts.append({**prompt, "mm_processor_kwargs": mm_processor_kwargs})
         return self.generate(prompts, sampling_params, lora_request, use_tqdm)

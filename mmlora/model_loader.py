@@ -129,9 +129,12 @@ def resolve_max_model_len(requested: int | None, config: PretrainedConfig) -> in
     text_config = config.get_text_config()
     limit: int = text_config.max_position_embeddings
     rope = getattr(text_config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        # Beyond this length the factors of every position change, which a shared KV cache cannot follow.
-        limit = getattr(text_config, "original_max_position_embeddings", None) or limit
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # one set a layer type
+        if parameters.get("rope_type") == "longrope":
+            # Beyond this length the factors of every position change, which a shared KV cache cannot follow.
+            original = parameters.get("original_max_position_embeddings")
+            original = original or getattr(text_config, "original_max_position_embeddings", None)
+            limit = min(limit, original or limit)
     if requested is not None and requested > limit:
         raise ConfigError(f"max_model_len={requested} exceeds the {limit} tokens that this model takes here")
     return requested or limit

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mmlora.attention import AttentionMetadata, KVCache, attention_context
-from mmlora.errors import MediaError
+from mmlora.errors import MMLoRAError
 from mmlora.lora.layers import LoRAState
 from mmlora.outputs import TokenLogprobs
 from mmlora.sampler import sample, top_logprobs
@@ -34,10 +34,10 @@ class SampledToken:
 
 @dataclass
 class StepResult:
-    """What a step brought: new tokens, and sequences whose media could not be encoded."""
+    """What a step brought: new tokens, and sequences that cannot go on."""
 
     sampled: list[SampledToken] = field(default_factory=list)
-    failed: list[tuple[Sequence, MediaError]] = field(default_factory=list)
+    failed: list[tuple[Sequence, MMLoRAError]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,10 @@ class ModelRunner:
             return scheduled
         needed = {(item.seq, index) for item in scheduled for index in _missing_media(item)}
         embeds = self.encoder.encode([_encoder_job(seq, index) for seq, index in needed])
-        errors: dict[Sequence, MediaError] = {}
+        errors: dict[Sequence, MMLoRAError] = {}
         for seq, index in needed:
             rows = embeds[seq.media[index].encoder_key]
-            if isinstance(rows, MediaError):
+            if isinstance(rows, MMLoRAError):
                 errors[seq] = rows
             else:
                 seq.media_embeds[index] = rows
@@ -215,6 +215,9 @@ class ModelRunner:
         chosen = logits[torch.tensor([index for _, index in ready], device=logits.device)]
         tokens = sample(chosen.clone(), seqs, self.stop_ids)
         for row, seq, token in zip(chosen, seqs, tokens, strict=True):
+            if isinstance(token, MMLoRAError):
+                result.failed.append((seq, token))
+                continue
             if seq.params.logprobs is None:
                 result.sampled.append(SampledToken(seq, token))
                 continue

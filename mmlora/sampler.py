@@ -1,17 +1,19 @@
 """From logits to the next token of each sequence, and the log probabilities that requests ask for."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence as Rows
 from typing import Any
 
 import torch
 
+from mmlora.errors import MMLoRAError, RequestError
 from mmlora.outputs import Logprob, TokenLogprobs
 from mmlora.sampling_params import SamplingParams
 from mmlora.sequence import Sequence
 
 
-def sample(logits: torch.Tensor, seqs: Rows[Sequence], stop_ids: frozenset[int]) -> list[int]:
+def sample(logits: torch.Tensor, seqs: Rows[Sequence], stop_ids: frozenset[int]) -> list[int | MMLoRAError]:
     """Choose one token per sequence.
 
     Each random choice uses the sequence's own generator, so it does not depend on the rest of the batch.
@@ -20,24 +22,33 @@ def sample(logits: torch.Tensor, seqs: Rows[Sequence], stop_ids: frozenset[int])
         logits: `[num_seqs, vocab_size]` float32; changed in place.
         seqs: in the order of the rows.
         stop_ids: end-of-text tokens, masked while `min_tokens` is not reached.
+
+    Returns:
+        For each sequence its token, or why there is none to choose.
     """
+    was_finite = logits.amax(-1).isfinite().tolist()  # a NaN anywhere in a row is also its maximum
     for row, seq in zip(logits, seqs, strict=True):
         _adjust_logits(row, seq, stop_ids)
-    tokens: list[int] = logits.argmax(-1).tolist()
-    for index, seq in enumerate(seqs):
-        if not seq.params.is_greedy:
+    highest, likeliest = logits.max(-1)
+    tokens: list[int | MMLoRAError] = [*likeliest.tolist()]
+    for index, (seq, is_finite) in enumerate(zip(seqs, highest.isfinite().tolist(), strict=True)):
+        if not is_finite:
+            tokens[index] = _no_token(was_finite[index])
+        elif not seq.params.is_greedy:
             probs = token_probabilities(logits[index], seq.params)
             tokens[index] = int(torch.multinomial(probs, 1, generator=seq.generator))
     return tokens
 
 
 def token_probabilities(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """The distribution that `temperature`, `top_k`, `top_p` and `min_p` leave of one row of logits.
+    """The distribution that `temperature`, `min_p`, `top_k` and `top_p`, in this order, leave of one row of logits.
 
     Args:
         logits: `[vocab_size]` float32.
     """
-    scores = logits / params.temperature
+    scores = (logits - logits.max()) / params.temperature  # at most 0: a tiny temperature overflows to -inf only
+    if params.min_p > 0:
+        scores = scores.masked_fill(scores < math.log(params.min_p), float("-inf"))
     if 0 < params.top_k < scores.numel():
         threshold = scores.topk(params.top_k).values[-1]
         scores = scores.masked_fill(scores < threshold, float("-inf"))
@@ -45,9 +56,8 @@ def token_probabilities(logits: torch.Tensor, params: SamplingParams) -> torch.T
     if params.top_p < 1:
         ordered, order = probs.sort(descending=True)
         is_dropped = ordered.cumsum(-1) - ordered >= params.top_p
+        is_dropped[0] = False  # top_p may be 0 in float32
         probs = probs.index_fill(0, order[is_dropped], 0.0)
-    if params.min_p > 0:
-        probs = probs.masked_fill(probs < params.min_p * probs.max(), 0.0)
     return probs / probs.sum()
 
 
@@ -67,13 +77,22 @@ def top_logprobs(logprobs: torch.Tensor, token: int, num_top: int, tokenizer: An
 
 def _adjust_logits(row: torch.Tensor, seq: Sequence, stop_ids: frozenset[int]) -> None:
     params = seq.params
-    if params.has_penalties:
-        _apply_penalties(row, seq)
-    for token, bias in (params.logit_bias or {}).items():
-        row[token] += bias
+    if params.logit_bias:
+        row[list(params.logit_bias)] += torch.tensor(list(params.logit_bias.values()), device=row.device)
     if seq.num_output_tokens < params.min_tokens:
         blocked = stop_ids.union(params.stop_token_ids or ())
-        row[list(blocked)] = float("-inf")
+        row[[token for token in blocked if token < row.numel()]] = float("-inf")
+    if params.has_penalties:
+        _apply_penalties(row, seq)
+
+
+def _no_token(was_finite: bool) -> MMLoRAError:
+    if was_finite:
+        return RequestError(
+            "no token can be chosen: repetition_penalty, logit_bias, stop_token_ids and min_tokens of this request "
+            "leave no finite logit"
+        )
+    return MMLoRAError("the model's logits for this request hold NaN or infinity")
 
 
 def _apply_penalties(row: torch.Tensor, seq: Sequence) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from mmlora.errors import RequestError
 
+MAX_STOPS, MAX_STOP_CHARS = 64, 1024  # each token of the answer is searched for all of them
+
 
 @dataclass
 class SamplingParams:
@@ -23,7 +25,7 @@ class SamplingParams:
         repetition_penalty: divides (or multiplies, below 0) the logits of tokens in prompt or answer.
         logit_bias: token id to a value added to its logit, -100 to 100.
         stop: strings that end the answer; they are cut off unless `include_stop_str_in_output`.
-        stop_token_ids: tokens that end the answer.
+        stop_token_ids: tokens that end the answer; their text is left out unless `include_stop_str_in_output`.
         max_tokens: longest answer; None runs to the model's length limit.
         min_tokens: no end-of-text and no stop token before this many.
         ignore_eos: do not end at end-of-text.
@@ -104,6 +106,11 @@ class SamplingParams:
             raise RequestError(f"stop={self.stop!r} must be a string or a list of strings")
         if any(not s for s in self.stop_strings):
             raise RequestError("stop holds an empty string; every stop string needs at least one character")
+        if len(self.stop_strings) > MAX_STOPS or any(len(s) > MAX_STOP_CHARS for s in self.stop_strings):
+            raise RequestError(
+                f"stop holds {len(self.stop_strings)} strings of up to {max(map(len, self.stop_strings))} characters; "
+                f"allowed are {MAX_STOPS} of up to {MAX_STOP_CHARS}"
+            )
         ids = self.stop_token_ids
         if ids is not None and not (isinstance(ids, Collection) and all(_is_token_id(i) for i in ids)):
             raise RequestError(f"stop_token_ids={ids!r} must be a list of token ids")

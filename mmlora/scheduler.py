@@ -153,8 +153,8 @@ class Scheduler:
         if not self._take_slot(seq):
             return None
         self.block_manager.allocate(seq, start + num_tokens)
-        if seq.num_output_tokens == 0:
-            seq.request.num_cached_tokens = max(seq.request.num_cached_tokens, start)
+        if seq.request.num_cached_tokens is None:
+            seq.request.num_cached_tokens = start
         seq.num_computed_tokens = start
         seq.num_skips = 0
         seq.status = Status.RUNNING

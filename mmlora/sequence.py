@@ -68,7 +68,7 @@ class Request:
     sequences: list["Sequence"] = field(default_factory=list)
     scheduled_s: float | None = None
     first_token_s: float | None = None
-    num_cached_tokens: int = 0
+    num_cached_tokens: int | None = None  # set when its first sequence is first admitted
     partial_prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # set once the whole prompt is computed
     error: MMLoRAError | None = None

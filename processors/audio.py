@@ -20,6 +20,7 @@ MAX_PEAK = 16.0  # float samples above full scale occur (resampling, mixing); fa
 RESAMPLER = "soxr_hq"
 
 _BLOCK_FRAMES = 1 << 16
+_UNKNOWN_FRAMES = 1 << 62
 _MP3_SLACK = 2 * 1152  # samples; an MP3 header may or may not count its own frame and the encoder delay
 _INTEGER_SCALE = {"uint8": 2.0**7, "int8": 2.0**7, "int16": 2.0**15, "int32": 2.0**31}
 _FORM = (
@@ -44,8 +45,11 @@ def decode_audio(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> AudioItem
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             rate, claimed = checked_rate(file.samplerate), int(file.frames)
             _check_channels(file.channels)
+            if claimed >= _UNKNOWN_FRAMES:  # FLAC written to a pipe
+                claimed = 0
+                file.seekable = lambda: False  # soundfile would seek to the end that is not known
             _check_duration(claimed, rate, limits)
-            samples = _read_mono(file, int(limits.max_duration_s * rate) + 1)
+            samples = _read_mono(file, min(int(limits.max_duration_s * rate), limits.max_samples) + 1)
             slack = _MP3_SLACK if file.format == "MP3" else 0
     except (soundfile.SoundFileError, RuntimeError, ValueError, OSError) as error:
         raise MediaError(f"cannot decode the audio content ({len(data)} bytes): {error}") from error
@@ -158,6 +162,8 @@ def _check_channels(channels: int) -> None:
 
 
 def _check_duration(num_frames: int, rate: int, limits: MediaLimits) -> None:
+    if num_frames > limits.max_samples:
+        raise MediaError(f"audio of {num_frames} samples: at most {limits.max_samples} are allowed")
     if num_frames > limits.max_duration_s * rate:
         raise MediaError(
             f"audio of {num_frames} samples at {rate} Hz lasts {num_frames / rate:.1f} s, "

@@ -2,7 +2,8 @@
 
 from mmlora.errors import MediaError
 
-_UNKNOWN_LENGTH = 0xFFFFFFFF  # written by encoders that stream to a pipe and cannot go back
+# Encoders that stream to a pipe cannot go back to write the length; they claim almost 2 or 4 GiB.
+_UNKNOWN_LENGTHS = (range(0x7FFFF000, 0x80000000), range(0xFFFFF000, 0x100000000))
 _OGG_HEADER_BYTES = 27
 
 
@@ -26,7 +27,7 @@ def _check_wav(data: bytes) -> None:
         chunk_id = data[position : position + 4]
         size = int.from_bytes(data[position + 4 : position + 8], "little")
         present = len(data) - position - 8
-        if chunk_id == b"data" and size == _UNKNOWN_LENGTH:
+        if chunk_id == b"data" and any(size in unknown for unknown in _UNKNOWN_LENGTHS):
             return
         if size > present:
             raise MediaError(f"truncated WAV: its {chunk_id!r} chunk claims {size} bytes, {present} are there")

@@ -1,7 +1,7 @@
 """Decoded media items and the limits they were admitted under; decoding itself is in `audio.py` and `image.py`."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -41,6 +41,10 @@ class AudioItem:
     def duration_s(self) -> float:
         return len(self.samples) / self.sample_rate
 
+    @property
+    def num_bytes(self) -> int:
+        return self.samples.nbytes
+
 
 @dataclass(frozen=True, eq=False)
 class ImageItem:
@@ -62,28 +66,36 @@ class ImageItem:
         digest.update(image.tobytes())
         return cls(image, digest.hexdigest())
 
+    @property
+    def num_bytes(self) -> int:
+        return 3 * self.image.width * self.image.height
+
 
 MediaItem = AudioItem | ImageItem
 
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """Bound what one media item may cost; all three are checked before anything is decoded.
+    """Bound what media may cost; all but the last are checked before an item is decoded.
 
     Attributes:
-        max_bytes: encoded size in bytes.
+        max_bytes: encoded size of an item in bytes.
         max_pixels: width x height in px.
         max_duration_s: length of a clip in seconds.
+        max_samples: length of a clip in samples, whatever their rate.
+        max_decoded_bytes: all media of one conversation, decoded.
     """
 
     max_bytes: int = 64 * 1024 * 1024
     max_pixels: int = 64_000_000
     max_duration_s: float = 600.0
+    max_samples: int = 32_000_000
+    max_decoded_bytes: int = 512 * 1024 * 1024
 
     def __post_init__(self) -> None:
-        for name in ("max_bytes", "max_pixels", "max_duration_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"MediaLimits.{name} is {getattr(self, name)!r}: it must be positive")
+        for field in fields(self):
+            if not getattr(self, field.name) > 0:
+                raise ConfigError(f"MediaLimits.{field.name} is {getattr(self, field.name)!r}: it must be positive")
 
 
 DEFAULT_LIMITS = MediaLimits()

@@ -1,5 +1,6 @@
 """The way into the processors: decide what a piece of content is, by what it is, and decode it within limits."""
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from mmlora.processors.image import decode_image, image_from_array, image_from_p
 from mmlora.processors.items import DEFAULT_LIMITS, AudioItem, ImageItem, MediaItem, MediaLimits, Modality
 from mmlora.processors.sniff import describe, sniff
 
-__all__ = ["AudioItem", "ImageItem", "MediaItem", "MediaLimits", "Modality", "load_media", "sniff"]
+__all__ = ["AudioItem", "ImageItem", "MediaItem", "MediaLimits", "Modality", "check_counts", "load_media", "sniff"]
 
 _SUPPORTED = "supported are WAV, FLAC, OGG and MP3 audio and PNG, JPEG, WebP, GIF and BMP images"
 _FORMS = "bytes, a PIL image, a [height, width, 3] uint8 array, or audio as (array, sample_rate)"
@@ -44,6 +45,26 @@ def load_media(content: object, limits: MediaLimits = DEFAULT_LIMITS, *, expecte
     if isinstance(content, tuple | list):
         return audio_from_array(content[0], content[1], limits)
     return image_from_array(content, limits)
+
+
+def check_counts(counts: Mapping[str, int], modalities: Collection[str], limits: Mapping[str, int] | None) -> None:
+    """Refuse media that a model does not take, or more of it than a prompt may hold.
+
+    Args:
+        counts: items by modality.
+        modalities: what the model takes.
+        limits: most items by modality (`limit_mm_per_prompt`); others are not limited.
+
+    Raises:
+        MediaError: naming the modality, the number and what is allowed.
+    """
+    for modality, count in counts.items():
+        if count and modality not in modalities:
+            takes = ", ".join(sorted(modalities)) or "text only"
+            raise MediaError(f"the prompt holds {modality}; the model takes {takes}")
+        limit = (limits or {}).get(modality)
+        if limit is not None and count > limit:
+            raise MediaError(f"the prompt has {count} {modality} items; limit_mm_per_prompt allows {limit}")
 
 
 def _modality_of(content: object) -> Modality:

@@ -1,14 +1,16 @@
 """OpenAI's answer objects, built from `RequestOutput`s: the whole completion, or its chunks."""
 
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 from urllib.parse import quote
 
-from mmlora.errors import EngineDeadError
+from mmlora.errors import EngineDeadError, RequestError
 from mmlora.outputs import CompletionOutput, LoRAChoice, RequestOutput, TokenLogprobs
 
+logger = logging.getLogger(__name__)
 Json = dict[str, Any]
 
 
@@ -27,6 +29,8 @@ def raise_failure(output: RequestOutput) -> None:
         MMLoRAError: the request failed, or the engine was shut down under it.
     """
     if output.error is not None:
+        if not isinstance(output.error, RequestError):  # the client is not told more than that it failed
+            logger.error("request %s failed: %s", output.request_id, output.error)
         raise output.error
     if any(completion.finish_reason == "abort" for completion in output.outputs):
         raise EngineDeadError("the server is shutting down; the answer is not complete")

@@ -12,11 +12,11 @@ from starlette.types import Receive, Scope, Send
 
 from mmlora.async_llm import AsyncLLM
 from mmlora.chat import load_chat_template, render_chat
-from mmlora.errors import MMLoRAError
+from mmlora.errors import AdapterError, MMLoRAError
 from mmlora.outputs import RequestOutput
 from mmlora.sampling_params import SamplingParams
 from mmlora.server.answers import Answer, Json, lora_headers, raise_failure
-from mmlora.server.errors import error_body
+from mmlora.server.errors import Refusal, error_body
 from mmlora.server.limits import read_body, until_disconnect
 from mmlora.server.models import ServedModels
 from mmlora.server.protocol import ChatCompletionRequest, parse_chat_request
@@ -71,16 +71,23 @@ class ChatService:
             async for output in outputs:
                 raise_failure(output)
                 yield output
+        except AdapterError as error:  # clients name adapters that are served; what ails their files is not theirs
+            logger.exception("an adapter that is served cannot be used")
+            message = "the adapter of this request cannot be used now; the server's log says why"
+            raise Refusal(500, message, param="model") from error
         finally:
             await _close(outputs)
 
     def _render(self, chat: ChatCompletionRequest) -> dict[str, Any]:
+        engine = self._llm.engine
         prompt = render_chat(
             chat.messages,
-            self._llm.tokenizer,
-            self._llm.engine.parts.inputs.processor,
+            engine.tokenizer,
+            engine.parts.inputs.processor,
             chat_template=self._chat_template,
             chat_template_kwargs=chat.chat_template_kwargs,
+            limit_mm_per_prompt=engine.args.limit_mm_per_prompt,
+            max_model_len=engine.max_model_len,
         )
         return {**prompt, "mm_processor_kwargs": chat.mm_processor_kwargs}
 

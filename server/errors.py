@@ -1,5 +1,6 @@
 """Errors as HTTP answers: OpenAI's error body, 4xx for what the client did, 5xx for what the server did."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -31,15 +32,15 @@ def status_of(error: Exception) -> int:
 def error_body(error: Exception) -> dict[str, Any]:
     """Describe an error the way OpenAI does.
 
-    Only errors raised on purpose tell their message; any other is an internal error and says no more.
+    What the client can mend, and refusals, tell their message; any other is an internal error and says no more.
     """
     status = status_of(error)
-    is_known = isinstance(error, MMLoRAError)
+    is_told = status != 500 or isinstance(error, Refusal)
     kinds = {401: "authentication_error", 404: "not_found_error", 503: "service_unavailable_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "internal_server_error")
     return {
         "error": {
-            "message": str(error) if is_known else "internal server error",
+            "message": str(error) if is_told else "internal server error",
             "type": kind,
             "param": getattr(error, "param", None),
             "code": getattr(error, "code", None) or _code(error),
@@ -47,14 +48,14 @@ def error_body(error: Exception) -> dict[str, Any]:
     }
 
 
-def error_response(error: Exception) -> JSONResponse:
+def error_response(error: Exception, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """Answer with an error."""
-    return JSONResponse(error_body(error), status_code=status_of(error))
+    return JSONResponse(error_body(error), status_code=status_of(error), headers=headers)
 
 
 def _code(error: Exception) -> str | None:
     """`MediaError` → `media_error`, so that a client can tell faults apart without reading prose."""
-    if not isinstance(error, MMLoRAError) or isinstance(error, Refusal):
+    if status_of(error) == 500 or isinstance(error, Refusal):
         return None
     name = "RequestError" if type(error).__name__ == "FieldError" else type(error).__name__
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")

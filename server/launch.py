@@ -41,6 +41,8 @@ class ServerArgs:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port}: must be from 0 to 65535")
+        if self.api_key is not None and not self.api_key.strip():
+            raise ConfigError("api_key is empty; give a key, or leave it out to let everyone in")
         if self.max_request_bytes < 1:
             raise ConfigError(f"max_request_bytes={self.max_request_bytes}: must be a positive integer")
         if self.uvicorn_log_level not in uvicorn.config.LOG_LEVELS:
@@ -82,6 +84,8 @@ def load_served_models(llm: AsyncLLM, lora_modules: Sequence[LoRAModule] = ()) -
     ]
     if lora_modules and parts.store is None:
         raise ConfigError(f"lora_modules: {lora_modules[0].name!r} needs enable_lora=True")
+    if llm.model_name in parts.defaults:
+        raise ConfigError(f"served_model_name={llm.model_name!r} is the key of a default adapter; choose another name")
     names = [llm.model_name, *parts.defaults]
     for lora_int_id, module in enumerate(lora_modules, start=1):
         if module.name in names:
@@ -102,6 +106,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
+        listener.listen()  # two sockets may be bound to a port, but only one listens
     except OSError as error:
         listener.close()
         raise ConfigError(f"cannot listen on {host}, port {port}: {error.strerror}") from None

@@ -42,6 +42,9 @@ class LoRAModule:
         except ValueError as error:
             raise ConfigError(f"{text!r}: not JSON: {error}") from None
         allowed = [field.name for field in fields(cls)]
+        if not isinstance(entry, dict):
+            raise ConfigError(f"{text!r}: an entry is name=path or a JSON object")
+        entry = {name: value for name, value in entry.items() if value is not None or name != "base_model_name"}
         unknown = sorted(set(entry) - set(allowed))
         if unknown or not all(isinstance(value, str) and value for value in entry.values()):
             raise ConfigError(f"{text!r}: an entry holds {', '.join(allowed)}, each a non-empty string")

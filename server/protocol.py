@@ -37,6 +37,8 @@ NEUTRAL_VALUES: Mapping[str, tuple[JsonValue, ...]] = {
     "verbosity": (None,),
     "web_search_options": (None,),
 }
+ROLES = ("system", "developer", "user", "assistant")
+MESSAGE_FIELDS = frozenset({"role", "content", "name", "refusal"})
 SAMPLING_FIELDS = (
     "n",
     "temperature",
@@ -150,6 +152,8 @@ def parse_chat_request(body: bytes) -> ChatCompletionRequest:
     except ValidationError as error:
         raise _first_problem(error) from None
     check_other_fields(request.model_extra or {})
+    for index, message in enumerate(request.messages):
+        check_message(message, f"messages[{index}]")
     if request.stream_options is not None and not request.stream:
         raise FieldError("stream_options needs stream=true", "stream_options")
     return request
@@ -168,6 +172,22 @@ def check_other_fields(fields: Mapping[str, Any]) -> None:
             allowed = " or ".join(json.dumps(neutral) for neutral in NEUTRAL_VALUES[name])
             raise FieldError(f"{name}={_shorten(value)} is not supported; allowed: {allowed}, or leave it out", name)
         raise FieldError(f"unknown field {name!r} with value {_shorten(value)}; this server does not support it", name)
+
+
+def check_message(message: Mapping[str, Any], name: str) -> None:
+    """Refuse a message with an unknown role, without content, or with fields that would change the answer.
+
+    Raises:
+        FieldError: naming the message and what is wrong with it.
+    """
+    role = message.get("role")
+    if role not in ROLES:
+        raise FieldError(f"{name}.role={_shorten(role)} must be one of {', '.join(ROLES)}", "messages")
+    for field, value in message.items():
+        if field not in MESSAGE_FIELDS and value not in (None, []):
+            raise FieldError(f"{name} has the field {field!r}, which this server does not support", "messages")
+    if message.get("content") in (None, []) and role != "assistant":
+        raise FieldError(f"{name}.content is missing or empty; it must be text or a list of parts", "messages")
 
 
 def _first_problem(error: ValidationError) -> FieldError:

@@ -228,7 +228,10 @@ def load_reference(path: Path, dtype: torch.dtype = torch.float32) -> PreTrained
     """The model as plain transformers loads it."""
     config = transformers.AutoConfig.from_pretrained(path)
     model_class = getattr(transformers, config.architectures[0])
-    return model_class.from_pretrained(path, dtype=dtype).eval().requires_grad_(False)
+    has_softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    attention = "eager" if has_softcap else None  # SDPA has no softcap; transformers 5.17 takes it nevertheless
+    model = model_class.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+    return model.eval().requires_grad_(False)
 
 
 def _save(path: Path, model_class: Any, config: Any, seed: int) -> Path:

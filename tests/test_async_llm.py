@@ -96,6 +96,27 @@ def test_abort_ends_the_iterator_with_one_terminal_output(llm):
     run(check())
 
 
+def test_abort_counts_while_the_request_is_still_being_prepared(llm, monkeypatch):
+    async def check():
+        process_input = llm.engine.process_input
+
+        def slow(*arguments):
+            time.sleep(0.3)
+            return process_input(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.engine, "process_input", slow)
+            task = asyncio.ensure_future(collect(llm, params=LONG, request_id="early"))
+            await asyncio.sleep(0.05)
+            await llm.abort("early")
+            outputs = await task
+        assert outputs[-1].outputs[0].finish_reason == "abort" and len(tokens_of(outputs)) < 10
+        assert not llm._preparing
+        await until_idle(llm)
+
+    run(check())
+
+
 @pytest.fixture
 def aborted(llm, monkeypatch):
     """Finish reasons of the requests that the engine aborts."""
@@ -205,14 +226,19 @@ def test_shutdown_ends_every_request_and_refuses_new_ones(tiny_phi4):
     run(check())
 
 
-def test_a_dead_engine_tells_everyone_and_never_hangs(tiny_phi4, monkeypatch):
+class Panic(BaseException):
+    """What a library in Rust raises when it panics; no Exception."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, Panic])
+def test_a_dead_engine_tells_everyone_and_never_hangs(tiny_phi4, monkeypatch, kind):
     async def check():
         llm = start(tiny_phi4)
         schedule, first_s = llm.engine.scheduler.schedule, time.monotonic()
 
         def die():
             if time.monotonic() - first_s > 0.3:
-                raise RuntimeError("bug in the scheduler")
+                raise kind("bug in the scheduler")
             return schedule()
 
         monkeypatch.setattr(llm.engine.scheduler, "schedule", die)

@@ -221,7 +221,7 @@ def test_a_text_model_takes_no_media_and_says_so(text_model):
     for prompt in (with_image(IMAGE), with_audio(AUDIO)):
         with pytest.raises(RequestError, match="the model takes text only"):
             llm.generate(prompt, PARAMS, use_tqdm=False)
-    with pytest.raises(RequestError, match="the messages hold image; the model takes text only"):
+    with pytest.raises(RequestError, match="the prompt holds image; the model takes text only"):
         llm.chat(chat_with({"type": "image", "image": IMAGE}), PARAMS, use_tqdm=False)
     with pytest.raises(ConfigError, match="limit_mm_per_prompt names audio; the model takes text only"):
         LLM(str(text_model), limit_mm_per_prompt={"audio": 1})

@@ -10,6 +10,7 @@ from PIL import Image
 
 from mmlora.chat import load_chat_template, render_chat
 from mmlora.errors import ConfigError, MediaError, RequestError
+from mmlora.processors.fetch import load_url
 from mmlora.processors.items import MediaLimits
 from tests.checkpoints import AUDIO_ID, IMAGE_ID, build_tokenizer
 
@@ -142,7 +143,7 @@ def test_content_of_the_other_modality_is_refused():
 
 
 def test_a_text_only_model_takes_no_media():
-    with pytest.raises(RequestError, match="the messages hold audio; the model takes text only"):
+    with pytest.raises(RequestError, match="the prompt holds audio; the model takes text only"):
         render([{"type": "audio", "audio": AUDIO}], processor=None)
     assert render("hi", processor=None)["prompt"] == "<|user|>hi<|end|><|assistant|>"
 
@@ -165,3 +166,39 @@ def test_a_template_is_text_or_a_file(tmp_path):
     assert load_chat_template(None) is None
     with pytest.raises(ConfigError, match="neither a Jinja template nor a file"):
         load_chat_template("missing.jinja")
+
+
+PARTS_ONLY = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{% for p in m['content'] %}{% if p is mapping %}"
+    "{{ p['text'] }}{% endif %}{% endfor %}<|end|>{% endfor %}"
+)
+
+
+def test_text_is_not_lost_in_a_template_that_takes_only_parts():
+    for content in ("what is this?", [{"type": "text", "text": "what is this?"}]):
+        assert render(content, chat_template=PARTS_ONLY)["prompt"] == "<|user|>what is this?<|end|>"
+
+
+def test_a_template_that_drops_text_either_way_is_left_alone():
+    template = "{% for m in messages %}<|{{ m['role'] }}|><|end|>{% endfor %}"
+    assert render("dropped", chat_template=template)["prompt"] == "<|user|><|end|>"
+
+
+def test_media_are_counted_before_any_is_decoded(monkeypatch):
+    monkeypatch.setattr("mmlora.chat.load_url", lambda *_, **__: pytest.fail("decoded before it was counted"))
+    image = {"type": "image_url", "image_url": {"url": url_of(png(), "image/png")}}
+    with pytest.raises(MediaError, match="has 3 image items; limit_mm_per_prompt allows 2"):
+        render([image] * 3, limit_mm_per_prompt={"image": 2})
+
+
+def test_decoding_stops_when_the_media_of_a_conversation_are_too_large(monkeypatch):
+    decoded = []
+    load = load_url
+    monkeypatch.setattr("mmlora.chat.load_url", lambda *args, **options: decoded.append(1) or load(*args, **options))
+    image = {"type": "image_url", "image_url": {"url": url_of(png(), "image/png")}}
+    num_bytes = 3 * IMAGE.width * IMAGE.height
+    assert render([image] * 2, limits=MediaLimits(max_decoded_bytes=2 * num_bytes))
+    decoded.clear()
+    with pytest.raises(MediaError, match=f"have {3 * num_bytes} bytes or more when decoded"):
+        render([image] * 9, limits=MediaLimits(max_decoded_bytes=2 * num_bytes))
+    assert len(decoded) == 3

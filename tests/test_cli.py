@@ -18,6 +18,7 @@ import pytest
 from mmlora import cli
 from mmlora.assets.models import assistant_default_mm_loras, assistant_path
 from mmlora.config import EngineArgs
+from mmlora.server import launch
 from mmlora.server.launch import ServerArgs
 from mmlora.server.models import LoRAModule
 from tests.checkpoints import AdapterSpec, save_adapter, save_text_model
@@ -104,6 +105,24 @@ def test_command_line_wins_over_environment(served: Callable[..., Served], monke
     assert [module.name for module in server.lora_modules] == ["a", "c"]
 
 
+def test_adapters_may_come_in_several_flags_and_as_json_in_the_environment(
+    served: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, server = served("model", "--lora-modules", "a=b", "c=d", "--lora-modules", "e=f")
+    assert [module.name for module in server.lora_modules] == ["a", "c", "e"]
+    entries = 'a=b {"name": "c", "path": "d e", "base_model_name": null} f=g'
+    monkeypatch.setenv("MMLORA_LORA_MODULES", entries)
+    _, server = served("model")
+    assert server.lora_modules == [LoRAModule("a", "b"), LoRAModule("c", "d e"), LoRAModule("f", "g")]
+
+
+def test_the_model_may_come_from_the_environment(
+    served: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMLORA_MODEL", "theirs")
+    assert served()[0].model == "theirs" and served("mine")[0].model == "mine"
+
+
 def test_every_option_has_a_flag_and_a_help_text() -> None:
     flags = [*cli._flags(EngineArgs), *cli._flags(ServerArgs)]
     names = {f.name for cls in (EngineArgs, ServerArgs) for f in dataclasses.fields(cls) if f.init} - {"model"}
@@ -125,6 +144,8 @@ def test_every_option_has_a_flag_and_a_help_text() -> None:
         (["--lora-modules", "nameonly"], "name=path"),
         (["--lora-modules", '{"name": "a"}'], "a name and a path"),
         (["--lora-modules", '{"name": "a", "path": "b", "rank": 3}'], "base_model_name"),
+        (["--lora-modules", "[1]"], "name=path"),
+        (["--api-key", " "], "api_key is empty"),
         (["--port", "70000"], "port=70000"),
         (["--uvicorn-log-level", "loud"], "'loud'"),
         (["--dtype", "int3"], "int3"),
@@ -140,8 +161,12 @@ def test_a_bad_option_is_one_line_and_exit_code_2(
 def test_a_bad_environment_variable_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MMLORA_ENABLE_LORA", "yes")
-    assert "MMLORA_ENABLE_LORA='yes'" in message_of(capsys)
+    with monkeypatch.context() as patch:
+        patch.setenv("MMLORA_ENABLE_LORA", "yes")
+        assert "MMLORA_ENABLE_LORA='yes'" in message_of(capsys)
+    monkeypatch.setenv("MMLORA_LORA_MODULES", '{"name": "a"')
+    message = message_of(capsys)
+    assert "MMLORA_LORA_MODULES=" in message and "not JSON" in message
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +199,17 @@ def models(tiny_phi4: Path, tiny_adapters: dict[str, Path], tmp_path_factory: py
             ],
             "'audio' is taken",
         ),
+        (
+            [
+                "{phi4}",
+                "--enable-lora",
+                "--default-mm-loras",
+                '{{"audio": "{speech}"}}',
+                "--served-model-name",
+                "audio",
+            ],
+            "served_model_name='audio' is the key of a default adapter",
+        ),
         (["{phi4}", "--enable-lora", "--lora-modules", "a={speech}", "a={speech}"], "'a' is taken"),
         (["{phi4}", "--chat-template", "no-such-file.jinja"], "no-such-file.jinja"),
         (["/no/such/model"], "/no/such/model"),
@@ -195,6 +231,11 @@ def test_a_taken_port_is_told_before_the_model_is_loaded(capsys: pytest.CaptureF
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
+        assert "in use" in message_of(capsys, "/no/such/model", "--port", str(listener.getsockname()[1]))
+
+
+def test_a_port_is_claimed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with launch._listen("127.0.0.1", 0) as listener:
         assert "in use" in message_of(capsys, "/no/such/model", "--port", str(listener.getsockname()[1]))
 
 

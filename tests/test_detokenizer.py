@@ -3,6 +3,9 @@
 import random
 
 import pytest
+from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from mmlora.detokenizer import Detokenizer
 from tests.checkpoints import END_ID, build_tokenizer
@@ -27,6 +30,41 @@ def stream(detokenizer, token_ids, *, can_stop=True):
         detokenizer.finish()
     deltas.append(detokenizer.take_new_text(is_finished=True))
     return deltas, stop
+
+
+def fallback_tokenizer():
+    """Spell like Llama-2 and Gemma: words with a marked space, bytes for what is not in the vocabulary."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghijklmnopqrstuvwxyz", "▁a", "an", "▁an"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    merges = [("▁", "a"), ("a", "n"), ("▁a", "n")]
+    tokenizer = Tokenizer(BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    replace = decoders.Replace("▁", " ")
+    tokenizer.decoder = decoders.Sequence(
+        [replace, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+
+
+FALLBACK = fallback_tokenizer()
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "€€€", "한국어 a", "ខ្មែរ an ខ្មែរ", "日本" * 12])
+@pytest.mark.parametrize("prompt", ["", "x", "an ", "prompt with 👍", "한국어", "€a€"])
+def test_bytes_between_words_become_characters_as_soon_as_they_can(text, prompt):
+    prompt_ids, ids = (FALLBACK(part, add_special_tokens=False).input_ids for part in (prompt, text))
+    expected = FALLBACK.decode([*prompt_ids, *ids])[len(FALLBACK.decode(prompt_ids)) :]
+    detokenizer = Detokenizer(FALLBACK, prompt_ids)
+    deltas, _ = stream(detokenizer, ids)
+    assert "".join(deltas) == detokenizer.text == expected
+    if "�" not in text:
+        assert deltas[-1] == "" and not any("�" in delta for delta in deltas)
+
+
+def test_bytes_that_are_no_text_are_not_held_back_for_ever():
+    detokenizer = Detokenizer(FALLBACK, [])
+    deltas, _ = stream(detokenizer, [FALLBACK.convert_tokens_to_ids("<0x80>")] * 200)
+    assert len("".join(deltas)) == 200 and sum(map(len, deltas[:100])) >= 60
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -15,6 +15,9 @@ from tests.equality import STATISTICS, Checkpoint, greedy, recorded_logits
 from tests.media import clip, picture
 from tests.reference import Media, Reference
 
+TIE = (
+    1.005  # until transformers 5.23 patch positions are rounded to the type, which dwarfs all else alike on both sides
+)
 NOISE = 1.02  # with fp32 adapters both do the same arithmetic; sums in another order leave means 1 % apart
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 TEXT = " and the fleece of it was white as snow, so it went to school one day"
@@ -73,5 +76,5 @@ def test_error(
         f"{name} mean {rows.mean():.3e}, largest {rows.max():.3e}" for name, rows in errors.items()
     )
     ours, in_type, upcast = (rows.mean() for rows in errors.values())
-    assert ours <= in_type
+    assert ours <= in_type * TIE
     assert ours <= upcast * NOISE

@@ -213,6 +213,37 @@ def test_a_stop_string_is_cut_off_or_kept(llm):
     assert kept.text == cut.text + stop and kept.token_ids == cut.token_ids
 
 
+def test_the_text_of_a_stop_token_is_cut_off_or_kept(llm):
+    plain = answer(llm)
+    stop = plain.token_ids[2]
+    first = plain.token_ids.index(stop)
+    for is_kept in (False, True):
+        found = answer(llm, stop_token_ids=[stop], include_stop_str_in_output=is_kept)
+        expected = plain.token_ids[: first + is_kept]
+        assert found.text == llm.get_tokenizer().decode(expected) and found.token_ids == plain.token_ids[: first + 1]
+
+
+def test_a_request_without_a_possible_token_fails_alone(llm):
+    bad = SamplingParams(temperature=0, repetition_penalty=1e-40)
+    good, failed = llm.generate(["hello", "hello"], [GREEDY, bad], use_tqdm=False)
+    assert ids([good]) == ids(llm.generate("hello", GREEDY, use_tqdm=False)) and good.error is None
+    assert isinstance(failed.error, RequestError) and failed.outputs[0].finish_reason == "error"
+
+
+def test_text_that_cannot_fit_is_refused_before_it_is_tokenized(llm):
+    text = "a" * (256 * 256 + 1)
+    for ask in (lambda: llm.generate(text), lambda: llm.chat([{"role": "user", "content": text}])):
+        with pytest.raises(RequestError, match=r"655\d\d characters, which cannot fit into max_model_len=256"):
+            ask()
+
+
+def test_cached_tokens_are_those_of_the_first_answer(tiny_phi4):
+    llm = LLM(str(tiny_phi4), max_model_len=256, block_size=4)
+    params = SamplingParams(n=3, seed=1, max_tokens=2, ignore_eos=True)
+    fresh, again = (llm.generate("one two three four", params, use_tqdm=False)[0] for _ in range(2))
+    assert fresh.num_cached_tokens == 0 < again.num_cached_tokens
+
+
 def test_penalties_keep_tokens_from_coming_back(llm):
     def num_distinct(**params):
         return len(set(answer(llm, max_tokens=60, **params).token_ids))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mmlora import SamplingParams
+from mmlora.errors import MMLoRAError, RequestError
 from mmlora.sampler import sample, token_probabilities, top_logprobs
 from tests.sequences import SpellingTokenizer, make_sequence
 
@@ -26,8 +27,9 @@ def keep(probs, is_kept):
 
 
 def expected_probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """Temperature, then top-k, then top-p, then min-p, by their definitions."""
+    """Temperature, then min-p, then top-k, then top-p, by their definitions."""
     probs = softmax([score / temperature for score in logits])
+    probs = keep(probs, [p >= min_p * max(probs) for p in probs])
     order = sorted(range(len(probs)), key=lambda i: -probs[i])
     if top_k > 0:
         probs = keep(probs, [i in order[:top_k] for i in range(len(probs))])
@@ -39,7 +41,7 @@ def expected_probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.
             if total >= top_p:
                 break
         probs = keep(probs, [i in nucleus for i in range(len(probs))])
-    return keep(probs, [p >= min_p * max(probs) for p in probs])
+    return probs
 
 
 @pytest.mark.parametrize(
@@ -58,6 +60,7 @@ def expected_probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.
         {"min_p": 0.2},
         {"min_p": 1.0},
         {"temperature": 0.7, "top_k": 5, "top_p": 0.8, "min_p": 0.1},
+        {"top_p": 0.6, "min_p": 0.5},
     ],
     ids=str,
 )
@@ -160,3 +163,36 @@ def test_top_logprobs_are_ranked_and_hold_the_chosen_token():
 @pytest.mark.parametrize(("num_top", "count"), [(0, 1), (1, 1), (3, 3), (100, 8), (-1, 8)])
 def test_as_many_logprobs_come_as_are_asked_for(num_top, count):
     assert len(top_logprobs(torch.tensor(LOGITS).log_softmax(-1), 3, num_top, SpellingTokenizer())) == count
+
+
+@pytest.mark.parametrize("options", [{"top_p": 1e-46}, {"top_p": 1e-300}, {"temperature": 1e-4}], ids=str)
+def test_extreme_options_leave_a_distribution(options):
+    huge = torch.tensor([1e36, -1e36, 3e35])
+    assert token_probabilities(huge, SamplingParams(**options)).tolist() == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+def test_a_row_without_a_finite_maximum_fails_alone(bad, temperature):
+    params = SamplingParams(temperature=temperature, seed=1)
+    seqs = [make_sequence(params=params) for _ in range(3)]
+    alone = sample(torch.tensor([LOGITS]), [make_sequence(params=params)], frozenset())
+    first, failed, last = sample(torch.tensor([LOGITS, [0.0, bad] + [0.0] * 6, LOGITS]), seqs, frozenset())
+    assert [first] == [last] == alone
+    assert isinstance(failed, MMLoRAError) and not isinstance(failed, RequestError)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"repetition_penalty": 1e-40}, {"min_tokens": 2, "stop_token_ids": list(range(8))}],
+    ids=["penalty", "all-blocked"],
+)
+def test_options_that_leave_nothing_are_the_requests_fault(options):
+    seqs = [make_sequence(params=SamplingParams(temperature=0, **options)), make_sequence(params=GREEDY)]
+    failed, other = sample(torch.tensor([LOGITS, LOGITS]), seqs, frozenset())
+    assert isinstance(failed, RequestError) and "repetition_penalty" in str(failed)
+    assert other == 3
+
+
+def test_stop_ids_outside_the_logits_are_never_chosen_anyway():
+    assert next_token(LOGITS, frozenset({3, 99}), params=SamplingParams(temperature=0, min_tokens=1)) == 6

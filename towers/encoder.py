@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mmlora.errors import MediaError
+from mmlora.errors import MediaError, MMLoRAError
 from mmlora.lora.layers import LoRAState
 from mmlora.processors.base import ProcessedMedia
 from mmlora.towers.base import Towers
@@ -59,13 +59,13 @@ class MediaEncoder:
         self.num_hits = 0
         self.num_encoded = 0
 
-    def encode(self, jobs: Sequence[EncoderJob]) -> dict[EncoderKey, torch.Tensor | MediaError]:
+    def encode(self, jobs: Sequence[EncoderJob]) -> dict[EncoderKey, torch.Tensor | MMLoRAError]:
         """Embeddings of every job under its key; a group that the tower refuses yields its error instead.
 
         Returns:
-            Per key `[num_tokens, hidden_size]`, or the `MediaError`.
+            Per key `[num_tokens, hidden_size]`, or the error: a `MediaError` unless it is for lack of memory.
         """
-        results: dict[EncoderKey, torch.Tensor | MediaError] = {}
+        results: dict[EncoderKey, torch.Tensor | MMLoRAError] = {}
         groups: dict[tuple[object, ...], dict[EncoderKey, EncoderJob]] = defaultdict(dict)
         for job in jobs:
             if job.key in self._cache:
@@ -84,7 +84,7 @@ class MediaEncoder:
         self._cache.clear()
         self.num_bytes = 0
 
-    def _encode_group(self, jobs: list[EncoderJob]) -> dict[EncoderKey, torch.Tensor | MediaError]:
+    def _encode_group(self, jobs: list[EncoderJob]) -> dict[EncoderKey, torch.Tensor | MMLoRAError]:
         first = jobs[0]
         items = [job.media for job in jobs]
         try:
@@ -99,10 +99,10 @@ class MediaEncoder:
         except (ValueError, RuntimeError, IndexError) as error:
             if len(jobs) > 1:  # one item must not take the others with it
                 return {key: result for job in jobs for key, result in self._encode_group([job]).items()}
-            failure = MediaError(f"the {first.media.modality} could not be encoded: {error}")
-            return {job.key: failure for job in jobs}
+            kind = MMLoRAError if isinstance(error, torch.OutOfMemoryError) else MediaError
+            return {first.key: kind(f"the {first.media.modality} could not be encoded: {error}")}
         self.num_encoded += len(jobs)
-        results: dict[EncoderKey, torch.Tensor | MediaError] = {}
+        results: dict[EncoderKey, torch.Tensor | MMLoRAError] = {}
         for job, rows in zip(jobs, embeds, strict=True):
             own = rows.clone()  # a storage of its own, so that dropping it frees its memory
             self._store(job.key, own)

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -32,7 +33,7 @@ class _Entry:
     digest: str | None = None  # None until the first load has succeeded
     adapter: Adapter | None = None
     is_pinned: bool = False
-    inplace_done: LoRARequest | None = None
+    reloaded_for: "WeakValueDictionary[int, LoRARequest]" = field(default_factory=WeakValueDictionary)  # by id()
 
 
 class AdapterStore:
@@ -118,13 +119,16 @@ class AdapterStore:
                 related = [
                     entry for entry in self._entries.values() if entry.key[0] == key[0] or entry.key[1] == key[1]
                 ]
-            if related and request.load_inplace:
-                return related[0]
+            if request.load_inplace:
+                replaced = next((entry for entry in related if entry.key[0] == key[0]), None)
+                if replaced is not None:
+                    return replaced
             for entry in related:
                 if not _same_location(entry.path, request.lora_path):
+                    remedy = "load_inplace=True replaces it" if entry.key[0] == key[0] else "choose another id"
                     raise AdapterError(
                         f"adapter {key[0]!r} (id {key[1]}) is asked for from {request.lora_path!r}, but "
-                        f"{entry.key[0]!r} (id {entry.key[1]}) is from {entry.path!r}; load_inplace=True replaces it"
+                        f"{entry.key[0]!r} (id {entry.key[1]}) is from {entry.path!r}; {remedy}"
                     )
             return exact or self._entries.setdefault(key, _Entry(key, request.lora_path))
 
@@ -133,14 +137,14 @@ class AdapterStore:
             return self._entries.get(entry.key) is entry
 
     def _adapter_of(self, entry: _Entry, request: LoRARequest) -> Adapter:
-        is_reload = request.load_inplace and entry.digest is not None and entry.inplace_done is not request
+        is_reload = request.load_inplace and entry.digest is not None and id(request) not in entry.reloaded_for
         adapter = entry.adapter
         if adapter is None or is_reload:
             path = request.lora_path if is_reload else entry.path
             adapter = self._load(entry, path, is_reload)
             entry.path, entry.digest, entry.generation = path, adapter.digest, adapter.generation
         if request.load_inplace:
-            entry.inplace_done = request
+            entry.reloaded_for[id(request)] = request
         return adapter
 
     def _keep(self, entry: _Entry, adapter: Adapter, is_pinned: bool) -> None:

@@ -56,11 +56,17 @@ def test_the_same_weights_under_two_ids_are_two_adapters(make_store: Any, reques
     assert one.digest == two.digest and one.identity != two.identity
 
 
-@pytest.mark.parametrize(("name", "int_id"), [("a1", 1), ("a1", 9), ("x", 1)], ids=["both", "same-name", "same-id"])
-def test_a_name_or_id_with_another_path_is_refused(make_store: Any, requests: Any, name: str, int_id: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "int_id", "remedy"),
+    [("a1", 1, "load_inplace=True"), ("a1", 9, "load_inplace=True"), ("x", 1, "choose another id")],
+    ids=["both", "same-name", "same-id"],
+)
+def test_a_name_or_id_with_another_path_is_refused(
+    make_store: Any, requests: Any, name: str, int_id: int, remedy: str
+) -> None:
     adapters = make_store()
     adapters.get(requests[0])
-    with pytest.raises(AdapterError, match="load_inplace=True") as refused:
+    with pytest.raises(AdapterError, match=remedy) as refused:
         adapters.get(LoRARequest(name, int_id, requests[1].lora_path))
     assert requests[0].lora_path in str(refused.value) and requests[1].lora_path in str(refused.value)
 
@@ -111,6 +117,22 @@ def test_reload_swaps_once_per_request_object(make_store: Any, requests: Any, lo
     assert adapters.get(LoRARequest("a1", 1, two.lora_path)) is new
     assert adapters.get(LoRARequest("a1", 1, two.lora_path, load_inplace=True)).generation == 2
     assert old.modules  # whoever runs with the old version keeps it
+
+
+def test_request_objects_that_were_reloaded_for_stay_so_whoever_comes_between(make_store: Any, requests: Any) -> None:
+    adapters = make_store()
+    one, two, _ = requests
+    adapters.get(one)
+    to_one, to_two = (LoRARequest("a1", 1, request.lora_path, load_inplace=True) for request in (one, two))
+    assert [adapters.get(to).generation for to in (to_one, to_two, to_one, to_two, to_one)] == [1, 2, 2, 2, 2]
+
+
+def test_a_reload_does_not_take_the_id_of_another_name(make_store: Any, requests: Any) -> None:
+    adapters = make_store()
+    kept = adapters.get(requests[0])
+    with pytest.raises(AdapterError, match="choose another id"):
+        adapters.get(LoRARequest("other", 1, requests[1].lora_path, load_inplace=True))
+    assert adapters.get(requests[0]) is kept
 
 
 def test_a_first_load_in_place_is_no_reload(make_store: Any, requests: Any, loads: list[str]) -> None:

@@ -112,6 +112,31 @@ def test_wav_of_unknown_length_is_read_to_its_end(encode_audio, tone):
     assert load_media(streamed).content_hash == load_media(data).content_hash
 
 
+@pytest.mark.parametrize("size", [0xFFFFFFDB, 0x7FFFF000, 0x7FFFFFDB], ids=hex)
+def test_other_claims_of_a_wav_written_to_a_pipe_are_no_length(size, encode_audio, tone):
+    data = encode_audio(tone())
+    at = data.index(b"data") + 4
+    streamed = data[:at] + struct.pack("<I", size) + data[at + 4 :]
+    assert load_media(streamed).content_hash == load_media(data).content_hash
+
+
+def test_flac_of_unknown_length_is_read_to_its_end(encode_audio, tone):
+    data = bytearray(encode_audio(tone(), format="FLAC"))
+    assert data[:4] == b"fLaC" and data[4] & 0x7F == 0  # STREAMINFO comes first
+    expected = load_media(bytes(data)).content_hash
+    data[8 + 13] &= 0xF0  # the 36 bits of total samples
+    data[8 + 14 : 8 + 18] = bytes(4)
+    assert load_media(bytes(data)).content_hash == expected
+    with pytest.raises(MediaError, match="more than the allowed 0.4 s"):
+        load_media(bytes(data), MediaLimits(max_duration_s=0.4))
+
+
+def test_samples_are_limited_whatever_their_rate(encode_audio):
+    for content in (encode_audio(), (np.zeros(8000, np.float32), 384_000)):
+        with pytest.raises(MediaError, match="audio of 8000 samples: at most 7999 are allowed"):
+            load_media(content, MediaLimits(max_samples=7999))
+
+
 @pytest.mark.parametrize("format", ["WAV", "FLAC", "OGG"])
 def test_length_limit_is_read_from_the_header(format, encode_audio, monkeypatch):
     monkeypatch.setattr("mmlora.processors.audio._read_mono", lambda *_: pytest.fail("decoded before the check"))

@@ -10,6 +10,7 @@ from enum import Enum
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+import numpy as np
 import torch
 
 
@@ -46,6 +47,10 @@ def pad(image, padding, fill=0, padding_mode="constant"):
     return framed
 
 
+def pil_to_tensor(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
 def normalize(image, mean, std, inplace=False):
     mean, std = (torch.as_tensor(v, dtype=image.dtype).view(-1, 1, 1) for v in (mean, std))
     return image.sub(mean).div(std)
@@ -57,11 +62,17 @@ def _never(*args, **kwargs):
 
 def install() -> None:
     """Put the stand-in into `sys.modules`; call before importing transformers."""
-    functional = {"resize": resize, "pad": pad, "normalize": normalize, "InterpolationMode": InterpolationMode}
+    functional = {
+        "resize": resize,
+        "pad": pad,
+        "normalize": normalize,
+        "pil_to_tensor": pil_to_tensor,
+        "InterpolationMode": InterpolationMode,
+    }
     _module("torchvision", __version__="0.28.0", __path__=[])
-    _module("torchvision.io")
+    _module("torchvision.io", ImageReadMode=None, decode_image=_never)  # imported, not called
     _module("torchvision.transforms", InterpolationMode=InterpolationMode, __path__=[])
-    _module("torchvision.transforms.functional", pil_to_tensor=_never, InterpolationMode=InterpolationMode)
+    _module("torchvision.transforms.functional", pil_to_tensor=pil_to_tensor, InterpolationMode=InterpolationMode)
     _module("torchvision.transforms.v2", __path__=[])
     _module("torchvision.transforms.v2.functional", **functional)
 

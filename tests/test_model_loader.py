@@ -1,0 +1,47 @@
+"""`mmlora.model_loader` and attention: what a model takes, and what is refused instead of being computed wrongly."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, Phi3Config
+
+from mmlora.attention import AttentionMetadata, KVCache, attention_context, paged_attention
+from mmlora.errors import ConfigError
+from mmlora.model_loader import resolve_max_model_len
+
+FACTORS = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 1e4}
+
+
+def llama(**rope):
+    parameters = {**FACTORS, "factor": 8.0, **rope}
+    return LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=512, rope_parameters=parameters)
+
+
+def test_longrope_ends_where_its_factors_change():
+    assert resolve_max_model_len(None, llama(original_max_position_embeddings=64)) == 64
+    assert resolve_max_model_len(32, llama(original_max_position_embeddings=64)) == 32
+    with pytest.raises(ConfigError, match="max_model_len=65 exceeds the 64 tokens"):
+        resolve_max_model_len(65, llama(original_max_position_embeddings=64))
+
+
+def test_the_limit_is_never_above_the_models_own():
+    config = Phi3Config(
+        hidden_size=64,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        original_max_position_embeddings=4096,
+        pad_token_id=0,
+        rope_parameters=FACTORS,
+    )
+    assert resolve_max_model_len(None, config) == 512
+
+
+def test_attention_sinks_are_refused():
+    cache = KVCache(1, 1, 4, 1, 8, dtype=torch.float32, device=torch.device("cpu"))
+    rows = torch.arange(2)
+    module = torch.nn.Module()
+    module.layer_idx = 0
+    query = torch.zeros(1, 1, 2, 8)
+    with attention_context(AttentionMetadata(cache, rows, [rows], [2])):
+        paged_attention(module, query, query, query, None, s_aux=None)
+        with pytest.raises(ValueError, match="sinks"):
+            paged_attention(module, query, query, query, None, s_aux=torch.zeros(1))
