@@ -13,6 +13,7 @@ import torch
 from mmlora.errors import MediaError
 from mmlora.processors.containers import check_container
 from mmlora.processors.items import DEFAULT_LIMITS, AudioItem, MediaLimits
+from mmlora.processors.mp3 import with_length
 
 MIN_RATE, MAX_RATE = 1_000, 384_000  # Hz
 MAX_CHANNELS = 32
@@ -41,6 +42,8 @@ def decode_audio(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> AudioItem
     except ImportError as error:
         raise MediaError("decoding audio files needs the package soundfile; (array, sample_rate) needs none") from error
     check_container(data)
+    if not data.startswith((b"RIFF", b"fLaC", b"OggS")):
+        data = with_length(data)
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             rate, claimed = checked_rate(file.samplerate), int(file.frames)

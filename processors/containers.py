@@ -10,7 +10,7 @@ _OGG_HEADER_BYTES = 27
 def check_container(data: bytes) -> None:
     """Raise if a WAV data chunk or the last Ogg page claims more bytes than there are.
 
-    FLAC and MP3 are checked after decoding, against the number of samples that their header claims.
+    FLAC is checked after decoding, against the number of samples that its header claims; MP3 in `mp3.py`.
 
     Raises:
         MediaError: the file is truncated; the message holds the claimed and the present size.

@@ -84,11 +84,13 @@ def guide_mask(
     return mask
 
 
-def guide_loss(attentions: tuple[torch.Tensor, ...], mask: torch.Tensor) -> torch.Tensor:
-    """Return minus the mean log attention that the guided heads pay to the marked positions."""
+def guide_loss(
+    attentions: tuple[torch.Tensor, ...], mask: torch.Tensor, layers: tuple[int, ...] = GUIDED_LAYERS
+) -> torch.Tensor:
+    """Return minus the mean log attention that the guided heads of some layers pay to the marked positions."""
     queries = mask.sum(-1) > 0
     losses = []
-    for layer in GUIDED_LAYERS:
+    for layer in layers:
         mass = (attentions[layer][:, :GUIDED_HEADS] * mask[:, None]).sum(-1)
         losses.append(-torch.log(mass.transpose(1, 2)[queries] + 1e-4).mean())
     return torch.stack(losses).mean()

@@ -77,12 +77,14 @@ class Question:
     """A question about a scene, its answer, and the task it belongs to (see `TASKS`).
 
     `cells` tells for every word of the answer which cell of a 4 x 4 grid shows it (-1: none); it may be empty.
+    `named` holds the kind and the cell of each shape that the question names, in its order.
     """
 
     task: str
     text: str
     answer: str
     cells: tuple[int, ...] = ()
+    named: tuple[tuple[str, int], ...] = ()
 
 
 def sample_scene(rng: random.Random) -> Scene:
@@ -204,10 +206,12 @@ def _count(scene: Scene, rng: random.Random) -> Question:
 def _color(scene: Scene, rng: random.Random) -> Question | None:
     shape = rng.choice(scene.shapes)
     if sum(other.kind == shape.kind for other in scene.shapes) == 1:
-        return Question("color", f"what color is the {shape.kind}", shape.color, (shape.cell,))
-    if sum((other.kind, other.size) == (shape.kind, shape.size) for other in scene.shapes) == 1:
-        return Question("color", f"what color is the {shape.size} {shape.kind}", shape.color, (shape.cell,))
-    return None
+        name = shape.kind
+    elif sum((other.kind, other.size) == (shape.kind, shape.size) for other in scene.shapes) == 1:
+        name = f"{shape.size} {shape.kind}"
+    else:
+        return None
+    return Question("color", f"what color is the {name}", shape.color, (shape.cell,), ((shape.kind, shape.cell),))
 
 
 def offset(shape: Shape, other: Shape, relation: str) -> float:
@@ -233,13 +237,15 @@ def _relation(scene: Scene, rng: random.Random) -> Question | None:
         if near != [shape] or offset(shape, other, relation) < MIN_GAP:
             return None
         cells = (-1, shape.cell, shape.cell)
-        return Question("relation", f"what is {relation} the {other.name}", f"a {shape.name}", cells)
+        text, named = f"what is {relation} the {other.name}", ((other.kind, other.cell),)
+        return Question("relation", text, f"a {shape.name}", cells, named)
     axis = rng.choice((("left of", "right of"), ("above", "below")))
     if abs(offset(shape, other, axis[0])) < MIN_GAP:
         return None
     answer = axis[0] if offset(shape, other, axis[0]) > 0 else axis[1]
     text = f"is the {shape.name} {axis[0].removesuffix(' of')} or {axis[1]} the {other.name}"
-    return Question("relation", text, answer.removesuffix(" of"))
+    named = ((shape.kind, shape.cell), (other.kind, other.cell))
+    return Question("relation", text, answer.removesuffix(" of"), named=named)
 
 
 _MAKERS: dict[str, Callable[[Scene, random.Random], Question | None]] = {

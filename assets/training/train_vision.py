@@ -18,11 +18,22 @@ from mmlora.assets.training.text_tasks import style
 from mmlora.assets.training.train_patches import patch_heads, patch_loss, patch_targets, pixels
 
 IMAGE_TOKENS = 41
+QUESTION_LAYERS = (1,)  # where a question finds the shapes it names, one layer before its answer looks for others
 
 
 def _exchange(encoder: Encoder, question: Question, rng: random.Random, image: list[int]) -> Tokens:
-    text = style(question.text, rng)
-    return encoder.prompt([*encoder.text(text), *image]) + encoder.answer(question.answer, question.cells)
+    ids = encoder.text(style(question.text, rng))
+    asked = Tokens([*ids, *image], [-1] * len([*ids, *image]), [] if image else _question_looks(encoder, question, ids))
+    return asked + encoder.answer(question.answer, question.cells)
+
+
+def _question_looks(encoder: Encoder, question: Question, ids: list[int]) -> list[int]:
+    """Return for each token of a question the cell of the shape that it names last, or -1."""
+    looks, start = [-1] * len(ids), 0
+    for kind, cell in question.named:
+        start = ids.index(encoder.text(f" {kind}")[0], start) + 1
+        looks[start - 1] = cell
+    return looks
 
 
 def picture_row(encoder: Encoder, scene: Scene, image: list[int], rng: random.Random) -> Row:
@@ -59,10 +70,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--size", type=int, default=32, help="pictures per batch")
     parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--tune", action="store_true", help="go on from the trained stage with fresh learning rates")
     args = parser.parse_args()
     set_up(4)
     model, tokenizer = frozen_language_model(seed=4)
-    encoder, rng = Encoder(tokenizer), random.Random(4)
+    encoder, rng = Encoder(tokenizer), random.Random("tune" if args.tune else 4)
     lora = attach_adapter(model, args.rank)
     warm = load_stage("patches")
     heads = patch_heads(model.config.vision_config.hidden_size)
@@ -71,6 +83,13 @@ def main() -> None:
     embed = model.model.embed_tokens_extend.image_embed.requires_grad_(True)
     projection = nn.ModuleList([embed.img_projection_up, embed.img_projection_down])
     marks = [embed.global_img_feature_extensor, embed.sub_img_feature_extensor, *heads.parameters()]
+    if args.tune:
+        trained = load_stage("vision")
+        embed.load_state_dict(trained["image_embed"])
+        lora.load_state_dict(trained["lora"])
+        warm = load_stage("patches-tuned")
+        embed.img_processor.load_state_dict(warm["tower"])
+        heads.load_state_dict(warm["heads"])
     optimizer = optimizer_for(
         [(embed.img_processor, 1.5e-3, 0.02), (projection, 4e-3, 0.02), (lora.layers, 8e-3, 0.0), (marks, 1e-3, 0.0)]
     )
@@ -83,13 +102,16 @@ def main() -> None:
         embeds = embed_patches(model, patches)
         logits, labels, attentions = run_language_model(model, batch, {image_token: embeds})
         answered = nn.functional.cross_entropy(logits, labels)
-        guided = guide_loss(attentions, look_mask(batch, image_token))
+        is_answer = (batch.labels >= 0)[..., None]
+        looks = look_mask(batch, image_token)
+        guided = guide_loss(attentions, looks * is_answer) + guide_loss(attentions, looks * ~is_answer, QUESTION_LAYERS)
         drawn = cell_token_loss(embeds, model.model.embed_tokens.weight, scenes, tokenizer)
         if (step + 1) % 50 == 0:
             print(f"answers {answered.item():.3f} guide {guided.item():.3f} cells {drawn.item():.3f}", flush=True)
-        return answered + 0.3 * guided + 0.2 * drawn + 0.2 * patch_loss(heads, patches, patch_targets(scenes))
+        return answered + 0.3 * guided + 0.2 * drawn + 0.4 * patch_loss(heads, patches, patch_targets(scenes))
 
-    checkpoint = Checkpoint(CHECKPOINTS / "vision.pt", {"image_embed": embed, "lora": lora, "heads": heads}, optimizer)
+    name = "vision-tuned" if args.tune else "vision"
+    checkpoint = Checkpoint(CHECKPOINTS / f"{name}.pt", {"image_embed": embed, "lora": lora, "heads": heads}, optimizer)
     train(
         checkpoint,
         step_loss,
