@@ -51,7 +51,7 @@ def _load_towers(model: Phi4MultimodalForCausalLM) -> dict[str, dict[str, Any]]:
     adapters: dict[str, dict[str, Any]] = {}
     if ctc := _stage_or_none("ctc"):
         embed.audio_embed.encoder.load_state_dict(ctc["encoder"])
-    if speech := _stage_or_none("speech-tuned") or _stage_or_none("speech"):
+    if speech := _stage_or_none("speech"):
         embed.audio_embed.load_state_dict(speech["audio_embed"])
         adapters["speech-lora"] = speech["lora"]
     if vision := _stage_or_none("vision"):

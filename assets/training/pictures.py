@@ -237,8 +237,8 @@ def _relation(scene: Scene, rng: random.Random) -> Question | None:
         if near != [shape] or offset(shape, other, relation) < MIN_GAP:
             return None
         cells = (-1, shape.cell, shape.cell)
-        text, named = f"what is {relation} the {other.name}", ((other.kind, other.cell),)
-        return Question("relation", text, f"a {shape.name}", cells, named)
+        text = f"what is {relation} the {other.name}"
+        return Question("relation", text, f"a {shape.name}", cells, ((other.kind, other.cell),))
     axis = rng.choice((("left of", "right of"), ("above", "below")))
     if abs(offset(shape, other, axis[0])) < MIN_GAP:
         return None

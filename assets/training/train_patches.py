@@ -18,7 +18,6 @@ from mmlora.assets.training import pictures
 from mmlora.assets.training.loop import Checkpoint, optimizer_for, set_up, train
 from mmlora.assets.training.model import CHECKPOINTS, build_config, build_model, patch_features
 from mmlora.assets.training.pictures import PATCH, PATCHES_PER_SIDE, Scene
-from mmlora.assets.training.stages import load_stage
 from mmlora.assets.training.world import COLORS, SHAPES, SIZES
 
 NONE_WEIGHT = 0.05
@@ -75,23 +74,17 @@ def patch_loss(heads: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor) ->
 def main() -> None:
     """Train the vision tower and the patch heads."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--size", type=int, default=32, help="pictures per batch")
     parser.add_argument("--lr", type=float, default=6e-3)
-    parser.add_argument("--tune", action="store_true", help="go on from the tower of the vision stage")
     args = parser.parse_args()
     set_up(7)
     model = build_model(build_config(AutoTokenizer.from_pretrained(CHECKPOINTS / "tokenizer")), seed=7)
-    rng = random.Random("tune" if args.tune else 7)
+    rng = random.Random(7)
     tower = model.model.embed_tokens_extend.image_embed.img_processor
     width = model.config.vision_config.hidden_size
     heads, mask_head = patch_heads(width), nn.Linear(width, MASK_SIDE**2)
     read_out = [*heads.parameters(), *mask_head.parameters()]
-    if args.tune:
-        trained = load_stage("vision")
-        model.model.embed_tokens_extend.image_embed.load_state_dict(trained["image_embed"])
-        heads.load_state_dict(trained["heads"])
-        mask_head.load_state_dict(load_stage("patches")["mask"])
     optimizer = optimizer_for([(tower, args.lr, 0.02), (read_out, 1.5e-3, 0.0)])
 
     def step_loss(step: int) -> torch.Tensor:
@@ -113,8 +106,7 @@ def main() -> None:
             for name, part, target in zip(("kind", "color", "size"), logits, targets.unbind(-1), strict=True)
         )
 
-    name = "patches-tuned" if args.tune else "patches"
-    checkpoint = Checkpoint(CHECKPOINTS / f"{name}.pt", {"tower": tower, "heads": heads, "mask": mask_head}, optimizer)
+    checkpoint = Checkpoint(CHECKPOINTS / "patches.pt", {"tower": tower, "heads": heads, "mask": mask_head}, optimizer)
     train(checkpoint, step_loss, args.steps, evaluate=evaluate)
 
 

@@ -77,9 +77,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--frames", type=int, default=6_000, help="frames per batch")
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument(
-        "--tune", action="store_true", help="freeze the trained tower; go on with the rest, on more sums"
-    )
     args = parser.parse_args()
     set_up(3)
     model, tokenizer = frozen_language_model(seed=3)
@@ -90,16 +87,11 @@ def main() -> None:
     head = nn.Linear(model.config.audio_config.hidden_size, len(ALPHABET))
     head.load_state_dict(warm["head"])
     lora = attach_adapter(model, args.rank)
-    if args.tune:
-        trained = load_stage("speech")
-        embed.load_state_dict(trained["audio_embed"])
-        head.load_state_dict(trained["head"])
-        lora.load_state_dict(trained["lora"])
-        corpus.items = corpus.items[::2] + [item for item in corpus.items if item["kind"] == "sum"]
-    tower = embed.encoder.requires_grad_(not args.tune)
+    tower = embed.encoder.requires_grad_(True)
     projection = nn.ModuleList([embed.up_proj_for_speech, embed.down_proj_for_speech]).requires_grad_(True)
-    groups = [(projection, 3e-3, 0.01), (lora.layers, 3e-3, 0.0), (head.parameters(), 1e-3, 0.01)]
-    optimizer = optimizer_for(groups if args.tune else [(tower, 1e-3, 0.01), *groups])
+    optimizer = optimizer_for(
+        [(tower, 1e-3, 0.01), (projection, 3e-3, 0.01), (lora.layers, 3e-3, 0.0), (head.parameters(), 1e-3, 0.01)]
+    )
     corpus.items += [item for item in corpus.items if item["kind"] == "sum"]
     batches = endless_batches(corpus, rng, args.frames)
     audio_token = model.config.audio_config.audio_token_id
@@ -127,11 +119,7 @@ def main() -> None:
             )
         return answered + 0.3 * (guided + summed) + 0.2 * drawn + 0.3 * ctc_loss(head, hidden, texts)
 
-    checkpoint = Checkpoint(
-        CHECKPOINTS / ("speech-tuned.pt" if args.tune else "speech.pt"),
-        {"audio_embed": embed, "lora": lora, "head": head},
-        optimizer,
-    )
+    checkpoint = Checkpoint(CHECKPOINTS / "speech.pt", {"audio_embed": embed, "lora": lora, "head": head}, optimizer)
     train(checkpoint, step_loss, args.steps, evaluate=lambda: evaluate_speech(model, encoder, 100), evaluate_every=400)
 
 

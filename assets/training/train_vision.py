@@ -67,14 +67,13 @@ def evaluate_pictures(model: nn.Module, encoder: Encoder, per_task: int = 100) -
 def main() -> None:
     """Train the stage."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--size", type=int, default=32, help="pictures per batch")
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--tune", action="store_true", help="go on from the trained stage with fresh learning rates")
     args = parser.parse_args()
     set_up(4)
     model, tokenizer = frozen_language_model(seed=4)
-    encoder, rng = Encoder(tokenizer), random.Random("tune" if args.tune else 4)
+    encoder, rng = Encoder(tokenizer), random.Random(4)
     lora = attach_adapter(model, args.rank)
     warm = load_stage("patches")
     heads = patch_heads(model.config.vision_config.hidden_size)
@@ -83,15 +82,8 @@ def main() -> None:
     embed = model.model.embed_tokens_extend.image_embed.requires_grad_(True)
     projection = nn.ModuleList([embed.img_projection_up, embed.img_projection_down])
     marks = [embed.global_img_feature_extensor, embed.sub_img_feature_extensor, *heads.parameters()]
-    if args.tune:
-        trained = load_stage("vision")
-        embed.load_state_dict(trained["image_embed"])
-        lora.load_state_dict(trained["lora"])
-        warm = load_stage("patches-tuned")
-        embed.img_processor.load_state_dict(warm["tower"])
-        heads.load_state_dict(warm["heads"])
     optimizer = optimizer_for(
-        [(embed.img_processor, 1.5e-3, 0.02), (projection, 4e-3, 0.02), (lora.layers, 8e-3, 0.0), (marks, 1e-3, 0.0)]
+        [(embed.img_processor, 1.5e-3, 0.02), (projection, 4e-3, 0.02), (lora.layers, 4e-3, 0.1), (marks, 1e-3, 0.0)]
     )
     image_token = model.config.vision_config.image_token_id
 
@@ -110,8 +102,7 @@ def main() -> None:
             print(f"answers {answered.item():.3f} guide {guided.item():.3f} cells {drawn.item():.3f}", flush=True)
         return answered + 0.3 * guided + 0.2 * drawn + 0.4 * patch_loss(heads, patches, patch_targets(scenes))
 
-    name = "vision-tuned" if args.tune else "vision"
-    checkpoint = Checkpoint(CHECKPOINTS / f"{name}.pt", {"image_embed": embed, "lora": lora, "heads": heads}, optimizer)
+    checkpoint = Checkpoint(CHECKPOINTS / "vision.pt", {"image_embed": embed, "lora": lora, "heads": heads}, optimizer)
     train(
         checkpoint,
         step_loss,
