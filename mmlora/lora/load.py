@@ -115,7 +115,7 @@ def _match(
         if module not in index.linears:
             key = next(iter(pairs[name].keys.values()))
             raise AdapterMismatch(f"tensor {key}: {module} is a {index.others[module]}; only Linear can be adapted")
-    excluded = [name for name, module in resolved.items() if not (config.selects(name) or config.selects(module))]
+    excluded = [name for name, module in resolved.items() if not _is_selected(config, name, module)]
     if excluded:
         raise AdapterMismatch(
             f"{CONFIG_FILE} does not select {_listed(excluded)}, yet there are tensors for it "
@@ -124,6 +124,18 @@ def _match(
     if len(set(resolved.values())) != len(resolved):
         raise AdapterMismatch(f"several sets of tensors land on one module: {_listed(resolved)}")
     return {module: pairs[name] for name, module in sorted(resolved.items(), key=lambda item: item[1])}, unmatched
+
+
+def _is_selected(config: PeftConfig, name: str, module: str) -> bool:
+    """Tell whether the configuration selects a module, under its name in the file or in the model.
+
+    A regular expression may also name it as the decoder does, without `model.`: Phi-4-multimodal's adapters were made
+    by a model that wraps its decoder alone, but saved under the names of the whole.
+    """
+    if config.selects(name) or config.selects(module):
+        return True
+    is_pattern = isinstance(config.target_modules, str) and not config.exclude_modules
+    return is_pattern and config.selects(module.removeprefix("model."))
 
 
 def _admit(weights: LoRAWeights, module: str, part: str, max_lora_rank: int | None, allow_media_parts: bool) -> None:

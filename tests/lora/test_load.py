@@ -174,6 +174,19 @@ def test_tensors_that_the_config_does_not_select_are_a_contradiction(
         load(path, index)
 
 
+def test_a_pattern_may_name_modules_as_the_decoder_does(
+    tiny_llama: nn.Module, index: ModuleIndex, save_adapter: Any, edit_config: Any
+) -> None:
+    path = save_adapter(tiny_llama)
+    expected = load(path, index).report.matched
+    inner = r"layers.*self_attn\.(q|k|v|o)_proj|layers.*mlp\.(gate|up|down)_proj"
+    edit_config(path, target_modules=inner)
+    assert load(path, index).report.matched == expected > 0
+    edit_config(path, target_modules=inner, exclude_modules=["down_proj"])
+    with pytest.raises(AdapterMismatch, match="does not select model.layers"):
+        load(path, index)
+
+
 def test_a_refused_config_key_names_the_adapter(
     tiny_llama: nn.Module, index: ModuleIndex, save_adapter: Any, edit_config: Any
 ) -> None:
