@@ -12,6 +12,7 @@ from mmlora.assets.training.rows import Batch
 from mmlora.assets.training.world import COLORS, SHAPES, SIZES
 
 CELLS_PER_SIDE = 4
+COMPARE_LAYER, COMPARE_HEADS = 2, (2, 3)
 GLOBAL_VIEW = CELLS_PER_SIDE * (CELLS_PER_SIDE + 1) + 1
 
 
@@ -32,6 +33,24 @@ def look_mask(batch: Batch, image_token: int) -> torch.Tensor:
         key = int(first[row]) + cell_offset(int(batch.looks[row, position]))
         mask[row, position, [key, key + GLOBAL_VIEW]] = 1
     return mask
+
+
+def compare_loss(attentions: tuple[torch.Tensor, ...], batch: Batch, directions: torch.Tensor) -> torch.Tensor:
+    """Guide one head to each of the two shapes that a question compares: `is the red star left or right of the …`.
+
+    Args:
+        attentions: Attention weights by layer, `[num_rows, num_heads, num_tokens, num_tokens]`.
+        batch: The rows; the names of the shapes are the positions of questions that look at a cell.
+        directions: Token ids of the answers.
+    """
+    answers = torch.isin(batch.labels, directions)
+    names = (batch.looks >= 0) & (batch.labels < 0)
+    found = []
+    for row, position in torch.nonzero(answers).tolist():
+        pair = torch.nonzero(names[row, :position]).flatten()[-2:].tolist()
+        for head, name in zip(COMPARE_HEADS, pair, strict=False):
+            found.append(attentions[COMPARE_LAYER][row, head, position, name])
+    return -torch.log(torch.stack(found) + 1e-4).mean() if found else attentions[0].new_zeros(())
 
 
 def cell_token_loss(

@@ -17,11 +17,12 @@ from transformers import AutoTokenizer
 from mmlora.assets.training import pictures
 from mmlora.assets.training.loop import Checkpoint, optimizer_for, set_up, train
 from mmlora.assets.training.model import CHECKPOINTS, build_config, build_model, patch_features
-from mmlora.assets.training.pictures import PATCH, PATCHES_PER_SIDE, Scene
+from mmlora.assets.training.pictures import PATCH, PATCHES_PER_SIDE, SIDE, Scene
 from mmlora.assets.training.world import COLORS, SHAPES, SIZES
 
 NONE_WEIGHT = 0.05
 CLASSES = (1 + len(SHAPES), len(COLORS), len(SIZES))
+NUM_COUNTS, MAX_COUNT = 1 + len(SHAPES) + len(COLORS), 4
 MASK_LAYER = 2
 MASK_SIDE = PATCH // 2
 
@@ -56,19 +57,49 @@ def pixels(scenes: list[Scene]) -> torch.Tensor:
     return normalized([pictures.draw(scene) for scene in scenes])
 
 
-def patch_heads(width: int) -> nn.Linear:
-    """Return one linear layer that holds the classifiers of kind, color and size."""
-    return nn.Linear(width, sum(CLASSES))
+class PatchHeads(nn.Module):
+    """What the vision tower is asked: what ends in each patch and where its centre is, and how many shapes there are.
+
+    The last patch, which has seen all others, tells the number of shapes in all, of each kind and of each color.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.shape = nn.Linear(width, sum(CLASSES))
+        self.place = nn.Linear(width, 2)
+        self.count = nn.Linear(width, NUM_COUNTS * (MAX_COUNT + 1))
+
+    def loss(self, hidden: torch.Tensor, scenes: list[Scene]) -> torch.Tensor:
+        """Sum the losses of kind (patches without a shape at 5 %), color, size, place and counts.
+
+        Args:
+            hidden: Patch features, `[num_scenes, 64, width]`.
+            scenes: What the pictures show.
+        """
+        targets = patch_targets(scenes)
+        loss = hidden.new_zeros(())
+        for logits, target in zip(self.shape(hidden).split(CLASSES, dim=-1), targets.unbind(-1), strict=True):
+            weight = torch.ones(logits.shape[-1])
+            weight[0] = NONE_WEIGHT if logits.shape[-1] == CLASSES[0] else 1
+            loss = loss + nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), weight, ignore_index=-1)
+        shapes = [(i, shape) for i, scene in enumerate(scenes) for shape in scene.shapes]
+        places = torch.tensor([[shape.x / SIDE, shape.y / SIDE] for _, shape in shapes])
+        found = self.place(hidden[[i for i, _ in shapes], [shape.patch for _, shape in shapes]])
+        counts = self.count(hidden[:, -1]).view(-1, MAX_COUNT + 1)
+        counted = nn.functional.cross_entropy(counts, count_targets(scenes).flatten())
+        return loss + 20 * nn.functional.mse_loss(found, places) + counted
 
 
-def patch_loss(heads: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum the cross-entropies of kind (all patches, those without a shape at 5 %), color and size (the others)."""
-    loss = hidden.new_zeros(())
-    for logits, target in zip(heads(hidden).split(CLASSES, dim=-1), targets.unbind(-1), strict=True):
-        weight = torch.ones(logits.shape[-1])
-        weight[0] = NONE_WEIGHT if logits.shape[-1] == CLASSES[0] else 1
-        loss = loss + nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), weight, ignore_index=-1)
-    return loss
+def count_targets(scenes: list[Scene]) -> torch.Tensor:
+    """Return the number of shapes in all, of each kind and of each color, `[num_scenes, 13]`."""
+    return torch.tensor(
+        [
+            [len(scene.shapes)]
+            + [sum(shape.kind == kind for shape in scene.shapes) for kind in SHAPES]
+            + [sum(shape.color == color for shape in scene.shapes) for color in COLORS]
+            for scene in scenes
+        ]
+    )
 
 
 def main() -> None:
@@ -83,7 +114,7 @@ def main() -> None:
     rng = random.Random(7)
     tower = model.model.embed_tokens_extend.image_embed.img_processor
     width = model.config.vision_config.hidden_size
-    heads, mask_head = patch_heads(width), nn.Linear(width, MASK_SIDE**2)
+    heads, mask_head = PatchHeads(width), nn.Linear(width, MASK_SIDE**2)
     read_out = [*heads.parameters(), *mask_head.parameters()]
     optimizer = optimizer_for([(tower, args.lr, 0.02), (read_out, 1.5e-3, 0.0)])
 
@@ -92,16 +123,19 @@ def main() -> None:
         images, masks = zip(*map(pictures.draw_with_mask, scenes), strict=True)
         hidden = tower(normalized(images), output_hidden_states=True).hidden_states
         inside = nn.functional.binary_cross_entropy_with_logits(mask_head(hidden[MASK_LAYER]), mask_targets(masks))
-        return patch_loss(heads, hidden[-1], patch_targets(scenes)) + 5 * inside
+        return heads.loss(hidden[-1], scenes) + 5 * inside
 
     @torch.no_grad()
     def evaluate() -> str:
         held_out = random.Random("held-out patches")
         scenes = [pictures.sample_scene(held_out) for _ in range(300)]
-        logits = heads(patch_features(model, pixels(scenes))).split(CLASSES, dim=-1)
+        hidden = patch_features(model, pixels(scenes))
+        logits = heads.shape(hidden).split(CLASSES, dim=-1)
         targets = patch_targets(scenes)
         chosen = targets[..., 1] >= 0
-        return ", ".join(
+        counts = heads.count(hidden[:, -1]).view(len(scenes), NUM_COUNTS, -1).argmax(-1)
+        counted = float((counts == count_targets(scenes)).float().mean())
+        return f"counts {counted:.3f}, " + ", ".join(
             f"{name} {float((part.argmax(-1) == target)[chosen].float().mean()):.3f}"
             for name, part, target in zip(("kind", "color", "size"), logits, targets.unbind(-1), strict=True)
         )

@@ -8,14 +8,14 @@ from torch import nn
 
 from mmlora.assets.training import pictures
 from mmlora.assets.training.alignment import guide_loss
-from mmlora.assets.training.grounding import cell_token_loss, look_mask
+from mmlora.assets.training.grounding import cell_token_loss, compare_loss, look_mask
 from mmlora.assets.training.loop import Checkpoint, optimizer_for, set_up, train
 from mmlora.assets.training.model import CHECKPOINTS, embed_patches, image_embeds, patch_features, run_language_model
 from mmlora.assets.training.pictures import TASKS, Question, Scene
 from mmlora.assets.training.rows import Encoder, Row, Tokens, collate
 from mmlora.assets.training.stages import attach_adapter, frozen_language_model, greedy, load_stage, prompt_embeds
 from mmlora.assets.training.text_tasks import style
-from mmlora.assets.training.train_patches import patch_heads, patch_loss, patch_targets, pixels
+from mmlora.assets.training.train_patches import PatchHeads, pixels
 
 IMAGE_TOKENS = 41
 QUESTION_LAYERS = (1,)  # where a question finds the shapes it names, one layer before its answer looks for others
@@ -67,7 +67,7 @@ def evaluate_pictures(model: nn.Module, encoder: Encoder, per_task: int = 100) -
 def main() -> None:
     """Train the stage."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--size", type=int, default=32, help="pictures per batch")
     parser.add_argument("--rank", type=int, default=64)
     args = parser.parse_args()
@@ -76,7 +76,7 @@ def main() -> None:
     encoder, rng = Encoder(tokenizer), random.Random(4)
     lora = attach_adapter(model, args.rank)
     warm = load_stage("patches")
-    heads = patch_heads(model.config.vision_config.hidden_size)
+    heads = PatchHeads(model.config.vision_config.hidden_size)
     heads.load_state_dict(warm["heads"])
     model.model.embed_tokens_extend.image_embed.img_processor.load_state_dict(warm["tower"])
     embed = model.model.embed_tokens_extend.image_embed.requires_grad_(True)
@@ -86,6 +86,7 @@ def main() -> None:
         [(embed.img_processor, 1.5e-3, 0.02), (projection, 4e-3, 0.02), (lora.layers, 4e-3, 0.1), (marks, 1e-3, 0.0)]
     )
     image_token = model.config.vision_config.image_token_id
+    directions = torch.tensor([encoder.text(word)[0] for word in ("left", "right", "above", "below")])
 
     def step_loss(step: int) -> torch.Tensor:
         scenes = [pictures.sample_scene(rng) for _ in range(args.size)]
@@ -97,10 +98,11 @@ def main() -> None:
         is_answer = (batch.labels >= 0)[..., None]
         looks = look_mask(batch, image_token)
         guided = guide_loss(attentions, looks * is_answer) + guide_loss(attentions, looks * ~is_answer, QUESTION_LAYERS)
+        guided = guided + compare_loss(attentions, batch, directions)
         drawn = cell_token_loss(embeds, model.model.embed_tokens.weight, scenes, tokenizer)
         if (step + 1) % 50 == 0:
             print(f"answers {answered.item():.3f} guide {guided.item():.3f} cells {drawn.item():.3f}", flush=True)
-        return answered + 0.3 * guided + 0.2 * drawn + 0.4 * patch_loss(heads, patches, patch_targets(scenes))
+        return answered + 0.3 * guided + 0.2 * drawn + 0.4 * heads.loss(patches, scenes)
 
     checkpoint = Checkpoint(CHECKPOINTS / "vision.pt", {"image_embed": embed, "lora": lora, "heads": heads}, optimizer)
     train(
