@@ -20,7 +20,13 @@ from mmlora.assets.training.stages import attach_adapter, frozen_language_model,
 from mmlora.assets.training.text_tasks import ANSWER_QUESTIONS
 from mmlora.assets.training.train_ctc import ALPHABET, align_words, endless_batches
 from mmlora.assets.training.train_patches import pixels
-from mmlora.assets.training.train_vision import IMAGE_TOKENS, evaluate_pictures, picture_row
+from mmlora.assets.training.train_vision import (
+    IMAGE_TOKENS,
+    direction_ids,
+    evaluate_pictures,
+    picture_guide_loss,
+    picture_row,
+)
 
 
 def spoken_row(encoder: Encoder, answer: str, media: list[list[int]], rng: random.Random) -> Row:
@@ -53,9 +59,9 @@ def evaluate_spoken(model: nn.Module, encoder: Encoder, corpus: Corpus, limit: i
 def main() -> None:
     """Train the stage."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--frames", type=int, default=6_000, help="audio frames per batch")
-    parser.add_argument("--size", type=int, default=12, help="pictures with typed questions per batch")
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--frames", type=int, default=4_500, help="audio frames per batch")
+    parser.add_argument("--size", type=int, default=16, help="pictures with typed questions per batch")
     parser.add_argument("--rank", type=int, default=64)
     args = parser.parse_args()
     set_up(5)
@@ -73,11 +79,12 @@ def main() -> None:
     lora = attach_adapter(model, args.rank)
     lora.load_state_dict(vision["lora"])
     projection = nn.ModuleList([up, down]).requires_grad_(True)
-    optimizer = optimizer_for([(projection, 3e-3, 0.01), (lora.layers, 2e-3, 0.0)])
+    optimizer = optimizer_for([(projection, 3e-3, 0.01), (lora.layers, 3e-3, 0.1)])
     corpus, held_out = Corpus(SPEECH / "questions"), Corpus(SPEECH / "seen")
     held_out.items = [item for item in held_out.items if item["kind"] == "picture"]
     batches = endless_batches(corpus, rng, args.frames)
     audio, image = model.config.audio_config.audio_token_id, model.config.vision_config.image_token_id
+    directions = direction_ids(encoder)
 
     def step_loss(step: int) -> torch.Tensor:
         items: list[dict[str, Any]] = next(batches)
@@ -88,13 +95,18 @@ def main() -> None:
             images = image_embeds(model, pixels([*[scene for scene, _ in asked], *typed]))
         tokens = [[audio] * hidden.shape[1], [image] * IMAGE_TOKENS]
         rows = [spoken_row(encoder, answer, list(tokens), rng) for _, answer in asked]
-        rows += [picture_row(encoder, scene, tokens[1], rng) for scene in typed]
+        rows += [picture_row(encoder, scene, tokens[1], rng, ("count", "relation", "relation")) for scene in typed]
+        batch = collate(rows)
         media = {audio: project_audio(model, hidden, "vision"), image: images}
-        logits, labels, _ = run_language_model(model, collate(rows), media)
+        logits, labels, attentions = run_language_model(model, batch, media)
+        guided = picture_guide_loss(attentions, batch, image, directions)
         texts = [item["text"] for item in items]
         words, aligned = [encoder.text(f" {text}") for text in texts], align_words(head, hidden, texts)
         drawn = token_loss(media[audio], model.model.embed_tokens.weight, words, aligned)
-        return nn.functional.cross_entropy(logits, labels) + 0.2 * drawn
+        answered = nn.functional.cross_entropy(logits, labels)
+        if (step + 1) % 50 == 0:
+            print(f"answers {answered.item():.3f} guide {guided.item():.3f} tokens {drawn.item():.3f}", flush=True)
+        return answered + 0.2 * drawn + 0.3 * guided
 
     checkpoint = Checkpoint(CHECKPOINTS / "questions.pt", {"up": up, "down": down, "lora": lora}, optimizer)
     train(

@@ -12,7 +12,7 @@ from mmlora.assets.training.grounding import cell_token_loss, compare_loss, look
 from mmlora.assets.training.loop import Checkpoint, optimizer_for, set_up, train
 from mmlora.assets.training.model import CHECKPOINTS, embed_patches, image_embeds, patch_features, run_language_model
 from mmlora.assets.training.pictures import TASKS, Question, Scene
-from mmlora.assets.training.rows import Encoder, Row, Tokens, collate
+from mmlora.assets.training.rows import Batch, Encoder, Row, Tokens, collate
 from mmlora.assets.training.stages import attach_adapter, frozen_language_model, greedy, load_stage, prompt_embeds
 from mmlora.assets.training.text_tasks import style
 from mmlora.assets.training.train_patches import PatchHeads, pixels
@@ -36,15 +36,32 @@ def _question_looks(encoder: Encoder, question: Question, ids: list[int]) -> lis
     return looks
 
 
-def picture_row(encoder: Encoder, scene: Scene, image: list[int], rng: random.Random) -> Row:
-    """Ask a few questions about a picture; four times in five the picture comes first."""
-    wanted = [*TASKS, rng.choice(TASKS[1:])]
+def picture_row(
+    encoder: Encoder, scene: Scene, image: list[int], rng: random.Random, more: tuple[str, ...] = ()
+) -> Row:
+    """Ask a question of each task and of `more` about a picture; four times in five the picture comes first."""
+    wanted = [*TASKS, *(more or [rng.choice(TASKS[1:])])]
     questions = [q for q in (pictures.ask(scene, task, rng) for task in wanted) if q is not None]
     if rng.random() < 0.8:
         blocks = [_exchange(encoder, question, rng, []) for question in questions]
         return Row(encoder.prompt([encoder.user, *image]), blocks)
     exchange = _exchange(encoder, rng.choice(questions), rng, image)
     return Row(blocks=[encoder.prompt([encoder.user]) + exchange])
+
+
+def direction_ids(encoder: Encoder) -> torch.Tensor:
+    """Return the token ids that answer a comparison."""
+    return torch.tensor([encoder.text(word)[0] for word in ("left", "right", "above", "below")])
+
+
+def picture_guide_loss(
+    attentions: tuple[torch.Tensor, ...], batch: Batch, image_token: int, directions: torch.Tensor
+) -> torch.Tensor:
+    """Sum the guidance of answers and questions to cells, and of comparisons to the names in their questions."""
+    is_answer = (batch.labels >= 0)[..., None]
+    looks = look_mask(batch, image_token)
+    guided = guide_loss(attentions, looks * is_answer) + guide_loss(attentions, looks * ~is_answer, QUESTION_LAYERS)
+    return guided + compare_loss(attentions, batch, directions)
 
 
 @torch.no_grad()
@@ -86,7 +103,7 @@ def main() -> None:
         [(embed.img_processor, 1.5e-3, 0.02), (projection, 4e-3, 0.02), (lora.layers, 4e-3, 0.1), (marks, 1e-3, 0.0)]
     )
     image_token = model.config.vision_config.image_token_id
-    directions = torch.tensor([encoder.text(word)[0] for word in ("left", "right", "above", "below")])
+    directions = direction_ids(encoder)
 
     def step_loss(step: int) -> torch.Tensor:
         scenes = [pictures.sample_scene(rng) for _ in range(args.size)]
@@ -95,10 +112,7 @@ def main() -> None:
         embeds = embed_patches(model, patches)
         logits, labels, attentions = run_language_model(model, batch, {image_token: embeds})
         answered = nn.functional.cross_entropy(logits, labels)
-        is_answer = (batch.labels >= 0)[..., None]
-        looks = look_mask(batch, image_token)
-        guided = guide_loss(attentions, looks * is_answer) + guide_loss(attentions, looks * ~is_answer, QUESTION_LAYERS)
-        guided = guided + compare_loss(attentions, batch, directions)
+        guided = picture_guide_loss(attentions, batch, image_token, directions)
         drawn = cell_token_loss(embeds, model.model.embed_tokens.weight, scenes, tokenizer)
         if (step + 1) % 50 == 0:
             print(f"answers {answered.item():.3f} guide {guided.item():.3f} cells {drawn.item():.3f}", flush=True)
