@@ -239,7 +239,10 @@ def _relation(scene: Scene, rng: random.Random) -> Question | None:
         cells = (-1, shape.cell, shape.cell)
         text = f"what is {relation} the {other.name}"
         return Question("relation", text, f"a {shape.name}", cells, ((other.kind, other.cell),))
-    axis = rng.choice((("left of", "right of"), ("above", "below")))
+    return _compare(shape, other, rng.choice((("left of", "right of"), ("above", "below"))))
+
+
+def _compare(shape: Shape, other: Shape, axis: tuple[str, str]) -> Question | None:
     if abs(offset(shape, other, axis[0])) < MIN_GAP:
         return None
     answer = axis[0] if offset(shape, other, axis[0]) > 0 else axis[1]
@@ -248,11 +251,19 @@ def _relation(scene: Scene, rng: random.Random) -> Question | None:
     return Question("relation", text, answer.removesuffix(" of"), named=named)
 
 
+def _height(scene: Scene, rng: random.Random) -> Question | None:
+    names = [shape.name for shape in scene.shapes]
+    pairs = [(a, b) for a in scene.shapes for b in scene.shapes if names.count(a.name) == names.count(b.name) == 1]
+    shape, other = rng.choice(pairs) if pairs else (scene.shapes[0], scene.shapes[0])
+    return _compare(shape, other, ("above", "below"))
+
+
 _MAKERS: dict[str, Callable[[Scene, random.Random], Question | None]] = {
     "describe": _describe,
     "count": _count,
     "color": _color,
     "relation": _relation,
+    "height": _height,  # no task of its own: a relation that needs more exercise than the others
 }
 
 

@@ -95,7 +95,7 @@ def main() -> None:
             images = image_embeds(model, pixels([*[scene for scene, _ in asked], *typed]))
         tokens = [[audio] * hidden.shape[1], [image] * IMAGE_TOKENS]
         rows = [spoken_row(encoder, answer, list(tokens), rng) for _, answer in asked]
-        rows += [picture_row(encoder, scene, tokens[1], rng, ("count", "relation", "relation")) for scene in typed]
+        rows += [picture_row(encoder, scene, tokens[1], rng, ("count", "height", "height")) for scene in typed]
         batch = collate(rows)
         media = {audio: project_audio(model, hidden, "vision"), image: images}
         logits, labels, attentions = run_language_model(model, batch, media)
