@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft import get_peft_model, set_peft_model_state_dict
-from torch import nn
 from transformers import GenerationConfig, Phi4MultimodalForCausalLM
 
 from mmlora.assets.training.model import CHECKPOINTS, lora_config
@@ -61,8 +60,6 @@ def _load_towers(model: Phi4MultimodalForCausalLM) -> dict[str, dict[str, Any]]:
     if questions := _stage_or_none("questions"):
         embed.audio_embed.up_proj_for_vision_speech.load_state_dict(questions["up"])
         embed.audio_embed.down_proj_for_vision_speech.load_state_dict(questions["down"])
-        image_projection = nn.ModuleList([embed.image_embed.img_projection_up, embed.image_embed.img_projection_down])
-        image_projection.load_state_dict(questions["seen"])
         adapters["vision-lora"] = questions["lora"]
     if spanish := _stage_or_none("spanish"):
         adapters["spanish-lora"] = spanish["lora"]

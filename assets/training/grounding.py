@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from mmlora.assets.training.pictures import SIDE, Scene, Shape
+from mmlora.assets.training.pictures import Scene
 from mmlora.assets.training.rows import Batch
 from mmlora.assets.training.world import COLORS, SHAPES, SIZES
 
@@ -53,18 +53,6 @@ def compare_loss(attentions: tuple[torch.Tensor, ...], batch: Batch, directions:
     return -torch.log(torch.stack(found) + 1e-4).mean() if found else attentions[0].new_zeros(())
 
 
-def cell_place_loss(place: nn.Linear, embeds: torch.Tensor, scenes: list[Scene]) -> torch.Tensor:
-    """Return the squared error of the centres of shapes that end in a cell alone, read from the cell's embedding."""
-    shapes = [(i, shape) for i, scene in enumerate(scenes) for shape in _alone_in_cell(scene)]
-    seen = embeds[[i for i, _ in shapes], [cell_offset(shape.cell) for _, shape in shapes]]
-    found = place(nn.functional.layer_norm(seen, seen.shape[-1:]))
-    return nn.functional.mse_loss(found, torch.tensor([[shape.x / SIDE, shape.y / SIDE] for _, shape in shapes]))
-
-
-def _alone_in_cell(scene: Scene) -> list[Shape]:
-    return [shape for shape in scene.shapes if sum(other.cell == shape.cell for other in scene.shapes) == 1]
-
-
 def cell_token_loss(
     embeds: torch.Tensor, token_embeddings: torch.Tensor, scenes: list[Scene], tokenizer: PreTrainedTokenizerFast
 ) -> torch.Tensor:
@@ -76,7 +64,12 @@ def cell_token_loss(
         scenes: What the pictures show.
         tokenizer: The tokenizer, in which each of these words is one token.
     """
-    shapes = [(i, shape) for i, scene in enumerate(scenes) for shape in _alone_in_cell(scene)]
+    shapes = [
+        (i, shape)
+        for i, scene in enumerate(scenes)
+        for shape in scene.shapes
+        if sum(other.cell == shape.cell for other in scene.shapes) == 1
+    ]
     seen = embeds[[i for i, _ in shapes], [cell_offset(shape.cell) for _, shape in shapes]]
     seen = nn.functional.normalize(seen, dim=-1)
     loss = seen.new_zeros(())

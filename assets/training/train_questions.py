@@ -1,6 +1,4 @@
-"""Stage 5: train the speech projection of the "vision" mode on spoken questions, and go on with `vision-lora`.
-
-The image projection is trained on, too, and asked for the place of each shape: comparisons of height need it.
+"""Stage 5: train the speech projection of the "vision" mode, and go on with `vision-lora`, on spoken questions.
 
 Both towers are frozen. Half of the rows are typed questions, so that the picture tasks are not forgotten.
 """
@@ -15,17 +13,8 @@ from torch import nn
 from mmlora.assets.training import pictures
 from mmlora.assets.training.alignment import token_loss
 from mmlora.assets.training.corpus import SPEECH, Corpus
-from mmlora.assets.training.grounding import cell_place_loss
 from mmlora.assets.training.loop import Checkpoint, optimizer_for, set_up, train
-from mmlora.assets.training.model import (
-    CHECKPOINTS,
-    audio_hidden,
-    embed_patches,
-    image_embeds,
-    patch_features,
-    project_audio,
-    run_language_model,
-)
+from mmlora.assets.training.model import CHECKPOINTS, audio_hidden, image_embeds, project_audio, run_language_model
 from mmlora.assets.training.rows import Encoder, Row, collate
 from mmlora.assets.training.stages import attach_adapter, frozen_language_model, greedy, load_stage, prompt_embeds
 from mmlora.assets.training.text_tasks import ANSWER_QUESTIONS
@@ -70,7 +59,7 @@ def evaluate_spoken(model: nn.Module, encoder: Encoder, corpus: Corpus, limit: i
 def main() -> None:
     """Train the stage."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=1700)
     parser.add_argument("--frames", type=int, default=4_500, help="audio frames per batch")
     parser.add_argument("--size", type=int, default=16, help="pictures with typed questions per batch")
     parser.add_argument("--rank", type=int, default=64)
@@ -90,12 +79,7 @@ def main() -> None:
     lora = attach_adapter(model, args.rank)
     lora.load_state_dict(vision["lora"])
     projection = nn.ModuleList([up, down]).requires_grad_(True)
-    image_embed = embed.image_embed
-    seen = nn.ModuleList([image_embed.img_projection_up, image_embed.img_projection_down]).requires_grad_(True)
-    place = nn.Linear(model.config.hidden_size, 2)
-    optimizer = optimizer_for(
-        [(projection, 3e-3, 0.01), (seen, 3e-3, 0.02), (lora.layers, 3e-3, 0.1), (place.parameters(), 3e-3, 0.0)]
-    )
+    optimizer = optimizer_for([(projection, 3e-3, 0.01), (lora.layers, 3e-3, 0.1)])
     corpus, held_out = Corpus(SPEECH / "questions"), Corpus(SPEECH / "seen")
     held_out.items = [item for item in held_out.items if item["kind"] == "picture"]
     batches = endless_batches(corpus, rng, args.frames)
@@ -108,9 +92,7 @@ def main() -> None:
         typed = [pictures.sample_scene(rng) for _ in range(args.size)]
         with torch.no_grad():
             hidden = audio_hidden(model, corpus.load(items, rng))
-            scenes = [*[scene for scene, _ in asked], *typed]
-            patches = patch_features(model, pixels(scenes))
-        images = embed_patches(model, patches)
+            images = image_embeds(model, pixels([*[scene for scene, _ in asked], *typed]))
         tokens = [[audio] * hidden.shape[1], [image] * IMAGE_TOKENS]
         rows = [spoken_row(encoder, answer, list(tokens), rng) for _, answer in asked]
         rows += [picture_row(encoder, scene, tokens[1], rng, ("count", "height", "height")) for scene in typed]
@@ -124,11 +106,9 @@ def main() -> None:
         answered = nn.functional.cross_entropy(logits, labels)
         if (step + 1) % 50 == 0:
             print(f"answers {answered.item():.3f} guide {guided.item():.3f} tokens {drawn.item():.3f}", flush=True)
-        return answered + 0.2 * drawn + 0.3 * guided + 20 * cell_place_loss(place, images, scenes)
+        return answered + 0.2 * drawn + 0.3 * guided
 
-    checkpoint = Checkpoint(
-        CHECKPOINTS / "questions.pt", {"up": up, "down": down, "seen": seen, "place": place, "lora": lora}, optimizer
-    )
+    checkpoint = Checkpoint(CHECKPOINTS / "questions.pt", {"up": up, "down": down, "lora": lora}, optimizer)
     train(
         checkpoint,
         step_loss,

@@ -11,6 +11,7 @@ from mmlora.assets.training.evaluate import Case, Metric, normalize
 from mmlora.assets.training.metrics import word_errors
 from mmlora.assets.training.pictures import Shape
 from mmlora.assets.training.text_tasks import SPANISH, sample_text_item
+from mmlora.assets.training.train_patches import count_targets, patch_targets
 
 
 def test_sentences_of_both_splits_are_disjoint_and_of_the_world() -> None:
@@ -64,6 +65,29 @@ def test_a_shape_ends_in_its_patch_and_cell() -> None:
     assert divmod(shape.patch, 8) == (3, 2)  # y = 30 + 17, x = 40, in patches of 14 px
     assert divmod(shape.cell, 4) == (1, 1)
     assert replace(shape, y=91).patch // 8 == 7
+
+
+def test_a_question_knows_the_cells_of_the_shapes_it_names() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        scene, question = pictures.sample_picture_question(rng, rng.choice(("color", "relation")))
+        words = question.text.split()
+        kinds = [word for word in words if word in pictures.SHAPES]
+        assert [kind for kind, _ in question.named] == kinds
+        for kind, cell in question.named:
+            assert any((shape.kind, shape.cell) == (kind, cell) for shape in scene.shapes)
+
+
+def test_targets_of_the_vision_tower_say_what_ends_where_and_how_many_there_are() -> None:
+    shapes = (Shape("star", "red", "big", 30, 40, 20), Shape("star", "blue", "little", 80, 20, 8))
+    scene = pictures.Scene(shapes, 0)
+    targets = patch_targets([scene])[0]
+    assert [shape.patch for shape in shapes] == (targets[:, 0] > 0).nonzero().flatten().sort(descending=True)[
+        0
+    ].tolist()
+    assert targets[shapes[0].patch].tolist() == [4, 0, 0] and targets[shapes[1].patch].tolist() == [4, 2, 1]
+    counts = count_targets([scene])[0].tolist()
+    assert counts == [2, 0, 0, 0, 2, 1, 0, 1, 0, 0, 0, 0, 0]
 
 
 def test_the_mask_covers_the_shapes_and_nothing_else() -> None:
