@@ -26,14 +26,14 @@ def sample(logits: torch.Tensor, seqs: Rows[Sequence], stop_ids: frozenset[int])
     Returns:
         For each sequence its token, or why there is none to choose.
     """
-    was_finite = logits.amax(-1).isfinite().tolist()  # a NaN anywhere in a row is also its maximum
+    was_finite = logits.amax(-1).isfinite()  # a NaN anywhere in a row is also its maximum; read on failure only
     for row, seq in zip(logits, seqs, strict=True):
         _adjust_logits(row, seq, stop_ids)
     highest, likeliest = logits.max(-1)
     tokens: list[int | MMLoRAError] = [*likeliest.tolist()]
     for index, (seq, is_finite) in enumerate(zip(seqs, highest.isfinite().tolist(), strict=True)):
         if not is_finite:
-            tokens[index] = _no_token(was_finite[index])
+            tokens[index] = _no_token(bool(was_finite[index]))
         elif not seq.params.is_greedy:
             probs = token_probabilities(logits[index], seq.params)
             tokens[index] = int(torch.multinomial(probs, 1, generator=seq.generator))
