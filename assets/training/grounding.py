@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from mmlora.assets.training.pictures import Scene
+from mmlora.assets.training.pictures import SIDE, Scene, Shape
 from mmlora.assets.training.rows import Batch
 from mmlora.assets.training.world import COLORS, SHAPES, SIZES
 
@@ -53,6 +53,52 @@ def compare_loss(attentions: tuple[torch.Tensor, ...], batch: Batch, directions:
     return -torch.log(torch.stack(found) + 1e-4).mean() if found else attentions[0].new_zeros(())
 
 
+class PlaceHeads(nn.Module):
+    """Asks picture embeddings, and the names in questions about them, where the centre of a shape is.
+
+    Names are asked before the layer that compares them. The order of a description needs only how far left a shape
+    is; without these heads the projection loses how high it is.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.cell = nn.Linear(width, 2)
+        self.name = nn.Linear(width, 2)
+
+    def loss(
+        self, embeds: torch.Tensor, hidden_states: tuple[torch.Tensor, ...], batch: Batch, scenes: list[Scene]
+    ) -> torch.Tensor:
+        """Sum the squared errors of the centres, as shares of the side, of shapes that end in a cell alone.
+
+        Args:
+            embeds: Projected pictures, `[num_scenes, num_image_tokens, width]`.
+            hidden_states: What each layer of the language model gets, `[num_rows, num_tokens, width]`.
+            batch: The rows, one for each scene.
+            scenes: What the pictures show.
+        """
+        shapes = {(i, shape.cell): shape for i, scene in enumerate(scenes) for shape in _alone_in_cell(scene)}
+        seen = embeds[[i for i, _ in shapes], [cell_offset(cell) for _, cell in shapes]]
+        loss = _place_error(self.cell(_normed(seen)), list(shapes.values()))
+        names = torch.nonzero((batch.looks >= 0) & (batch.labels < 0)).tolist()
+        named = {(i, p): shapes[i, cell] for i, p in names if (i, cell := int(batch.looks[i, p])) in shapes}
+        if named:
+            found = hidden_states[COMPARE_LAYER][[i for i, _ in named], [p for _, p in named]]
+            loss = loss + _place_error(self.name(_normed(found)), list(named.values()))
+        return loss
+
+
+def _normed(hidden: torch.Tensor) -> torch.Tensor:
+    return nn.functional.layer_norm(hidden, hidden.shape[-1:])
+
+
+def _place_error(found: torch.Tensor, shapes: list[Shape]) -> torch.Tensor:
+    return nn.functional.mse_loss(found, torch.tensor([[shape.x / SIDE, shape.y / SIDE] for shape in shapes]))
+
+
+def _alone_in_cell(scene: Scene) -> list[Shape]:
+    return [shape for shape in scene.shapes if sum(other.cell == shape.cell for other in scene.shapes) == 1]
+
+
 def cell_token_loss(
     embeds: torch.Tensor, token_embeddings: torch.Tensor, scenes: list[Scene], tokenizer: PreTrainedTokenizerFast
 ) -> torch.Tensor:
@@ -64,12 +110,7 @@ def cell_token_loss(
         scenes: What the pictures show.
         tokenizer: The tokenizer, in which each of these words is one token.
     """
-    shapes = [
-        (i, shape)
-        for i, scene in enumerate(scenes)
-        for shape in scene.shapes
-        if sum(other.cell == shape.cell for other in scene.shapes) == 1
-    ]
+    shapes = [(i, shape) for i, scene in enumerate(scenes) for shape in _alone_in_cell(scene)]
     seen = embeds[[i for i, _ in shapes], [cell_offset(shape.cell) for _, shape in shapes]]
     seen = nn.functional.normalize(seen, dim=-1)
     loss = seen.new_zeros(())

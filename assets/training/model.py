@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -151,9 +151,21 @@ def image_embeds(model: Phi4MultimodalForCausalLM, pixels: torch.Tensor) -> torc
     return embed_patches(model, patch_features(model, pixels))
 
 
-def run_language_model(
-    model: Any, batch: Batch, media: dict[int, torch.Tensor] | None = None
-) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+class Output(NamedTuple):
+    """What a forward pass leaves to train on, in fp32.
+
+    Shapes: logits of the labelled positions `[num_labels, vocab_size]`, their labels `[num_labels]`, and for each layer
+    its attention weights `[num_rows, num_heads, num_tokens, num_tokens]` and its input
+    `[num_rows, num_tokens, hidden_size]`.
+    """
+
+    logits: torch.Tensor
+    labels: torch.Tensor
+    attentions: tuple[torch.Tensor, ...]
+    hidden_states: tuple[torch.Tensor, ...]
+
+
+def run_language_model(model: Any, batch: Batch, media: dict[int, torch.Tensor] | None = None) -> Output:
     """Run the language model over a batch of rows, matrix products in bfloat16.
 
     Args:
@@ -161,9 +173,6 @@ def run_language_model(
         batch: The rows.
         media: Embeddings that replace a placeholder, `{token_id: [num_items, num_tokens, hidden_size]}`.
 
-    Returns:
-        Logits of the labelled positions `[num_labels, vocab_size]` fp32, the labels, and the attention weights of all
-        layers `[num_rows, num_heads, num_tokens, num_tokens]` fp32.
     """
     embeds = model.model.embed_tokens(batch.ids)
     for token_id, values in (media or {}).items():
@@ -176,7 +185,9 @@ def run_language_model(
             position_ids=batch.positions,
             use_cache=False,
             output_attentions=True,
+            output_hidden_states=True,
         )
         chosen = batch.labels >= 0
         logits = model.lm_head(output.last_hidden_state[chosen])
-    return logits.float(), batch.labels[chosen], tuple(weights.float() for weights in output.attentions)
+    attentions = tuple(weights.float() for weights in output.attentions)
+    return Output(logits.float(), batch.labels[chosen], attentions, tuple(h.float() for h in output.hidden_states))

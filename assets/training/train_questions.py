@@ -95,15 +95,15 @@ def main() -> None:
             images = image_embeds(model, pixels([*[scene for scene, _ in asked], *typed]))
         tokens = [[audio] * hidden.shape[1], [image] * IMAGE_TOKENS]
         rows = [spoken_row(encoder, answer, list(tokens), rng) for _, answer in asked]
-        rows += [picture_row(encoder, scene, tokens[1], rng, ("count", "height", "height")) for scene in typed]
+        rows += [picture_row(encoder, scene, tokens[1], rng) for scene in typed]
         batch = collate(rows)
         media = {audio: project_audio(model, hidden, "vision"), image: images}
-        logits, labels, attentions = run_language_model(model, batch, media)
-        guided = picture_guide_loss(attentions, batch, image, directions)
+        output = run_language_model(model, batch, media)
+        guided = picture_guide_loss(output.attentions, batch, image, directions)
         texts = [item["text"] for item in items]
         words, aligned = [encoder.text(f" {text}") for text in texts], align_words(head, hidden, texts)
         drawn = token_loss(media[audio], model.model.embed_tokens.weight, words, aligned)
-        answered = nn.functional.cross_entropy(logits, labels)
+        answered = nn.functional.cross_entropy(output.logits, output.labels)
         if (step + 1) % 50 == 0:
             print(f"answers {answered.item():.3f} guide {guided.item():.3f} tokens {drawn.item():.3f}", flush=True)
         return answered + 0.2 * drawn + 0.3 * guided

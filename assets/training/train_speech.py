@@ -101,7 +101,7 @@ def main() -> None:
         hidden = audio_hidden(model, corpus.load(items, rng))
         batch = speech_batch(encoder, items, [audio_token] * hidden.shape[1], rng)
         media = {audio_token: project_audio(model, hidden)}
-        logits, labels, attentions = run_language_model(model, batch, media)
+        logits, labels, attentions, _ = run_language_model(model, batch, media)
         texts = [item["text"] for item in items]
         aligned = align_words(head, hidden, texts)
         guide = guide_mask(batch, audio_token, encoder.assistant, [encoder.text(t) for t in texts], aligned)

@@ -8,7 +8,7 @@ from torch import nn
 
 from mmlora.assets.training import pictures
 from mmlora.assets.training.alignment import guide_loss
-from mmlora.assets.training.grounding import cell_token_loss, compare_loss, look_mask
+from mmlora.assets.training.grounding import PlaceHeads, cell_token_loss, compare_loss, look_mask
 from mmlora.assets.training.loop import Checkpoint, optimizer_for, set_up, train
 from mmlora.assets.training.model import CHECKPOINTS, embed_patches, image_embeds, patch_features, run_language_model
 from mmlora.assets.training.pictures import TASKS, Question, Scene
@@ -36,11 +36,9 @@ def _question_looks(encoder: Encoder, question: Question, ids: list[int]) -> lis
     return looks
 
 
-def picture_row(
-    encoder: Encoder, scene: Scene, image: list[int], rng: random.Random, more: tuple[str, ...] = ()
-) -> Row:
-    """Ask a question of each task and of `more` about a picture; four times in five the picture comes first."""
-    wanted = [*TASKS, *(more or [rng.choice(TASKS[1:])])]
+def picture_row(encoder: Encoder, scene: Scene, image: list[int], rng: random.Random) -> Row:
+    """Ask several questions about a picture, at least one of each task; four times in five the picture comes first."""
+    wanted = [*TASKS, "count", "height", "height"]
     questions = [q for q in (pictures.ask(scene, task, rng) for task in wanted) if q is not None]
     if rng.random() < 0.8:
         blocks = [_exchange(encoder, question, rng, []) for question in questions]
@@ -96,9 +94,11 @@ def main() -> None:
     heads = PatchHeads(model.config.vision_config.hidden_size)
     heads.load_state_dict(warm["heads"])
     model.model.embed_tokens_extend.image_embed.img_processor.load_state_dict(warm["tower"])
+    places = PlaceHeads(model.config.hidden_size)
     embed = model.model.embed_tokens_extend.image_embed.requires_grad_(True)
     projection = nn.ModuleList([embed.img_projection_up, embed.img_projection_down])
-    marks = [embed.global_img_feature_extensor, embed.sub_img_feature_extensor, *heads.parameters()]
+    marks = [embed.global_img_feature_extensor, embed.sub_img_feature_extensor]
+    marks += [*heads.parameters(), *places.parameters()]
     optimizer = optimizer_for(
         [(embed.img_processor, 1.5e-3, 0.02), (projection, 4e-3, 0.02), (lora.layers, 4e-3, 0.1), (marks, 1e-3, 0.0)]
     )
@@ -110,15 +110,18 @@ def main() -> None:
         batch = collate([picture_row(encoder, scene, [image_token] * IMAGE_TOKENS, rng) for scene in scenes])
         patches = patch_features(model, pixels(scenes))
         embeds = embed_patches(model, patches)
-        logits, labels, attentions = run_language_model(model, batch, {image_token: embeds})
-        answered = nn.functional.cross_entropy(logits, labels)
-        guided = picture_guide_loss(attentions, batch, image_token, directions)
+        output = run_language_model(model, batch, {image_token: embeds})
+        answered = nn.functional.cross_entropy(output.logits, output.labels)
+        guided = picture_guide_loss(output.attentions, batch, image_token, directions)
+        placed = places.loss(embeds, output.hidden_states, batch, scenes)
         drawn = cell_token_loss(embeds, model.model.embed_tokens.weight, scenes, tokenizer)
         if (step + 1) % 50 == 0:
-            print(f"answers {answered.item():.3f} guide {guided.item():.3f} cells {drawn.item():.3f}", flush=True)
-        return answered + 0.3 * guided + 0.2 * drawn + 0.4 * heads.loss(patches, scenes)
+            parts = {"answers": answered, "guide": guided, "cells": drawn, "places": placed}
+            print(", ".join(f"{name} {part.item():.4f}" for name, part in parts.items()), flush=True)
+        return answered + 0.3 * guided + 0.2 * drawn + 20 * placed + 0.4 * heads.loss(patches, scenes)
 
-    checkpoint = Checkpoint(CHECKPOINTS / "vision.pt", {"image_embed": embed, "lora": lora, "heads": heads}, optimizer)
+    trained = {"image_embed": embed, "lora": lora, "heads": heads, "places": places}
+    checkpoint = Checkpoint(CHECKPOINTS / "vision.pt", trained, optimizer)
     train(
         checkpoint,
         step_loss,
