@@ -58,7 +58,7 @@ class Adapter:
         name: for people only.
         digest: sha256 of the configuration and all tensors.
         media_digest: sha256 of the tower and connector tensors alone, None if it has none.
-        path: the directory it was read from.
+        path: the directory it was read from; None for an adapter from memory.
         modules: by the model's own module name.
         uid: number of the adapter in this process; 0 until an `AdapterStore` has taken it.
         generation: count of in-place reloads.
@@ -67,7 +67,7 @@ class Adapter:
     name: str
     digest: str
     media_digest: str | None
-    path: Path
+    path: Path | None
     modules: dict[str, LoRAWeights] = field(repr=False)
     report: AdapterReport
     uid: int = 0

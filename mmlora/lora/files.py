@@ -1,18 +1,64 @@
 """Find an adapter's directory and read its tensors: local paths, Hub ids, safetensors only."""
 
+import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
-from mmlora.errors import AdapterError, AdapterNotFound
-from mmlora.lora.peft_config import CONFIG_FILE
+from mmlora.errors import AdapterError, AdapterMismatch, AdapterNotFound
 
+CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What an adapter consists of, read from a directory or given in memory.
+
+    Attributes:
+        config: the parsed `adapter_config.json`.
+        tensors: by their keys in the file.
+        path: the directory it was read from; None for an adapter from memory.
+    """
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+    path: Path | None = None
+
+    @property
+    def origin(self) -> str:
+        """Where it came from, for messages."""
+        return "memory" if self.path is None else str(self.path)
+
+
+def read_adapter(directory: Path) -> AdapterFiles:
+    """Read both files of an adapter directory.
+
+    Raises:
+        AdapterNotFound: a file is missing.
+        AdapterMismatch: the configuration is not a JSON object.
+        AdapterError: the tensors are truncated or corrupt.
+    """
+    return AdapterFiles(_read_config(directory / CONFIG_FILE), read_tensors(directory), directory)
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterNotFound(f"no {CONFIG_FILE} in {path.parent}; a PEFT directory has one") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise AdapterMismatch(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise AdapterMismatch(f"{path} holds a {type(content).__name__}; it must be a JSON object")
+    return content
 
 
 def resolve_adapter_path(path: str | Path) -> Path:

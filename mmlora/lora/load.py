@@ -6,15 +6,14 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 from mmlora.errors import AdapterMismatch
 from mmlora.lora.adapter import PARTS, Adapter, AdapterReport, LoRAWeights
-from mmlora.lora.files import read_tensors
+from mmlora.lora.files import CONFIG_FILE, AdapterFiles
 from mmlora.lora.module_index import ModuleIndex
-from mmlora.lora.peft_config import CONFIG_FILE, PeftConfig
+from mmlora.lora.peft_config import PeftConfig
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ class _Pair:
 
 
 def load_adapter(
-    path: Path,
+    files: AdapterFiles,
     name: str,
     index: ModuleIndex,
     *,
@@ -44,10 +43,10 @@ def load_adapter(
     strict: bool = True,
     allow_media_parts: bool = True,
 ) -> Adapter:
-    """Load the adapter in a PEFT directory.
+    """Build an adapter for a model from what its files hold.
 
     Args:
-        path: the directory.
+        files: configuration and tensors, see `read_adapter`.
         name: for messages and reports.
         index: modules of the model that it is for.
         dtype: of the matrices, usually the model's.
@@ -56,12 +55,10 @@ def load_adapter(
         allow_media_parts: admit tensors on towers and connectors.
 
     Raises:
-        AdapterNotFound: a file is missing.
         AdapterMismatch: the adapter does not fit the model or uses something that is not supported.
-        AdapterError: a file is corrupt.
     """
     try:
-        config, tensors = PeftConfig.from_file(path / CONFIG_FILE), read_tensors(path)
+        config, tensors = PeftConfig.from_dict(files.config), files.tensors
         names, unmatched = _match(tensors, index, config, strict)
         modules = {}
         for module, pair in names.items():
@@ -69,13 +66,13 @@ def load_adapter(
             _admit(weights, module, index.part_of(module), max_lora_rank, allow_media_parts)
             modules[module] = _cast(weights, module, dtype)
     except AdapterMismatch as error:
-        raise AdapterMismatch(f"adapter {name!r} ({path}): {error}") from None
+        raise AdapterMismatch(f"adapter {name!r} ({files.origin}): {error}") from None
     if unmatched:
         logger.warning("adapter %r: %d modules matched, ignored %s", name, len(modules), _listed(unmatched))
     media = {module: weights for module, weights in modules.items() if index.part_of(module) != PARTS[0]}
     parts = {part: sum(index.part_of(module) == part for module in modules) for part in PARTS}
     report = AdapterReport(len(modules), parts, tuple(unmatched))
-    return Adapter(name, _digest(config, tensors), _media_digest(media), path, modules, report)
+    return Adapter(name, _digest(config, tensors), _media_digest(media), files.path, modules, report)
 
 
 def _group(tensors: Iterable[str]) -> tuple[dict[str, _Pair], list[str]]:

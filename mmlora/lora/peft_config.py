@@ -3,17 +3,14 @@
 The keys are those of `peft.LoraConfig` up to PEFT 0.21 (https://huggingface.co/docs/peft, "LoRA").
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from mmlora.errors import AdapterMismatch, AdapterNotFound
-
-CONFIG_FILE: Final = "adapter_config.json"
+from mmlora.errors import AdapterMismatch
+from mmlora.lora.files import CONFIG_FILE
 
 _UNDERSTOOD: Final = frozenset(
     [
@@ -86,24 +83,6 @@ class PeftConfig:
     exclude_modules: str | tuple[str, ...] | None = None
     layers_to_transform: tuple[int, ...] = ()
     layers_pattern: tuple[str, ...] = ()
-
-    @classmethod
-    def from_file(cls, path: Path) -> "PeftConfig":
-        """Read `adapter_config.json`.
-
-        Raises:
-            AdapterNotFound: there is no such file.
-            AdapterMismatch: it is not a JSON object, or `from_dict` refuses it.
-        """
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise AdapterNotFound(f"no {CONFIG_FILE} in {path.parent}; a PEFT directory has one") from None
-        except (ValueError, OSError) as error:
-            raise AdapterMismatch(f"{path} cannot be read as JSON: {error}") from None
-        if not isinstance(content, dict):
-            raise AdapterMismatch(f"{path} holds a {type(content).__name__}; it must be a JSON object")
-        return cls.from_dict(content)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "PeftConfig":

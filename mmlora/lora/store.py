@@ -12,7 +12,7 @@ import torch
 
 from mmlora.errors import AdapterError
 from mmlora.lora.adapter import Adapter
-from mmlora.lora.files import resolve_adapter_path
+from mmlora.lora.files import read_adapter, resolve_adapter_path
 from mmlora.lora.load import load_adapter
 from mmlora.lora.module_index import ModuleIndex
 from mmlora.lora.request import LoRARequest
@@ -163,7 +163,7 @@ class AdapterStore:
     def _load(self, entry: _Entry, path: str, is_reload: bool) -> Adapter:
         try:
             adapter = load_adapter(
-                resolve_adapter_path(path),
+                read_adapter(resolve_adapter_path(path)),
                 entry.key[0],
                 self._index,
                 dtype=self._dtype,

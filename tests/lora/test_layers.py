@@ -9,6 +9,7 @@ from torch import nn
 
 from mmlora.kernels import ops
 from mmlora.lora.adapter import LoRAWeights
+from mmlora.lora.files import read_adapter
 from mmlora.lora.layers import LoRALinear, LoRAState
 from mmlora.lora.load import load_adapter
 from mmlora.lora.module_index import ModuleIndex
@@ -34,7 +35,7 @@ def activate(model: nn.Module, *paths: Path) -> LoRASlots:
     index = ModuleIndex(model)
     slots = LoRASlots(model, len(paths), CPU)
     for uid, path in enumerate(paths):
-        adapter = load_adapter(path, path.name, index, dtype=torch.float32).with_identity(uid, 0)
+        adapter = load_adapter(read_adapter(path), path.name, index, dtype=torch.float32).with_identity(uid, 0)
         slots.retain(slots.activate(adapter))
     return slots
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from mmlora.errors import AdapterError, AdapterMismatch, AdapterNotFound
 from mmlora.lora.adapter import Adapter
+from mmlora.lora.files import read_adapter
 from mmlora.lora.load import load_adapter
 from mmlora.lora.module_index import ModuleIndex
 
@@ -20,7 +21,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def load(path: Path, index: ModuleIndex, **arguments: Any) -> Adapter:
-    return load_adapter(path, "test", index, **{"dtype": torch.float32, **arguments})
+    return load_adapter(read_adapter(path), "test", index, **{"dtype": torch.float32, **arguments})
 
 
 def part_of(name: str) -> str:
