@@ -4,6 +4,7 @@ from mmlora.async_llm import AsyncLLM
 from mmlora.config import EngineArgs
 from mmlora.engine import LLMEngine
 from mmlora.llm import LLM
+from mmlora.lora.mix import LoRAMix
 from mmlora.lora.request import BASE, LoRARequest
 from mmlora.outputs import CompletionOutput, LoRAChoice, RequestOutput
 from mmlora.sampling_params import SamplingParams
@@ -16,6 +17,7 @@ __all__ = [
     "EngineArgs",
     "LLMEngine",
     "LoRAChoice",
+    "LoRAMix",
     "LoRARequest",
     "RequestOutput",
     "SamplingParams",

@@ -99,10 +99,13 @@ class BlockManager:
     def _hash_next(self, seq: Sequence) -> bytes:
         index = len(seq.block_hashes)
         start, end = index * self.block_size, (index + 1) * self.block_size
-        parent = seq.block_hashes[-1] if index else ("adapter", seq.adapter.identity if seq.adapter else None)
+        parent = seq.block_hashes[-1] if index else None
+        adapter = None  # blocks before an activated LoRA holds are the base model's, and shared with it
+        if seq.adapter is not None and end > seq.adapter_start:
+            adapter = ("adapter", seq.adapter.identity, max(0, seq.adapter_start - start))
         media = [
             ("media", item.encoder_key, item.start - start)
             for item in seq.media
             if item.start < end and item.end > start
         ]
-        return hashlib.sha256(repr((parent, ("tokens", seq.token_ids[start:end]), media)).encode()).digest()
+        return hashlib.sha256(repr((parent, adapter, ("tokens", seq.token_ids[start:end]), media)).encode()).digest()

@@ -10,6 +10,7 @@ from typing import Any
 from mmlora.config import EngineArgs
 from mmlora.errors import RequestError
 from mmlora.lora.adapter import Adapter
+from mmlora.lora.mix import LoRAMix, MixCache
 from mmlora.lora.request import BASE, LoRARequest
 from mmlora.lora.store import AdapterStore
 from mmlora.outputs import LoRAChoice
@@ -60,6 +61,7 @@ class InputProcessor:
         self._towers = towers
         self._store = store
         self._defaults = defaults
+        self._mixes = MixCache()
 
     def process(
         self, request_id: str, prompt: Prompt, params: SamplingParams, lora_request: LoRARequest | object | None = None
@@ -71,7 +73,7 @@ class InputProcessor:
             prompt: text, token ids, or a mapping with `prompt` or `prompt_token_ids` (which then are the prompt),
                 `multi_modal_data` and `mm_processor_kwargs`.
             params: sampling parameters.
-            lora_request: an adapter, `BASE` for none on purpose, None to let the media decide.
+            lora_request: an adapter or a mix, `BASE` for none on purpose, None to let the media decide.
 
         Raises:
             RequestError: the prompt has the wrong form or length, or the parameters do not fit the model.
@@ -88,6 +90,11 @@ class InputProcessor:
         self._check_tokens(token_ids)
         modalities = {item.modality for item in processed}
         lora_request, adapter, choice = self._choose_adapter(modalities, lora_request)
+        adapter_start = 0
+        if adapter is not None and adapter.invocation_tokens:
+            adapter_start = _last_start(token_ids, adapter.invocation_tokens)
+            if adapter_start == len(token_ids):
+                choice, adapter = _not_invoked(adapter, choice), None
         media_digest = adapter.media_digest if adapter is not None else None
         media = []
         for place in media_ranges:
@@ -106,6 +113,7 @@ class InputProcessor:
             lora=choice,
             lora_request=lora_request,
             max_tokens=min(params.max_tokens or room, room),
+            adapter_start=adapter_start,
         )
 
     def _tokenize(self, fields: Mapping[str, Any]) -> tuple[str | None, list[int]]:
@@ -137,21 +145,23 @@ class InputProcessor:
 
     def _choose_adapter(
         self, modalities: set[str], lora_request: LoRARequest | object | None
-    ) -> tuple[LoRARequest | None, Adapter | None, LoRAChoice]:
+    ) -> tuple[LoRARequest | LoRAMix | None, Adapter | None, LoRAChoice]:
         is_base = lora_request is BASE
-        if lora_request is not None and not is_base and not isinstance(lora_request, LoRARequest):
-            raise RequestError(f"lora_request={lora_request!r} must be a LoRARequest, mmlora.BASE or None")
-        explicit = lora_request if isinstance(lora_request, LoRARequest) else None
+        if lora_request is not None and not is_base and not isinstance(lora_request, LoRARequest | LoRAMix):
+            raise RequestError(f"lora_request={lora_request!r} must be a LoRARequest, a LoRAMix, mmlora.BASE or None")
+        explicit = lora_request if isinstance(lora_request, LoRARequest | LoRAMix) else None
         if explicit is not None and self._store is None:
             raise RequestError(f"adapter {explicit.lora_name!r} was asked for, but the engine has enable_lora=False")
-        requests = {key: request for key, (request, _) in self._defaults.items()}
+        requests: dict[str, LoRARequest | LoRAMix] = {key: request for key, (request, _) in self._defaults.items()}
         choice = choose_adapter(modalities, requests, explicit=explicit, is_base_explicit=is_base)
         if choice.adapter is None:
             return None, None, LoRAChoice(None, None, choice.reason, choice.warning)
         adapter = self._load(choice.adapter)
         return choice.adapter, adapter, LoRAChoice(choice.adapter.lora_name, adapter.digest, choice.reason)
 
-    def _load(self, request: LoRARequest) -> Adapter:
+    def _load(self, request: LoRARequest | LoRAMix) -> Adapter:
+        if isinstance(request, LoRAMix):
+            return self._mixes.get(request, [self._load(part) for part, _ in request.parts])
         for default, adapter in self._defaults.values():
             if default is request:
                 return adapter
@@ -185,6 +195,20 @@ class InputProcessor:
         for token in token_ids:
             if not isinstance(token, int) or not (0 <= token < self._vocab_size or token in allowed):
                 raise RequestError(f"token id {token!r} is outside the vocabulary of {self._vocab_size}")
+
+
+def _last_start(token_ids: list[int], wanted: tuple[int, ...]) -> int:
+    """Where some tokens begin for the last time; the number of all tokens when they do not occur."""
+    starts = range(len(token_ids) - len(wanted), -1, -1)
+    return next((start for start in starts if tuple(token_ids[start : start + len(wanted)]) == wanted), len(token_ids))
+
+
+def _not_invoked(adapter: Adapter, choice: LoRAChoice) -> LoRAChoice:
+    warning = (
+        f"the prompt lacks the tokens {list(adapter.invocation_tokens)}, from which on adapter {adapter.name!r} holds: "
+        "it was not applied"
+    )
+    return LoRAChoice(None, None, choice.reason, warning)
 
 
 def encode_text(tokenizer: Any, text: str, max_model_len: int | None, *, add_special_tokens: bool = True) -> list[int]:

@@ -12,14 +12,13 @@ import torch
 
 from mmlora.attention import AttentionMetadata, KVCache, attention_context
 from mmlora.errors import MMLoRAError
-from mmlora.lora.layers import LoRAState
+from mmlora.kernels.segments import BASE_SLOT, Segment
+from mmlora.lora.state import LoRAState
 from mmlora.outputs import TokenLogprobs
 from mmlora.sampler import sample, top_logprobs
 from mmlora.scheduler import ScheduledSequence
 from mmlora.sequence import Sequence
 from mmlora.towers.encoder import EncoderJob, MediaEncoder
-
-BASE_SLOT = -1
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Batch:
     input_ids: torch.Tensor  # [num_tokens]
     positions: torch.Tensor  # [num_tokens]
     attention: AttentionMetadata
-    segments: list[tuple[int, int, int]] | None  # (start, end, slot) over all rows, None without adapters
+    segments: list[Segment] | None  # over all rows, None without adapters
     starts: list[int]  # first row of each item
 
 
@@ -115,23 +114,18 @@ class ModelRunner:
         token_ids: list[int] = []
         positions: list[int] = []
         starts: list[int] = []
-        segments: list[tuple[int, int, int]] = []
+        slots: list[int] = []
         for item in items:
-            start = len(token_ids)
-            starts.append(start)
+            starts.append(len(token_ids))
             token_ids += item.seq.token_ids[item.start : item.end]
             positions += range(item.start, item.end)
-            if segments and segments[-1][2] == _slot_of(item):
-                segments[-1] = (segments[-1][0], len(token_ids), _slot_of(item))
-            else:
-                segments.append((start, len(token_ids), _slot_of(item)))
-        has_adapter = any(slot != BASE_SLOT for _, _, slot in segments)
+            slots += _slots_of(item)
         return Batch(
             items,
             torch.tensor(token_ids, device=self.device),
             torch.tensor(positions, device=self.device),
             self._attention_metadata(items),
-            segments if has_adapter else None,
+            _segments(slots) if any(slot != BASE_SLOT for slot in slots) else None,
             starts,
         )
 
@@ -160,7 +154,8 @@ class ModelRunner:
         with ExitStack() as stack:
             stack.enter_context(attention_context(batch.attention))
             if self.lora_state is not None:
-                stack.enter_context(self.lora_state.rows(batch.segments))
+                logit_segments = _segments(_slots_of_rows(rows, batch.segments)) if batch.segments else None
+                stack.enter_context(self.lora_state.rows(batch.segments, logit_segments))
             output = self.model(
                 inputs_embeds=self._embed(batch)[None],
                 position_ids=batch.positions[None],
@@ -227,6 +222,34 @@ class ModelRunner:
 
 def _slot_of(item: ScheduledSequence) -> int:
     return BASE_SLOT if item.seq.slot is None else item.seq.slot
+
+
+def _slots_of(item: ScheduledSequence) -> list[int]:
+    """The slot of each token computed: the base model's for those before the adapter holds."""
+    num_base = min(max(item.seq.adapter_start - item.start, 0), item.num_tokens)
+    return [BASE_SLOT] * num_base + [_slot_of(item)] * (item.num_tokens - num_base)
+
+
+def _segments(slots: Rows[int]) -> list[Segment]:
+    """Join neighbouring rows of one slot."""
+    segments: list[Segment] = []
+    for row, slot in enumerate(slots):
+        if segments and segments[-1][2] == slot:
+            segments[-1] = (segments[-1][0], row + 1, slot)
+        else:
+            segments.append((row, row + 1, slot))
+    return segments
+
+
+def _slots_of_rows(rows: Rows[int], segments: Rows[Segment]) -> list[int]:
+    """The slot of each of some rows, ascending."""
+    slots, remaining = [], iter(segments)
+    segment = next(remaining)
+    for row in rows:
+        while row >= segment[1]:
+            segment = next(remaining)
+        slots.append(segment[2])
+    return slots
 
 
 def _missing_media(item: ScheduledSequence) -> list[int]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from mmlora.errors import MMLoRAError
+from mmlora.lora.mix import LoRAMix
 from mmlora.lora.request import LoRARequest
 
 
@@ -66,7 +67,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     lora: LoRAChoice
-    lora_request: LoRARequest | None = None
+    lora_request: LoRARequest | LoRAMix | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_cached_tokens: int = 0
     metrics: RequestMetrics = field(default_factory=RequestMetrics)

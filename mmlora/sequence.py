@@ -11,6 +11,7 @@ import torch
 from mmlora.detokenizer import Detokenizer
 from mmlora.errors import MMLoRAError
 from mmlora.lora.adapter import Adapter
+from mmlora.lora.mix import LoRAMix
 from mmlora.lora.request import LoRARequest
 from mmlora.outputs import LoRAChoice, TokenLogprobs
 from mmlora.processors.base import ProcessedMedia
@@ -47,8 +48,9 @@ class EngineInput:
     media: tuple[MediaInput, ...]
     adapter: Adapter | None
     lora: LoRAChoice
-    lora_request: LoRARequest | None
+    lora_request: LoRARequest | LoRAMix | None
     max_tokens: int
+    adapter_start: int = 0  # first token that the adapter changes; later than 0 for an activated LoRA
 
 
 class Status(Enum):
@@ -100,7 +102,6 @@ class Sequence:
     media_embeds: dict[int, torch.Tensor] = field(default_factory=dict)  # media index: [num_tokens, hidden_size]
     slot: int | None = None  # LoRA slot held while running
     num_returned_tokens: int = 0  # tokens given out as deltas
-    num_skips: int = 0  # scheduler steps in which another request was admitted before this one
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -115,6 +116,11 @@ class Sequence:
     def adapter(self) -> Adapter | None:
         """The adapter version that this sequence started with."""
         return self.request.input.adapter
+
+    @property
+    def adapter_start(self) -> int:
+        """First token that the adapter changes; all before are the base model's."""
+        return self.request.input.adapter_start
 
     @property
     def media(self) -> tuple[MediaInput, ...]:

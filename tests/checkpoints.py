@@ -175,15 +175,18 @@ TEXT_FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ),
     "gemma3_text": ("Gemma3", {"head_dim": 14, "sliding_window": 9, "sliding_window_pattern": 2}),
     "phi3": ("Phi3", {"sliding_window": 9}),
+    "mixtral": ("Mixtral", {"num_local_experts": 3}),
+    "gpt2": ("GPT2", {"n_inner": 84, "num_key_value_heads": None}),
 }
 
 
-def save_text_model(path: Path, family: str, seed: int = 0) -> Path:
-    """Write a tiny text model of `TEXT_FAMILIES` with its tokenizer."""
+def save_text_model(path: Path, family: str, seed: int = 0, **changes: Any) -> Path:
+    """Write a tiny text model of `TEXT_FAMILIES` with its tokenizer; `changes` are options of its configuration."""
     name, options = TEXT_FAMILIES[family]
     config_name = f"{name}TextConfig" if family.endswith("_text") else f"{name}Config"
-    config = getattr(transformers, config_name)(**_TEXT, **options)
-    return _save(path, getattr(transformers, f"{name}ForCausalLM"), config, seed)
+    config = getattr(transformers, config_name)(**{**_TEXT, **options, **changes})
+    class_name = "GPT2LMHeadModel" if family == "gpt2" else f"{name}ForCausalLM"
+    return _save(path, getattr(transformers, class_name), config, seed)
 
 
 def save_phi4(path: Path, seed: int = 0) -> Path:

@@ -4,35 +4,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-import torch
+from mmlora.lora.weights import ModuleWeights
 
 PARTS: Final = ("language_model", "connector", "vision_tower", "audio_tower")
 
 AdapterIdentity = tuple[int, str, int]
 """`(uid, digest, generation)`: the only key under which anything about an adapter may be cached."""
-
-
-@dataclass(frozen=True, eq=False)
-class LoRAWeights:
-    """The matrices of one module, in the model's dtype, on the host.
-
-    Attributes:
-        lora_A: `[r, in_features]`.
-        lora_B: `[out_features, r]`.
-        scaling: `alpha / r`, or `alpha / √r` with rsLoRA.
-    """
-
-    lora_A: torch.Tensor
-    lora_B: torch.Tensor
-    scaling: float
-
-    @property
-    def rank(self) -> int:
-        return self.lora_A.shape[0]
-
-    @property
-    def num_bytes(self) -> int:
-        return self.lora_A.nbytes + self.lora_B.nbytes
 
 
 @dataclass(frozen=True)
@@ -43,11 +20,13 @@ class AdapterReport:
         matched: modules of the model that the adapter changes.
         parts: how many of them lie in each part of the model.
         unmatched: tensors that landed nowhere; empty unless loaded with `strict=False`.
+        max_rank: largest rank of any module; 0 when none is low-rank.
     """
 
     matched: int
     parts: dict[str, int]
     unmatched: tuple[str, ...] = ()
+    max_rank: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,25 +41,23 @@ class Adapter:
         modules: by the model's own module name.
         uid: number of the adapter in this process; 0 until an `AdapterStore` has taken it.
         generation: count of in-place reloads.
+        invocation_tokens: of an activated LoRA: it holds from the last place where they stand in the prompt; empty
+            for an adapter that holds everywhere.
     """
 
     name: str
     digest: str
     media_digest: str | None
     path: Path | None
-    modules: dict[str, LoRAWeights] = field(repr=False)
+    modules: dict[str, ModuleWeights] = field(repr=False)
     report: AdapterReport
     uid: int = 0
     generation: int = 0
+    invocation_tokens: tuple[int, ...] = ()
 
     @property
     def identity(self) -> AdapterIdentity:
         return self.uid, self.digest, self.generation
-
-    @property
-    def rank(self) -> int:
-        """Largest rank of any module."""
-        return max(weights.rank for weights in self.modules.values())
 
     @property
     def num_bytes(self) -> int:

@@ -1,146 +1,154 @@
-"""The layers that apply adapters: `LoRALinear` wraps a Linear, `LoRAState` tells it which rows take which slot."""
+"""The layers that apply adapters: each wraps one module of the model and holds what every slot changes in it.
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+A pass without adapters calls the wrapped module and nothing else.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
 
 from mmlora.kernels import ops
-from mmlora.kernels.segments import BASE_SLOT, RowSegments, Segment, max_tiles
+from mmlora.kernels.segments import RowSegments
 from mmlora.kernels.slot_weights import SlotWeights
-from mmlora.lora.adapter import LoRAWeights
+from mmlora.lora.state import LoRAState
+from mmlora.lora.weights import LoRAWeights, ModuleWeights, TokenRows
 
 
-class LoRAState:
-    """Row→slot assignment of the forward pass that is running; all wrapped layers of a model share one.
-
-    Args:
-        device: of the model.
-        max_num_rows: rows of the largest step and
-        max_num_segments: segments of one step; given both, the device metadata keep one address and a fixed shape,
-            so that CUDA graphs can be captured over them.
-    """
-
-    def __init__(self, device: torch.device, max_num_rows: int = 0, max_num_segments: int = 0) -> None:
-        self.device = device
-        self.is_active = False
-        self._is_open = False
-        self._rows: RowSegments | None = None
-        self._uniform_slot = BASE_SLOT
-        self._uniform_rows: dict[int, RowSegments | None] = {}
-        self._tile_buffer: torch.Tensor | None = None
-        if max_num_rows and ops.uses_triton(device):
-            shape = (max_tiles(max_num_rows, max_num_segments), 3)
-            self._tile_buffer = torch.full(shape, BASE_SLOT, dtype=torch.int32, device=device)
-
-    @property
-    def segments(self) -> tuple[Segment, ...] | None:
-        """Adapter segments of the running forward pass; None outside, in `uniform`, and when all rows are base."""
-        return self._rows.segments if self._rows is not None else None
-
-    @property
-    def uniform_slot(self) -> int | None:
-        """Slot of all rows inside `uniform`, None elsewhere."""
-        return self._uniform_slot if self._uniform_slot != BASE_SLOT else None
-
-    @contextmanager
-    def rows(self, segments: Sequence[Segment] | None) -> Iterator[None]:
-        """Run a forward pass over flattened tokens, `[1, num_tokens, …]`, with these segments.
-
-        Args:
-            segments: `(start, end, slot)`, covering all rows in order; slot −1 for base rows. None: all base.
-
-        Raises:
-            RuntimeError: another pass is running.
-            ValueError: the segments have gaps or overlaps.
-        """
-        rows = ops.row_segments(segments, self.device, self._tile_buffer) if segments else None
-        with self._open():
-            self._rows, self.is_active = rows, rows is not None
-            yield
-
-    @contextmanager
-    def uniform(self, slot: int | None) -> Iterator[None]:
-        """Run a forward pass in which all rows, however many a layer sees, take one slot (−1 or None: the base).
-
-        Raises:
-            RuntimeError: another pass is running.
-        """
-        with self._open():
-            self._uniform_slot = BASE_SLOT if slot is None else slot
-            self.is_active = self._uniform_slot != BASE_SLOT
-            yield
-
-    def rows_of(self, num_rows: int) -> RowSegments | None:
-        """Return the assignment for a layer that sees `num_rows` rows.
-
-        Raises:
-            RuntimeError: the segments describe another number of rows, so adapters would land on wrong ones.
-        """
-        if self._rows is None:
-            if num_rows not in self._uniform_rows:
-                segment = (0, num_rows, self._uniform_slot)
-                self._uniform_rows[num_rows] = ops.row_segments([segment], self.device)
-            return self._uniform_rows[num_rows]
-        if self._rows.num_rows != num_rows:
-            raise RuntimeError(f"a LoRA layer sees {num_rows} rows, the segments describe {self._rows.num_rows}")
-        return self._rows
-
-    @contextmanager
-    def _open(self) -> Iterator[None]:
-        if self._is_open:
-            raise RuntimeError("a forward pass with LoRA is already running; passes do not nest")
-        self._is_open = True
-        try:
-            yield
-        finally:
-            self._is_open = self.is_active = False
-            self._rows, self._uniform_slot = None, BASE_SLOT
-            self._uniform_rows.clear()
-
-
-class LoRALinear(nn.Module):
-    """Add the adapter in each row's slot to a Linear: `y = base(x) + scaling · (x Aᵀ) Bᵀ`.
-
-    A pass without adapters calls the base and nothing else.
+class LoRALayer(nn.Module):
+    """What all wrappers share: the wrapped module, reachable with all its attributes, and the state of the pass.
 
     Args:
-        base: the wrapped module; its weight and bias stay reachable under their names.
+        base: the wrapped module.
         state: shared by all layers of the model.
         max_loras: number of slots.
+        is_output_layer: the module sees the rows whose logits are wanted, not all tokens.
     """
 
-    def __init__(self, base: nn.Linear, state: LoRAState, max_loras: int) -> None:
+    base: Any  # its attributes are those of many classes
+
+    def __init__(self, base: nn.Module, state: LoRAState, max_loras: int, *, is_output_layer: bool = False) -> None:
         super().__init__()
         self.base = base
         self.state = state
-        self.slots = SlotWeights(max_loras, base.weight.device)
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.max_loras = max_loras
+        self.is_output_layer = is_output_layer
 
-    @property
-    def weight(self) -> torch.Tensor:
-        return self.base.weight
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
 
-    @property
-    def bias(self) -> torch.Tensor | None:
-        return self.base.bias
-
-    def set_slot(self, slot: int, weights: LoRAWeights) -> None:
-        """Put an adapter's matrices for this module into a slot."""
-        self.slots.set(slot, weights.lora_A, weights.lora_B, weights.scaling)
+    def set_slot(self, slot: int, weights: ModuleWeights) -> None:
+        """Put what an adapter changes in this module into a slot."""
+        raise NotImplementedError
 
     def clear_slot(self, slot: int) -> None:
         """Empty a slot."""
+        raise NotImplementedError
+
+    def rows_of(self, num_rows: int) -> RowSegments | None:
+        """Return the running pass's assignment of rows to slots."""
+        return self.state.rows_of(num_rows, is_output_layer=self.is_output_layer)
+
+    def on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Copy a tensor to where the wrapped module lies, unless it is there."""
+        return tensor.to(self.state.device, non_blocking=True)
+
+
+@dataclass(frozen=True, eq=False)
+class _OutputPatch:
+    """What a slot does to the output of a Linear besides its low-rank product."""
+
+    parameters: Mapping[str, torch.Tensor] = field(default_factory=dict)  # replaced ones, with a weight among them
+    factor: torch.Tensor | None = None  # [out_features], of everything but the bias (DoRA)
+    shift: torch.Tensor | None = None  # [out_features], added last
+    token_rows: TokenRows | None = None  # the module is an output layer: new rows of its weight
+
+
+class LoRALinear(LoRALayer):
+    """Add the adapter in each row's slot to a Linear: `y = base(x) + scaling · (x Aᵀ) Bᵀ`.
+
+    Replaced weights and biases and DoRA's magnitudes (https://arxiv.org/abs/2402.09353) are applied to the rows of
+    their slot. `transformers`' Conv1D, a Linear whose weight is transposed, is wrapped, too.
+    """
+
+    def __init__(self, base: nn.Module, state: LoRAState, max_loras: int, *, is_output_layer: bool = False) -> None:
+        super().__init__(base, state, max_loras, is_output_layer=is_output_layer)
+        weight: torch.Tensor = base.weight  # type: ignore[assignment]
+        self.out_features, self.in_features = reversed(weight.shape) if isinstance(base, Conv1D) else weight.shape
+        self.slots = SlotWeights(max_loras, weight.device)
+        self._patches: dict[int, _OutputPatch] = {}
+
+    def set_slot(self, slot: int, weights: ModuleWeights) -> None:
+        self.clear_slot(slot)
+        patch = self._patch(weights)
+        if weights.lora is not None:
+            self.slots.set(slot, weights.lora.lora_A, weights.lora.lora_B, weights.lora.scaling)
+        if patch is not None:
+            self._patches[slot] = patch
+
+    def clear_slot(self, slot: int) -> None:
         self.slots.clear(slot)
+        self._patches.pop(slot, None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `[…, out_features]` for `x [..., in_features]`; its rows are all leading dimensions flattened."""
         y: torch.Tensor = self.base(x)
         if not self.state.is_active:
             return y
-        flat_y = y.reshape(-1, self.out_features)
-        rows = self.state.rows_of(flat_y.shape[0])
-        if rows is not None:
-            ops.lora_apply(flat_y, x.reshape(-1, self.in_features), self.slots, rows)
+        flat_x, flat_y = x.reshape(-1, self.in_features), y.reshape(-1, self.out_features)
+        rows = self.rows_of(flat_y.shape[0])
+        if rows is None:
+            return y
+        patched = [
+            (slice(start, end), self._patches[slot]) for start, end, slot in rows.segments if slot in self._patches
+        ]
+        for part, patch in patched:
+            if patch.parameters:
+                flat_y[part] = functional_call(self.base, dict(patch.parameters), (flat_x[part],))
+        ops.lora_apply(flat_y, flat_x, self.slots, rows)
+        for part, patch in patched:
+            self._finish(flat_x[part], flat_y[part], patch)
         return flat_y.view(y.shape)
+
+    def _finish(self, x: torch.Tensor, y: torch.Tensor, patch: _OutputPatch) -> None:
+        """Apply in place what comes after the low-rank product."""
+        bias = self.base.bias
+        if patch.token_rows is not None:
+            values = x @ patch.token_rows.rows.T
+            y[:, patch.token_rows.ids] = values if bias is None else values + bias[patch.token_rows.ids]
+        if patch.factor is not None:
+            total = (y.float() - bias.float()) * patch.factor + bias.float() if bias is not None else y * patch.factor
+            y.copy_(total)
+        if patch.shift is not None:
+            y.add_(patch.shift)
+
+    def _patch(self, weights: ModuleWeights) -> _OutputPatch | None:
+        lora, token_rows = weights.lora, weights.token_rows
+        parameters = {name: self.on_device(tensor) for name, tensor in weights.parameters.items()}
+        shift = None
+        if "weight" not in parameters and (new_bias := parameters.pop("bias", None)) is not None:
+            shift = new_bias - self.base.bias
+        if lora is not None and lora.bias is not None:
+            lora_bias = lora.scaling * self.on_device(lora.bias)
+            shift = lora_bias if shift is None else shift + lora_bias
+        if token_rows is not None:
+            token_rows = TokenRows(self.on_device(token_rows.ids), self.on_device(token_rows.rows))
+        factor = self._dora_factor(lora) if lora is not None and lora.magnitude is not None else None
+        if not parameters and factor is None and shift is None and token_rows is None:
+            return None
+        return _OutputPatch(parameters, factor, shift, token_rows)
+
+    def _dora_factor(self, lora: LoRAWeights) -> torch.Tensor:
+        """Return magnitude over the norm of each row of the changed weight, `[out_features] fp32`."""
+        weight = self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
+        delta = self.on_device(lora.lora_B).float() @ self.on_device(lora.lora_A).float()
+        norm: torch.Tensor = torch.linalg.norm(weight.float() + lora.scaling * delta, dim=1)
+        assert lora.magnitude is not None
+        return self.on_device(lora.magnitude).float() / norm

@@ -1,36 +1,22 @@
-"""Load a PEFT adapter for a model, strictly: every tensor lands on a Linear of the right shape, or loading fails."""
+"""Load a PEFT adapter for a model, strictly: every tensor lands on a module that takes it, or loading fails."""
 
-import hashlib
-import json
 import logging
-import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 
 import torch
 
 from mmlora.errors import AdapterMismatch
-from mmlora.lora.adapter import PARTS, Adapter, AdapterReport, LoRAWeights
+from mmlora.lora.adapter import PARTS, Adapter, AdapterReport
+from mmlora.lora.digest import adapter_digest, media_digest
 from mmlora.lora.files import CONFIG_FILE, AdapterFiles
 from mmlora.lora.module_index import ModuleIndex
+from mmlora.lora.module_reader import ModuleReader
 from mmlora.lora.peft_config import PeftConfig
+from mmlora.lora.tensor_keys import TensorKey, parse_key
+from mmlora.lora.weights import ModuleWeights
 
 logger = logging.getLogger(__name__)
-
-_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-_UNSUPPORTED = re.compile(r"(?P<module>.+)\.(?P<kind>lora_embedding_[AB]|lora_magnitude_vector.*|lora_[AB]\.bias)")
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-@dataclass
-class _Pair:
-    """The two tensors of one module: its name in the file, and their keys by side, A or B."""
-
-    name: str
-    keys: dict[str, str] = field(default_factory=dict)
-
-    def other(self) -> str:
-        return "B" if "A" in self.keys else "A"
 
 
 def load_adapter(
@@ -58,164 +44,117 @@ def load_adapter(
         AdapterMismatch: the adapter does not fit the model or uses something that is not supported.
     """
     try:
-        config, tensors = PeftConfig.from_dict(files.config), files.tensors
-        names, unmatched = _match(tensors, index, config, strict)
+        config = PeftConfig.from_dict(files.config)
+        keys, unmatched = _match(files.tensors, index, strict)
+        reader = ModuleReader(files.tensors, index, config, dtype, max_lora_rank)
         modules = {}
-        for module, pair in names.items():
-            weights = _module_weights(tensors, pair, module, index, config)
-            _admit(weights, module, index.part_of(module), max_lora_rank, allow_media_parts)
-            modules[module] = _cast(weights, module, dtype)
+        for module in sorted(keys):
+            _admit(module, index.part_of(module), config, allow_media_parts)
+            modules[module] = reader.read(module, keys[module])
+        _tie_token_rows(modules, index)
+        _check_complete(modules, index, config)
+        _check_invocation(modules, index, config)
     except AdapterMismatch as error:
         raise AdapterMismatch(f"adapter {name!r} ({files.origin}): {error}") from None
     if unmatched:
-        logger.warning("adapter %r: %d modules matched, ignored %s", name, len(modules), _listed(unmatched))
+        logger.warning("adapter %r: %d modules matched, ignored %s", name, len(modules), listed(unmatched))
     media = {module: weights for module, weights in modules.items() if index.part_of(module) != PARTS[0]}
     parts = {part: sum(index.part_of(module) == part for module in modules) for part in PARTS}
-    report = AdapterReport(len(modules), parts, tuple(unmatched))
-    return Adapter(name, _digest(config, tensors), _media_digest(media), files.path, modules, report)
-
-
-def _group(tensors: Iterable[str]) -> tuple[dict[str, _Pair], list[str]]:
-    """Sort keys into pairs by the module name in the file, and keys that are no LoRA matrices."""
-    pairs: dict[str, _Pair] = {}
-    stray = []
-    for key in tensors:
-        name = key.removeprefix("base_model.model.")
-        if match := _UNSUPPORTED.fullmatch(name):
-            raise AdapterMismatch(f"tensor {key}: {match['kind']} on {match['module']} is not supported")
-        if match := _KEY.fullmatch(name):
-            pair = pairs.setdefault(match["module"], _Pair(match["module"]))
-            if match["side"] in pair.keys:
-                raise AdapterMismatch(f"tensors {pair.keys[match['side']]} and {key} name the same matrix")
-            pair.keys[match["side"]] = key
-        else:
-            stray.append(key)
-    return pairs, stray
+    return Adapter(
+        name,
+        adapter_digest(config, files.tensors),
+        media_digest(media),
+        files.path,
+        {module: weights for module, weights in modules.items() if not weights.is_empty},
+        AdapterReport(len(modules), parts, tuple(unmatched), reader.max_rank),
+        invocation_tokens=config.alora_invocation_tokens,
+    )
 
 
 def _match(
-    tensors: Mapping[str, torch.Tensor], index: ModuleIndex, config: PeftConfig, strict: bool
-) -> tuple[dict[str, _Pair], list[str]]:
-    """Return the tensors of each module of the model, sorted by its name, and the keys that match none."""
-    pairs, stray = _group(tensors)
-    resolved = index.resolve(list(pairs))
-    unmatched = sorted(stray + [key for name in pairs.keys() - resolved.keys() for key in pairs[name].keys.values()])
-    if not resolved:
-        found = f"{len(tensors)} tensors, such as {_listed(unmatched)}" if tensors else "the file holds no tensors"
-        raise AdapterMismatch(f"nothing matches a module of this model: {found}")
+    tensors: Mapping[str, torch.Tensor], index: ModuleIndex, strict: bool
+) -> tuple[dict[str, list[TensorKey]], list[str]]:
+    """Return the keys of each module of the model, under its own name, and the keys that match none."""
+    parsed = {key: parse_key(key) for key in tensors}
+    names = {key.module for key in parsed.values() if key is not None}
+    resolved = index.resolve(list(names))
+    keys: dict[str, list[TensorKey]] = defaultdict(list)
+    unmatched = []
+    for key, found in parsed.items():
+        module = resolved.get(found.module) if found is not None else None
+        if found is None or module is None or not _has_parameter(found, module, index):
+            unmatched.append(key)
+        elif found.role != "training":
+            keys[module].append(found)
+    unmatched.sort()
+    if not keys:
+        found_text = f"{len(tensors)} tensors, such as {listed(unmatched)}" if tensors else "the file holds no tensors"
+        raise AdapterMismatch(f"nothing matches a module of this model: {found_text}")
     if strict and unmatched:
         raise AdapterMismatch(
-            f"{len(unmatched)} of {len(tensors)} tensors match no module of this model: {_listed(unmatched)} "
+            f"{len(unmatched)} of {len(tensors)} tensors match no module of this model: {listed(unmatched)} "
             "(strict=False ignores them)"
         )
-    for name, module in resolved.items():
-        if module not in index.linears:
-            key = next(iter(pairs[name].keys.values()))
-            raise AdapterMismatch(f"tensor {key}: {module} is a {index.others[module]}; only Linear can be adapted")
-    excluded = [name for name, module in resolved.items() if not _is_selected(config, name, module)]
-    if excluded:
-        raise AdapterMismatch(
-            f"{CONFIG_FILE} does not select {_listed(excluded)}, yet there are tensors for it "
-            "(target_modules, exclude_modules, layers_to_transform, layers_pattern)"
-        )
-    if len(set(resolved.values())) != len(resolved):
-        raise AdapterMismatch(f"several sets of tensors land on one module: {_listed(resolved)}")
-    return {module: pairs[name] for name, module in sorted(resolved.items(), key=lambda item: item[1])}, unmatched
+    return keys, unmatched
 
 
-def _is_selected(config: PeftConfig, name: str, module: str) -> bool:
-    """Tell whether the configuration selects a module, under its name in the file or in the model.
-
-    A regular expression may also name it as the decoder does, without `model.`: Phi-4-multimodal's adapters were made
-    by a model that wraps its decoder alone, but saved under the names of the whole.
-    """
-    if config.selects(name) or config.selects(module):
-        return True
-    is_pattern = isinstance(config.target_modules, str) and not config.exclude_modules
-    return is_pattern and config.selects(module.removeprefix("model."))
+def _has_parameter(key: TensorKey, module: str, index: ModuleIndex) -> bool:
+    return key.role != "parameter" or index.parameter(module, key.parameter) is not None
 
 
-def _admit(weights: LoRAWeights, module: str, part: str, max_lora_rank: int | None, allow_media_parts: bool) -> None:
-    if not allow_media_parts and part != PARTS[0]:
+def _admit(module: str, part: str, config: PeftConfig, allow_media_parts: bool) -> None:
+    if part == PARTS[0]:
+        return
+    if not allow_media_parts:
         raise AdapterMismatch(
             f"there are tensors for {module} ({part}), but enable_tower_connector_lora=False admits only the "
             "language model"
         )
-    if max_lora_rank is not None and weights.rank > max_lora_rank:
-        raise AdapterMismatch(f"rank {weights.rank} of {module} exceeds max_lora_rank={max_lora_rank}")
+    if config.alora_invocation_tokens:
+        raise AdapterMismatch(f"alora_invocation_tokens: {module} ({part}) knows no tokens before or after them")
 
 
-def _module_weights(
-    tensors: Mapping[str, torch.Tensor],
-    pair: _Pair,
-    module: str,
-    index: ModuleIndex,
-    config: PeftConfig,
-) -> LoRAWeights:
-    if len(pair.keys) != 2:
-        key = next(iter(pair.keys.values()))
-        raise AdapterMismatch(f"tensor {key} has no partner lora_{pair.other()} for {module}")
-    lora_A, lora_B = tensors[pair.keys["A"]], tensors[pair.keys["B"]]
-    for side, weight in (("A", lora_A), ("B", lora_B)):
-        if weight.ndim != 2 or weight.dtype not in _DTYPES:
-            raise AdapterMismatch(
-                f"tensor {pair.keys[side]} on {module} is {list(weight.shape)} {weight.dtype}; it must be a matrix of "
-                "a floating-point type of 16 to 64 bits"
-            )
-    rank = config.rank_of(pair.name, module)
-    in_features, out_features = index.linears[module]
-    if lora_A.shape[1] != in_features or lora_B.shape[0] != out_features:
-        raise AdapterMismatch(
-            f"it was made for another model: {module} is Linear({in_features}, {out_features}), "
-            f"but lora_A is {list(lora_A.shape)} and lora_B is {list(lora_B.shape)}"
-        )
-    if lora_A.shape[0] != rank or lora_B.shape[1] != rank:
-        raise AdapterMismatch(
-            f"{CONFIG_FILE} says rank {rank} for {module}, "
-            f"but lora_A is {list(lora_A.shape)} and lora_B is {list(lora_B.shape)}"
-        )
-    return LoRAWeights(lora_A, lora_B, config.scaling_of(pair.name, module))
+def _tie_token_rows(modules: dict[str, ModuleWeights], index: ModuleIndex) -> None:
+    """Give an output layer that shares the embedding's weight the embedding's new rows, unless it has its own."""
+    source = modules.get(index.input_embedding or "")
+    if not index.is_tied or source is None or source.token_rows is None or index.output_layer is None:
+        return
+    target = modules.get(index.output_layer, ModuleWeights())
+    if target.token_rows is None:
+        modules[index.output_layer] = target.with_token_rows(source.token_rows)
 
 
-def _cast(weights: LoRAWeights, module: str, dtype: torch.dtype) -> LoRAWeights:
-    cast = {}
-    for side, weight in (("A", weights.lora_A), ("B", weights.lora_B)):
-        cast[side] = weight.to(dtype).contiguous()
-        if not torch.isfinite(cast[side]).all():
-            cause = f"overflows {dtype}" if torch.isfinite(weight).all() else "holds NaN or infinity"
-            raise AdapterMismatch(f"lora_{side} of {module} {cause}; every value must be finite")
-    return LoRAWeights(cast["A"], cast["B"], weights.scaling)
+def _check_complete(modules: Mapping[str, ModuleWeights], index: ModuleIndex, config: PeftConfig) -> None:
+    """Refuse a file that lacks what its configuration promises."""
+    for entry in config.modules_to_save:
+        saved = [name for name in index.modules if name.endswith(entry)]
+        owners = [owner for name in saved for owner in index.modules if owner == name or owner.startswith(f"{name}.")]
+        missing = [name for name in owners if index.has_parameters(name) and name not in modules]
+        if not saved or missing:
+            lack = f"there are no tensors for {listed(missing)}" if missing else "this model has no such module"
+            raise AdapterMismatch(f"{CONFIG_FILE}: modules_to_save has {entry!r}, but {lack}")
+    for entry in config.trainable_token_indices:
+        found = [
+            name
+            for name, weights in modules.items()
+            if weights.token_rows is not None and config.names_embedding(entry, name, index.input_embedding)
+        ]
+        if not found:
+            where = entry or "the input embedding"
+            raise AdapterMismatch(f"{CONFIG_FILE}: trainable_token_indices names {where}, but has no tensor for it")
 
 
-def _digest(config: PeftConfig, tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256(_canonical(config.digest_content()))
-    for key in sorted(tensors):
-        _update(digest, key, tensors[key])
-    return digest.hexdigest()
+def _check_invocation(modules: Mapping[str, ModuleWeights], index: ModuleIndex, config: PeftConfig) -> None:
+    """Refuse an activated LoRA that changes more than low-rank parts of Linears, as PEFT does."""
+    if not config.alora_invocation_tokens:
+        return
+    for name, weights in modules.items():
+        if index.kind_of(name) != "linear" or weights.lora is None or weights.parameters:
+            raise AdapterMismatch(f"alora_invocation_tokens: only lora_A and lora_B of a Linear, not {name}, can wait")
 
 
-def _media_digest(modules: Mapping[str, LoRAWeights]) -> str | None:
-    if not modules:
-        return None
-    digest = hashlib.sha256(b"tower and connector")
-    for module, weights in sorted(modules.items()):
-        digest.update(_canonical([module, weights.scaling]))
-        _update(digest, "A", weights.lora_A)
-        _update(digest, "B", weights.lora_B)
-    return digest.hexdigest()
-
-
-def _update(digest: "hashlib._Hash", key: str, tensor: torch.Tensor) -> None:
-    digest.update(_canonical([key, str(tensor.dtype), list(tensor.shape)]))
-    if tensor.numel():
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _canonical(content: object) -> bytes:
-    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _listed(names: Iterable[str], limit: int = 10) -> str:
+def listed(names: Iterable[str], limit: int = 10) -> str:
+    """Join names for a message, the first ten in order."""
     ordered = sorted(names)
     more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
     return ", ".join(ordered[:limit]) + more

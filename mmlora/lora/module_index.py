@@ -4,43 +4,63 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from mmlora.lora.adapter import PARTS
+from mmlora.lora.convolution import convolution_of
 
 
 class ModuleIndex:
     """Look up modules of a model.
 
     Args:
-        model: a transformers model, before any of its modules is wrapped.
+        model: a transformers model, before any of its modules is wrapped; its weights may be on the meta device.
         part_of: tells the part of the model that a module lies in (one of `PARTS`); all are language model without it.
 
     Attributes:
-        linears: `(in_features, out_features)` of every module that can be adapted.
-        others: class name of every other module.
+        modules: every module by name.
+        input_embedding: name of the token embedding, None without one.
+        output_layer: name of the layer that gives the logits, None without one.
+        is_tied: whether these two share their weight.
     """
 
     def __init__(self, model: nn.Module, part_of: Callable[[str], str] | None = None) -> None:
         self._part_of = part_of
         self._renamings = _checkpoint_renamings(model)
-        self.linears: dict[str, tuple[int, int]] = {}
-        self.others: dict[str, str] = {}
-        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
-        for name, module in model.named_modules():
-            if module is head:
-                self.others[name] = "output embedding"
-                continue
-            # This takes in the out_proj of nn.MultiheadAttention, which is never called: as in PEFT, where
-            # target_modules="all-linear" saves tensors for it, they have no effect.
-            if isinstance(module, nn.Linear):
-                self.linears[name] = (module.in_features, module.out_features)
-            elif name:
-                self.others[name] = type(module).__name__
+        self.modules: dict[str, nn.Module] = {name: module for name, module in model.named_modules() if name}
+        names: dict[nn.Module | None, str] = {module: name for name, module in self.modules.items()}
+        embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+        self.input_embedding = names.get(embedding)
+        self.output_layer = names.get(output_layer_of(model))
+        tied = [self.modules[name] for name in (self.input_embedding, self.output_layer) if name is not None]
+        self.is_tied = len(tied) == 2 and tied[0].weight is tied[1].weight
 
     def __contains__(self, name: object) -> bool:
-        return name in self.linears or name in self.others
+        return name in self.modules
+
+    def kind_of(self, name: str) -> str:
+        """Return how a module is adapted: linear, embedding, convolution or other (by whole parameters)."""
+        module = self.modules[name]
+        if isinstance(module, nn.Linear | Conv1D):
+            # This takes in the out_proj of nn.MultiheadAttention, which is never called: as in PEFT, where
+            # target_modules="all-linear" saves tensors for it, they have no effect.
+            return "linear"
+        if isinstance(module, nn.Embedding):
+            return "embedding"
+        return "convolution" if convolution_of(module) is not None else "other"
+
+    def parameter(self, name: str, parameter: str) -> torch.Tensor | None:
+        """Return a parameter or buffer of a module, None when it has none of this name."""
+        module = self.modules[name]
+        found = module._parameters.get(parameter)
+        return found if found is not None else module._buffers.get(parameter)
+
+    def has_parameters(self, name: str) -> bool:
+        """Tell whether a module owns parameters, those of its children apart."""
+        return any(parameter is not None for parameter in self.modules[name]._parameters.values())
 
     def resolve(self, names: Sequence[str]) -> dict[str, str]:
         """Return the model's own name for each name that an adapter file uses, leaving out those that have none.
@@ -62,6 +82,18 @@ class ModuleIndex:
         if part not in PARTS:
             raise ValueError(f"part_of({name!r}) is {part!r}; it must be one of {', '.join(PARTS)}")
         return part
+
+
+def output_layer_of(model: nn.Module) -> nn.Module | None:
+    """Return the layer that gives a model's logits, None without one."""
+    return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """Return `(in_features, out_features)` of a Linear, or of transformers' Conv1D."""
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    out_features, in_features = weight.shape if isinstance(module, nn.Linear) else reversed(weight.shape)
+    return in_features, out_features
 
 
 def _checkpoint_renamings(model: nn.Module) -> list[Any]:

@@ -23,9 +23,19 @@ _UNDERSTOOD: Final = frozenset(
         "exclude_modules",
         "layers_to_transform",
         "layers_pattern",
+        "bias",
+        "lora_bias",
+        "use_dora",
+        "use_bdlora",
+        "modules_to_save",
+        "target_parameters",
+        "trainable_token_indices",
+        "ensure_weight_tying",
+        "alora_invocation_tokens",
     ]
 )
-# Training, provenance, or settings of features that are off unless another key turns them on.
+# Training, provenance, how tensors were initialised, or settings of features that are off unless another key turns
+# them on. `fan_in_fan_out` follows from the module; VeLoRA and MonteCLoRA change gradients and noise of training only.
 _IRRELEVANT: Final = frozenset(
     [
         "peft_version",
@@ -36,23 +46,32 @@ _IRRELEVANT: Final = frozenset(
         "auto_mapping",
         "lora_dropout",
         "merge_weights",
+        "fan_in_fan_out",
         "megatron_core",
         "qalora_group_size",
         "runtime_config",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "velora_config",
+        "monteclora_config",
     ]
 )
-# Keys that change the computation or the base weights, with the values that leave them off.
-_SUPPORTED_VALUES: Final[dict[str, tuple[Any, ...]]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    # These only choose the starting point of training; pissa, olora, corda, loftq and lora_ga also change the base.
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "mica"),
-    **dict.fromkeys(("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "ensure_weight_tying"), (False, None)),
-    **dict.fromkeys(("modules_to_save", "target_parameters", "trainable_token_indices"), (None, [], {})),
-    **dict.fromkeys(("layer_replication", "alora_invocation_tokens", "enable_lora"), (None, [])),
-    **dict.fromkeys(("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"), (None, {})),
-    **dict.fromkeys(("monteclora_config", "arrow_config", "kasa_config", "megatron_config"), (None, {})),
-    "use_bdlora": (None, False, {}),
+# Keys that are refused unless they have one of these values, and why.
+_REFUSED: Final[dict[str, tuple[tuple[Any, ...], str]]] = {
+    "peft_type": (("LORA",), "other methods than LoRA are not applied"),
+    "init_lora_weights": (
+        (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
+        "this initialisation also changed the base weights, so the tensors do not fit the plain base; save with PEFT's "
+        "path_initial_model_for_weight_conversion",
+    ),
+    "layer_replication": ((None, []), "it changes the depth of the model"),
+    "use_qalora": ((False, None), "it needs a quantized base"),
+    "arrow_config": ((None, {}), "it routes between several adapters"),
+    "kasa_config": ((None, {}), "it truncates the base weights"),
+    "megatron_config": ((None, {}), "it belongs to Megatron models"),
+    "enable_lora": ((None, []), "it splits a fused layer in a way that PEFT no longer has"),
 }
 
 T = TypeVar("T")
@@ -72,6 +91,15 @@ class PeftConfig:
         exclude_modules: exceptions to it.
         layers_to_transform: layer numbers that it is limited to; empty for all.
         layers_pattern: names of the lists that these numbers count in; empty for any.
+        bias: which biases of the base were trained and saved: "none", "all" or "lora_only".
+        lora_bias: lora_B has biases.
+        use_dora: there are magnitudes.
+        use_bdlora: some matrices are block-diagonal, and only their blocks are saved.
+        modules_to_save: ends of the names of modules that are replaced as a whole.
+        target_parameters: ends of the names of parameters, other than weights of layers, with low-rank changes.
+        trainable_token_indices: token ids whose embeddings are replaced, by module ("": the input embedding).
+        ensure_weight_tying: an output layer that shares the embedding's weight has a copy of what the embedding has.
+        alora_invocation_tokens: tokens from which on an activated LoRA holds.
     """
 
     r: int
@@ -83,6 +111,15 @@ class PeftConfig:
     exclude_modules: str | tuple[str, ...] | None = None
     layers_to_transform: tuple[int, ...] = ()
     layers_pattern: tuple[str, ...] = ()
+    bias: str = "none"
+    lora_bias: bool = False
+    use_dora: bool = False
+    use_bdlora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
+    trainable_token_indices: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    ensure_weight_tying: bool = False
+    alora_invocation_tokens: tuple[int, ...] = ()
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "PeftConfig":
@@ -103,6 +140,15 @@ class PeftConfig:
             exclude_modules=_names(content, "exclude_modules"),
             layers_to_transform=_layers(content.get("layers_to_transform")),
             layers_pattern=_as_tuple(_names(content, "layers_pattern")),
+            bias=_choice(content, "bias", ("none", "all", "lora_only")),
+            lora_bias=_typed(content, "lora_bias", bool, False),
+            use_dora=_typed(content, "use_dora", bool, False),
+            use_bdlora=bool(content.get("use_bdlora")),
+            modules_to_save=_listed_names(content, "modules_to_save"),
+            target_parameters=_listed_names(content, "target_parameters"),
+            trainable_token_indices=_token_indices(content.get("trainable_token_indices")),
+            ensure_weight_tying=_typed(content, "ensure_weight_tying", bool, False),
+            alora_invocation_tokens=_integers(content.get("alora_invocation_tokens") or (), "alora_invocation_tokens"),
         )
 
     def rank_of(self, *names: str) -> int:
@@ -131,6 +177,25 @@ class PeftConfig:
         layer = next((match.group(match.lastindex or 1) for match in found if match), None)
         return layer is not None and int(layer) in self.layers_to_transform
 
+    def saves(self, name: str) -> bool:
+        """Tell whether `modules_to_save` holds the module of this name, or one that it lies in."""
+        atoms = name.split(".")
+        parents = (".".join(atoms[: count + 1]) for count in range(len(atoms)))
+        return any(parent.endswith(entry) for parent in parents for entry in self.modules_to_save)
+
+    def targets_parameter(self, name: str) -> bool:
+        """Tell whether `target_parameters` holds the parameter of this name."""
+        return any(name == entry or name.endswith(f".{entry}") for entry in self.target_parameters)
+
+    def names_embedding(self, entry: str, name: str, input_embedding: str | None) -> bool:
+        """Tell whether an entry of `trainable_token_indices` means the module of this name."""
+        return _is_named((entry,), name) if entry else name == input_embedding
+
+    def token_indices_of(self, name: str, input_embedding: str | None) -> tuple[int, ...] | None:
+        """Return the trained token ids of the embedding of this name, None without any."""
+        entries = self.trainable_token_indices.items()
+        return next((ids for entry, ids in entries if self.names_embedding(entry, name, input_embedding)), None)
+
     def digest_content(self) -> dict[str, Any]:
         """Return what, besides the tensors, decides the output; patterns as pairs since their order matters."""
         return {
@@ -139,6 +204,8 @@ class PeftConfig:
             "use_rslora": self.use_rslora,
             "rank_pattern": list(self.rank_pattern.items()),
             "alpha_pattern": list(self.alpha_pattern.items()),
+            "trainable_token_indices": sorted(self.trainable_token_indices.items()),
+            "alora_invocation_tokens": self.alora_invocation_tokens,
         }
 
 
@@ -148,11 +215,12 @@ def _refuse_unsupported(content: Mapping[str, Any]) -> None:
     for key, value in content.items():
         if key in _UNDERSTOOD or key in _IRRELEVANT:
             continue
-        if key not in _SUPPORTED_VALUES:
+        if key not in _REFUSED:
             raise AdapterMismatch(f"{CONFIG_FILE}: the key {key}={value!r} is unknown; it might change the output")
-        if value not in _SUPPORTED_VALUES[key]:
-            allowed = ", ".join(map(repr, _SUPPORTED_VALUES[key]))
-            raise AdapterMismatch(f"{CONFIG_FILE}: {key}={value!r} is not supported; allowed: {allowed}")
+        values, reason = _REFUSED[key]
+        if not any(value is allowed or (value == allowed and type(value) is type(allowed)) for allowed in values):
+            allowed_text = ", ".join(map(repr, values))
+            raise AdapterMismatch(f"{CONFIG_FILE}: {key}={value!r} is not supported: {reason}; allowed: {allowed_text}")
 
 
 def _lookup(pattern: Mapping[str, T], names: Sequence[str], default: T) -> T:
@@ -209,6 +277,33 @@ def _names(content: Mapping[str, Any], key: str) -> str | tuple[str, ...] | None
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return tuple(value)
     raise _wrong(key, value, "a string or a list of strings")
+
+
+def _listed_names(content: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    value = content.get(key) or ()
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) and name for name in value):
+        raise _wrong(key, value, "a list of names")
+    return tuple(value)
+
+
+def _choice(content: Mapping[str, Any], key: str, allowed: tuple[str, ...]) -> str:
+    value = content.get(key)
+    if value is not None and value not in allowed:
+        raise _wrong(key, value, f"one of {', '.join(allowed)}")
+    return value or allowed[0]
+
+
+def _integers(value: object, key: str) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple) or any(
+        not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in value
+    ):
+        raise _wrong(key, value, "a list of token ids")
+    return tuple(value)
+
+
+def _token_indices(value: object) -> dict[str, tuple[int, ...]]:
+    by_module = value if isinstance(value, dict) else {"": value} if value else {}
+    return {str(name): _integers(ids, "trainable_token_indices") for name, ids in by_module.items()}
 
 
 def _as_tuple(value: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -4,10 +4,16 @@ from collections import OrderedDict
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from mmlora.errors import AdapterError, AdapterMismatch
+from mmlora.errors import AdapterError
 from mmlora.lora.adapter import Adapter, AdapterIdentity
-from mmlora.lora.layers import LoRALinear, LoRAState
+from mmlora.lora.convolution import LoRAConvolution, convolution_of
+from mmlora.lora.embedding import LoRAEmbedding
+from mmlora.lora.layers import LoRALayer, LoRALinear
+from mmlora.lora.module import LoRAModule
+from mmlora.lora.module_index import output_layer_of
+from mmlora.lora.state import LoRAState
 
 
 class LoRASlots:
@@ -35,7 +41,8 @@ class LoRASlots:
         self.model = model
         self.max_loras = max_loras
         self.state = LoRAState(torch.device(device), max_num_rows, max_num_segments)
-        self._layers: dict[str, LoRALinear] = {}
+        self._output_layer = output_layer_of(model)
+        self._layers: dict[str, LoRALayer] = {}
         self._adapters: dict[int, Adapter] = {}
         self._slots: OrderedDict[AdapterIdentity, int] = OrderedDict()  # least recently used first
         self._num_users = [0] * max_loras
@@ -114,12 +121,20 @@ class LoRASlots:
             for name in adapter.modules:
                 self._layers[name].clear_slot(slot)
 
-    def _wrap(self, name: str) -> LoRALinear:
+    def _wrap(self, name: str) -> LoRALayer:
         if name not in self._layers:
             base = self.model.get_submodule(name)
-            if not isinstance(base, nn.Linear):
-                raise AdapterMismatch(f"module {name} is a {type(base).__name__}; LoRA is applied to Linear only")
-            layer = LoRALinear(base, self.state, self.max_loras)
-            self.model.set_submodule(name, layer)
+            layer = _layer_class(base)(base, self.state, self.max_loras, is_output_layer=base is self._output_layer)
+            parent, _, child = name.rpartition(".")
+            owner = self.model.get_submodule(parent)
+            setattr(owner.base if isinstance(owner, LoRALayer) else owner, child, layer)
             self._layers[name] = layer
         return self._layers[name]
+
+
+def _layer_class(module: nn.Module) -> type[LoRALayer]:
+    if isinstance(module, nn.Linear | Conv1D):
+        return LoRALinear
+    if isinstance(module, nn.Embedding):
+        return LoRAEmbedding
+    return LoRAConvolution if convolution_of(module) is not None else LoRAModule

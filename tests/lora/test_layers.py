@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from mmlora.kernels import ops
-from mmlora.lora.adapter import LoRAWeights
 from mmlora.lora.files import read_adapter
-from mmlora.lora.layers import LoRALinear, LoRAState
+from mmlora.lora.layers import LoRALinear
 from mmlora.lora.load import load_adapter
 from mmlora.lora.module_index import ModuleIndex
 from mmlora.lora.slots import LoRASlots
+from mmlora.lora.state import LoRAState
+from mmlora.lora.weights import LoRAWeights, ModuleWeights
 
 CPU = torch.device("cpu")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -122,7 +123,7 @@ def test_without_adapters_no_lora_code_runs(
     base = logits(llama, ids)
     slots = activate(llama, save_adapter(llama))
 
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **options: object) -> None:
         raise AssertionError("LoRA code ran")
 
     monkeypatch.setattr(ops, "lora_apply", fail)
@@ -156,7 +157,7 @@ def test_the_base_stays_reachable() -> None:
 @torch.no_grad()
 def test_any_leading_shape_and_cleared_slots() -> None:
     layer = linear()
-    layer.set_slot(1, LoRAWeights(torch.randn(3, 4), torch.randn(6, 3), 2.0))
+    layer.set_slot(1, ModuleWeights(LoRAWeights(torch.randn(3, 4), torch.randn(6, 3), 2.0)))
     x = torch.randn(2, 3, 5, 4)
     weights = layer.slots
     expected = layer.base(x) + 2.0 * x @ weights.lora_A[1].T @ weights.lora_B[1].T

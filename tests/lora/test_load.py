@@ -1,6 +1,7 @@
 """Strict loading: what lands where, and a named error for everything that does not fit."""
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mmlora.lora.module_index import ModuleIndex
 
 Q0 = "model.layers.0.self_attn.q_proj"
 KEY = f"base_model.model.{Q0}.lora_A.weight"
+DOWN0 = "model.layers.0.mlp.down_proj"
 Tensors = dict[str, torch.Tensor]
 
 
@@ -41,15 +43,15 @@ def test_report_rank_and_shapes(tiny_llama: nn.Module, index: ModuleIndex, save_
     adapter = load(save_adapter(tiny_llama, rank_pattern={"down_proj": 7}), index, max_lora_rank=7)
     assert adapter.report.matched == 4 and adapter.report.unmatched == ()
     assert adapter.report.parts == {"language_model": 4, "connector": 0, "vision_tower": 0, "audio_tower": 0}
-    assert adapter.rank == 7 and adapter.modules[Q0].lora_A.shape == (4, 32)
-    assert adapter.modules["model.layers.1.mlp.down_proj"].lora_B.shape == (32, 7)
+    assert adapter.report.max_rank == 7 and adapter.modules[Q0].lora.lora_A.shape == (4, 32)
+    assert adapter.modules["model.layers.1.mlp.down_proj"].lora.lora_B.shape == (32, 7)
     assert adapter.num_bytes == 4 * 2 * (4 * (32 + 32) + 7 * (48 + 32))
     assert adapter.media_digest is None
 
 
 def test_weights_have_the_models_dtype(tiny_llama: nn.Module, index: ModuleIndex, save_adapter: Any) -> None:
     adapter = load(save_adapter(tiny_llama), index, dtype=torch.bfloat16)
-    assert adapter.modules[Q0].lora_A.dtype == torch.bfloat16
+    assert adapter.modules[Q0].lora.lora_A.dtype == torch.bfloat16
 
 
 def test_the_prefix_may_be_missing(
@@ -102,21 +104,40 @@ BROKEN: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "nan": (with_tensor(KEY, torch.full((4, 32), torch.nan)), f"lora_A of {Q0} holds NaN"),
     "infinity": (with_tensor(KEY, torch.full((4, 32), -torch.inf)), f"lora_A of {Q0} holds NaN or infinity"),
     "integers": (with_tensor(KEY, torch.ones(4, 32, dtype=torch.int8)), rf"{KEY} on {Q0} is \[4, 32\] torch.int8"),
-    "conv-shaped": (with_tensor(KEY, torch.ones(4, 32, 1)), rf"{KEY} on {Q0} is \[4, 32, 1\]"),
-    "not-linear": (replace_key("self_attn.q_proj", "input_layernorm"), "layers.0.input_layernorm is a LlamaRMSNorm"),
-    "embedding": (
+    "conv-shaped": (with_tensor(KEY, torch.ones(4, 32, 1)), rf"{Q0} is Linear\(32, 32\), but lora_A is \[4, 32, 1\]"),
+    "not-linear": (
+        replace_key("self_attn.q_proj", "input_layernorm"),
+        "input_layernorm is a LlamaRMSNorm, of which target_parameters selects 0",
+    ),
+    "half-an-embedding": (
         with_tensor("base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(4, 64)),
-        "lora_embedding_A on model.embed_tokens is not supported",
+        "does not select model.embed_tokens",
     ),
     "dora": (
-        with_tensor(f"base_model.model.{Q0}.lora_magnitude_vector.weight", torch.ones(32)),
-        f"lora_magnitude_vector.weight on {Q0} is not supported",
+        with_tensor(f"base_model.model.{Q0}.lora_magnitude_vector", torch.ones(32)),
+        f"says use_dora=False, but for the magnitude of {Q0} there is one",
     ),
     "lora-bias": (
         with_tensor(f"base_model.model.{Q0}.lora_B.bias", torch.ones(32)),
-        f"lora_B.bias on {Q0} is not supported",
+        f"says lora_bias=False, but for the lora_bias of {Q0} there is one",
     ),
-    "saved-module": (with_tensor("base_model.model.lm_head.weight", torch.ones(2)), "1 of 9 tensors.*lm_head.weight"),
+    "saved-module-shape": (
+        with_tensor("base_model.model.lm_head.weight", torch.ones(2)),
+        r"\[2\]; lm_head has \[64, 32\]",
+    ),
+    "saved-module": (
+        with_tensor("base_model.model.lm_head.weight", torch.ones(64, 32)),
+        "lm_head.weight is not named by modules_to_save or bias",
+    ),
+    "other-base": (
+        with_tensor("base_model.model.lm_head.base_layer.weight", torch.ones(64, 32)),
+        "lm_head.base_layer.weight differs from the base model's own",
+    ),
+    "no-such-parameter": (with_tensor("base_model.model.lm_head.bias", torch.ones(64)), "1 of 9 tensors.*lm_head.bias"),
+    "token-rows": (
+        with_tensor("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", torch.ones(1, 32)),
+        "trainable_token_indices of adapter_config.json does not name model.embed_tokens",
+    ),
     "same-twice": (with_tensor(KEY.removeprefix("base_model.model."), torch.ones(4, 32)), "name the same matrix"),
 }
 
@@ -153,6 +174,27 @@ def test_values_that_overflow_the_models_dtype_are_refused(
     edit_tensors(path, with_tensor(KEY, torch.full((4, 32), 1e6)))
     with pytest.raises(AdapterMismatch, match=f"lora_A of {Q0} overflows torch.float16"):
         load(path, index, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_dora": True}, f"says use_dora=True, but for the magnitude of {DOWN0} there is none"),
+        ({"lora_bias": True}, f"says lora_bias=True, but for the lora_bias of {DOWN0} there is none"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save has 'lm_head', but there are no tensors for lm_head"),
+        ({"modules_to_save": ["nowhere"]}, "modules_to_save has 'nowhere', but this model has no such module"),
+        ({"trainable_token_indices": [3]}, "names the input embedding, but has no tensor"),
+        ({"trainable_token_indices": {"lm_head": [3]}}, "names lm_head, but has no tensor"),
+    ],
+    ids=str,
+)
+def test_tensors_that_the_config_promises_must_be_there(
+    tiny_llama: nn.Module, index: ModuleIndex, save_adapter: Any, edit_config: Any, change: Any, message: str
+) -> None:
+    path = save_adapter(tiny_llama)
+    edit_config(path, **change)
+    with pytest.raises(AdapterMismatch, match=re.escape(message)):
+        load(path, index)
 
 
 def test_a_rank_above_the_limit_names_both(tiny_llama: nn.Module, index: ModuleIndex, save_adapter: Any) -> None:
@@ -192,8 +234,8 @@ def test_a_refused_config_key_names_the_adapter(
     tiny_llama: nn.Module, index: ModuleIndex, save_adapter: Any, edit_config: Any
 ) -> None:
     path = save_adapter(tiny_llama)
-    edit_config(path, use_dora=True)
-    with pytest.raises(AdapterMismatch, match=f"adapter 'test' .{path}.: .*use_dora=True is not supported"):
+    edit_config(path, use_qalora=True)
+    with pytest.raises(AdapterMismatch, match=f"adapter 'test' .{path}.: .*use_qalora=True is not supported"):
         load(path, index)
 
 
@@ -219,10 +261,10 @@ def test_overwriting_the_file_does_not_change_a_loaded_adapter(
 ) -> None:
     path = save_adapter(tiny_llama)
     adapter = load(path, index)
-    before = adapter.modules[Q0].lora_A.clone()
+    before = adapter.modules[Q0].lora.lora_A.clone()
     with open(path / "adapter_model.safetensors", "r+b") as file:
         file.write(b"\0" * 10_000)
-    assert torch.equal(adapter.modules[Q0].lora_A, before)
+    assert torch.equal(adapter.modules[Q0].lora.lora_A, before)
 
 
 def test_digest_covers_tensors_and_config(

@@ -7,11 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from mmlora.errors import AdapterError, AdapterMismatch
-from mmlora.lora.adapter import Adapter, AdapterReport, LoRAWeights
+from mmlora.errors import AdapterError
+from mmlora.lora.adapter import Adapter, AdapterReport
+from mmlora.lora.convolution import LoRAConvolution
+from mmlora.lora.embedding import LoRAEmbedding
 from mmlora.lora.layers import LoRALinear
+from mmlora.lora.module import LoRAModule
 from mmlora.lora.slots import LoRASlots
+from mmlora.lora.weights import LoRAWeights, ModuleWeights
 
 
 def model() -> nn.Module:
@@ -20,7 +25,8 @@ def model() -> nn.Module:
 
 
 def adapter(uid: int, names: tuple[str, ...] = ("0", "2"), generation: int = 0) -> Adapter:
-    modules = {name: LoRAWeights(torch.full((2, 4), float(uid)), torch.ones(4, 2), 1.0) for name in names}
+    lora = LoRAWeights(torch.full((2, 4), float(uid)), torch.ones(4, 2), 1.0)
+    modules = {name: ModuleWeights(lora) for name in names}
     return Adapter(f"a{uid}", "digest", None, Path(), modules, AdapterReport(len(names), {}), uid, generation)
 
 
@@ -74,7 +80,7 @@ def test_eviction_leaves_nothing_behind() -> None:
     net = model()
     slots = LoRASlots(net, 1, "cpu")
     old = adapter(1, ("0", "2", "3"))
-    tensor = weakref.ref(old.modules["3"].lora_A)
+    tensor = weakref.ref(old.modules["3"].lora.lora_A)
     slots.activate(old)
     del old
     slots.activate(adapter(2, ("0",)))
@@ -97,7 +103,7 @@ def test_a_failed_activation_leaves_the_slot_free(monkeypatch: pytest.MonkeyPatc
     slots = LoRASlots(net, 1, "cpu")
     set_slot = LoRALinear.set_slot
 
-    def fail_on_second(layer: LoRALinear, slot: int, weights: LoRAWeights) -> None:
+    def fail_on_second(layer: LoRALinear, slot: int, weights: ModuleWeights) -> None:
         if layer is net[2]:
             raise torch.OutOfMemoryError
         set_slot(layer, slot, weights)
@@ -110,6 +116,40 @@ def test_a_failed_activation_leaves_the_slot_free(monkeypatch: pytest.MonkeyPatc
     assert slots.activate(adapter(2)) == 0
 
 
-def test_only_linear_modules_can_be_wrapped() -> None:
-    with pytest.raises(AdapterMismatch, match="module 1 is a ReLU"):
-        LoRASlots(model(), 1, "cpu").activate(adapter(1, ("1",)))
+def test_each_module_gets_its_wrapper() -> None:
+    kinds = {
+        nn.Linear(4, 4): LoRALinear,
+        Conv1D(4, 4): LoRALinear,
+        nn.Embedding(4, 4): LoRAEmbedding,
+        nn.Conv2d(4, 4, 1): LoRAConvolution,
+        nn.LayerNorm(4): LoRAModule,
+    }
+    net = nn.ModuleList(kinds)
+    slots = LoRASlots(net, 1, "cpu")
+    weight = torch.ones(4, 4)
+    for index, (module, kind) in enumerate(kinds.items()):
+        slots.activate(
+            replaced := Adapter(
+                "a",
+                "d",
+                None,
+                None,
+                {str(index): ModuleWeights(None, {"weight": weight})},
+                AdapterReport(1, {}),
+                index + 1,
+            )
+        )
+        slots.evict(replaced.identity)
+        assert type(net[index]) is kind and net[index].base is module
+
+
+def test_children_of_wrapped_modules_are_wrapped_where_they_are_called() -> None:
+    net = nn.Sequential(nn.Sequential(nn.Linear(4, 4)))
+    net[0].register_parameter("own", nn.Parameter(torch.ones(1)))
+    slots = LoRASlots(net, 1, "cpu")
+    lora = LoRAWeights(torch.ones(2, 4), torch.ones(4, 2), 1.0)
+    modules = {"0": ModuleWeights(None, {"own": torch.zeros(1)}), "0.0": ModuleWeights(lora)}
+    slots.activate(Adapter("a", "d", None, None, modules, AdapterReport(2, {}), 1))
+    x = torch.randn(3, 4)
+    with torch.no_grad(), slots.state.uniform(0):
+        torch.testing.assert_close(net(x), net[0].base[0].base(x) + x.sum(1, keepdim=True) * 2)

@@ -1,0 +1,125 @@
+"""Several adapters on one request, each with a weight: `LoRAMix`, and the virtual adapter it becomes."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from threading import Lock
+from weakref import WeakValueDictionary
+
+import torch
+
+from mmlora.errors import AdapterError, AdapterMismatch
+from mmlora.lora.adapter import Adapter, AdapterIdentity, AdapterReport
+from mmlora.lora.digest import canonical
+from mmlora.lora.request import LoRARequest
+from mmlora.lora.weights import LoRAWeights, ModuleWeights
+
+MAX_PARTS = 16
+
+
+@dataclass(frozen=True)
+class LoRAMix:
+    """Apply the weighted sum of several adapters, as PEFT's `combination_type="cat"` does.
+
+    Args:
+        parts: `[(request, scale), …]`; a scale of 1 is the adapter as it is, a negative one subtracts it.
+
+    Raises:
+        AdapterError: `parts` has another form, or names an adapter twice.
+    """
+
+    parts: Sequence[tuple[LoRARequest, float]]
+
+    def __post_init__(self) -> None:
+        is_listed = isinstance(self.parts, Sequence) and 1 <= len(self.parts) <= MAX_PARTS
+        if not is_listed or not all(isinstance(part, tuple | list) and len(part) == 2 for part in self.parts):
+            raise AdapterError(f"LoRAMix({self.parts!r}) must hold 1 to {MAX_PARTS} pairs (LoRARequest, scale)")
+        for request, scale in self.parts:
+            if not isinstance(request, LoRARequest):
+                raise AdapterError(f"LoRAMix holds {request!r}; it must be a LoRARequest")
+            if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+                raise AdapterError(f"LoRAMix: the scale of {request.lora_name!r} is {scale!r}; it must be finite")
+        names = [request.lora_name for request, _ in self.parts]
+        if len(set(names)) != len(names):
+            raise AdapterError(f"LoRAMix names an adapter twice: {', '.join(names)}; add the scales up")
+        object.__setattr__(self, "parts", tuple((request, float(scale)) for request, scale in self.parts))
+
+    @property
+    def lora_name(self) -> str:
+        """The parts with their scales, for people: `0.7*a+0.3*b`."""
+        return "+".join(f"{scale:g}*{request.lora_name}" for request, scale in self.parts)
+
+
+class MixCache:
+    """Build virtual adapters, each once as long as somebody uses it. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._known: WeakValueDictionary[tuple[tuple[AdapterIdentity, float], ...], Adapter] = WeakValueDictionary()
+
+    def get(self, mix: LoRAMix, adapters: Sequence[Adapter]) -> Adapter:
+        """Return the virtual adapter of a mix.
+
+        Args:
+            mix: what was asked for.
+            adapters: its adapters, loaded, in its order.
+
+        Raises:
+            AdapterMismatch: an adapter has parts that cannot be added up.
+        """
+        key = tuple((adapter.identity, scale) for adapter, (_, scale) in zip(adapters, mix.parts, strict=True))
+        with self._lock:
+            known = self._known.get(key)
+            if known is None:
+                known = self._known[key] = mix_adapters(mix, adapters)
+            return known
+
+
+def mix_adapters(mix: LoRAMix, adapters: Sequence[Adapter]) -> Adapter:
+    """Concatenate the ranks of adapters, their scales folded into lora_B.
+
+    Raises:
+        AdapterMismatch: an adapter has parts that cannot be added up.
+    """
+    scales = [scale for _, scale in mix.parts]
+    for adapter in adapters:
+        _check_addable(adapter)
+    names = sorted({name for adapter in adapters for name in adapter.modules})
+    modules = {}
+    for name in names:
+        found = [(a.modules[name].lora, scale) for a, scale in zip(adapters, scales, strict=True) if name in a.modules]
+        modules[name] = ModuleWeights(_concatenated([(lora, scale) for lora, scale in found if lora is not None]))
+    identities = [[adapter.identity, scale] for adapter, scale in zip(adapters, scales, strict=True)]
+    media = [[a.media_digest, scale] for a, scale in zip(adapters, scales, strict=True) if a.media_digest is not None]
+    report = AdapterReport(
+        len(modules),
+        {part: max(adapter.report.parts.get(part, 0) for adapter in adapters) for part in adapters[0].report.parts},
+        max_rank=sum(adapter.report.max_rank for adapter in adapters),
+    )
+    return Adapter(mix.lora_name, _digest(identities), _digest(media) if media else None, None, modules, report)
+
+
+def _check_addable(adapter: Adapter) -> None:
+    for name, weights in adapter.modules.items():
+        lora = weights.lora
+        if lora is not None and lora.magnitude is not None:
+            raise AdapterMismatch(f"adapter {adapter.name!r} uses DoRA, whose magnitudes cannot be added up in a mix")
+        if weights.parameters or weights.parameter_loras or weights.token_rows is not None:
+            raise AdapterMismatch(
+                f"adapter {adapter.name!r} replaces or changes parameters of {name}, which cannot be added up in a mix"
+            )
+    if adapter.invocation_tokens:
+        raise AdapterMismatch(f"adapter {adapter.name!r} waits for its invocation tokens and cannot be in a mix")
+
+
+def _concatenated(parts: Sequence[tuple[LoRAWeights, float]]) -> LoRAWeights:
+    factors = [scale * lora.scaling for lora, scale in parts]
+    lora_A = torch.cat([lora.lora_A for lora, _ in parts])
+    lora_B = torch.cat([lora.lora_B * factor for (lora, _), factor in zip(parts, factors, strict=True)], dim=1)
+    biases = [factor * lora.bias for (lora, _), factor in zip(parts, factors, strict=True) if lora.bias is not None]
+    return LoRAWeights(lora_A, lora_B, 1.0, sum(biases[1:], biases[0]) if biases else None)
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(b"mix" + canonical(content)).hexdigest()

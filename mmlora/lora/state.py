@@ -1,0 +1,114 @@
+"""`LoRAState`: which rows of the running forward pass take which slot; all wrapped layers of a model share one."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from mmlora.kernels import ops
+from mmlora.kernels.segments import BASE_SLOT, RowSegments, Segment, max_tiles
+
+
+class LoRAState:
+    """Row→slot assignment of the forward pass that is running.
+
+    Args:
+        device: of the model.
+        max_num_rows: rows of the largest step and
+        max_num_segments: segments of one step; given both, the device metadata keep one address and a fixed shape,
+            so that CUDA graphs can be captured over them.
+    """
+
+    def __init__(self, device: torch.device, max_num_rows: int = 0, max_num_segments: int = 0) -> None:
+        self.device = device
+        self.is_active = False
+        self._is_open = False
+        self._rows: RowSegments | None = None
+        self._logit_rows: RowSegments | None = None
+        self._num_logit_rows: int | None = None
+        self._uniform_slot = BASE_SLOT
+        self._uniform_rows: dict[int, RowSegments | None] = {}
+        self._tile_buffer: torch.Tensor | None = None
+        if max_num_rows and ops.uses_triton(device):
+            shape = (max_tiles(max_num_rows, max_num_segments), 3)
+            self._tile_buffer = torch.full(shape, BASE_SLOT, dtype=torch.int32, device=device)
+
+    @property
+    def segments(self) -> tuple[Segment, ...] | None:
+        """Adapter segments of the running forward pass; None outside, in `uniform`, and when all rows are base."""
+        return self._rows.segments if self._rows is not None else None
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens of the running forward pass; 0 outside, in `uniform`, and when all rows are base."""
+        return self._rows.num_rows if self._rows is not None else 0
+
+    @property
+    def uniform_slot(self) -> int | None:
+        """Slot of all rows inside `uniform`, None elsewhere."""
+        return self._uniform_slot if self._uniform_slot != BASE_SLOT else None
+
+    @contextmanager
+    def rows(
+        self, segments: Sequence[Segment] | None, logit_segments: Sequence[Segment] | None = None
+    ) -> Iterator[None]:
+        """Run a forward pass over flattened tokens, `[1, num_tokens, …]`, with these segments.
+
+        Args:
+            segments: `(start, end, slot)`, covering all rows in order; slot −1 for base rows. None: all base.
+            logit_segments: the same for the rows that the output layer sees; by default it sees all tokens.
+
+        Raises:
+            RuntimeError: another pass is running.
+            ValueError: the segments have gaps or overlaps.
+        """
+        rows = ops.row_segments(segments, self.device, self._tile_buffer) if segments else None
+        with self._open():
+            self._rows = self._logit_rows = rows
+            self.is_active = rows is not None
+            if self.is_active and logit_segments is not None:
+                self._logit_rows = ops.row_segments(logit_segments, self.device)
+                self._num_logit_rows = logit_segments[-1][1] if logit_segments else 0
+            yield
+
+    @contextmanager
+    def uniform(self, slot: int | None) -> Iterator[None]:
+        """Run a forward pass in which all rows, however many a layer sees, take one slot (−1 or None: the base).
+
+        Raises:
+            RuntimeError: another pass is running.
+        """
+        with self._open():
+            self._uniform_slot = BASE_SLOT if slot is None else slot
+            self.is_active = self._uniform_slot != BASE_SLOT
+            yield
+
+    def rows_of(self, num_rows: int, *, is_output_layer: bool = False) -> RowSegments | None:
+        """Return the assignment for a layer that sees `num_rows` rows; None when none of them has an adapter.
+
+        Raises:
+            RuntimeError: the segments describe another number of rows, so adapters would land on wrong ones.
+        """
+        if self._rows is None:
+            if num_rows not in self._uniform_rows:
+                segment = (0, num_rows, self._uniform_slot)
+                self._uniform_rows[num_rows] = ops.row_segments([segment], self.device)
+            return self._uniform_rows[num_rows]
+        is_other = is_output_layer and self._num_logit_rows is not None
+        known = self._num_logit_rows if is_other else self._rows.num_rows
+        if known != num_rows:
+            raise RuntimeError(f"a LoRA layer sees {num_rows} rows, the segments describe {known}")
+        return self._logit_rows if is_other else self._rows
+
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        if self._is_open:
+            raise RuntimeError("a forward pass with LoRA is already running; passes do not nest")
+        self._is_open = True
+        try:
+            yield
+        finally:
+            self._is_open = self.is_active = False
+            self._rows = self._logit_rows = self._num_logit_rows = None
+            self._uniform_slot = BASE_SLOT
+            self._uniform_rows.clear()

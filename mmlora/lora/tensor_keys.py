@@ -1,0 +1,60 @@
+"""What the keys of a PEFT file say: which module a tensor belongs to, and which part it plays there."""
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+PREFIX: Final = "base_model.model."
+_BASE: Final = ".base_layer"
+_ROLES: Final = {
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+    "lora_B.bias": "lora_bias",
+    "lora_embedding_A": "lora_A",
+    "lora_embedding_B": "lora_B",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "token_adapter.trainable_tokens_delta": "token_rows",
+    "trainable_tokens_delta": "token_rows",
+}
+_LORA = re.compile(rf"(?P<module>.+?)\.(?P<role>{'|'.join(map(re.escape, _ROLES))})")
+# State of training that inference never reads: VeLoRA's projections, MonteCLoRA's sampler.
+_TRAINING = re.compile(r"(?P<module>.+)\.lora_(velora_embed|monteclora_sampler\..+)")
+
+
+@dataclass(frozen=True)
+class TensorKey:
+    """One key of a file.
+
+    Attributes:
+        key: as it stands in the file.
+        module: the module's name in the file, without what PEFT puts around it.
+        role: lora_A, lora_B, lora_bias, magnitude, token_rows, parameter, or training (never read).
+        parameter: for the role `parameter`, its name in the module.
+        depth: wrappers of PEFT around the tensor's own: several low-rank parameters of one module are nested.
+        is_base: a parameter of the base model that PEFT saved along.
+    """
+
+    key: str
+    module: str
+    role: str
+    parameter: str = ""
+    depth: int = 0
+    is_base: bool = False
+
+
+def parse_key(key: str) -> TensorKey | None:
+    """Read a key; None for one that names no parameter of any module."""
+    name = key.removeprefix(PREFIX)
+    if match := _TRAINING.fullmatch(name):
+        return TensorKey(key, match["module"], "training")
+    if match := _LORA.fullmatch(name):
+        module = match["module"]
+        depth = module.count(_BASE)
+        return TensorKey(key, module.replace(_BASE, ""), _ROLES[match["role"]], depth=depth)
+    module, _, parameter = name.rpartition(".")
+    if not module or "lora_" in parameter or ".lora_" in module:
+        return None
+    plain = module.replace(_BASE, "").removesuffix(".original_module").removesuffix(".modules_to_save")
+    is_base = module.endswith((_BASE, ".original_module"))
+    return TensorKey(key, plain, "parameter", parameter, is_base=is_base)

@@ -1,0 +1,94 @@
+"""What an adapter changes in one module: plain tensors on the host, ready to be put into a slot."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class LoRAWeights:
+    """The low-rank part of one module, in the model's dtype, on the host.
+
+    Attributes:
+        lora_A: `[r, in_features]` for a Linear, `[r, num_embeddings]` for an Embedding, the weight of a convolution
+            into r channels for a convolution, `[num_experts * r, in_features]` for a parameter.
+        lora_B: `[out_features, r]`, a 1 x 1 convolution, or `[out_features, r * num_experts]`.
+        scaling: `alpha / r`, or `alpha / √r` with rsLoRA.
+        bias: `[out_features]` of lora_B, scaled like its product (`lora_bias`).
+        magnitude: DoRA's, one value for each output feature.
+    """
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    scaling: float
+    bias: torch.Tensor | None = None
+    magnitude: torch.Tensor | None = None
+
+    @property
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor by name."""
+        named = {"lora_A": self.lora_A, "lora_B": self.lora_B, "bias": self.bias, "magnitude": self.magnitude}
+        return ((name, tensor) for name, tensor in named.items() if tensor is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRows:
+    """New rows for some tokens of an embedding, or of the output layer that is tied to it.
+
+    Attributes:
+        ids: `[num_ids] int64`, ascending.
+        rows: `[num_ids, hidden_size]`.
+    """
+
+    ids: torch.Tensor
+    rows: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleWeights:
+    """Everything that an adapter changes in one module.
+
+    Attributes:
+        lora: a low-rank change of its weight.
+        parameters: parameters and buffers that are replaced as a whole, by name (`modules_to_save`, trained biases).
+        parameter_loras: low-rank changes of parameters, by name (`target_parameters`).
+        token_rows: replaced rows of an embedding (`trainable_token_indices`).
+    """
+
+    lora: LoRAWeights | None = None
+    parameters: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    parameter_loras: Mapping[str, LoRAWeights] = field(default_factory=dict)
+    token_rows: TokenRows | None = None
+
+    @property
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor by a name that is unique in the module."""
+        if self.lora is not None:
+            yield from self.lora.tensors
+        for name, tensor in sorted(self.parameters.items()):
+            yield f"parameter {name}", tensor
+        for name, weights in sorted(self.parameter_loras.items()):
+            yield from ((f"{key} of {name}", tensor) for key, tensor in weights.tensors)
+        if self.token_rows is not None:
+            yield "token ids", self.token_rows.ids
+            yield "token rows", self.token_rows.rows
+
+    @property
+    def scalings(self) -> list[float]:
+        """The factors of its low-rank parts."""
+        parts = [self.lora, *(weights for _, weights in sorted(self.parameter_loras.items()))]
+        return [part.scaling for part in parts if part is not None]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the module stays as it is."""
+        return not any(True for _ in self.tensors)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for _, tensor in self.tensors)
+
+    def with_token_rows(self, token_rows: TokenRows) -> "ModuleWeights":
+        """Return the same with other rows of the embedding."""
+        return replace(self, token_rows=token_rows)
