@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.functional import pad
@@ -134,7 +134,9 @@ def _expand(token_ids: list[int], counts: dict[int, list[int]]) -> list[int]:
 
 def _check_loaded(model: PeftModel, path: Path) -> None:
     """PEFT only warns when keys of an adapter match nothing; then it would be no reference."""
-    found = {name.replace(".default", ""): value for name, value in model.named_parameters() if ".lora_" in name}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = get_peft_model_state_dict(model)
     tensors = load_file(path / "adapter_model.safetensors")
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name].float(), tensors[name].float()) for name in tensors)
