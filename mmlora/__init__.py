@@ -4,8 +4,10 @@ from mmlora.async_llm import AsyncLLM
 from mmlora.config import EngineArgs
 from mmlora.engine import LLMEngine
 from mmlora.llm import LLM
+from mmlora.lora.info import LoRAInfo
 from mmlora.lora.mix import LoRAMix
 from mmlora.lora.request import BASE, LoRARequest
+from mmlora.metrics import EngineMetrics
 from mmlora.outputs import CompletionOutput, LoRAChoice, RequestOutput
 from mmlora.sampling_params import SamplingParams
 
@@ -15,8 +17,10 @@ __all__ = [
     "AsyncLLM",
     "CompletionOutput",
     "EngineArgs",
+    "EngineMetrics",
     "LLMEngine",
     "LoRAChoice",
+    "LoRAInfo",
     "LoRAMix",
     "LoRARequest",
     "RequestOutput",

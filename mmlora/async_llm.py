@@ -1,52 +1,30 @@
 """`AsyncLLM`: the engine in a thread of its own, requests as async iterators of deltas."""
 
 import asyncio
+import functools
 import itertools
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
+
+import torch
 
 from mmlora.config import EngineArgs
 from mmlora.engine import LLMEngine
 from mmlora.errors import EngineDeadError, MMLoRAError
 from mmlora.inputs import Prompt
+from mmlora.lora.info import LoRAInfo
 from mmlora.lora.request import LoRARequest
 from mmlora.outputs import RequestOutput
 from mmlora.sampling_params import SamplingParams
 from mmlora.sequence import EngineInput
+from mmlora.stream import Stream
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class _Stream:
-    """The outputs of one request on their way from the engine thread to an event loop."""
-
-    def __init__(self) -> None:
-        self.is_aborted = False  # before the engine knew of it
-        self._loop = asyncio.get_running_loop()
-        self._outputs: asyncio.Queue[RequestOutput | MMLoRAError] = asyncio.Queue()
-
-    def put(self, output: RequestOutput | MMLoRAError) -> None:
-        """Hand over an output; called by the engine thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._outputs.put_nowait, output)
-        except RuntimeError:  # the loop is closed: nobody listens any more
-            logger.debug("an output was dropped: its event loop is closed")
-
-    async def get(self) -> RequestOutput:
-        """Wait for the next output.
-
-        Raises:
-            MMLoRAError: the request could not be queued, or the engine died.
-        """
-        output = await self._outputs.get()
-        if isinstance(output, MMLoRAError):
-            raise output
-        return output
 
 
 class AsyncLLM:
@@ -64,8 +42,8 @@ class AsyncLLM:
         self.engine = LLMEngine(args)
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="mmlora-input")
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._streams: dict[str, _Stream] = {}  # touched by the engine thread only
-        self._preparing: dict[_Stream, str] = {}  # requests in the pool; touched by event loops only
+        self._streams: dict[str, Stream] = {}  # touched by the engine thread only
+        self._preparing: dict[Stream, str] = {}  # requests in the pool; touched by event loops only
         self._ids = itertools.count()
         self._is_alive = True
         self._lock = threading.Lock()  # no message may slip in behind the last one that is answered
@@ -120,7 +98,7 @@ class AsyncLLM:
             EngineDeadError: the engine has stopped.
         """
         request_id = f"request-{next(self._ids)}" if request_id is None else request_id
-        stream = _Stream()
+        stream = Stream()
         self._preparing[stream] = request_id
         try:
             ready = await self.run_in_pool(self.engine.process_input, request_id, prompt, sampling_params, lora_request)
@@ -148,11 +126,97 @@ class AsyncLLM:
             stream.is_aborted |= preparing_id == request_id
         self._send(lambda: self._abort(request_id), or_ignore=True)
 
+    async def add_lora(
+        self,
+        lora: str | LoRARequest,
+        path: str | None = None,
+        *,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        config: object | None = None,
+    ) -> LoRARequest:
+        """Load an adapter beside the steps, as `LLM.add_lora` does.
+
+        Raises:
+            AdapterError: see there.
+            EngineDeadError: the engine has stopped.
+        """
+        add = functools.partial(self.engine.lora.add, lora, path, tensors=tensors, config=config)
+        return await self._change(add)
+
+    async def reload_lora(
+        self,
+        lora: str | int,
+        path: str | None = None,
+        *,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        config: object | None = None,
+    ) -> LoRARequest:
+        """Load another version of an adapter beside the steps and swap it in between two, as `LLM.reload_lora` does.
+
+        Raises:
+            AdapterError: see there.
+            EngineDeadError: the engine has stopped.
+        """
+        return await self._change(
+            functools.partial(self.engine.lora.reload, lora, path, tensors=tensors, config=config)
+        )
+
+    async def remove_lora(self, lora: str | int) -> None:
+        """Unload an adapter; returns at once, while the memory is freed when the last request with it ends.
+
+        Raises:
+            AdapterNotFound: it is unknown.
+            EngineDeadError: the engine has stopped.
+        """
+        await self._change(functools.partial(self.engine.lora.remove, lora))
+
+    async def pin_lora(self, lora: str | int, *, is_pinned: bool = True) -> None:
+        """Keep an adapter on the host and in a slot, or let it be evicted again, as `LLM.pin_lora` does.
+
+        Raises:
+            AdapterError: see there.
+            EngineDeadError: the engine has stopped.
+        """
+        if is_pinned:
+            adapter = await self.run_in_pool(self.engine.lora.pin, lora)
+            await self._run_in_engine(functools.partial(self.engine.lora.place, adapter))
+        else:
+            await self._change(functools.partial(self.engine.lora.unpin, lora))
+
+    async def list_loras(self) -> list[LoRAInfo]:
+        """The adapters that are known, as `LLM.list_loras` has them."""
+        return self.engine.list_loras()
+
     def shutdown(self) -> None:
         """Abort what runs and stop the engine thread; waits for both."""
         self._inbox.put(None)
         self._thread.join()
         self._pool.shutdown()
+
+    async def _change(self, change: Callable[[], T]) -> T:
+        """Change the host's adapters in the pool, then have the engine thread bring the slots in line."""
+        result = await self.run_in_pool(change)
+        await self._run_in_engine(self.engine.lora.settle)
+        return result
+
+    async def _run_in_engine(self, function: Callable[[], None]) -> None:
+        """Run something short between two steps and wait for it.
+
+        Raises:
+            EngineDeadError: the engine has stopped.
+        """
+        done: Future[None] = Future()
+
+        def message() -> None:
+            try:
+                function()
+            except Exception as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        self._send(message)
+        await asyncio.shield(asyncio.wrap_future(done))
 
     def _send(self, message: Callable[[], None], *, or_ignore: bool = False) -> None:
         """Have the engine thread run a message.
@@ -191,7 +255,7 @@ class AsyncLLM:
                 return False
             message()
 
-    def _add(self, ready: EngineInput, stream: _Stream) -> None:
+    def _add(self, ready: EngineInput, stream: Stream) -> None:
         try:
             if not self._is_alive:
                 raise EngineDeadError("the engine stopped before the request began")
@@ -201,7 +265,7 @@ class AsyncLLM:
         else:
             self._streams[ready.request_id] = stream
 
-    def _abort(self, request_id: str, stream: _Stream | None = None) -> None:
+    def _abort(self, request_id: str, stream: Stream | None = None) -> None:
         if stream is not None and self._streams.get(request_id) is not stream:
             return  # it has ended, or its id now belongs to another request
         output = self.engine.abort_request(request_id, is_delta=True)

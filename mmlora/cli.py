@@ -1,7 +1,7 @@
-"""The command `mmlora`: `mmlora serve [MODEL]`.
+"""The command `mmlora`: `mmlora serve [MODEL]` and `mmlora inspect ADAPTER`.
 
-Flags are generated from `EngineArgs` and `ServerArgs`, so that the command line and Python never drift apart. A flag on
-the command line wins over its environment variable (`--max-loras` over `MMLORA_MAX_LORAS`).
+Flags of `serve` are generated from `EngineArgs` and `ServerArgs`, so that the command line and Python never drift
+apart. A flag on the command line wins over its environment variable (`--max-loras` over `MMLORA_MAX_LORAS`).
 """
 
 import argparse
@@ -16,12 +16,17 @@ from dataclasses import dataclass, fields
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from mmlora.config import EngineArgs
+from mmlora.environment import parse_bool
 from mmlora.errors import ConfigError, MMLoRAError
+from mmlora.lora.files import read_adapter, resolve_adapter_path
+from mmlora.lora.inspection import inspect_adapter
+from mmlora.lora.module_index import ModuleIndex
+from mmlora.model_loader import load_config, load_meta_model, resolve_model_path
 from mmlora.server.launch import ServerArgs, serve
 from mmlora.server.models import LoRAModule
+from mmlora.towers.registry import get_towers
 
 ENV_PREFIX = "MMLORA_"
-TRUE_WORDS, FALSE_WORDS = ("1", "true"), ("0", "false")
 ASSISTANT_NAME = "assistant"
 
 
@@ -56,21 +61,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; by default the process's own.
 
     Returns:
-        The exit code: 0, or 2 when the options, the model or an adapter cannot be used.
+        The exit code: 0, 1 when an inspected adapter would be refused, or 2 when the options, the model or an adapter
+        cannot be used.
     """
     arguments = [_with_dashes(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     parser = _build_parser()
     options = vars(parser.parse_args(arguments))
+    command = options.pop("command")
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     try:
-        engine_args, server_args = parse_options(options, os.environ)
-        serve(engine_args, server_args)
+        return _inspect(**options) if command == "inspect" else _serve(options)
     except MMLoRAError as error:
-        print(f"mmlora serve: error: {error}", file=sys.stderr)
+        print(f"mmlora {command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _serve(options: Mapping[str, Any]) -> int:
+    serve(*parse_options(options, os.environ))
     return 0
+
+
+def _inspect(adapter: str, model: str | None, is_json: bool) -> int:
+    """Print what an adapter would do to a model; weights of the model are never read."""
+    from mmlora.assets.models import assistant_path
+
+    files = read_adapter(resolve_adapter_path(adapter))
+    net = load_meta_model(load_config(resolve_model_path(model or assistant_path(), None)))
+    towers = get_towers(net)
+    found = inspect_adapter(files, ModuleIndex(net, towers.part_of if towers is not None else None))
+    print(json.dumps(found.as_dict(), indent=2) if is_json else found.as_text())
+    return 1 if found.refusals else 0
 
 
 def parse_options(options: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[EngineArgs, ServerArgs]:
@@ -113,7 +135,16 @@ def _add_assistant(found: dict[str, Any]) -> None:
 
 def _build_parser() -> argparse.ArgumentParser:
     parser = _Parser("mmlora", description="One base model, many LoRA adapters, the right one applied by itself.")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
+    inspect = commands.add_parser(
+        "inspect",
+        help="tell what an adapter would do to a model, without reading the model's weights",
+        description="Tell what an adapter changes in a model, and why it would be refused: then the exit code is 1.",
+        allow_abbrev=False,
+    )
+    inspect.add_argument("adapter", metavar="ADAPTER", help="directory or Hub id of a PEFT adapter")
+    inspect.add_argument("--model", metavar="MODEL", help="directory or Hub id; by default the bundled assistant")
+    inspect.add_argument("--json", action="store_true", dest="is_json", help="print JSON")
     command = commands.add_parser(
         "serve",
         help="serve a model over OpenAI's HTTP API",
@@ -133,7 +164,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _add_flag(group: argparse._ArgumentGroup, flag: _Flag) -> None:
     text = flag.help.replace("%", "%%")
-    if flag.parse is _parse_bool:
+    if flag.parse is parse_bool:
         group.add_argument(flag.option, action=argparse.BooleanOptionalAction, default=None, help=text)
     elif flag.name == "lora_modules":
         read = _for_argparse(flag)
@@ -183,16 +214,10 @@ def _parser_of(name: str, hint: Any) -> Callable[[str], Any]:
     members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     kinds = [get_origin(member) or member for member in members]
     if bool in kinds:
-        return _parse_bool
+        return parse_bool
     if any(isinstance(kind, type) and issubclass(kind, Mapping) for kind in kinds):
         return _parse_json
     return next((kind for kind in (str, int, float) if kind in kinds), str)
-
-
-def _parse_bool(text: str) -> bool:
-    if text.lower() not in TRUE_WORDS + FALSE_WORDS:
-        raise ValueError(f"must be {', '.join(TRUE_WORDS)}, {' or '.join(FALSE_WORDS)}")
-    return text.lower() in TRUE_WORDS
 
 
 def _parse_json(text: str) -> dict[str, Any]:

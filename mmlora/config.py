@@ -48,6 +48,7 @@ class EngineArgs:
         max_loras: most adapters in one step (slots on the device).
         max_lora_rank: largest rank admitted; unset, any rank.
         max_cpu_loras: adapters kept in host memory, by default `4 * max_loras`.
+        lora_registry: SQLite file that keeps adapters loaded at run time across restarts.
         default_mm_loras: modality (`audio`, `image`, `audio+image`) to adapter path or Hub id.
         enable_tower_connector_lora: admit adapters with tower or connector tensors.
         limit_mm_per_prompt: most items of a modality in one prompt.
@@ -80,6 +81,7 @@ class EngineArgs:
     max_loras: int = 8
     max_lora_rank: int | None = None
     max_cpu_loras: int | None = None
+    lora_registry: str | None = None
     default_mm_loras: Mapping[str, str] | None = None
     enable_tower_connector_lora: bool = True
     limit_mm_per_prompt: Mapping[str, int] | None = None
@@ -122,6 +124,11 @@ class EngineArgs:
         """Adapters kept in host memory."""
         return self.max_cpu_loras if self.max_cpu_loras is not None else 4 * self.max_loras
 
+    @property
+    def max_pinned_loras(self) -> int:
+        """Adapters that may be pinned: one slot stays free, or, where there is but one, one place on the host."""
+        return (self.max_loras if self.max_loras > 1 else self.num_host_loras) - 1
+
     def _reject(self, name: str, allowed: str) -> None:
         self._problems.append(f"{name}={getattr(self, name)!r}: {allowed}")
 
@@ -162,6 +169,10 @@ class EngineArgs:
             self._reject("default_mm_loras", "must map modalities to adapter paths")
         elif self.default_mm_loras and not self.enable_lora:
             self._reject("default_mm_loras", "needs enable_lora=True")
+        if self.lora_registry is not None and not (isinstance(self.lora_registry, str) and self.lora_registry):
+            self._reject("lora_registry", "must be the path of a file")
+        elif self.lora_registry is not None and not self.enable_lora:
+            self._reject("lora_registry", "needs enable_lora=True")
         counts = self.max_cpu_loras, self.max_loras
         if _is_int(counts[0]) and _is_int(counts[1]) and counts[0] < counts[1]:
             self._reject("max_cpu_loras", f"must be at least max_loras={self.max_loras}")

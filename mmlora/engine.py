@@ -6,19 +6,22 @@ thread of its own; only `process_input` may be called from other threads.
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from mmlora.config import EngineArgs
-from mmlora.detokenizer import Detokenizer
 from mmlora.engine_parts import EngineParts, load_engine_parts
 from mmlora.errors import MMLoRAError, RequestError
 from mmlora.inputs import Prompt
+from mmlora.lora.info import LoRAInfo
+from mmlora.lora.manager import LoRAManager
 from mmlora.lora.request import LoRARequest
+from mmlora.metrics import EngineMetrics, RequestCounters, measure
 from mmlora.model_runner import SampledToken
-from mmlora.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from mmlora.output_builder import build_output
+from mmlora.outputs import RequestOutput
 from mmlora.sampling_params import SamplingParams
 from mmlora.scheduler import ScheduledSequence
 from mmlora.sequence import EngineInput, Request, Sequence, Status
@@ -44,6 +47,7 @@ class LLMEngine:
         self.scheduler = self.parts.scheduler
         self._requests: dict[str, Request] = {}
         self._warned: set[str] = set()
+        self._counters = RequestCounters()
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -59,6 +63,22 @@ class LLMEngine:
     def max_model_len(self) -> int:
         """Most tokens in prompt and answer together."""
         return self.parts.max_model_len
+
+    @property
+    def lora(self) -> LoRAManager:
+        """The life cycle of adapters.
+
+        Raises:
+            RequestError: the engine runs without adapters.
+        """
+        if self.parts.lora is None:
+            raise RequestError("adapters cannot be managed: the engine has enable_lora=False")
+        return self.parts.lora
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        """A snapshot of everything that is counted; may be taken from any thread."""
+        return measure(self.parts, self._counters, list(self._requests.values()))  # copied in one step, in C
 
     def default_sampling_params(self, **changes: Any) -> SamplingParams:
         """Sampling parameters with the model's `generation_config.json` as defaults, then `changes`."""
@@ -111,8 +131,11 @@ class LLMEngine:
             self._warned.add(warning)
             logger.warning("%s", warning)
         request = Request(request_input, arrival_s=time.monotonic())
-        request.sequences = [self._new_sequence(request, index) for index in range(request_input.params.n)]
+        request.sequences = [self.parts.new_sequence(request, index) for index in range(request_input.params.n)]
         self._requests[request.request_id] = request
+        self._counters.add(request_input)
+        if request_input.adapter is not None:
+            self.lora.retain(request_input.adapter)
         self.scheduler.add(request.sequences[0])  # the others follow once its prompt is in the prefix cache
 
     def abort_request(self, request_id: str, *, is_delta: bool = False) -> RequestOutput | None:
@@ -137,6 +160,49 @@ class LLMEngine:
             The state of every request that got tokens or ended; each request ends in exactly one finished output.
         """
         return self._collect(self._advance(), is_delta=is_delta)
+
+    def add_lora(
+        self,
+        lora: str | LoRARequest,
+        path: str | None = None,
+        *,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        config: object | None = None,
+    ) -> LoRARequest:
+        """Load an adapter, see `LoRAManager.add`. This and the four below belong to the thread that steps."""
+        request = self.lora.add(lora, path, tensors=tensors, config=config)
+        self.lora.settle()
+        return request
+
+    def reload_lora(
+        self,
+        lora: str | int,
+        path: str | None = None,
+        *,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        config: object | None = None,
+    ) -> LoRARequest:
+        """Swap in another version of an adapter, see `LoRAManager.reload`."""
+        request = self.lora.reload(lora, path, tensors=tensors, config=config)
+        self.lora.settle()
+        return request
+
+    def remove_lora(self, lora: str | int) -> None:
+        """Unload an adapter once the last request that runs with it has ended, see `LoRAManager.remove`."""
+        self.lora.remove(lora)
+        self.lora.settle()
+
+    def pin_lora(self, lora: str | int, *, is_pinned: bool = True) -> None:
+        """Keep an adapter on the host and in a slot, or no longer, see `LoRAManager.pin`."""
+        if is_pinned:
+            self.lora.place(self.lora.pin(lora))
+        else:
+            self.lora.unpin(lora)
+            self.lora.settle()
+
+    def list_loras(self) -> list[LoRAInfo]:
+        """The adapters that are known; may be asked from any thread."""
+        return self.lora.infos()
 
     def _advance(self) -> list[Request]:
         scheduled = self.scheduler.schedule()
@@ -207,22 +273,6 @@ class LLMEngine:
         if seq.status is Status.FINISHED and not isinstance(seq.stop_reason, str):
             seq.detokenizer.finish()
 
-    def _new_sequence(self, request: Request, index: int) -> Sequence:
-        params = request.input.params
-        generator = torch.Generator(device=self.parts.runner.device)
-        if params.seed is not None:
-            generator.manual_seed(params.seed + index)
-        else:
-            generator.manual_seed(self.parts.next_seed())
-        detokenizer = Detokenizer(
-            self.tokenizer,
-            request.input.prompt_token_ids,
-            stop=params.stop_strings,
-            include_stop=params.include_stop_str_in_output,
-            skip_special_tokens=params.skip_special_tokens,
-        )
-        return Sequence(request, index, list(request.input.prompt_token_ids), detokenizer, generator)
-
     def _end(self, request: Request, reason: str) -> None:
         for seq in request.sequences:
             if seq.status is not Status.FINISHED:
@@ -230,58 +280,21 @@ class LLMEngine:
                 seq.detokenizer.finish()
 
     def _collect(self, requests: list[Request], *, is_delta: bool = False) -> list[RequestOutput]:
-        """Build outputs, and forget requests that ended."""
+        """Build outputs, forget requests that ended, and free what they held."""
         outputs = []
         for request in requests:
             if self._requests.get(request.request_id) is not request:
                 continue  # its terminal output was given before
+            outputs.append(build_output(request, is_delta=is_delta))
             if request.is_finished:
-                del self._requests[request.request_id]
-            outputs.append(_output(request, is_delta=is_delta))
+                self._forget(request)
+        if self.parts.lora is not None:
+            self.parts.lora.settle()
         return outputs
 
-
-def _output(request: Request, *, is_delta: bool) -> RequestOutput:
-    return RequestOutput(
-        request_id=request.request_id,
-        prompt=request.input.prompt,
-        prompt_token_ids=request.input.prompt_token_ids,
-        outputs=[_completion(seq, is_delta=is_delta) for seq in request.sequences],
-        finished=request.is_finished,
-        lora=request.input.lora,
-        lora_request=request.input.lora_request,
-        prompt_logprobs=request.prompt_logprobs,
-        num_cached_tokens=request.num_cached_tokens or 0,
-        metrics=_metrics(request),
-        error=request.error,
-    )
-
-
-def _completion(seq: Sequence, *, is_delta: bool) -> CompletionOutput:
-    tokens, start = seq.output_token_ids, 0
-    if is_delta:
-        start, seq.num_returned_tokens = seq.num_returned_tokens, len(tokens)
-        text = seq.detokenizer.take_new_text(is_finished=seq.status is Status.FINISHED)
-    else:
-        text = seq.detokenizer.text
-    has_logprobs = seq.params.logprobs is not None
-    return CompletionOutput(
-        index=seq.index,
-        text=text,
-        token_ids=tokens[start:],
-        cumulative_logprob=seq.cumulative_logprob if has_logprobs else None,
-        logprobs=seq.logprobs[start:] if has_logprobs else None,
-        finish_reason=seq.finish_reason,
-        stop_reason=seq.stop_reason,
-    )
-
-
-def _metrics(request: Request) -> RequestMetrics:
-    now = time.monotonic()
-    scheduled_s = request.scheduled_s or now
-    first_token_s = request.first_token_s or now
-    return RequestMetrics(
-        queue_s=scheduled_s - request.arrival_s,
-        prefill_s=max(0.0, first_token_s - scheduled_s),
-        decode_s=now - first_token_s,
-    )
+    def _forget(self, request: Request) -> None:
+        del self._requests[request.request_id]
+        self._counters.finish(request)
+        if request.input.adapter is not None:
+            self.lora.release(request.input.adapter)
+        request.sequences.clear()  # breaks the cycle, so that media and adapter go now and not when it is collected

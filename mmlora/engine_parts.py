@@ -12,13 +12,19 @@ from transformers import PretrainedConfig
 from mmlora.attention import KVCache
 from mmlora.block_manager import BlockManager
 from mmlora.config import EngineArgs
+from mmlora.detokenizer import Detokenizer
 from mmlora.errors import ConfigError
 from mmlora.inputs import InputProcessor
 from mmlora.lora.adapter import Adapter
+from mmlora.lora.files import AdapterFiles
+from mmlora.lora.load import load_adapter
+from mmlora.lora.manager import LoRAManager
 from mmlora.lora.module_index import ModuleIndex
+from mmlora.lora.registry import AdapterRegistry
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.slots import LoRASlots
 from mmlora.lora.store import AdapterStore
+from mmlora.lora.stored_adapter import Load
 from mmlora.model_loader import (
     load_config,
     load_model,
@@ -32,6 +38,7 @@ from mmlora.model_runner import ModelRunner
 from mmlora.policy import parse_defaults
 from mmlora.processors.registry import get_processor
 from mmlora.scheduler import Scheduler
+from mmlora.sequence import Request, Sequence
 from mmlora.towers.encoder import MediaEncoder
 from mmlora.towers.registry import get_towers
 
@@ -52,6 +59,7 @@ class EngineParts:
     scheduler: Scheduler
     store: AdapterStore | None
     slots: LoRASlots | None
+    lora: LoRAManager | None
     defaults: dict[str, tuple[LoRARequest, Adapter]]
     stop_ids: frozenset[int]
     sampling_defaults: dict[str, Any]
@@ -62,13 +70,27 @@ class EngineParts:
         """A seed for a sequence whose request brings none; the n-th is the same in every run."""
         return (self.seed * 1_000_003 + next(self._num_seeds)) % 2**63
 
+    def new_sequence(self, request: Request, index: int) -> Sequence:
+        """Begin an answer of a request; `index` tells it from the others."""
+        params = request.input.params
+        generator = torch.Generator(device=self.runner.device)
+        generator.manual_seed(params.seed + index if params.seed is not None else self.next_seed())
+        detokenizer = Detokenizer(
+            self.tokenizer,
+            request.input.prompt_token_ids,
+            stop=params.stop_strings,
+            include_stop=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+        )
+        return Sequence(request, index, list(request.input.prompt_token_ids), detokenizer, generator)
+
 
 def load_engine_parts(args: EngineArgs) -> EngineParts:
     """Load a model and everything around it.
 
     Raises:
         ConfigError: an option does not fit the model.
-        AdapterError: a default adapter cannot be loaded.
+        AdapterError: a default adapter cannot be loaded. One of the registry that cannot be is listed as broken.
     """
     path = resolve_model_path(args.model, args.revision)
     config = load_config(path)
@@ -81,12 +103,16 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
     _check_limits(args, processor.modalities if processor is not None else frozenset())
     model = load_model(config, path, dtype=dtype, device=device)
     towers = get_towers(model)
-    store, slots, defaults = None, None, {}
+    store, slots, lora, defaults = None, None, None, {}
     if args.enable_lora:
-        index = ModuleIndex(model, towers.part_of if towers is not None else None)
-        defaults = _load_defaults(default_paths, _adapter_store(args, index, dtype, None))
-        store = _adapter_store(args, index, dtype, args.num_host_loras)
+        load = _adapter_loader(args, ModuleIndex(model, towers.part_of if towers is not None else None), dtype)
+        registry = AdapterRegistry(args.lora_registry) if args.lora_registry is not None else None
+        defaults = _load_defaults(default_paths, AdapterStore(load))
+        store = AdapterStore(
+            load, max_cpu_loras=args.num_host_loras, max_pinned=args.max_pinned_loras, registry=registry
+        )
         slots = LoRASlots(model, args.max_loras, device)
+        lora = LoRAManager(store, slots, [adapter for _, adapter in defaults.values()], registry)
     num_blocks = _num_blocks(args, config, dtype, device, max_model_len)
     kv_cache = KVCache(
         config.get_text_config().num_hidden_layers,
@@ -118,6 +144,7 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
         scheduler=Scheduler(block_manager, slots, args.max_num_seqs, args.max_num_batched_tokens),
         store=store,
         slots=slots,
+        lora=lora,
         defaults=defaults,
         stop_ids=stop_ids,
         sampling_defaults=sampling_defaults,
@@ -132,14 +159,18 @@ def _check_limits(args: EngineArgs, modalities: frozenset[str]) -> None:
         raise ConfigError(f"limit_mm_per_prompt names {', '.join(unknown)}; the model takes {takes}")
 
 
-def _adapter_store(args: EngineArgs, index: ModuleIndex, dtype: torch.dtype, max_adapters: int | None) -> AdapterStore:
-    return AdapterStore(
-        index,
-        dtype=dtype,
-        max_cpu_loras=max_adapters,
-        max_lora_rank=args.max_lora_rank,
-        allow_media_parts=args.enable_tower_connector_lora,
-    )
+def _adapter_loader(args: EngineArgs, index: ModuleIndex, dtype: torch.dtype) -> Load:
+    def load(files: AdapterFiles, name: str) -> Adapter:
+        return load_adapter(
+            files,
+            name,
+            index,
+            dtype=dtype,
+            max_lora_rank=args.max_lora_rank,
+            allow_media_parts=args.enable_tower_connector_lora,
+        )
+
+    return load
 
 
 def _load_defaults(paths: dict[str, str], store: AdapterStore) -> dict[str, tuple[LoRARequest, Adapter]]:
@@ -149,7 +180,7 @@ def _load_defaults(paths: dict[str, str], store: AdapterStore) -> dict[str, tupl
     for index, (key, path) in enumerate(paths.items()):
         request = LoRARequest(key, DEFAULT_LORA_IDS + index, path)
         if path not in loaded:
-            loaded[path] = store.pin(request)
+            loaded[path] = store.get(request)
         defaults[key] = request, loaded[path]
     return defaults
 

@@ -1,7 +1,7 @@
 """Every error this project raises on purpose: what, the value received, what is allowed.
 
 A server maps `RequestError`, `MediaError` and `AdapterError` to 4xx answers; `ConfigError` stops start-up;
-`EngineDeadError` means that no request can be served any more.
+`ResolverError` may pass; `EngineDeadError` means that no request can be served any more.
 """
 
 
@@ -31,6 +31,10 @@ class AdapterNotFound(AdapterError):
 
 class AdapterMismatch(AdapterError):
     """The adapter does not fit the model: unknown modules, wrong shapes, unsupported options."""
+
+
+class ResolverError(MMLoRAError):
+    """Resolvers could not tell whether there is an adapter of a name: unreachable, too slow, or broken."""
 
 
 class EngineDeadError(MMLoRAError):

@@ -79,10 +79,8 @@ def load_model(config: PretrainedConfig, path: Path, *, dtype: torch.dtype, devi
     Raises:
         ConfigError: transformers lacks the class, its attention cannot be replaced, or the weights do not load.
     """
-    name = (config.architectures or ["none"])[0]
-    model_class = getattr(transformers, name, None)
-    if model_class is None:
-        raise ConfigError(f"transformers {transformers.__version__} has no model class {name!r}")
+    model_class = _model_class(config)
+    name = model_class.__name__
     if not getattr(model_class, "_supports_attention_backend", False) or getattr(model_class, "_is_stateful", False):
         raise ConfigError(f"the attention of {name} cannot be replaced, so it cannot run on a paged KV cache")
     with _view_without_adapter(path) as view:
@@ -94,6 +92,24 @@ def load_model(config: PretrainedConfig, path: Path, *, dtype: torch.dtype, devi
     has_text_config = config.get_text_config() is not config
     model.set_attn_implementation({"text_config" if has_text_config else "": ATTENTION_NAME})
     return model.to(device).eval().requires_grad_(False)
+
+
+def load_meta_model(config: PretrainedConfig) -> Any:
+    """Build the class that a checkpoint names on the meta device: modules and shapes, no weights.
+
+    Raises:
+        ConfigError: transformers lacks the class.
+    """
+    with torch.device("meta"):
+        return _model_class(config)(config)
+
+
+def _model_class(config: PretrainedConfig) -> Any:
+    name = (config.architectures or ["none"])[0]
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        raise ConfigError(f"transformers {transformers.__version__} has no model class {name!r}")
+    return model_class
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1,14 +1,16 @@
 """`Scheduler`: which sequences run in the next step, and how many tokens of each."""
 
-from collections import deque
-from dataclasses import dataclass
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from mmlora.block_manager import BlockManager
 from mmlora.errors import AdapterError, MMLoRAError
 from mmlora.lora.slots import LoRASlots
 from mmlora.sequence import Sequence, Status
+from mmlora.waiting_queue import Place, WaitingQueue
 
-MAX_SKIPS = 32
+MAX_WAIT_STEPS = 32  # that an adapter waits for a slot before the slots in use are drained
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,43 @@ class ScheduledSequence:
         return self.end == len(self.seq.token_ids)
 
 
+@dataclass
+class _Step:
+    """A step in the making."""
+
+    budget: int  # tokens left
+    is_short: bool = False  # of blocks: nobody else starts
+    items: dict[Sequence, ScheduledSequence] = field(default_factory=dict)
+
+    @property
+    def is_open(self) -> bool:
+        return self.budget > 0 and not self.is_short
+
+    def add(self, seq: Sequence, start: int, num_tokens: int) -> None:
+        self.items[seq] = ScheduledSequence(seq, start, num_tokens)
+        self.budget -= num_tokens
+
+    def max_tokens(self, seq: Sequence, start: int) -> int:
+        return min(len(seq.token_ids) - start, self.budget)
+
+    def drop(self, seq: Sequence) -> None:
+        item = self.items.pop(seq, None)
+        self.budget += item.num_tokens if item is not None else 0
+
+
 class Scheduler:
-    """Continuous batching with chunked prefill, preemption by recompute and an adapter cap.
+    """Continuous batching with chunked prefill, preemption by recompute, and fair shares for adapters and the base.
 
     A step holds at most `max_num_seqs` sequences, `max_num_batched_tokens` tokens and as many distinct adapters as
-    there are slots. A sequence whose adapter finds no slot is passed over; once it was passed over `MAX_SKIPS` times,
-    no other adapter is admitted before it. Sequences without adapter are never held up by that.
+    there are slots. It decodes first. With the tokens that are left, prompts of the base model and prompts of adapters
+    take turns in coming first; the side whose turn it is keeps it until it could use it, and while it lacks blocks
+    nobody starts, so that neither starves. Up to three quarters of `max_num_seqs` are the base model's whenever it
+    asks: adapter sequences leave these places free for it, and the youngest one is preempted if need be.
+
+    Adapter sequences start oldest first; one whose adapter finds no slot is passed over. After `MAX_WAIT_STEPS` steps
+    it is overdue, and a younger sequence then starts only if it waited already when its adapter got its slot, and was
+    among the first `max_num_seqs` to do so. The slots in use thereby drain, and the first that is empty goes to the
+    oldest. While all slots are asked for this is a gated round: every adapter is served in turn, with all that it has.
     """
 
     def __init__(
@@ -45,10 +78,13 @@ class Scheduler:
         self.slots = slots
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
         self.failed: list[tuple[Sequence, AdapterError]] = []  # ended: their adapter could not be activated
+        self.num_steps = 0
         self.num_preemptions = 0
+        self._is_base_turn = True
+        self._gates = [0] * (slots.max_loras if slots is not None else 0)  # by slot: last order of its round
 
     @property
     def has_unfinished(self) -> bool:
@@ -57,13 +93,18 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence."""
-        self.waiting.append(seq)
+        self.waiting.append(seq, self.num_steps)
 
     def schedule(self) -> list[ScheduledSequence]:
         """Choose the next step's work; running sequences come before waiting ones."""
-        scheduled = self._schedule_running()
-        budget = self.max_num_batched_tokens - sum(item.num_tokens for item in scheduled)
-        return scheduled + self._schedule_waiting(budget)
+        self.num_steps += 1
+        step = _Step(self.max_num_batched_tokens)
+        self._continue(step, [seq for seq in self.running if len(seq.token_ids) - seq.num_computed_tokens == 1])
+        is_base_first = self._is_base_turn
+        if self._prefill(step, is_base=is_base_first):
+            self._is_base_turn = not is_base_first
+        self._prefill(step, is_base=not is_base_first)
+        return list(step.items.values())
 
     def finish(self, seq: Sequence, reason: str) -> None:
         """End a sequence wherever it is, and free what it holds."""
@@ -71,41 +112,42 @@ class Scheduler:
             return
         if seq.status is Status.RUNNING:
             self.running.remove(seq)
-        elif seq in self.waiting:
+        else:
             self.waiting.remove(seq)
         self._release(seq)
         seq.status = Status.FINISHED
         seq.finish_reason = reason
 
-    def _schedule_running(self) -> list[ScheduledSequence]:
-        scheduled: list[ScheduledSequence] = []
-        budget = self.max_num_batched_tokens
-        index = 0
-        while index < len(self.running) and budget > 0:
-            seq = self.running[index]
-            num_tokens = min(len(seq.token_ids) - seq.num_computed_tokens, budget)
-            if not self._make_room(seq, seq.num_computed_tokens + num_tokens):
-                break  # the sequence itself was preempted; it was the last one
-            scheduled.append(ScheduledSequence(seq, seq.num_computed_tokens, num_tokens))
-            budget -= num_tokens
-            index += 1
-        return scheduled
+    def _continue(self, step: _Step, seqs: Iterable[Sequence]) -> int:
+        """Schedule running sequences; return how many."""
+        num_scheduled = 0
+        for seq in seqs:
+            start = seq.num_computed_tokens
+            num_tokens = step.max_tokens(seq, start)
+            if num_tokens == 0:
+                break
+            if seq.status is Status.RUNNING and self._make_room(step, seq, start + num_tokens):
+                step.add(seq, start, num_tokens)
+                num_scheduled += 1
+        return num_scheduled
 
-    def _make_room(self, seq: Sequence, num_tokens: int) -> bool:
+    def _make_room(self, step: _Step, seq: Sequence, num_tokens: int) -> bool:
+        """Find blocks for a running sequence, at the cost of those that started last; False if it was the last."""
         while not self.block_manager.can_allocate(seq, num_tokens):
             victim = self.running[-1]
-            self._preempt(victim)
+            self._preempt(step, victim)
             if victim is seq:
                 return False
         self.block_manager.allocate(seq, num_tokens)
         return True
 
-    def _preempt(self, seq: Sequence) -> None:
+    def _preempt(self, step: _Step, seq: Sequence) -> None:
+        step.drop(seq)
         self.running.remove(seq)
         self._release(seq)
         seq.num_computed_tokens = 0
         seq.status = Status.WAITING
-        self.waiting.appendleft(seq)
+        self.waiting.appendleft(seq, self.num_steps)
         self.num_preemptions += 1
 
     def _release(self, seq: Sequence) -> None:
@@ -115,55 +157,82 @@ class Scheduler:
             self.slots.release(seq.slot)
             seq.slot = None
 
-    def _schedule_waiting(self, budget: int) -> list[ScheduledSequence]:
-        scheduled: list[ScheduledSequence] = []
-        skipped: list[Sequence] = []
-        has_overdue = False
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-            seq = self.waiting.popleft()
-            if seq.adapter is not None and (has_overdue or not self._has_slot(seq)):
-                has_overdue |= seq.num_skips >= MAX_SKIPS
-                skipped.append(seq)
-                continue
-            item = self._admit(seq, budget)
-            if item is None and seq.status is Status.WAITING:
-                self.waiting.appendleft(seq)
+    def _prefill(self, step: _Step, *, is_base: bool) -> int:
+        """Go on with the prompts of one side, then start those that wait; return how many."""
+        begun = [seq for seq in self.running if seq not in step.items and (seq.adapter is None) is is_base]
+        num_continued = self._continue(step, begun)
+        return num_continued + (self._start_base(step) if is_base else self._start_adapters(step))
+
+    def _start_base(self, step: _Step) -> int:
+        num_started = 0
+        while step.is_open and (head := self.waiting.head(None)) is not None:
+            if len(self.running) >= self.max_num_seqs and not self._vacate(step):
                 break
-            if item is None:
-                continue
-            scheduled.append(item)
-            budget -= item.num_tokens
-        if scheduled:
-            for seq in skipped:
-                seq.num_skips += 1
-        self.waiting.extendleft(reversed(skipped))
-        return scheduled
+            num_started += self._start(step, head[1])
+        return num_started
 
-    def _has_slot(self, seq: Sequence) -> bool:
+    def _start_adapters(self, step: _Step) -> int:
+        num_started = 0
+        max_num_running = self.max_num_seqs - min(self.waiting.num_base, self._num_base_places())
+        heads = self.waiting.adapter_heads() if len(self.running) < max_num_running else []
+        heapq.heapify(heads)
+        is_draining = False
+        while heads and step.is_open and len(self.running) < max_num_running:
+            place, seq = heapq.heappop(heads)
+            if self._has_slot(seq, place, is_draining):
+                num_started += self._start(step, seq)
+                head = self.waiting.head(seq.adapter)
+                if head is not None:
+                    heapq.heappush(heads, head)
+            else:
+                is_draining |= self.num_steps - place.step > MAX_WAIT_STEPS
+        return num_started
+
+    def _num_base_places(self) -> int:
+        """How many more of the running sequences may be the base model's by right."""
+        num_for_adapters = max(1, self.max_num_seqs // 4)
+        return max(0, self.max_num_seqs - num_for_adapters - sum(seq.adapter is None for seq in self.running))
+
+    def _vacate(self, step: _Step) -> bool:
+        """Preempt an adapter sequence for one of the base model, if that has less than its share."""
+        victim = next((seq for seq in reversed(self.running) if seq.adapter is not None), None)
+        if victim is None or self._num_base_places() == 0:
+            return False
+        self._preempt(step, victim)
+        return True
+
+    def _has_slot(self, seq: Sequence, place: Place, is_draining: bool) -> bool:
+        """Tell whether an adapter sequence can have a slot; when draining, an older one is overdue for it."""
         assert self.slots is not None and seq.adapter is not None
-        return self.slots.can_activate(seq.adapter)
+        slot = self.slots.slot_of(seq.adapter.identity)
+        if slot is not None and is_draining:
+            return place.order <= self._gates[slot]
+        return not is_draining and self.slots.can_activate(seq.adapter)
 
-    def _admit(self, seq: Sequence, budget: int) -> ScheduledSequence | None:
-        """Start a waiting sequence; without room it keeps waiting, and without its adapter it fails."""
+    def _start(self, step: _Step, seq: Sequence) -> bool:
+        """Start a waiting sequence; without blocks it keeps waiting, and without its adapter it fails."""
         start = self.block_manager.match_prefix(seq)
-        num_tokens = min(len(seq.token_ids) - start, budget)
+        num_tokens = step.max_tokens(seq, start)
         if not self.block_manager.can_allocate(seq, start + num_tokens):
             self.block_manager.free(seq)
-            return None
+            step.is_short = True
+            return False
         if not self._take_slot(seq):
-            return None
+            return False
         self.block_manager.allocate(seq, start + num_tokens)
         if seq.request.num_cached_tokens is None:
             seq.request.num_cached_tokens = start
         seq.num_computed_tokens = start
-        seq.num_skips = 0
         seq.status = Status.RUNNING
+        self.waiting.remove(seq)
         self.running.append(seq)
-        return ScheduledSequence(seq, start, num_tokens)
+        step.add(seq, start, num_tokens)
+        return True
 
     def _take_slot(self, seq: Sequence) -> bool:
         if seq.adapter is None or self.slots is None:
             return True
+        is_resident = self.slots.slot_of(seq.adapter.identity) is not None
         try:
             seq.slot = self.slots.activate(seq.adapter)
         except (MMLoRAError, RuntimeError) as error:  # out of device memory, a module that cannot be wrapped
@@ -171,4 +240,6 @@ class Scheduler:
             self.failed.append((seq, AdapterError(f"adapter {seq.adapter.name!r} could not be activated: {error}")))
             return False
         self.slots.retain(seq.slot)
+        if not is_resident:
+            self._gates[seq.slot] = self.waiting.last_order(seq.adapter, self.max_num_seqs)
         return True

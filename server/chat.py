@@ -63,8 +63,8 @@ class ChatService:
         return EventStream(events, headers=lora_headers(first.lora))
 
     async def _generate(self, chat: ChatCompletionRequest, request_id: str) -> Outputs:
-        lora_request = self._models.resolve(chat.model, chat.lora)
         params: SamplingParams = self._llm.engine.default_sampling_params(**chat.sampling_options())
+        lora_request = await self._models.find(chat.model, chat.lora)
         prompt = await self._llm.run_in_pool(self._render, chat)
         outputs = self._llm.generate(prompt, params, request_id, lora_request)
         try:

@@ -5,7 +5,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from mmlora.errors import AdapterNotFound, EngineDeadError, MMLoRAError, RequestError
+from mmlora.errors import AdapterNotFound, EngineDeadError, MMLoRAError, RequestError, ResolverError
 
 
 class Refusal(MMLoRAError):
@@ -26,7 +26,7 @@ def status_of(error: Exception) -> int:
         return 404
     if isinstance(error, RequestError):
         return 400
-    return 503 if isinstance(error, EngineDeadError) else 500
+    return 503 if isinstance(error, EngineDeadError | ResolverError) else 500
 
 
 def error_body(error: Exception) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """From options to a running HTTP server: claim the port, load the engine, serve, shut down."""
 
+import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,10 +9,13 @@ import uvicorn
 
 from mmlora.async_llm import AsyncLLM
 from mmlora.config import EngineArgs
-from mmlora.errors import ConfigError
+from mmlora.errors import AdapterError, ConfigError
+from mmlora.lora.adapter import AdapterReport
+from mmlora.lora.info import LoRAInfo
 from mmlora.lora.request import LoRARequest
 from mmlora.server.api import DEFAULT_MAX_REQUEST_BYTES, build_app
 from mmlora.server.models import LoRAModule, ServedAdapter, ServedModels
+from mmlora.server.resolved import start_resolution
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ def serve(engine_args: EngineArgs, server_args: ServerArgs) -> None:
         llm = AsyncLLM(engine_args)
         try:
             models = load_served_models(llm, server_args.lora_modules)
+            start_resolution(llm, models, os.environ)
             app = build_app(llm, models, api_key=server_args.api_key, max_request_bytes=server_args.max_request_bytes)
             config = uvicorn.Config(app, log_level=server_args.uvicorn_log_level, lifespan="off")
             _Server(config, models.names).run(sockets=[listener])
@@ -80,7 +85,8 @@ def load_served_models(llm: AsyncLLM, lora_modules: Sequence[LoRAModule] = ()) -
     """
     args, parts = llm.engine.args, llm.engine.parts
     adapters = [
-        ServedAdapter(key, request, adapter, default_for=key) for key, (request, adapter) in parts.defaults.items()
+        ServedAdapter(key, request, adapter.digest, adapter.report, default_for=key)
+        for key, (request, adapter) in parts.defaults.items()
     ]
     if lora_modules and parts.store is None:
         raise ConfigError(f"lora_modules: {lora_modules[0].name!r} needs enable_lora=True")
@@ -93,8 +99,23 @@ def load_served_models(llm: AsyncLLM, lora_modules: Sequence[LoRAModule] = ()) -
         names.append(module.name)
         request = LoRARequest(module.name, lora_int_id, module.path, module.base_model_name)
         assert parts.store is not None
-        adapters.append(ServedAdapter(module.name, request, parts.store.get(request)))
+        adapter = parts.store.get(request)
+        adapters.append(ServedAdapter(module.name, request, adapter.digest, adapter.report))
+    adapters += [_restored(llm, info) for info in llm.engine.list_loras() if info.name not in names]
     return ServedModels(llm.model_name, args.model, llm.engine.max_model_len, adapters)
+
+
+def _restored(llm: AsyncLLM, info: LoRAInfo) -> ServedAdapter:
+    """An adapter that the registry kept, whether it can be used or not."""
+    store, problem = llm.engine.parts.store, info.problem
+    assert store is not None
+    if problem is None:
+        try:
+            adapter = store.get(info.request)
+            return ServedAdapter(info.name, info.request, adapter.digest, adapter.report)
+        except AdapterError as error:
+            problem = str(error)
+    return ServedAdapter(info.name, info.request, info.digest, AdapterReport(0, {}), problem=problem)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -5,15 +5,21 @@ automatic choice, which the engine makes.
 """
 
 import json
+import threading
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any
 
-from mmlora.errors import ConfigError
+from mmlora.errors import AdapterNotFound, ConfigError, RequestError
 from mmlora.lora.adapter import AdapterReport
+from mmlora.lora.mix import LoRAMix
 from mmlora.lora.request import BASE, LoRARequest
+from mmlora.lora.resolution import LoRAResolution
+from mmlora.server.cards import Card, model_card
 from mmlora.server.errors import Refusal
+from mmlora.server.lora_field import LoRAField, parse_lora_field
 from mmlora.server.protocol import FieldError
 
 
@@ -53,27 +59,33 @@ class LoRAModule:
         return cls(**entry)
 
 
-class LoadedAdapter(Protocol):
-    """What a card tells about an adapter; `mmlora.lora.adapter.Adapter` has it."""
-
-    @property
-    def digest(self) -> str: ...
-    @property
-    def report(self) -> AdapterReport: ...
-
-
 @dataclass(frozen=True)
 class ServedAdapter:
-    """An adapter under the name that clients use for it; `default_for` is set for a default."""
+    """An adapter under the name that clients use for it, with what its card tells.
+
+    It does not refer to the weights, which may leave the host while the name stays.
+
+    Attributes:
+        name: what clients call it.
+        request: what the engine is given for it.
+        digest, report: of the adapter as it was loaded.
+        default_for: the key of a default; None for any other adapter.
+        problem: why requests for it fail; None when they do not.
+    """
 
     name: str
     request: LoRARequest
-    loaded: LoadedAdapter
+    digest: str | None
+    report: AdapterReport
     default_for: str | None = None
+    problem: str | None = None
 
 
 class ServedModels:
-    """All names of one server.
+    """All names of one server. Safe to use from several threads.
+
+    Attributes:
+        resolution: asks resolvers for names that are not served; None where there are none to ask.
 
     Args:
         base_name: what clients call the base model.
@@ -87,6 +99,9 @@ class ServedModels:
         self._root = root
         self._max_model_len = max_model_len
         self._created = int(time.time())
+        self.resolution: LoRAResolution | None = None
+        self._lock = threading.Lock()
+        # Replaced whole by whoever holds the lock, so that readers need none.
         self._adapters = {adapter.name: adapter for adapter in adapters}
 
     @property
@@ -94,22 +109,71 @@ class ServedModels:
         """Every name that `model` may have."""
         return [self.base_name, *self._adapters]
 
-    def resolve(self, model: str | None, lora: str | list[dict[str, Any]] | None) -> LoRARequest | object | None:
+    def add(self, adapter: ServedAdapter, *, replace: bool = False) -> None:
+        """Serve an adapter from now on.
+
+        Args:
+            adapter: with the name that clients use.
+            replace: take the place of an adapter of this name that is no default.
+
+        Raises:
+            RequestError: the name is taken.
+        """
+        with self._lock:
+            taken = self._adapters.get(adapter.name)
+            may_replace = replace and taken is not None and taken.default_for is None
+            if adapter.name == self.base_name or (taken is not None and not may_replace):
+                raise RequestError(f"the name {_shorten(adapter.name)} is taken; served are {self._listed()}")
+            self._adapters = {**self._adapters, adapter.name: adapter}
+
+    def remove(self, name: str) -> ServedAdapter:
+        """Serve an adapter no more, and return it. What the engine has of it is left to the caller.
+
+        Raises:
+            RequestError: it is a default, which the engine keeps.
+            AdapterNotFound: there is no adapter of this name.
+        """
+        with self._lock:
+            adapter = self._adapters.get(name)
+            if adapter is None:
+                raise AdapterNotFound(f"there is no adapter {_shorten(name)}; served are {self._listed()}")
+            if adapter.default_for is not None:
+                raise RequestError(f"the adapter {name!r} is the default for {adapter.default_for}; it stays")
+            self._adapters = {other: self._adapters[other] for other in self._adapters if other != name}
+            return adapter
+
+    async def find(self, model: str | None, lora: LoRAField) -> LoRARequest | object | None:
+        """Do as `resolve`, after asking the resolvers for each name that is not served.
+
+        Raises:
+            Refusal, FieldError: see `resolve`.
+            AdapterError: a resolver found an adapter that cannot be used.
+            ResolverError: a resolver failed, and no other found the adapter.
+        """
+        if self.resolution is not None:
+            for name in dict.fromkeys([model or self.base_name, *(name for name, _ in parse_lora_field(lora))]):
+                if name not in self.names:
+                    with suppress(AdapterNotFound):  # `resolve` says so, and which field names it
+                        await self.resolution.resolve(name)
+        return self.resolve(model, lora)
+
+    def resolve(self, model: str | None, lora: LoRAField) -> LoRARequest | object | None:
         """What the engine is to apply.
 
         Args:
             model: the base model's name (automatic choice), an adapter's, or a default's key; None is the base.
-            lora: None (as `model` says), `[]` (the base model on purpose), a name, or a list of one `{"name": …}`.
+            lora: None (as `model` says), `[]` (the base model on purpose), a name, or `[{"name": …, "scale": …}, …]`.
 
         Raises:
             Refusal: 404 for an unknown name.
             FieldError: the fields contradict each other, or `lora` has another form.
         """
+        adapters = self._adapters
         named = None
         if model is not None and model != self.base_name:
-            named = self._adapters.get(model)
+            named = adapters.get(model)
             if named is None:
-                message = f"the model {model!r} does not exist; served are {', '.join(map(repr, self.names))}"
+                message = f"the model {_shorten(model)} does not exist; served are {self._listed()}"
                 raise Refusal(404, message, param="model", code="model_not_found")
         if lora is None:
             return named.request if named else None
@@ -117,22 +181,27 @@ class ServedModels:
             if named:
                 raise FieldError(f"lora=[] asks for the base model, but model={model!r} names an adapter", "lora")
             return BASE
-        name = lora if isinstance(lora, str) else _single_name(lora)
-        chosen = self._adapters.get(name)
-        if chosen is None:
-            allowed = ", ".join(map(repr, self._adapters)) or "none"
-            message = f"the adapter {name!r} does not exist; served are {allowed}, and [] is the base model"
-            raise Refusal(404, message, param="lora", code="adapter_not_found")
-        if named and named is not chosen:
-            raise FieldError(f"model={model!r} and lora={name!r} name two adapters; give one of them", "lora")
-        return chosen.request
+        parts = [(self._chosen(adapters, name), scale) for name, scale in parse_lora_field(lora)]
+        if named and [adapter for adapter, _ in parts] != [named]:
+            raise FieldError(f"model={model!r} and lora={lora!r} name different adapters; give one of them", "lora")
+        if len(parts) == 1 and parts[0][1] == 1:
+            return parts[0][0].request
+        return LoRAMix([(adapter.request, scale) for adapter, scale in parts])
 
-    def cards(self) -> list[dict[str, Any]]:
+    def _chosen(self, adapters: Mapping[str, ServedAdapter], name: str) -> ServedAdapter:
+        chosen = adapters.get(name)
+        if chosen is None:
+            allowed = ", ".join(map(repr, adapters)) or "none"
+            message = f"the adapter {_shorten(name)} does not exist; served are {allowed}, and [] is the base model"
+            raise Refusal(404, message, param="lora", code="adapter_not_found")
+        return chosen
+
+    def cards(self) -> list[Card]:
         """The entries of `/v1/models`, the base model first."""
         base = self._card(self.base_name, self._root, None, None)
         return [base, *(self._adapter_card(adapter) for adapter in self._adapters.values())]
 
-    def card(self, name: str) -> dict[str, Any]:
+    def card(self, name: str) -> Card:
         """The entry of one model.
 
         Raises:
@@ -141,56 +210,27 @@ class ServedModels:
         for card in self.cards():
             if card["id"] == name:
                 return card
-        raise Refusal(404, f"the model {name!r} does not exist", param="model", code="model_not_found")
+        raise Refusal(404, f"the model {_shorten(name)} does not exist", param="model", code="model_not_found")
 
-    def _adapter_card(self, adapter: ServedAdapter) -> dict[str, Any]:
-        request, report = adapter.request, adapter.loaded.report
+    def _listed(self) -> str:
+        return ", ".join(map(repr, self.names))
+
+    def _adapter_card(self, adapter: ServedAdapter) -> Card:
+        request, report = adapter.request, adapter.report
         info = {
             "name": request.lora_name,
-            "digest": adapter.loaded.digest,
+            "digest": adapter.digest,
             "default_for": adapter.default_for,
             "matched": report.matched,
             "parts": dict(report.parts),
             "unmatched": list(report.unmatched),
+            "problem": adapter.problem,
         }
         return self._card(adapter.name, request.lora_path, request.base_model_name or self.base_name, info)
 
-    def _card(self, name: str, root: str, parent: str | None, adapter: Mapping[str, Any] | None) -> dict[str, Any]:
-        permission = {
-            "id": f"modelperm-{name}",
-            "object": "model_permission",
-            "created": self._created,
-            "allow_create_engine": False,
-            "allow_sampling": True,
-            "allow_logprobs": True,
-            "allow_search_indices": False,
-            "allow_view": True,
-            "allow_fine_tuning": False,
-            "organization": "*",
-            "group": None,
-            "is_blocking": False,
-        }
-        return {
-            "id": name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "mmlora",
-            "root": root,
-            "parent": parent,
-            "max_model_len": self._max_model_len,
-            "permission": [permission],
-            "adapter": adapter,
-        }
+    def _card(self, name: str, root: str, parent: str | None, adapter: dict[str, Any] | None) -> Card:
+        return model_card(name, root, parent, adapter, self._max_model_len, self._created)
 
 
-def _single_name(entries: list[dict[str, Any]]) -> str:
-    if len(entries) > 1:
-        raise FieldError(f"lora holds {len(entries)} adapters; one request takes one", "lora")
-    (entry,) = entries
-    unknown = sorted(set(entry) - {"name", "scale"})
-    if unknown or not isinstance(entry.get("name"), str):
-        raise FieldError(f"lora={entries!r}: an entry is {{'name': …}}", "lora")
-    scale = entry.get("scale", 1)
-    if isinstance(scale, bool) or scale != 1:
-        raise FieldError(f"lora: scale={scale!r} for {entry['name']!r}; only 1 is supported", "lora")
-    return str(entry["name"])
+def _shorten(name: str) -> str:
+    return repr(name if len(name) <= 80 else name[:77] + "...")

@@ -1,4 +1,4 @@
-"""Find an adapter's directory and read its tensors: local paths, Hub ids, safetensors only."""
+"""Find an adapter's directory and read it, or take its tensors from memory: local paths, the Hub, safetensors only."""
 
 import json
 import re
@@ -15,7 +15,13 @@ from mmlora.errors import AdapterError, AdapterMismatch, AdapterNotFound
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+MAX_CONFIG_BYTES: Final = 2**24
+
+# No segment begins with a dot, so that neither the folder nor the revision can leave the Hub's cache.
+_SEGMENT: Final = r"[A-Za-z0-9_][\w.+-]*"
+_HUB_PATH: Final = re.compile(
+    rf"(?P<repo>{_SEGMENT}(/{_SEGMENT})?)(?P<folder>(/{_SEGMENT})*)(@(?P<revision>{_SEGMENT}(/{_SEGMENT})*))?"
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,32 @@ class AdapterFiles:
         return "memory" if self.path is None else str(self.path)
 
 
+def files_from_memory(config: object, tensors: object) -> AdapterFiles:
+    """Copy an adapter that lies in memory, so that a training step that goes on changes nothing here.
+
+    Args:
+        config: what `adapter_config.json` would hold, or PEFT's `LoraConfig`.
+        tensors: by the keys of `adapter_model.safetensors`, on any device.
+
+    Raises:
+        AdapterError: one of them is missing or of another type.
+    """
+    if not isinstance(config, Mapping) and hasattr(config, "to_dict"):
+        config = config.to_dict()
+    if not isinstance(config, Mapping):
+        raise AdapterError(f"config is a {type(config).__name__}; it must be a mapping or PEFT's LoraConfig")
+    if not isinstance(tensors, Mapping):
+        raise AdapterError(f"tensors is a {type(tensors).__name__}; it must map keys to tensors")
+    for key, tensor in tensors.items():
+        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
+            raise AdapterError(f"tensors[{key!r}] is a {type(tensor).__name__}; it must map names to tensors")
+    try:
+        content = json.loads(json.dumps(dict(config), default=_as_json))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise AdapterError(f"config cannot be written as JSON: {error}") from None
+    return AdapterFiles(content, {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()})
+
+
 def read_adapter(directory: Path) -> AdapterFiles:
     """Read both files of an adapter directory.
 
@@ -47,54 +79,6 @@ def read_adapter(directory: Path) -> AdapterFiles:
         AdapterError: the tensors are truncated or corrupt.
     """
     return AdapterFiles(_read_config(directory / CONFIG_FILE), read_tensors(directory), directory)
-
-
-def _read_config(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterNotFound(f"no {CONFIG_FILE} in {path.parent}; a PEFT directory has one") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise AdapterMismatch(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise AdapterMismatch(f"{path} holds a {type(content).__name__}; it must be a JSON object")
-    return content
-
-
-def resolve_adapter_path(path: str | Path) -> Path:
-    """Return the directory of an adapter.
-
-    Args:
-        path: a directory (`~` and relative paths are resolved), else a Hub id, of which only the adapter's two files
-            are fetched.
-
-    Raises:
-        AdapterNotFound: neither exists; the message names what was tried.
-    """
-    try:
-        directory = Path(path).expanduser()
-        if directory.is_dir():
-            return directory.resolve()
-        exists = directory.exists()
-    except (RuntimeError, OSError, ValueError) as error:
-        raise AdapterNotFound(f"adapter path {str(path)!r} cannot be used: {error}") from None
-    if exists:
-        raise AdapterNotFound(f"adapter path {str(path)!r} is a file; it must be a PEFT directory or a Hub id")
-    if not _HUB_ID.fullmatch(str(path)):
-        raise AdapterNotFound(
-            f"adapter path {str(path)!r} is no directory (tried {directory.absolute()}) and no Hub id"
-        )
-    return _download(str(path), directory.absolute())
-
-
-def _download(repo_id: str, tried: Path) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
-    except Exception as error:  # the hub's errors share no base class: HTTP, validation, cache, connection
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise AdapterNotFound(f"adapter {repo_id!r}: no directory {tried}, and not on the Hub ({reason})") from error
 
 
 def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -109,7 +93,96 @@ def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
         pickled = sorted(file.name for file in directory.glob("adapter_model*") if file.name != WEIGHTS_FILE)
         found = f"; {', '.join(pickled)} cannot be used: only safetensors is read" if pickled else ""
         raise AdapterNotFound(f"no {WEIGHTS_FILE} in {directory}{found}")
+    content = b""
     try:
-        return load_safetensors(path.read_bytes())
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise AdapterError(f"{path} ({path.stat().st_size} bytes) is no valid safetensors file: {error}") from None
+        content = path.read_bytes()
+        tensors = load_safetensors(content)
+        _check_keys(content)
+        return tensors
+    except (SafetensorError, OSError, ValueError, KeyError, MemoryError) as error:
+        raise AdapterError(f"{path} ({len(content)} bytes) is no valid safetensors file: {error}") from None
+
+
+def resolve_adapter_path(path: str | Path) -> Path:
+    """Return the directory of an adapter.
+
+    Args:
+        path: a directory (`~` and relative paths are resolved), else `org/repo` or `org/repo/subfolder` on the Hub,
+            either with `@revision`; only the adapter's two files are fetched.
+
+    Raises:
+        AdapterNotFound: neither exists; the message names what was tried.
+    """
+    try:
+        directory = Path(path).expanduser()
+        if directory.is_dir():
+            return directory.resolve()
+        exists = directory.exists()
+        unversioned = Path(str(directory).rpartition("@")[0])
+        has_revision = "@" in str(path) and unversioned.is_dir()
+    except (RuntimeError, OSError, ValueError) as error:
+        raise AdapterNotFound(f"adapter path {str(path)!r} cannot be used: {error}") from None
+    if exists:
+        raise AdapterNotFound(f"adapter path {str(path)!r} is a file; it must be a PEFT directory or a Hub id")
+    if has_revision:
+        raise AdapterNotFound(f"adapter path {str(path)!r}: {unversioned} is a directory, which has no revisions")
+    match = _HUB_PATH.fullmatch(str(path))
+    if match is None:
+        raise AdapterNotFound(
+            f"adapter path {str(path)!r} is no directory (tried {directory.absolute()}) and no Hub id; allowed are a "
+            "directory, org/repo and org/repo/subfolder, the last two also with @revision"
+        )
+    return _download(match, directory.absolute())
+
+
+def _download(match: re.Match[str], tried: Path) -> Path:
+    from huggingface_hub import snapshot_download
+
+    folder = match["folder"].strip("/")
+    patterns = [f"{folder}/{name}" if folder else name for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    try:
+        snapshot = snapshot_download(match["repo"], revision=match["revision"], allow_patterns=patterns)
+    except Exception as error:  # the hub's errors share no base class: HTTP, validation, cache, connection
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise AdapterNotFound(f"adapter {match[0]!r}: no directory {tried}, and not on the Hub ({reason})") from error
+    directory = Path(snapshot) / folder
+    if not directory.is_dir():
+        raise AdapterNotFound(f"adapter {match[0]!r}: {match['repo']} on the Hub has no adapter in {folder!r}")
+    return directory
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise AdapterNotFound(f"no {CONFIG_FILE} in {path.parent}; a PEFT directory has one")
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError(f"it has {path.stat().st_size} bytes, allowed are {MAX_CONFIG_BYTES}")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise AdapterMismatch(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise AdapterMismatch(f"{path} holds a {type(content).__name__}; it must be a JSON object")
+    return content
+
+
+def _check_keys(content: bytes) -> None:
+    """Refuse a safetensors header that holds a key twice, of which a reader silently takes one.
+
+    Raises:
+        ValueError: it does.
+    """
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) != len(keys):
+            raise ValueError(f"its header holds the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+        return dict(pairs)
+
+    json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")], object_pairs_hook=unique)
+
+
+def _as_json(value: object) -> object:
+    """PEFT's configuration holds sets where its file holds lists."""
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    raise TypeError(f"{value!r} has no JSON form")

@@ -5,7 +5,7 @@ The keys are those of `peft.LoraConfig` up to PEFT 0.21 (https://huggingface.co/
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -129,7 +129,8 @@ class PeftConfig:
             AdapterMismatch: a key is unknown, has a value that is not supported, or has the wrong type; the message
                 names the key and the value.
         """
-        _refuse_unsupported(content)
+        for reason in refusals(content):
+            raise AdapterMismatch(f"{CONFIG_FILE}: {reason}")
         return cls(
             r=_rank(content.get("r", 8), "r"),
             lora_alpha=_number(content.get("lora_alpha", 8), "lora_alpha"),
@@ -209,18 +210,19 @@ class PeftConfig:
         }
 
 
-def _refuse_unsupported(content: Mapping[str, Any]) -> None:
+def refusals(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why an adapter of this configuration cannot be applied, key by key."""
     if "peft_type" not in content:
-        raise AdapterMismatch(f"{CONFIG_FILE} has no peft_type; it must be 'LORA'")
+        yield "there is no peft_type; it must be 'LORA'"
     for key, value in content.items():
         if key in _UNDERSTOOD or key in _IRRELEVANT:
             continue
         if key not in _REFUSED:
-            raise AdapterMismatch(f"{CONFIG_FILE}: the key {key}={value!r} is unknown; it might change the output")
+            yield f"the key {key}={value!r} is unknown; it might change the output"
+            continue
         values, reason = _REFUSED[key]
         if not any(value is allowed or (value == allowed and type(value) is type(allowed)) for allowed in values):
-            allowed_text = ", ".join(map(repr, values))
-            raise AdapterMismatch(f"{CONFIG_FILE}: {key}={value!r} is not supported: {reason}; allowed: {allowed_text}")
+            yield f"{key}={value!r} is not supported: {reason}; allowed: {', '.join(map(repr, values))}"
 
 
 def _lookup(pattern: Mapping[str, T], names: Sequence[str], default: T) -> T:

@@ -7,6 +7,8 @@ from typing import Final
 from mmlora.errors import AdapterError
 
 MAX_INT_ID = 2**63 - 1
+MEMORY: Final = "memory:"
+"""Start of the `lora_path` of an adapter that was given as tensors; there is nothing to read behind it."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,8 @@ class LoRARequest:
     Args:
         lora_name: any name; it is never used as a path.
         lora_int_id: any positive 63-bit integer, one per adapter.
-        lora_path: a PEFT directory (`~` and relative paths are resolved) or a Hub id.
+        lora_path: a PEFT directory (`~` and relative paths are resolved), or on the Hub `org/repo` or
+            `org/repo/subfolder`, either with `@revision`.
         base_model_name: the base model that the adapter was trained on, shown to clients.
         load_inplace: read the adapter again, once for this request object, and replace the one of the same name.
 
@@ -55,6 +58,11 @@ class LoRARequest:
     @property
     def path(self) -> str:
         return self.lora_path
+
+    @property
+    def is_from_memory(self) -> bool:
+        """Whether the adapter was given as tensors."""
+        return self.lora_path.startswith(MEMORY)
 
 
 class _Base:

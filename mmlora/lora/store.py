@@ -1,79 +1,74 @@
 """The host cache of adapters: who is who, least recently used out first, reloads that swap whole versions."""
 
-import itertools
 import threading
-from collections import OrderedDict
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Final
-from weakref import WeakValueDictionary
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
-import torch
-
-from mmlora.errors import AdapterError
+from mmlora.errors import AdapterError, AdapterNotFound
 from mmlora.lora.adapter import Adapter
-from mmlora.lora.files import read_adapter, resolve_adapter_path
-from mmlora.lora.load import load_adapter
-from mmlora.lora.module_index import ModuleIndex
-from mmlora.lora.request import LoRARequest
-
-_uids: Final = itertools.count(1)
-_Key = tuple[str, int]
-
-
-@dataclass(eq=False)
-class _Entry:
-    """What is remembered of an adapter, evicted or not. `lock` admits one load at a time."""
-
-    key: _Key
-    path: str
-    uid: int = field(default_factory=lambda: next(_uids))
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    generation: int = 0
-    digest: str | None = None  # None until the first load has succeeded
-    adapter: Adapter | None = None
-    is_pinned: bool = False
-    reloaded_for: "WeakValueDictionary[int, LoRARequest]" = field(default_factory=WeakValueDictionary)  # by id()
+from mmlora.lora.files import AdapterFiles
+from mmlora.lora.host_cache import HostCache
+from mmlora.lora.registry import AdapterRecord, AdapterRegistry
+from mmlora.lora.request import MEMORY, LoRARequest
+from mmlora.lora.stored_adapter import Load, StoredAdapter
 
 
 class AdapterStore:
     """Load adapters on demand and keep the most recent ones on the host.
 
     Safe to use from several threads: different adapters load at once, one adapter loads once. A version that left the
-    cache lives on for as long as somebody refers to it.
+    cache lives on for as long as somebody refers to it, and is taken back without a load while it does.
 
     Args:
-        index: modules of the model.
-        dtype: of the matrices.
-        max_cpu_loras: adapters kept on the host, pinned ones included and never evicted; unlimited without it.
-        max_lora_rank, strict, allow_media_parts: see `load_adapter`.
+        load: builds an adapter from its files and its name, see `load_adapter`.
+        max_cpu_loras, max_pinned: see `HostCache`.
+        registry: keeps what `add` loaded from a path across restarts.
+
+    Attributes:
+        host: what is in memory.
+        num_loads, load_s: loads so far, and the seconds that they took.
     """
 
     def __init__(
         self,
-        index: ModuleIndex,
+        load: Load,
         *,
-        dtype: torch.dtype,
         max_cpu_loras: int | None = None,
-        max_lora_rank: int | None = None,
-        strict: bool = True,
-        allow_media_parts: bool = True,
+        max_pinned: int | None = None,
+        registry: AdapterRegistry | None = None,
     ) -> None:
-        self._index = index
-        self._dtype = dtype
-        self._max_cpu_loras = max_cpu_loras
-        self._max_lora_rank = max_lora_rank
-        self._strict = strict
-        self._allow_media_parts = allow_media_parts
+        self.host = HostCache(max_cpu_loras, max_pinned)
+        self.num_loads = 0
+        self.load_s = 0.0
+        self._load_adapter = load
+        self._registry = registry
         self._lock = threading.Lock()
-        self._entries: dict[_Key, _Entry] = {}
-        self._loaded: OrderedDict[_Key, _Entry] = OrderedDict()  # least recently used first
+        self._entries: dict[str, StoredAdapter] = {}
+        self._draining: dict[str, int] = {}  # name to uid of what was removed while requests run with it
 
     @property
-    def adapters(self) -> tuple[Adapter, ...]:
-        """Adapters on the host, least recently used first."""
+    def entries(self) -> list[StoredAdapter]:
+        """Everything known, on the host or not."""
         with self._lock:
-            return tuple(entry.adapter for entry in self._loaded.values() if entry.adapter is not None)
+            return list(self._entries.values())
+
+    def entry_of(self, adapter: Adapter) -> StoredAdapter | None:
+        """Return the entry whose present version an adapter is; None for one that was removed or replaced."""
+        entry = self._entries.get(adapter.name)
+        return entry if entry is not None and entry.is_version(adapter) else None
+
+    def find(self, lora: str | int) -> StoredAdapter:
+        """Return the entry of a name or id.
+
+        Raises:
+            AdapterNotFound: there is none.
+        """
+        for entry in self.entries:
+            if lora in (entry.name, entry.request.lora_int_id):
+                return entry
+        known = ", ".join(repr(entry.name) for entry in self.entries[:10]) or "none"
+        raise AdapterNotFound(f"no adapter {lora!r} is loaded; loaded are {known}")
 
     def get(self, request: LoRARequest) -> Adapter:
         """Return the adapter of a request, loading it when it is not on the host.
@@ -82,120 +77,184 @@ class AdapterStore:
         unless the new one is good.
 
         Raises:
-            AdapterError: it cannot be loaded, its name or id belongs to another path, or its files changed since it
-                was evicted. Nothing of a failed load is kept.
+            AdapterError: it cannot be loaded, its name or id belongs to another path, it is being unloaded, or its
+                files changed since it was evicted. Nothing of a failed load is kept.
         """
-        return self._get(request, is_pinned=False)
+        return self._get(request)
 
-    def pin(self, request: LoRARequest) -> Adapter:
-        """Do as `get`, and never evict the adapter from then on."""
-        return self._get(request, is_pinned=True)
+    def add(self, request: LoRARequest, files: AdapterFiles | None = None) -> Adapter:
+        """Do as `get` for an adapter that is to stay known: in the registry, and though its name is being unloaded.
 
-    def remove(self, lora_name: str) -> bool:
-        """Forget an adapter; requests that run with it keep their version. Tell whether it was known."""
+        Args:
+            request: names it.
+            files: in place of reading its path; they replace what was there from memory.
+
+        Raises:
+            AdapterError: see `get`.
+        """
+        return self._get(request, files, is_added=True)
+
+    def reload(self, lora: str | int, path: str | None = None, files: AdapterFiles | None = None) -> LoRARequest:
+        """Load another version of a known adapter aside and swap it in; requests that run keep theirs.
+
+        Args:
+            lora: name or id.
+            path: to read, by default the one it was read from.
+            files: in place of a path.
+
+        Raises:
+            AdapterError: it is unknown or cannot be loaded; the old version stays.
+        """
+        with self._locked(lora) as entry:
+            path = f"{MEMORY}{entry.name}" if files is not None else path or entry.request.lora_path
+            request = replace(entry.request, lora_path=path)
+            self.host.check_room(entry)
+            self._take(entry, request, self._load(entry, request, files, True), is_added=False)
+            return entry.request
+
+    def pin(self, lora: str | int) -> Adapter:
+        """Load an adapter if need be, and never evict it from then on.
+
+        Raises:
+            AdapterError: it is unknown, cannot be loaded, or too many are pinned.
+        """
+        with self._locked(lora) as entry:
+            was_pinned = entry.is_pinned
+            self.host.mark_pinned(entry, self.entries)
+            try:
+                return self._fetch(entry, entry.request)
+            except BaseException:
+                entry.is_pinned = was_pinned
+                raise
+
+    def unpin(self, lora: str | int) -> None:
+        """Let an adapter be evicted again.
+
+        Raises:
+            AdapterError: it is unknown, or the registry cannot be written.
+        """
+        with self._locked(lora) as entry:
+            if entry.record is not None:
+                self._write(entry, replace(entry.record, is_pinned=False))
+            entry.is_pinned = False
+
+    def remove(self, lora: str | int) -> None:
+        """Forget an adapter; requests that run keep their version, new ones are refused until `forget_drained`.
+
+        Raises:
+            AdapterError: it is unknown, or the registry cannot be written.
+        """
+        with self._locked(lora) as entry:
+            self._write(entry, None)
+            with self._lock:
+                self._forget(entry)
+                self._draining[entry.name] = entry.uid
+
+    def forget_drained(self, uids_in_use: Container[int]) -> None:
+        """Free the names of removed adapters that no request uses any more."""
+        if self._draining:
+            with self._lock:
+                self._draining = {name: uid for name, uid in self._draining.items() if uid in uids_in_use}
+
+    def restore(self, record: AdapterRecord) -> StoredAdapter:
+        """Take up an adapter from a registry; `problem` of the result says why it cannot be used, if so."""
+        entry = StoredAdapter(record.request, record.digest, record=record)
         with self._lock:
-            keys = [key for key in self._entries if key[0] == lora_name]
-            for key in keys:
-                self._forget(self._entries[key])
-        return bool(keys)
+            self._entries[entry.name] = entry
+        try:
+            if record.is_pinned:
+                self.host.mark_pinned(entry, self.entries)
+            self.get(entry.request)
+        except AdapterError as error:
+            entry.problem = str(error)
+        return entry
 
-    def _get(self, request: LoRARequest, is_pinned: bool) -> Adapter:
+    def _get(self, request: LoRARequest, files: AdapterFiles | None = None, *, is_added: bool = False) -> Adapter:
         while True:
-            entry = self._find_or_register(request)
+            entry = self._find_or_register(request, is_added)
             with entry.lock:
-                if self._is_current(entry):
-                    adapter = self._adapter_of(entry, request)
-                    self._keep(entry, adapter, is_pinned)
-                    return adapter
+                if self._entries.get(entry.name) is entry:
+                    return self._fetch(entry, request, files, is_added=is_added)
             # Another thread's first load of it failed meanwhile, or it was removed: start again.
 
-    def _find_or_register(self, request: LoRARequest) -> _Entry:
-        key = (request.lora_name, request.lora_int_id)
+    def _find_or_register(self, request: LoRARequest, is_added: bool) -> StoredAdapter:
+        name, path = request.lora_name, request.lora_path
         with self._lock:
-            exact = self._entries.get(key)
-            if exact is not None:
-                related = [exact]
-            else:
-                related = [
-                    entry for entry in self._entries.values() if entry.key[0] == key[0] or entry.key[1] == key[1]
-                ]
-            if request.load_inplace:
-                replaced = next((entry for entry in related if entry.key[0] == key[0]), None)
-                if replaced is not None:
-                    return replaced
-            for entry in related:
-                if not _same_location(entry.path, request.lora_path):
-                    remedy = "load_inplace=True replaces it" if entry.key[0] == key[0] else "choose another id"
-                    raise AdapterError(
-                        f"adapter {key[0]!r} (id {key[1]}) is asked for from {request.lora_path!r}, but "
-                        f"{entry.key[0]!r} (id {entry.key[1]}) is from {entry.path!r}; {remedy}"
-                    )
-            return exact or self._entries.setdefault(key, _Entry(key, request.lora_path))
+            entry = self._entries.get(name)
+            if entry is not None and (request.load_inplace or entry.is_from(path)):
+                return entry
+            if entry is None and name in self._draining and not is_added:
+                raise AdapterNotFound(f"adapter {name!r} is being unloaded; add_lora loads it again")
+            related = entry or self._owner_of_id(request)
+            if related is not None:
+                remedy = (
+                    "load_inplace=True replaces it, as does reload_lora" if entry is not None else "choose another id"
+                )
+                raise AdapterError(
+                    f"adapter {name!r} (id {request.lora_int_id}) is asked for from {path!r}, but {related.name!r} "
+                    f"(id {related.request.lora_int_id}) is from {related.request.lora_path!r}; {remedy}"
+                )
+            return self._entries.setdefault(name, StoredAdapter(request))
 
-    def _is_current(self, entry: _Entry) -> bool:
-        with self._lock:
-            return self._entries.get(entry.key) is entry
+    def _owner_of_id(self, request: LoRARequest) -> StoredAdapter | None:
+        """The adapter of another place that has the id."""
+        owners = (other for other in self._entries.values() if other.request.lora_int_id == request.lora_int_id)
+        return next((other for other in owners if not other.is_from(request.lora_path)), None)
 
-    def _adapter_of(self, entry: _Entry, request: LoRARequest) -> Adapter:
-        is_reload = request.load_inplace and entry.digest is not None and id(request) not in entry.reloaded_for
-        adapter = entry.adapter
-        if adapter is None or is_reload:
-            path = request.lora_path if is_reload else entry.path
-            adapter = self._load(entry, path, is_reload)
-            entry.path, entry.digest, entry.generation = path, adapter.digest, adapter.generation
-        if request.load_inplace:
-            entry.reloaded_for[id(request)] = request
-        return adapter
-
-    def _keep(self, entry: _Entry, adapter: Adapter, is_pinned: bool) -> None:
-        with self._lock:
-            if self._entries.get(entry.key) is not entry:
-                return
-            entry.adapter, entry.is_pinned = adapter, entry.is_pinned or is_pinned
-            self._loaded[entry.key] = entry
-            self._loaded.move_to_end(entry.key)
-            if self._max_cpu_loras is not None:
-                idle = [other for other in self._loaded.values() if other is not entry and not other.is_pinned]
-                for other in idle[: max(0, len(self._loaded) - self._max_cpu_loras)]:
-                    other.adapter = None
-                    del self._loaded[other.key]
-
-    def _load(self, entry: _Entry, path: str, is_reload: bool) -> Adapter:
+    def _fetch(
+        self, entry: StoredAdapter, request: LoRARequest, files: AdapterFiles | None = None, *, is_added: bool = False
+    ) -> Adapter:
+        is_reload = entry.wants_reload(request) or (files is not None and entry.digest is not None)
+        source = request if is_reload else entry.request
         try:
-            adapter = load_adapter(
-                read_adapter(resolve_adapter_path(path)),
-                entry.key[0],
-                self._index,
-                dtype=self._dtype,
-                max_lora_rank=self._max_lora_rank,
-                strict=self._strict,
-                allow_media_parts=self._allow_media_parts,
-            )
+            self.host.check_room(entry)
+            adapter = None if is_reload else entry.living_version
+            if adapter is None:
+                adapter = self._load(entry, source, files, is_reload)
+            self._take(entry, source, adapter, is_added)
         except BaseException:
             if entry.digest is None:
                 with self._lock:
                     self._forget(entry)
             raise
-        if not is_reload and entry.digest not in (None, adapter.digest):
-            raise AdapterError(
-                f"adapter {entry.key[0]!r}: the files in {adapter.path} changed since it was loaded (digest "
-                f"{str(entry.digest)[:12]}, now {adapter.digest[:12]}); load_inplace=True takes the new ones"
-            )
-        return adapter.with_identity(entry.uid, entry.generation + is_reload)
+        if request.load_inplace:
+            entry.reloaded_for[id(request)] = request
+        return adapter
 
-    def _forget(self, entry: _Entry) -> None:
-        if self._entries.get(entry.key) is entry:
-            del self._entries[entry.key]
-            self._loaded.pop(entry.key, None)
+    def _load(self, entry: StoredAdapter, request: LoRARequest, files: AdapterFiles | None, is_reload: bool) -> Adapter:
+        before_s = entry.load_s
+        adapter = entry.load(self._load_adapter, request, files, is_reload=is_reload)
+        with self._lock:
+            self.num_loads, self.load_s = self.num_loads + 1, self.load_s + entry.load_s - before_s
+        return adapter
 
+    def _take(self, entry: StoredAdapter, source: LoRARequest, adapter: Adapter, is_added: bool) -> None:
+        """Make a version the present one: in the registry first, which may fail, then on the host."""
+        if is_added or entry.record is not None:
+            self._write(entry, entry.as_record(source, adapter.digest))
+        self.host.keep(entry, source, adapter)
+        if is_added:
+            with self._lock:
+                self._draining.pop(entry.name, None)
 
-def _same_location(path: str, other: str) -> bool:
-    return path == other or _location(path) == _location(other)
+    @contextmanager
+    def _locked(self, lora: str | int) -> Iterator[StoredAdapter]:
+        entry = self.find(lora)
+        with entry.lock:
+            if self._entries.get(entry.name) is not entry:
+                raise AdapterNotFound(f"adapter {entry.name!r} was removed meanwhile")
+            yield entry
 
+    def _write(self, entry: StoredAdapter, record: AdapterRecord | None) -> None:
+        if self._registry is None or record == entry.record:
+            return
+        if record is None:
+            self._registry.remove(entry.name)
+        else:
+            self._registry.save(record)
+        entry.record = record
 
-def _location(path: str) -> str:
-    try:
-        directory = Path(path).expanduser()
-        return str(directory.resolve()) if directory.is_dir() else path
-    except (RuntimeError, OSError, ValueError):
-        return path
+    def _forget(self, entry: StoredAdapter) -> None:
+        if self._entries.get(entry.name) is entry:
+            del self._entries[entry.name]
+            self.host.drop(entry)

@@ -249,12 +249,12 @@ def engines(models: dict[str, Path]) -> dict[str, LLM]:
 _answers: dict[tuple[str, str], ReferenceOutput] = {}
 
 
-def compare(llm: LLM, model: Path, cases: list[tuple[str, Path | None, str]]) -> None:
+def compare(llm: LLM, model: Path, cases: list[tuple[str, Path | None, str]], **options: Any) -> None:
     """Run `(name, adapter, prompt)` as one batch and compare each with the reference."""
     ids = {name: index for index, name in enumerate(SPECS, start=1)}
     loras = [LoRARequest(name, ids[name], str(path)) if path else None for name, path, _ in cases]
     with recorded_logits(llm) as logits:
-        outputs = llm.generate([prompt for *_, prompt in cases], greedy(prompt_logprobs=0), loras, use_tqdm=False)
+        outputs = llm.generate([prompt for *_, prompt in cases], greedy(**options), loras, use_tqdm=False)
     for (name, path, prompt), output in zip(cases, outputs, strict=True):
         key = (f"{model} {path}", prompt)
         if key not in _answers:
@@ -265,7 +265,7 @@ def compare(llm: LLM, model: Path, cases: list[tuple[str, Path | None, str]]) ->
 @pytest.mark.parametrize("name", SPECS)
 def test_alone(name: str, models: dict[str, Path], adapters: dict[str, Path], engines: dict[str, LLM]) -> None:
     model = SPECS[name].model
-    compare(engines[model], models[model], [(name, adapters[name], PROMPTS[0])])
+    compare(engines[model], models[model], [(name, adapters[name], PROMPTS[0])], prompt_logprobs=0)
     base = reference(models[model], None, PROMPTS[0], engines[model].get_tokenizer())
     changed = _answers[f"{models[model]} {adapters[name]}", PROMPTS[0]]
     assert (changed.logits[: len(base.prompt_ids)] - base.logits[: len(base.prompt_ids)]).abs().max() > 1e-2
@@ -277,7 +277,8 @@ def test_mixed(model: str, models: dict[str, Path], adapters: dict[str, Path], e
     cases: list[tuple[str, Path | None, str]] = [("base", None, prompt) for prompt in PROMPTS]
     for index, name in enumerate(names):
         cases.append((name, adapters[name], PROMPTS[index % 2]))
-    compare(engines[model], models[model], cases)
+    compare(engines[model], models[model], cases, prompt_logprobs=0)
+    compare(engines[model], models[model], cases)  # the output layer then sees other rows than all others
 
 
 def load(path: Path, model: Path) -> Any:
@@ -392,14 +393,19 @@ def test_what_cannot_be_added_up_is_refused_in_a_mix(
         engines["llama"].generate(PROMPTS[0], lora_request=mix)
 
 
-def test_an_activated_lora_shares_the_base_models_cache(adapters: dict[str, Path], engines: dict[str, LLM]) -> None:
+def test_an_activated_lora_shares_the_base_models_cache(
+    models: dict[str, Path], adapters: dict[str, Path], engines: dict[str, LLM]
+) -> None:
     llm, name = engines["llama"], "alora_invocation_tokens-0"
     ids = {name: index for index, name in enumerate(SPECS, start=1)}
-    prompt = "<|user|>" + "A long common prefix of both. " * 2 + "ou<|end|>"
+    before = "<|user|>" + "A long common prefix of both. " * 2
+    prompt = f"{before}ou and more words than one block holds<|end|>"
     request = LoRARequest(name, ids[name], str(adapters[name]))
     llm.generate(prompt, greedy(), use_tqdm=False)
     (activated,) = llm.generate(prompt, greedy(), request, use_tqdm=False)
-    start = len(llm.get_tokenizer()(prompt.removesuffix("ou<|end|>")).input_ids)
-    assert 0 < activated.num_cached_tokens <= start and start - activated.num_cached_tokens < 16
+    start = len(llm.get_tokenizer()(before).input_ids)
+    assert start % 16 and start - 16 < activated.num_cached_tokens <= start
+    expected = reference(models["llama"], adapters[name], prompt, llm.get_tokenizer())
+    assert activated.outputs[0].token_ids == expected.token_ids
     (idle,) = llm.generate(PROMPTS[1], greedy(), request, use_tqdm=False)
     assert idle.lora.adapter is None and "lacks the tokens" in idle.lora.warning

@@ -12,15 +12,33 @@ import torch
 from torch import nn
 
 from mmlora.errors import AdapterError, AdapterMismatch, AdapterNotFound
-from mmlora.lora import files, store
+from mmlora.lora.adapter import Adapter
+from mmlora.lora.files import AdapterFiles, files_from_memory, read_adapter
+from mmlora.lora.load import load_adapter
 from mmlora.lora.module_index import ModuleIndex
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.store import AdapterStore
 
 
 @pytest.fixture
-def make_store(tiny_llama: nn.Module) -> Callable[..., AdapterStore]:
-    return lambda **arguments: AdapterStore(ModuleIndex(tiny_llama), dtype=torch.float32, **arguments)
+def loads() -> list[str]:
+    """Names of the adapters that were loaded, by any store."""
+    return []
+
+
+@pytest.fixture
+def make_store(tiny_llama: nn.Module, loads: list[str]) -> Callable[..., AdapterStore]:
+    index = ModuleIndex(tiny_llama)
+
+    def make(max_lora_rank: int | None = None, hook: Callable[[], object] = lambda: None, **options: Any):
+        def load(files: AdapterFiles, name: str) -> Adapter:
+            loads.append(name)
+            hook()
+            return load_adapter(files, name, index, dtype=torch.float32, max_lora_rank=max_lora_rank)
+
+        return AdapterStore(load, **options)
+
+    return make
 
 
 @pytest.fixture
@@ -28,17 +46,14 @@ def requests(tiny_llama: nn.Module, save_adapter: Any) -> list[LoRARequest]:
     return [LoRARequest(f"a{i}", i, str(save_adapter(tiny_llama, f"a{i}", seed=i))) for i in (1, 2, 3)]
 
 
-@pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    names: list[str] = []
-    load = store.load_adapter
+def on_host(adapters: AdapterStore) -> list[str]:
+    return [adapter.name for adapter in adapters.host.adapters]
 
-    def counted(path: Path, name: str, *arguments: Any, **keywords: Any) -> Any:
-        names.append(name)
-        return load(path, name, *arguments, **keywords)
 
-    monkeypatch.setattr(store, "load_adapter", counted)
-    return names
+def in_memory(request: LoRARequest) -> AdapterFiles:
+    """The same adapter as tensors."""
+    files = read_adapter(Path(request.lora_path))
+    return files_from_memory(files.config, files.tensors)
 
 
 def test_an_adapter_loads_once_and_identities_differ(make_store: Any, requests: Any, loads: list[str]) -> None:
@@ -78,19 +93,73 @@ def test_the_least_recently_used_leaves_and_comes_back_as_the_same(make_store: A
     adapters.get(two)
     adapters.get(one)
     adapters.get(three)
-    assert [adapter.name for adapter in adapters.adapters] == ["a1", "a3"]
+    assert on_host(adapters) == ["a1", "a3"]
     adapters.get(two)
-    assert [adapter.name for adapter in adapters.adapters] == ["a3", "a2"]
-    assert adapters.get(one).identity == before.identity
+    assert on_host(adapters) == ["a3", "a2"] and adapters.host.num_evictions == 2
+    identity = before.identity
+    del before
+    assert adapters.get(one).identity == identity
     assert loads == ["a1", "a2", "a3", "a2", "a1"]
 
 
-def test_pinned_adapters_stay(make_store: Any, requests: Any) -> None:
+def test_a_version_that_somebody_holds_is_counted_and_comes_back_without_a_load(
+    make_store: Any, requests: Any, loads: Any
+) -> None:
     adapters = make_store(max_cpu_loras=1)
-    pinned = adapters.pin(requests[0])
+    held = adapters.get(requests[0])
+    num_bytes = held.num_bytes + adapters.get(requests[1]).num_bytes
+    assert on_host(adapters) == ["a2"] and adapters.host.num_bytes == num_bytes
+    assert adapters.get(requests[0]) is held and loads == ["a1", "a2"]
+    assert adapters.host.num_bytes == held.num_bytes, "a2 is gone"
+
+
+def test_pinned_adapters_stay_until_they_are_unpinned(make_store: Any, requests: Any) -> None:
+    adapters = make_store(max_cpu_loras=2, max_pinned=1)
+    adapters.get(requests[0])
+    pinned = adapters.pin("a1")
     for request in (*requests[1:], *requests[1:]):
         adapters.get(request)
     assert adapters.get(requests[0]) is pinned
+    with pytest.raises(AdapterError, match="'a3' cannot be pinned: at most 1 may be, .*; pinned are a1"):
+        adapters.pin("a3")
+    assert not adapters.find("a3").is_pinned
+    adapters.unpin(1)
+    assert adapters.pin("a3").name == "a3"
+    adapters.get(requests[1])
+    assert on_host(adapters) == ["a3", "a2"]
+
+
+def test_adapters_from_memory_never_leave_and_fill_the_host(make_store: Any, requests: Any) -> None:
+    adapters = make_store(max_cpu_loras=2)
+    one, two, three = requests
+    adapters.add(LoRARequest("m1", 11, "memory:m1"), in_memory(one))
+    adapters.get(two)
+    adapters.add(LoRARequest("m2", 12, "memory:m2"), in_memory(three))
+    assert on_host(adapters) == ["m1", "m2"]
+    with pytest.raises(AdapterError, match=r"'a2' finds no place .* max_cpu_loras=2 .*\(m1, m2\)"):
+        adapters.get(two)
+    adapters.remove("m1")
+    assert adapters.get(two).name == "a2" and on_host(adapters) == ["m2", "a2"]
+    adapters.forget_drained(set())
+    with pytest.raises(AdapterNotFound, match="'m1' was given in memory and is not loaded"):
+        adapters.get(LoRARequest("m1", 11, "memory:m1"))
+
+
+def test_tensors_replace_those_of_the_same_name(make_store: Any, requests: Any) -> None:
+    adapters = make_store()
+    request = LoRARequest("m", 9, "memory:m")
+    old = adapters.add(request, in_memory(requests[0]))
+    new = adapters.add(request, in_memory(requests[1]))
+    assert (new.uid, new.generation) == (old.uid, 1) and new.digest != old.digest
+    assert adapters.get(request) is new
+    adapters.get(requests[0])
+    with pytest.raises(AdapterError, match=r"'a1' .* from 'memory:a1', but 'a1' .*; .*as does reload_lora"):
+        adapters.add(LoRARequest("a1", 1, "memory:a1"), in_memory(requests[1]))
+    changed = adapters.reload("a1", files=in_memory(requests[1]))
+    assert changed == LoRARequest("a1", 1, "memory:a1") and adapters.get(changed).digest == new.digest
+    with pytest.raises(AdapterNotFound, match="with tensors"):
+        adapters.reload("a1")
+    assert adapters.reload("a1", requests[2].lora_path).lora_path == requests[2].lora_path
 
 
 def test_files_that_changed_behind_an_eviction_are_refused(make_store: Any, requests: Any) -> None:
@@ -102,8 +171,9 @@ def test_files_that_changed_behind_an_eviction_are_refused(make_store: Any, requ
     for _ in range(2):
         with pytest.raises(AdapterError, match="changed since it was loaded"):
             adapters.get(one)
+    assert "changed since" in adapters.find("a1").problem
     new = adapters.get(LoRARequest("a1", 1, one.lora_path, load_inplace=True))
-    assert new.generation == 1 and adapters.get(one) is new
+    assert new.generation == 1 and adapters.get(one) is new and adapters.find("a1").problem is None
 
 
 def test_reload_swaps_once_per_request_object(make_store: Any, requests: Any, loads: list[str]) -> None:
@@ -156,31 +226,55 @@ def test_a_failed_load_leaves_nothing_behind(make_store: Any, requests: Any) -> 
     adapters = make_store(max_lora_rank=2)
     with pytest.raises(AdapterMismatch, match="max_lora_rank=2"):
         adapters.get(requests[0])
-    assert adapters.adapters == () and not adapters.remove("a1")
+    assert adapters.host.adapters == () and adapters.entries == [] and adapters.host.num_bytes == 0
 
 
-def test_a_removed_name_may_take_another_path(make_store: Any, requests: Any) -> None:
-    adapters = make_store()
+@pytest.mark.parametrize(
+    "failure", [OSError("input/output error"), MemoryError(), RuntimeError("can't allocate memory")], ids=repr
+)
+def test_a_failure_of_the_machine_is_named_and_changes_nothing(make_store: Any, requests: Any, failure: Any) -> None:
+    failures: list[BaseException] = []
+
+    def hook() -> None:
+        if failures:
+            raise failures[0]
+
+    adapters = make_store(hook=hook)
     old = adapters.get(requests[0])
-    assert adapters.remove("a1") and not adapters.remove("a1") and adapters.adapters == ()
-    assert adapters.get(LoRARequest("a1", 1, requests[1].lora_path)).uid != old.uid
+    failures.append(failure)
+    with pytest.raises(AdapterError, match="adapter 'a1' could not be loaded: .+"):
+        adapters.reload("a1")
+    with pytest.raises(AdapterError, match="adapter 'a2' could not be loaded"):
+        adapters.get(requests[1])
+    assert adapters.get(requests[0]) is old and [entry.name for entry in adapters.entries] == ["a1"]
 
 
-def test_threads_share_one_load(make_store: Any, requests: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All adapters are inside `load_adapter` at once, each exactly once."""
-    adapters, names = make_store(), []
+def test_a_removed_name_is_refused_until_it_is_drained_or_added_again(make_store: Any, requests: Any) -> None:
+    adapters = make_store()
+    uid = adapters.get(requests[0]).uid
+    adapters.remove("a1")
+    with pytest.raises(AdapterNotFound, match="no adapter 'a1' is loaded; loaded are none"):
+        adapters.remove("a1")
+    for request in (requests[0], LoRARequest("a1", 1, requests[1].lora_path)):
+        with pytest.raises(AdapterNotFound, match="'a1' is being unloaded"):
+            adapters.get(request)
+    adapters.forget_drained({uid})
+    with pytest.raises(AdapterNotFound, match="'a1' is being unloaded"):
+        adapters.get(requests[0])
+    assert adapters.add(LoRARequest("a1", 1, requests[1].lora_path)).uid != uid
+    adapters.remove(1)
+    adapters.forget_drained(set())
+    assert adapters.get(requests[0]).name == "a1" and adapters.host.num_bytes > 0
+
+
+def test_threads_share_one_load(make_store: Any, requests: Any, loads: Any) -> None:
+    """All adapters are being loaded at once, each exactly once."""
     meeting = threading.Barrier(len(requests), timeout=30)
-    load = store.load_adapter
-
-    def meet(path: Path, name: str, *arguments: Any, **keywords: Any) -> Any:
-        names.append(name)
-        meeting.wait()
-        return load(path, name, *arguments, **keywords)
-
-    monkeypatch.setattr(store, "load_adapter", meet)
+    adapters = make_store(hook=meeting.wait)
     with ThreadPoolExecutor(12) as pool:
         loaded = list(pool.map(adapters.get, requests * 4))
-    assert sorted(names) == ["a1", "a2", "a3"] and len({id(adapter) for adapter in loaded}) == 3
+    assert sorted(loads) == ["a1", "a2", "a3"] and len({id(adapter) for adapter in loaded}) == 3
+    assert adapters.num_loads == 3 and adapters.load_s > 0
 
 
 def test_threads_that_wait_for_a_failing_load_fail_alone(make_store: Any, requests: Any) -> None:
@@ -197,26 +291,6 @@ def test_home_and_relative_paths(make_store: Any, requests: Any, monkeypatch: py
     one = adapters.get(LoRARequest("a1", 1, f"~/{path.name}"))
     assert one.path == path and adapters.get(LoRARequest("a1", 1, path.name)) is one
     assert adapters.get(requests[0]) is one
-
-
-def test_hub_ids_fetch_only_the_adapters_files(requests: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(repo_id: str, allow_patterns: list[str]) -> str:
-        assert allow_patterns == ["adapter_config.json", "adapter_model.safetensors"]
-        if repo_id != "org/sql-lora":
-            raise OSError(f"{repo_id} is offline")
-        return str(requests[0].lora_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert files.resolve_adapter_path("org/sql-lora") == Path(requests[0].lora_path)
-    with pytest.raises(AdapterNotFound, match=r"no directory .*org/other, and not on the Hub .*is offline"):
-        files.resolve_adapter_path("org/other")
-
-
-@pytest.mark.parametrize("path", ["/nowhere/at/all", "../x", "~nobody-here/x", "a/b/c", "a\0b", "./x"], ids=repr)
-def test_paths_that_are_nothing(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
-    with pytest.raises(AdapterNotFound, match="adapter path"):
-        files.resolve_adapter_path(path)
 
 
 def test_a_name_is_never_a_path(make_store: Any, requests: Any) -> None:

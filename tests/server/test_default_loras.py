@@ -125,3 +125,14 @@ def test_models_lists_the_base_the_defaults_and_the_adapters(server: RunningServ
     assert report["default_for"] == "audio" and len(report["digest"]) == 64
     assert all(count > 0 for count in report["parts"].values())  # it changes every part of the model
     assert cards["words"]["adapter"]["parts"]["audio_tower"] == 0  # type: ignore[index,call-overload]
+
+
+def test_several_adapters_with_scales(server: RunningServer) -> None:
+    """A mix has its own answer and identity; one adapter at scale 1 is the adapter itself."""
+    mixed = server.ask(QUESTION, lora=[{"name": "audio", "scale": 0.7}, {"name": "image", "scale": 0.3}])
+    assert (mixed["lora"]["adapter"], mixed["lora"]["reason"]) == ("0.7*audio+0.3*image", "explicit")
+    alone, whole = server.ask(QUESTION, lora="audio"), server.ask(QUESTION, lora=[{"name": "audio", "scale": 1}])
+    assert alone["lora"] == whole["lora"] and alone["choices"] == whole["choices"]
+    half = server.ask(QUESTION, model="audio", lora=[{"name": "audio", "scale": 0.5}])
+    assert half["lora"]["adapter"] == "0.5*audio"
+    assert len({answer["lora"]["digest"] for answer in (mixed, alone, half)}) == 3

@@ -1,0 +1,150 @@
+"""Serve the bundled assistant with 64 adapters over 4 slots beside base traffic; print waits and latencies.
+
+Arrivals are Poisson by the scheduler's step and adapters Zipf-distributed, so that steps are the same on every machine
+and only times depend on it. Base requests are served once beside the adapters and once alone.
+"""
+
+import argparse
+import random
+import time
+from dataclasses import dataclass, field
+
+from mmlora import BASE, EngineArgs, LLMEngine, LoRARequest, SamplingParams
+from mmlora.assets.models import assistant_adapters, assistant_path
+from mmlora.scheduler import ScheduledSequence
+
+PROMPT = "<|user|>What is your name?<|end|><|assistant|>"
+
+
+@dataclass
+class Job:
+    """A request; `adapter` is its number, None for the base model. Times are (step, s)."""
+
+    arrival_step: int
+    adapter: int | None
+    num_tokens: int
+    arrived: tuple[int, float] = (0, 0.0)
+    started: tuple[int, float] | None = None
+    ended: tuple[int, float] = (0, 0.0)
+
+    @property
+    def wait(self) -> tuple[int, float]:
+        """Steps and seconds until it ran."""
+        assert self.started is not None
+        return self.started[0] - self.arrived[0], self.started[1] - self.arrived[1]
+
+    @property
+    def latency(self) -> tuple[int, float]:
+        """Steps and seconds until it ended."""
+        return self.ended[0] - self.arrived[0] + 1, self.ended[1] - self.arrived[1]
+
+
+@dataclass
+class Run:
+    """The engine and what it has done so far."""
+
+    engine: LLMEngine
+    jobs: list[Job]
+    num_steps: int = 0
+    num_s: float = 0.0
+    ran: list[ScheduledSequence] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        schedule = self.engine.scheduler.schedule
+
+        def recorded() -> list[ScheduledSequence]:
+            self.ran = schedule()
+            return self.ran
+
+        self.engine.scheduler.schedule = recorded  # type: ignore[method-assign]
+
+    def to_end(self) -> None:
+        """Let the jobs arrive and serve them all."""
+        num_arrived, start_s = 0, time.monotonic()
+        while num_arrived < len(self.jobs) or self.engine.has_unfinished_requests:
+            while num_arrived < len(self.jobs) and self.jobs[num_arrived].arrival_step <= self.num_steps:
+                self._add(num_arrived)
+                num_arrived += 1
+            now = self.num_steps, time.monotonic()
+            outputs = self.engine.step()
+            for item in self.ran:
+                job = self.jobs[int(item.seq.request.request_id)]
+                job.started = job.started or now
+            for output in outputs:
+                assert output.error is None, output.error
+                if output.finished:
+                    self.jobs[int(output.request_id)].ended = self.num_steps, time.monotonic()
+            self.num_steps += 1
+        self.num_s = time.monotonic() - start_s
+
+    def _add(self, index: int) -> None:
+        job = self.jobs[index]
+        params = SamplingParams(max_tokens=job.num_tokens, temperature=0.0, ignore_eos=True)
+        job.arrived = self.num_steps, time.monotonic()
+        self.engine.add_request(str(index), PROMPT, params, lora_request(job.adapter))
+
+
+def lora_request(adapter: int | None) -> object:
+    """All adapters have the same weights, but each its own name and identity."""
+    if adapter is None:
+        return BASE
+    return LoRARequest(f"adapter-{adapter}", adapter + 1, assistant_adapters()["spanish-lora"])
+
+
+def make_jobs(options: argparse.Namespace) -> list[Job]:
+    """Draw the traffic."""
+    rng = random.Random(options.seed)
+    zipf = [1 / rank for rank in range(1, options.adapters + 1)]
+    tuned, base = (list(range(options.adapters)), zipf), ([None], [1.0])
+    jobs = []
+    for rate, (adapters, weights) in ((options.adapter_rate, tuned), (options.base_rate, base)):
+        arrival = rng.expovariate(rate)
+        while arrival < options.steps:
+            jobs.append(Job(int(arrival), rng.choices(adapters, weights)[0], rng.randint(1, options.max_tokens)))
+            arrival += rng.expovariate(rate)
+    return sorted(jobs, key=lambda job: job.arrival_step)
+
+
+def serve(options: argparse.Namespace, jobs: list[Job]) -> Run:
+    """Serve the jobs with an engine whose adapters are in host memory."""
+    limits = {"max_cpu_loras": options.adapters, "max_num_seqs": options.max_num_seqs}
+    engine = LLMEngine(EngineArgs(assistant_path(), enable_lora=True, max_loras=options.slots, **limits))
+    for adapter in range(options.adapters):
+        engine.process_input(f"load {adapter}", PROMPT, None, lora_request(adapter))
+    run = Run(engine, jobs)
+    run.to_end()
+    return run
+
+
+def describe(what: str, values: list[tuple[int, float]]) -> str:
+    """Mean, p99 and longest, in steps and in ms."""
+    steps, times = (sorted(column) for column in zip(*values, strict=True))
+    mean_steps, mean_s, last = sum(steps) / len(steps), sum(times) / len(times), int(0.99 * len(steps))
+    return (
+        f"{what:<28}{len(steps):>5} requests: mean {mean_steps:6.1f} steps {1000 * mean_s:7.0f} ms, "
+        f"p99 {steps[last]:4} steps {1000 * times[last]:7.0f} ms, max {steps[-1]:4} steps "
+        f"({steps[-1] / max(mean_steps, 1e-9):.1f} x mean)"
+    )
+
+
+def main() -> None:
+    """Run both ways and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, default in (("adapters", 64), ("slots", 4), ("steps", 400), ("max-tokens", 64), ("max-num-seqs", 32)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--adapter-rate", type=float, default=0.5, help="adapter requests a step")
+    parser.add_argument("--base-rate", type=float, default=0.1, help="base requests a step")
+    options = parser.parse_args()
+    jobs = make_jobs(options)
+    alone = [Job(job.arrival_step, None, job.num_tokens) for job in jobs if job.adapter is None]
+    for what, traffic in (("beside adapters", jobs), ("alone", alone)):
+        run = serve(options, traffic)
+        print(f"{what}: {run.num_steps} steps, {run.num_s:.1f} s")
+        if what != "alone":
+            print(describe("  adapter requests wait", [job.wait for job in traffic if job.adapter is not None]))
+        print(describe("  base requests, latency", [job.latency for job in traffic if job.adapter is None]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""`AdapterRegistry`: the adapters that were loaded at run time, in a SQLite file that survives a restart."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Final
+
+from mmlora.errors import AdapterError, ConfigError
+from mmlora.lora.request import LoRARequest
+
+APPLICATION_ID: Final = 0x6D6D6C6F  # "mmlo", in the header of the file
+LAYOUT: Final = 1
+BUSY_TIMEOUT_S: Final = 30.0  # how long one writer waits for another
+
+_CREATE = """
+CREATE TABLE IF NOT EXISTS adapters (
+    name TEXT PRIMARY KEY,
+    lora_int_id INTEGER NOT NULL,
+    path TEXT NOT NULL,
+    base_model_name TEXT,
+    digest TEXT NOT NULL,
+    is_pinned INTEGER NOT NULL
+)
+"""
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """One kept adapter: how to ask for it, and the digest that its files had."""
+
+    name: str
+    lora_int_id: int
+    path: str
+    base_model_name: str | None
+    digest: str
+    is_pinned: bool
+
+    @property
+    def request(self) -> LoRARequest:
+        """What loads it."""
+        return LoRARequest(self.name, self.lora_int_id, self.path, self.base_model_name)
+
+
+class AdapterRegistry:
+    """Keep records in a file that several threads and processes may write at once; each change is one transaction.
+
+    Args:
+        path: of the file, made when it is missing.
+
+    Raises:
+        ConfigError: the file cannot be opened, is damaged, or belongs to another program or version.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path).expanduser()
+        try:
+            with self._transaction() as connection:
+                self._check_or_create(connection)
+            self.records()
+        except (sqlite3.Error, AdapterError) as error:
+            raise ConfigError(f"lora_registry={str(path)!r} cannot be used: {error}") from None
+
+    def records(self) -> list[AdapterRecord]:
+        """All records, oldest first.
+
+        Raises:
+            AdapterError: the file cannot be read, or a record has wrong values.
+        """
+        with self._named_errors("read"), self._transaction() as connection:
+            rows = connection.execute("SELECT * FROM adapters ORDER BY rowid").fetchall()
+        records = [
+            AdapterRecord(name, lora_int_id, path, base_model_name, digest, bool(is_pinned))
+            for name, lora_int_id, path, base_model_name, digest, is_pinned in rows
+        ]
+        for record in records:
+            _ = record.request  # checks its values
+        return records
+
+    def save(self, record: AdapterRecord) -> None:
+        """Write a record, in place of the one of the same name.
+
+        Raises:
+            AdapterError: the file cannot be written.
+        """
+        with self._named_errors("written"), self._transaction() as connection:
+            connection.execute(
+                "INSERT INTO adapters VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET "
+                "lora_int_id = excluded.lora_int_id, path = excluded.path, digest = excluded.digest, "
+                "base_model_name = excluded.base_model_name, is_pinned = excluded.is_pinned",
+                astuple(record),
+            )
+
+    def remove(self, name: str) -> None:
+        """Delete the record of a name, if there is one.
+
+        Raises:
+            AdapterError: the file cannot be written.
+        """
+        with self._named_errors("written"), self._transaction() as connection:
+            connection.execute("DELETE FROM adapters WHERE name = ?", (name,))
+
+    def _check_or_create(self, connection: sqlite3.Connection) -> None:
+        found = tuple(connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
+        is_empty = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
+        if found == (APPLICATION_ID, LAYOUT):
+            return
+        if not is_empty:
+            raise ConfigError(
+                f"lora_registry={str(self._path)!r} is a SQLite file with application_id {found[0]} and user_version "
+                f"{found[1]}; a registry of this version has {APPLICATION_ID} and {LAYOUT}"
+            )
+        connection.execute(_CREATE)
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {LAYOUT}")
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """A connection of its own, so that any thread may come, with the write lock from the start."""
+        with closing(sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
+            connection.execute("COMMIT")  # closing without it rolls back
+
+    @contextmanager
+    def _named_errors(self, done: str) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise AdapterError(f"the adapter registry {self._path} cannot be {done}: {error}") from None

@@ -1,0 +1,54 @@
+"""The plugin `lora_filesystem_resolver`: an adapter `foobar` is the directory `foobar` under a root."""
+
+import asyncio
+from pathlib import Path
+
+from mmlora.environment import read_required
+from mmlora.errors import ConfigError
+from mmlora.lora.files import CONFIG_FILE
+from mmlora.lora.request import LoRARequest
+from mmlora.lora.resolver import LoRAResolver, LoRAResolverRegistry, derive_lora_id, is_lora_name
+from mmlora.plugins.bounds import check_containment
+
+ROOT_VARIABLE = "MMLORA_LORA_RESOLVER_CACHE_DIR"
+
+
+class FilesystemResolver(LoRAResolver):
+    """Finds adapters under a directory.
+
+    Args:
+        root: the directory; links may not lead out of it.
+
+    Raises:
+        ConfigError: there is no such directory.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self._root = Path(root).expanduser()
+        if not self._root.is_dir():
+            raise ConfigError(f"{ROOT_VARIABLE}={str(root)!r}: must be a directory")
+
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
+        """Find the directory of an adapter; None when it has no `adapter_config.json`.
+
+        Raises:
+            AdapterError: it leads out of the root.
+        """
+        return await asyncio.to_thread(self._find, lora_name)
+
+    def _find(self, lora_name: str) -> LoRARequest | None:
+        directory = self._root / lora_name
+        if not is_lora_name(lora_name) or not (directory / CONFIG_FILE).is_file():
+            return None
+        check_containment(directory, self._root)
+        return LoRARequest(lora_name, derive_lora_id(lora_name), str(directory.resolve()))
+
+
+def register() -> None:
+    """Register the resolver with the root that `MMLORA_LORA_RESOLVER_CACHE_DIR` names.
+
+    Raises:
+        ConfigError: it is not set, or is no directory.
+    """
+    root = read_required(ROOT_VARIABLE, "the directory that lora_filesystem_resolver looks into")
+    LoRAResolverRegistry.register_resolver("lora_filesystem_resolver", FilesystemResolver(root))
