@@ -101,7 +101,8 @@ def load_served_models(llm: AsyncLLM, lora_modules: Sequence[LoRAModule] = ()) -
         assert parts.store is not None
         adapter = parts.store.get(request)
         adapters.append(ServedAdapter(module.name, request, adapter.digest, adapter.report))
-    adapters += [_restored(llm, info) for info in llm.engine.list_loras() if info.name not in names]
+    restored = llm.engine.list_loras() if parts.store is not None else []
+    adapters += [_restored(llm, info) for info in restored if info.name not in names]
     return ServedModels(llm.model_name, args.model, llm.engine.max_model_len, adapters)
 
 

@@ -64,7 +64,7 @@ def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
         if family not in found:
             folder: Path = tmp_path_factory.mktemp(family)
             path = save_text_model(folder / "model", family)
-            targets = r".*layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+            targets = r".*(layers|h)\.\d+\.(self_attn|attn|mlp)\.(\w+_proj|c_\w+)"
             adapter = save_adapter(path, folder / "lora", AdapterSpec(targets, 7, 3, {"lora_alpha": 7}))
             found[family] = Checkpoint(path, {"lora": adapter}, Reference(path))
         return found[family]

@@ -40,8 +40,11 @@ class LoRAModule(LoRALayer):
             slot = self.state.uniform_slot
             parameters = self._parameters_of.get(slot, {}) if slot is not None else {}
             return functional_call(self.base, parameters, arguments, options)
-        output = self.base(*arguments, **options)
         num_rows = self.state.num_rows
+        start, end, slot = self.state.segments[0]
+        if end - start == num_rows and slot in self._parameters_of:
+            return functional_call(self.base, self._parameters_of[slot], arguments, options)
+        output = self.base(*arguments, **options)
         for start, end, slot in self.state.segments:
             if slot in self._parameters_of:
                 cut = tuple(_rows(x, num_rows, start, end) for x in arguments)

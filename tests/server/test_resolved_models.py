@@ -322,3 +322,22 @@ def test_the_example_serves_an_adapter_that_it_was_not_started_with() -> None:
         process.terminate()
         process.wait(30)
         process.stdout.close()  # type: ignore[union-attr]
+
+
+def test_adapters_of_the_registry_are_served_again(tiny_phi4: Path, adapters: dict[str, str], tmp_path: Path) -> None:
+    """One that can be used stands in `/v1/models` as before, one that changed with its problem."""
+    options: dict[str, Any] = {"enable_lora": True, "lora_registry": str(tmp_path / "registry"), "max_model_len": 64}
+    paths = {name: Path(shutil.copytree(adapters["speech"], tmp_path / name)) for name in ("kept", "changed")}
+    llm = AsyncLLM(EngineArgs(str(tiny_phi4), **options))
+    for name, path in paths.items():
+        llm.engine.add_lora(name, str(path))
+    llm.shutdown()
+    config = paths["changed"] / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": ', '"lora_alpha": 1'))
+    llm = AsyncLLM(EngineArgs(str(tiny_phi4), **options))
+    try:
+        cards = {card["id"]: card["adapter"] for card in load_served_models(llm).cards()}
+        assert cards["kept"]["problem"] is None and cards["kept"]["matched"] > 0
+        assert "changed" in cards["changed"]["problem"]
+    finally:
+        llm.shutdown()
