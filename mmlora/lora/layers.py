@@ -3,13 +3,12 @@
 A pass without adapters calls the wrapped module and nothing else.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
+from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from mmlora.kernels import ops
@@ -62,12 +61,12 @@ class LoRALayer(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class _OutputPatch:
-    """What a slot does to the output of a Linear besides its low-rank product."""
+class _LinearPatch:
+    """What a slot changes in a Linear besides its low-rank product."""
 
-    parameters: Mapping[str, torch.Tensor] = field(default_factory=dict)  # replaced ones, with a weight among them
+    weight: torch.Tensor | None = None  # [out_features, in_features], in place of the base's
+    bias: torch.Tensor | None = None  # [out_features], in place of the base's, lora_B's included
     factor: torch.Tensor | None = None  # [out_features], of everything but the bias (DoRA)
-    shift: torch.Tensor | None = None  # [out_features], added last
     token_rows: TokenRows | None = None  # the module is an output layer: new rows of its weight
 
 
@@ -83,7 +82,7 @@ class LoRALinear(LoRALayer):
         weight: torch.Tensor = base.weight  # type: ignore[assignment]
         self.out_features, self.in_features = reversed(weight.shape) if isinstance(base, Conv1D) else weight.shape
         self.slots = SlotWeights(max_loras, weight.device)
-        self._patches: dict[int, _OutputPatch] = {}
+        self._patches: dict[int, _LinearPatch] = {}
 
     def set_slot(self, slot: int, weights: ModuleWeights) -> None:
         self.clear_slot(slot)
@@ -110,45 +109,54 @@ class LoRALinear(LoRALayer):
             (slice(start, end), self._patches[slot]) for start, end, slot in rows.segments if slot in self._patches
         ]
         for part, patch in patched:
-            if patch.parameters:
-                flat_y[part] = functional_call(self.base, dict(patch.parameters), (flat_x[part],))
+            if patch.weight is not None or patch.bias is not None:
+                weight = patch.weight if patch.weight is not None else self._weight
+                flat_y[part] = linear(flat_x[part], weight, self._bias_of(patch))
         ops.lora_apply(flat_y, flat_x, self.slots, rows)
         for part, patch in patched:
             self._finish(flat_x[part], flat_y[part], patch)
         return flat_y.view(y.shape)
 
-    def _finish(self, x: torch.Tensor, y: torch.Tensor, patch: _OutputPatch) -> None:
-        """Apply in place what comes after the low-rank product."""
-        bias = self.base.bias
-        if patch.token_rows is not None:
-            values = x @ patch.token_rows.rows.T
-            y[:, patch.token_rows.ids] = values if bias is None else values + bias[patch.token_rows.ids]
-        if patch.factor is not None:
-            total = (y.float() - bias.float()) * patch.factor + bias.float() if bias is not None else y * patch.factor
-            y.copy_(total)
-        if patch.shift is not None:
-            y.add_(patch.shift)
+    @property
+    def _weight(self) -> torch.Tensor:
+        """The wrapped weight, `[out_features, in_features]`."""
+        weight: torch.Tensor = self.base.weight
+        return weight.T if isinstance(self.base, Conv1D) else weight
 
-    def _patch(self, weights: ModuleWeights) -> _OutputPatch | None:
+    def _bias_of(self, patch: _LinearPatch) -> torch.Tensor | None:
+        bias: torch.Tensor | None = self.base.bias
+        return patch.bias if patch.bias is not None else bias
+
+    def _finish(self, x: torch.Tensor, y: torch.Tensor, patch: _LinearPatch) -> None:
+        """Apply in place what comes after the low-rank product."""
+        bias = self._bias_of(patch)
+        if patch.token_rows is not None:
+            ids = patch.token_rows.ids
+            y[:, ids] = linear(x, patch.token_rows.rows, bias[ids] if bias is not None else None)
+        if patch.factor is not None:
+            shift = bias.float() if bias is not None else 0.0
+            y.copy_((y.float() - shift) * patch.factor + shift)
+
+    def _patch(self, weights: ModuleWeights) -> _LinearPatch | None:
         lora, token_rows = weights.lora, weights.token_rows
-        parameters = {name: self.on_device(tensor) for name, tensor in weights.parameters.items()}
-        shift = None
-        if "weight" not in parameters and (new_bias := parameters.pop("bias", None)) is not None:
-            shift = new_bias - self.base.bias
+        replaced = {name: self.on_device(tensor) for name, tensor in weights.parameters.items()}
+        weight, bias = replaced.get("weight"), replaced.get("bias")
+        if weight is not None and isinstance(self.base, Conv1D):
+            weight = weight.T
         if lora is not None and lora.bias is not None:
             lora_bias = lora.scaling * self.on_device(lora.bias)
-            shift = lora_bias if shift is None else shift + lora_bias
+            own = bias if bias is not None else self.base.bias
+            bias = lora_bias if own is None else own + lora_bias
         if token_rows is not None:
             token_rows = TokenRows(self.on_device(token_rows.ids), self.on_device(token_rows.rows))
         factor = self._dora_factor(lora) if lora is not None and lora.magnitude is not None else None
-        if not parameters and factor is None and shift is None and token_rows is None:
+        if all(change is None for change in (weight, bias, factor, token_rows)):
             return None
-        return _OutputPatch(parameters, factor, shift, token_rows)
+        return _LinearPatch(weight, bias, factor, token_rows)
 
     def _dora_factor(self, lora: LoRAWeights) -> torch.Tensor:
         """Return magnitude over the norm of each row of the changed weight, `[out_features] fp32`."""
-        weight = self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
         delta = self.on_device(lora.lora_B).float() @ self.on_device(lora.lora_A).float()
-        norm: torch.Tensor = torch.linalg.norm(weight.float() + lora.scaling * delta, dim=1)
+        norm: torch.Tensor = torch.linalg.norm(self._weight.float() + lora.scaling * delta, dim=1)
         assert lora.magnitude is not None
         return self.on_device(lora.magnitude).float() / norm
