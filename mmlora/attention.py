@@ -4,14 +4,17 @@ The decoder runs all scheduled tokens flattened as `[1, num_tokens]`. Which of t
 keys and values live, is in the `AttentionMetadata` of the current forward.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
 ATTENTION_NAME = "mmlora_paged"
@@ -43,20 +46,85 @@ class KVCache:
 
 
 @dataclass(frozen=True)
+class Span:
+    """What a step computes of one sequence: its tokens `[start, end)`, and the blocks that hold all before `end`."""
+
+    block_table: Sequence[int]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, eq=False)
+class QueryGroup:
+    """Sequences with equally many tokens in this step, attended to together.
+
+    Args:
+        rows: `[num_seqs * query_len]`, their rows in the flattened batch.
+        slots: `[num_seqs, context_len]`, the rows of the cache with their contexts; shorter ones are padded.
+        positions: `[num_seqs, query_len]`, where their tokens of this step stand.
+        is_even: no context is padded.
+    """
+
+    rows: torch.Tensor
+    slots: torch.Tensor
+    positions: torch.Tensor
+    is_even: bool
+    _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    def mask(self, sliding_window: int | None) -> torch.Tensor | None:
+        """`[num_seqs, 1, query_len, context_len]` bool: which positions a token sees; None when it sees all."""
+        (_, query_len), (_, context_len) = self.positions.shape, self.slots.shape
+        if query_len == 1 and self.is_even and context_len <= (sliding_window or context_len):
+            return None
+        if sliding_window not in self._masks:
+            queries, keys = self.positions[:, None, :, None], torch.arange(context_len, device=self.slots.device)
+            self._masks[sliding_window] = keys <= queries
+            if sliding_window is not None:
+                self._masks[sliding_window] &= keys > queries - sliding_window
+        return self._masks[sliding_window]
+
+
+@dataclass(frozen=True)
 class AttentionMetadata:
     """One forward's view of the KV cache, filled by the model runner.
 
     Args:
         kv_cache: of the engine.
         write_slots: `[num_tokens]` row of the cache where each token's key and value go.
-        read_slots: per sequence `[context_len]`, the rows of all its tokens so far, this step's included.
-        query_lens: per sequence, tokens in this step; the rows of the flattened batch lie in this order.
+        groups: every sequence once. Those with one token are grouped by the length of their contexts.
     """
 
     kv_cache: KVCache
     write_slots: torch.Tensor
-    read_slots: list[torch.Tensor]
-    query_lens: list[int]
+    groups: list[QueryGroup]
+
+    @classmethod
+    def build(cls, kv_cache: KVCache, spans: Sequence[Span]) -> "AttentionMetadata":
+        """Prepare a forward over sequences, whose tokens lie one after the other in the flattened batch."""
+        device = kv_cache.keys.device
+        slots = [_slots(span, kv_cache.block_size) for span in spans]
+        write_slots = torch.cat([found[span.start :] for found, span in zip(slots, spans, strict=True)])
+        first_rows = [*itertools.accumulate((span.end - span.start for span in spans), initial=0)]
+        members: dict[object, list[int]] = defaultdict(list)
+        for index, span in enumerate(spans):
+            # Contexts that differ by less than a factor of two share a group: little is computed in vain.
+            members[index if span.end - span.start > 1 else f"2^{span.end.bit_length()}"].append(index)
+        groups = [
+            QueryGroup(
+                torch.tensor([row for i in found for row in range(first_rows[i], first_rows[i + 1])], device=device),
+                pad_sequence([slots[i] for i in found], batch_first=True).to(device),
+                torch.tensor([list(range(spans[i].start, spans[i].end)) for i in found], device=device),
+                is_even=len({spans[i].end for i in found}) == 1,
+            )
+            for found in members.values()
+        ]
+        return cls(kv_cache, write_slots.to(device), groups)
+
+
+def _slots(span: Span, block_size: int) -> torch.Tensor:
+    """`[end]`: the rows of the cache that hold a sequence, up to the end of this step."""
+    blocks = torch.tensor(span.block_table)[:, None] * block_size + torch.arange(block_size)
+    return blocks.flatten()[: span.end]
 
 
 _current: ContextVar[AttentionMetadata | None] = ContextVar("attention_metadata", default=None)
@@ -113,43 +181,41 @@ def paged_attention(
     keys[metadata.write_slots] = key[0].transpose(0, 1)
     values[metadata.write_slots] = value[0].transpose(0, 1)
 
-    outputs = []
-    for rows, query_rows in zip(metadata.read_slots, torch.split(query, metadata.query_lens, dim=2), strict=True):
-        outputs.append(
-            attend(
-                query_rows,
-                keys[rows].transpose(0, 1)[None],  # [1, num_kv_heads, context_len, head_dim]
-                values[rows].transpose(0, 1)[None],
-                scaling=scaling,
-                sliding_window=sliding_window,
-                softcap=softcap,
-            )
+    queries = query[0].transpose(0, 1)  # [num_tokens, num_heads, head_dim]
+    output = queries.new_empty(*queries.shape[:2], values.shape[-1])
+    for group in metadata.groups:
+        num_seqs, query_len = group.positions.shape
+        attended = attend(
+            queries[group.rows].view(num_seqs, query_len, *queries.shape[1:]).transpose(1, 2),
+            keys[group.slots].transpose(1, 2),  # [num_seqs, num_kv_heads, context_len, head_dim]
+            values[group.slots].transpose(1, 2),
+            group.mask(sliding_window),
+            scaling=scaling,
+            softcap=softcap,
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+        output[group.rows] = attended.transpose(1, 2).flatten(0, 1)
+    return output[None], None
 
 
 def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    mask: torch.Tensor | None,
     *,
     scaling: float | None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Attend from the last `query_len` positions of a context to all of it, causally.
+    """Attend from the tokens of a group to their contexts.
 
     Args:
-        query: `[1, num_heads, query_len, head_dim]`.
-        key, value: `[1, num_kv_heads, context_len, head_dim]`.
+        query: `[num_seqs, num_heads, query_len, head_dim]`.
+        key, value: `[num_seqs, num_kv_heads, context_len, head_dim]`.
+        mask: `[num_seqs, 1, query_len, context_len]` bool, True where a token sees a position; None for everywhere.
 
     Returns:
-        `[1, num_heads, query_len, head_dim]`.
+        `[num_seqs, num_heads, query_len, head_dim]`.
     """
-    query_len, context_len = query.shape[2], key.shape[2]
-    mask = None
-    if query_len > 1 or (sliding_window is not None and context_len > sliding_window):
-        mask = causal_mask(query_len, context_len, sliding_window, query.device)
     if softcap is None:
         return scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)
     groups = query.shape[1] // key.shape[1]
@@ -160,16 +226,6 @@ def attend(
         scores = scores.masked_fill(~mask, float("-inf"))
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     return weights @ value.repeat_interleave(groups, 1)
-
-
-def causal_mask(query_len: int, context_len: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
-    """`[query_len, context_len]` bool: which positions of the context the last `query_len` of them see."""
-    queries = torch.arange(context_len - query_len, context_len, device=device)[:, None]
-    positions = torch.arange(context_len, device=device)[None, :]
-    mask = positions <= queries
-    if sliding_window is not None:
-        mask &= positions > queries - sliding_window
-    return mask
 
 
 AttentionInterface.register(ATTENTION_NAME, paged_attention)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mmlora.attention import AttentionMetadata, KVCache, attention_context
+from mmlora.attention import AttentionMetadata, KVCache, Span, attention_context
 from mmlora.errors import MMLoRAError
 from mmlora.kernels.segments import BASE_SLOT, Segment
 from mmlora.lora.state import LoRAState
@@ -124,24 +124,11 @@ class ModelRunner:
             items,
             torch.tensor(token_ids, device=self.device),
             torch.tensor(positions, device=self.device),
-            self._attention_metadata(items),
+            AttentionMetadata.build(
+                self.kv_cache, [Span(item.seq.block_table, item.start, item.end) for item in items]
+            ),
             _segments(slots) if any(slot != BASE_SLOT for slot in slots) else None,
             starts,
-        )
-
-    def _attention_metadata(self, items: list[ScheduledSequence]) -> AttentionMetadata:
-        block_size = self.kv_cache.block_size
-        offsets = torch.arange(block_size)
-        read_slots = []
-        for item in items:
-            blocks = torch.tensor(item.seq.block_table)[:, None] * block_size + offsets  # [num_blocks, block_size]
-            read_slots.append(blocks.flatten()[: item.end])
-        write_slots = torch.cat([rows[item.start :] for item, rows in zip(items, read_slots, strict=True)])
-        return AttentionMetadata(
-            self.kv_cache,
-            write_slots.to(self.device),
-            [rows.to(self.device) for rows in read_slots],
-            [item.num_tokens for item in items],
         )
 
     def _forward(self, batch: Batch) -> tuple[list[int], torch.Tensor]:

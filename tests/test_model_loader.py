@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, Phi3Config
 
-from mmlora.attention import AttentionMetadata, KVCache, attention_context, paged_attention
+from mmlora.attention import AttentionMetadata, KVCache, Span, attention_context, paged_attention
 from mmlora.errors import ConfigError
 from mmlora.model_loader import resolve_max_model_len
 
@@ -37,11 +37,10 @@ def test_the_limit_is_never_above_the_models_own():
 
 def test_attention_sinks_are_refused():
     cache = KVCache(1, 1, 4, 1, 8, dtype=torch.float32, device=torch.device("cpu"))
-    rows = torch.arange(2)
     module = torch.nn.Module()
     module.layer_idx = 0
     query = torch.zeros(1, 1, 2, 8)
-    with attention_context(AttentionMetadata(cache, rows, [rows], [2])):
+    with attention_context(AttentionMetadata.build(cache, [Span([0], 0, 2)])):
         paged_attention(module, query, query, query, None, s_aux=None)
         with pytest.raises(ValueError, match="sinks"):
             paged_attention(module, query, query, query, None, s_aux=torch.zeros(1))
