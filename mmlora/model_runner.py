@@ -3,6 +3,7 @@
 It gathers tokens, media embeddings, positions and KV rows into one flattened batch, runs the decoder, and samples.
 """
 
+import logging
 from collections.abc import Sequence as Rows
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from mmlora.attention import AttentionMetadata, KVCache, Span, attention_context
-from mmlora.errors import MMLoRAError
+from mmlora.errors import AdapterError, MMLoRAError
 from mmlora.kernels.segments import BASE_SLOT, Segment
 from mmlora.lora.state import LoRAState
 from mmlora.outputs import TokenLogprobs
@@ -19,6 +20,8 @@ from mmlora.sampler import sample, top_logprobs
 from mmlora.scheduler import ScheduledSequence
 from mmlora.sequence import Sequence
 from mmlora.towers.encoder import EncoderJob, MediaEncoder
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Batch:
     attention: AttentionMetadata
     segments: list[Segment] | None  # over all rows, None without adapters
     starts: list[int]  # first row of each item
+    own_slot: int | None  # the slot of all rows, for an adapter that needs a pass of its own
 
 
 class ModelRunner:
@@ -85,13 +89,22 @@ class ModelRunner:
         """Compute the scheduled tokens; sequences that are complete up to here get their next token."""
         result = StepResult()
         items = self._encode_media(scheduled, result)
-        if not items:
-            return result
-        batch = self._prepare(items)
+        for own_slot, members in _passes(items).items():
+            try:
+                self._run_pass(members, own_slot, result)
+            except Exception as error:
+                if own_slot is None:
+                    raise
+                logger.exception("the pass of an adapter failed")
+                failure = AdapterError(f"the model failed with this adapter: {error}")
+                result.failed.extend((item.seq, failure) for item in members)
+        return result
+
+    def _run_pass(self, items: list[ScheduledSequence], own_slot: int | None, result: StepResult) -> None:
+        batch = self._prepare(items, own_slot)
         rows, logits = self._forward(batch)
         self._take_prompt_logprobs(batch, rows, logits)
         self._sample(batch, logits, rows, result)
-        return result
 
     def _encode_media(self, scheduled: list[ScheduledSequence], result: StepResult) -> list[ScheduledSequence]:
         """Give each sequence the embeddings that this step needs; return those that have them all."""
@@ -109,7 +122,7 @@ class ModelRunner:
         result.failed.extend(errors.items())
         return [item for item in scheduled if item.seq not in errors]
 
-    def _prepare(self, items: list[ScheduledSequence]) -> Batch:
+    def _prepare(self, items: list[ScheduledSequence], own_slot: int | None = None) -> Batch:
         items = sorted(items, key=_slot_of)
         token_ids: list[int] = []
         positions: list[int] = []
@@ -129,6 +142,7 @@ class ModelRunner:
             ),
             _segments(slots) if any(slot != BASE_SLOT for slot in slots) else None,
             starts,
+            own_slot,
         )
 
     def _forward(self, batch: Batch) -> tuple[list[int], torch.Tensor]:
@@ -140,7 +154,9 @@ class ModelRunner:
         rows = [row for item, start in zip(batch.items, batch.starts, strict=True) for row in _logit_rows(item, start)]
         with ExitStack() as stack:
             stack.enter_context(attention_context(batch.attention))
-            if self.lora_state is not None:
+            if self.lora_state is not None and batch.own_slot is not None:
+                stack.enter_context(self.lora_state.uniform(batch.own_slot))
+            elif self.lora_state is not None:
                 logit_segments = _segments(_slots_of_rows(rows, batch.segments)) if batch.segments else None
                 stack.enter_context(self.lora_state.rows(batch.segments, logit_segments))
             output = self.model(
@@ -209,6 +225,16 @@ class ModelRunner:
 
 def _slot_of(item: ScheduledSequence) -> int:
     return BASE_SLOT if item.seq.slot is None else item.seq.slot
+
+
+def _passes(items: list[ScheduledSequence]) -> dict[int | None, list[ScheduledSequence]]:
+    """Divide a step: adapters that need a pass of their own under their slots, all other sequences under None."""
+    passes: dict[int | None, list[ScheduledSequence]] = {}
+    for item in items:
+        adapter = item.seq.adapter
+        own_slot = item.seq.slot if adapter is not None and adapter.needs_own_pass else None
+        passes.setdefault(own_slot, []).append(item)
+    return passes
 
 
 def _slots_of(item: ScheduledSequence) -> list[int]:

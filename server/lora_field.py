@@ -1,8 +1,8 @@
 """The `lora` field of a request: a name, or adapters with their scales."""
 
-import math
 from typing import Any
 
+from mmlora.checks import is_finite_number
 from mmlora.server.protocol import FieldError
 
 LoRAField = str | list[dict[str, Any]] | None
@@ -28,6 +28,6 @@ def _entry(entry: dict[str, Any]) -> tuple[str, float]:
     if unknown or not isinstance(entry.get("name"), str):
         raise FieldError(f"lora: {entry!r} must be {{'name': …}} or {{'name': …, 'scale': …}}", "lora")
     scale = entry.get("scale", 1)
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+    if not is_finite_number(scale):
         raise FieldError(f"lora: scale={scale!r} for {entry['name']!r}; it must be a finite number", "lora")
     return entry["name"], float(scale)

@@ -177,6 +177,19 @@ TEXT_FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "phi3": ("Phi3", {"sliding_window": 9}),
     "mixtral": ("Mixtral", {"num_local_experts": 3}),
     "gpt2": ("GPT2", {"n_inner": 84, "num_key_value_heads": None}),
+    "opt": ("OPT", {"ffn_dim": 84, "word_embed_proj_dim": 60, "num_key_value_heads": None}),
+    "phi": ("Phi", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}}),
+    "llama4_text": (
+        "Llama4",
+        {
+            "head_dim": 16,
+            "intermediate_size_mlp": 84,
+            "num_local_experts": 3,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 1,
+            "layer_types": ["full_attention"] * 3,
+        },
+    ),
 }
 
 

@@ -43,6 +43,7 @@ class Adapter:
         generation: count of in-place reloads.
         invocation_tokens: of an activated LoRA: it holds from the last place where they stand in the prompt; empty
             for an adapter that holds everywhere.
+        needs_own_pass: it changes modules of the language model that cannot be given rows of several adapters.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Adapter:
     uid: int = 0
     generation: int = 0
     invocation_tokens: tuple[int, ...] = ()
+    needs_own_pass: bool = False
 
     @property
     def identity(self) -> AdapterIdentity:

@@ -131,8 +131,7 @@ class LoRALinear(LoRALayer):
         """Apply in place what comes after the low-rank product."""
         bias = self._bias_of(patch)
         if patch.token_rows is not None:
-            ids = patch.token_rows.ids
-            y[:, ids] = linear(x, patch.token_rows.rows, bias[ids] if bias is not None else None)
+            y[:, patch.token_rows.ids] = linear(x, patch.token_rows.rows)
         if patch.factor is not None:
             shift = bias.float() if bias is not None else 0.0
             y.copy_((y.float() - shift) * patch.factor + shift)
@@ -149,6 +148,8 @@ class LoRALinear(LoRALayer):
             bias = lora_bias if own is None else own + lora_bias
         if token_rows is not None:
             token_rows = TokenRows(self.on_device(token_rows.ids), self.on_device(token_rows.rows))
+            # PEFT's layer of trained tokens computes the whole output without a bias, so the adapter knows none.
+            bias = torch.zeros_like(self.base.bias) if self.base.bias is not None else None
         factor = self._dora_factor(lora) if lora is not None and lora.magnitude is not None else None
         if all(change is None for change in (weight, bias, factor, token_rows)):
             return None

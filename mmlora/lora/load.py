@@ -68,6 +68,11 @@ def load_adapter(
         {module: weights for module, weights in modules.items() if not weights.is_empty},
         AdapterReport(len(modules), parts, tuple(unmatched), reader.max_rank),
         invocation_tokens=config.alora_invocation_tokens,
+        needs_own_pass=any(
+            index.part_of(module) == PARTS[0] and index.kind_of(module) in ("other", "convolution")
+            for module, weights in modules.items()
+            if not weights.is_empty
+        ),
     )
 
 
@@ -149,7 +154,8 @@ def _check_invocation(modules: Mapping[str, ModuleWeights], index: ModuleIndex, 
     if not config.alora_invocation_tokens:
         return
     for name, weights in modules.items():
-        if index.kind_of(name) != "linear" or weights.lora is None or weights.parameters:
+        is_plain = weights.lora is not None and weights.lora.magnitude is None and not weights.parameters
+        if index.kind_of(name) != "linear" or not is_plain:
             raise AdapterMismatch(f"alora_invocation_tokens: only lora_A and lora_B of a Linear, not {name}, can wait")
 
 

@@ -1,7 +1,6 @@
 """Several adapters on one request, each with a weight: `LoRAMix`, and the virtual adapter it becomes."""
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
@@ -9,6 +8,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from mmlora.checks import is_finite_number
 from mmlora.errors import AdapterError, AdapterMismatch
 from mmlora.lora.adapter import Adapter, AdapterIdentity, AdapterReport
 from mmlora.lora.digest import canonical
@@ -38,7 +38,7 @@ class LoRAMix:
         for request, scale in self.parts:
             if not isinstance(request, LoRARequest):
                 raise AdapterError(f"LoRAMix holds {request!r}; it must be a LoRARequest")
-            if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+            if not is_finite_number(scale):
                 raise AdapterError(f"LoRAMix: the scale of {request.lora_name!r} is {scale!r}; it must be finite")
         names = [request.lora_name for request, _ in self.parts]
         if len(set(names)) != len(names):
@@ -69,11 +69,12 @@ class MixCache:
             AdapterMismatch: an adapter has parts that cannot be added up.
         """
         key = tuple((adapter.identity, scale) for adapter, (_, scale) in zip(adapters, mix.parts, strict=True))
-        with self._lock:
-            known = self._known.get(key)
-            if known is None:
-                known = self._known[key] = mix_adapters(mix, adapters)
-            return known
+        known = self._known.get(key)
+        if known is None:
+            built = mix_adapters(mix, adapters)  # without the lock: others go on meanwhile
+            with self._lock:
+                known = self._known.setdefault(key, built)
+        return known
 
 
 def mix_adapters(mix: LoRAMix, adapters: Sequence[Adapter]) -> Adapter:
@@ -105,6 +106,10 @@ def _check_addable(adapter: Adapter) -> None:
         lora = weights.lora
         if lora is not None and lora.magnitude is not None:
             raise AdapterMismatch(f"adapter {adapter.name!r} uses DoRA, whose magnitudes cannot be added up in a mix")
+        if lora is not None and lora.lora_B.shape[1] != lora.lora_A.shape[0]:
+            raise AdapterMismatch(
+                f"adapter {adapter.name!r} adapts {name} by groups, which cannot be added up in a mix"
+            )
         if weights.parameters or weights.parameter_loras or weights.token_rows is not None:
             raise AdapterMismatch(
                 f"adapter {adapter.name!r} replaces or changes parameters of {name}, which cannot be added up in a mix"

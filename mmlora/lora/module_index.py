@@ -31,6 +31,8 @@ class ModuleIndex:
         self._part_of = part_of
         self._renamings = _checkpoint_renamings(model)
         self.modules: dict[str, nn.Module] = {name: module for name, module in model.named_modules() if name}
+        # Of the base model for good: while a pass runs, modules may hold tensors of an adapter in their place.
+        self._tensors = {name: {**module._parameters, **module._buffers} for name, module in self.modules.items()}
         names: dict[nn.Module | None, str] = {module: name for name, module in self.modules.items()}
         embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
         self.input_embedding = names.get(embedding)
@@ -43,20 +45,11 @@ class ModuleIndex:
 
     def kind_of(self, name: str) -> str:
         """Return how a module is adapted: linear, embedding, convolution or other (by whole parameters)."""
-        module = self.modules[name]
-        if isinstance(module, nn.Linear | Conv1D):
-            # This takes in the out_proj of nn.MultiheadAttention, which is never called: as in PEFT, where
-            # target_modules="all-linear" saves tensors for it, they have no effect.
-            return "linear"
-        if isinstance(module, nn.Embedding):
-            return "embedding"
-        return "convolution" if convolution_of(module) is not None else "other"
+        return kind_of(self.modules[name])
 
     def parameter(self, name: str, parameter: str) -> torch.Tensor | None:
-        """Return a parameter or buffer of a module, None when it has none of this name."""
-        module = self.modules[name]
-        found = module._parameters.get(parameter)
-        return found if found is not None else module._buffers.get(parameter)
+        """Return a parameter or buffer of a module of the base model, None when it has none of this name."""
+        return self._tensors[name].get(parameter)
 
     def has_parameters(self, name: str) -> bool:
         """Tell whether a module owns parameters, those of its children apart."""
@@ -87,6 +80,42 @@ class ModuleIndex:
 def output_layer_of(model: nn.Module) -> nn.Module | None:
     """Return the layer that gives a model's logits, None without one."""
     return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
+
+
+def kind_of(module: nn.Module) -> str:
+    """Return how a module is adapted: linear, embedding, convolution or other (by whole parameters).
+
+    A class that computes something of its own in `forward` is other, whatever it inherits from; embeddings that only
+    scale their output (`embed_scale`) are embeddings.
+    """
+    # This takes in the out_proj of nn.MultiheadAttention, which is never called: as in PEFT, where
+    # target_modules="all-linear" saves tensors for it, they have no effect.
+    if isinstance(module, nn.Linear | Conv1D):
+        return "linear" if _is_plain(module, nn.Linear, Conv1D) or _computes_linear(module) else "other"
+    if isinstance(module, nn.Embedding):
+        return "embedding" if _is_plain(module, nn.Embedding) or hasattr(module, "embed_scale") else "other"
+    if convolution_of(module) is not None:
+        return "convolution" if _is_plain(module, nn.Conv1d, nn.Conv2d, nn.Conv3d) else "other"
+    return "other"
+
+
+def _is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
+    return any(type(module).forward is kind.forward for kind in classes)
+
+
+@torch.no_grad()
+def _computes_linear(module: nn.Module) -> bool:
+    """Tell whether a subclass of Linear with a forward of its own does what Linear does (Falcon has one)."""
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, torch.Tensor) and (bias is None or isinstance(bias, torch.Tensor))
+    x = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)[None]
+    try:
+        y = module(x)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False
+    expected = nn.functional.linear(x, weight, bias)
+    is_alike = isinstance(y, torch.Tensor) and y.shape == expected.shape
+    return is_alike and (y.device.type == "meta" or torch.allclose(y, expected, rtol=1e-2, atol=1e-3))
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

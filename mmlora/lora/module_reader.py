@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from mmlora.errors import AdapterMismatch
 from mmlora.lora.files import CONFIG_FILE
@@ -58,12 +59,11 @@ class ModuleReader:
         """
         by_depth: dict[int, dict[str, TensorKey]] = {}
         parameters: dict[str, TensorKey] = {}
-        for key in keys:
+        for key in sorted(keys, key=lambda key: key.origin):
             known = parameters if key.role == "parameter" else by_depth.setdefault(key.depth, {})
-            place = key.parameter if key.role == "parameter" else key.role
-            if place in known:
-                raise AdapterMismatch(f"tensors {known[place].key} and {key.key} name the same matrix")
-            known[place] = key
+            first = known.setdefault(key.parameter if key.role == "parameter" else key.role, key)
+            if first is not key and first.origin == key.origin:
+                raise AdapterMismatch(f"tensors {first.key} and {key.key} name the same matrix")
         if len(names := {key.module for key in keys}) > 1:
             raise AdapterMismatch(f"several sets of tensors land on one module: {', '.join(sorted(names))}")
         name = keys[0].module
@@ -93,7 +93,11 @@ class ModuleReader:
     def _lora(self, name: str, module: str, kind: str, roles: Mapping[str, TensorKey]) -> LoRAWeights:
         found = self._found(module, roles)
         self._check_pair(module, roles)
-        rank = self._rank(module, name, module)
+        names = [name, module]
+        if any(self._config.targets_parameter(f"{known}.weight") for known in names):
+            names = [f"{known}.weight" for known in names]
+            self._transpose(module, kind, found)
+        rank = self._rank(module, *names)
         if kind == "linear":
             self._check_linear(module, found, rank)
         elif kind == "embedding":
@@ -101,7 +105,16 @@ class ModuleReader:
         else:
             self._check_convolution(module, found, rank)
         self._check_extras(module, kind, found)
-        return self._cast(module, found, self._config.scaling_of(name, module))
+        return self._cast(module, found, self._config.scaling_of(*names))
+
+    def _transpose(self, module: str, kind: str, found: _Roles) -> None:
+        """Turn `B A`, added to a weight as it is stored, into what the module applies to its input.
+
+        Conv1D and Embedding store their weight the other way round than Linear.
+        """
+        is_transposed = kind == "embedding" or isinstance(self._index.modules[module], Conv1D)
+        if is_transposed and found["lora_A"].ndim == found["lora_B"].ndim == 2:
+            found["lora_A"], found["lora_B"] = found["lora_B"].T, found["lora_A"].T
 
     def _found(self, module: str, roles: Mapping[str, TensorKey]) -> _Roles:
         found = {}
@@ -245,15 +258,17 @@ class ModuleReader:
         assert base is not None
         if tensor.shape != base.shape:
             raise AdapterMismatch(f"tensor {key.key} is {list(tensor.shape)}; {module} has {list(base.shape)}")
-        if base.device.type != "meta" and _is_same(tensor, base):
+        if base.device.type != "meta" and _is_same(tensor, base, is_lenient=key.is_from_base):
             return None
         is_bias = "bias" in key.parameter and (
             self._config.bias == "all" or (self._config.bias == "lora_only" and has_lora)
         )
-        if not is_bias and (key.is_base or not any(map(self._config.saves, self._names(name, module)))):
-            if key.is_base and base.device.type == "meta":
+        if not is_bias and (key.is_from_base or not any(map(self._config.saves, self._names(name, module)))):
+            if key.is_from_base and base.device.type == "meta":
                 return None
-            cause = "differs from the base model's own" if key.is_base else "is not named by modules_to_save or bias"
+            cause = (
+                "differs from the base model's own" if key.is_from_base else "is not named by modules_to_save or bias"
+            )
             raise AdapterMismatch(f"tensor {key.key} {cause}")
         return self._checked(module, key.parameter, tensor, base.dtype)
 
@@ -280,6 +295,8 @@ class ModuleReader:
         return [name, module, *([embedding] if is_twin and embedding is not None else [])]
 
     def _cast(self, module: str, found: _Roles, scaling: float) -> LoRAWeights:
+        if not torch.isfinite(torch.tensor(scaling, dtype=torch.float32)):
+            raise AdapterMismatch(f"the scaling of {module} is {scaling:g}, which float32 does not hold")
         cast = {role: self._checked(module, role, tensor, self._dtype) for role, tensor in found.items()}
         return LoRAWeights(cast["lora_A"], cast["lora_B"], scaling, cast.get("lora_bias"), cast.get("magnitude"))
 
@@ -291,7 +308,9 @@ class ModuleReader:
         return cast
 
 
-def _is_same(tensor: torch.Tensor, base: torch.Tensor) -> bool:
-    """Tell whether two tensors are equal in the coarser of their types."""
-    dtype = min((tensor.dtype, base.dtype), key=lambda dtype: dtype.itemsize)
+def _is_same(tensor: torch.Tensor, base: torch.Tensor, *, is_lenient: bool) -> bool:
+    """Tell whether a tensor is the base model's own; leniently, equal in the coarser of their types is enough."""
+    dtype = base.dtype
+    if is_lenient:
+        dtype = min((tensor.dtype, base.dtype), key=lambda dtype: dtype.itemsize)
     return torch.equal(tensor.to(dtype), base.to("cpu", dtype))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
+from mmlora.checks import is_finite_number
 from mmlora.errors import AdapterMismatch
 from mmlora.lora.files import CONFIG_FILE
 
@@ -205,7 +206,8 @@ class PeftConfig:
             "use_rslora": self.use_rslora,
             "rank_pattern": list(self.rank_pattern.items()),
             "alpha_pattern": list(self.alpha_pattern.items()),
-            "trainable_token_indices": sorted(self.trainable_token_indices.items()),
+            "target_parameters": self.target_parameters,
+            "trainable_token_indices": list(self.trainable_token_indices.items()),
             "alora_invocation_tokens": self.alora_invocation_tokens,
         }
 
@@ -257,7 +259,7 @@ def _rank(value: object, key: str) -> int:
 
 
 def _number(value: object, key: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if not is_finite_number(value):
         raise _wrong(key, value, "a finite number")
     return float(value)
 

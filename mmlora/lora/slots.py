@@ -1,18 +1,18 @@
 """Device slots: which adapters are resident in the model's layers, and how many requests use each."""
 
 from collections import OrderedDict
+from typing import Final
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from mmlora.errors import AdapterError
 from mmlora.lora.adapter import Adapter, AdapterIdentity
-from mmlora.lora.convolution import LoRAConvolution, convolution_of
+from mmlora.lora.convolution import LoRAConvolution
 from mmlora.lora.embedding import LoRAEmbedding
 from mmlora.lora.layers import LoRALayer, LoRALinear
 from mmlora.lora.module import LoRAModule
-from mmlora.lora.module_index import output_layer_of
+from mmlora.lora.module_index import kind_of, output_layer_of
 from mmlora.lora.state import LoRAState
 
 
@@ -124,7 +124,7 @@ class LoRASlots:
     def _wrap(self, name: str) -> LoRALayer:
         if name not in self._layers:
             base = self.model.get_submodule(name)
-            layer = _layer_class(base)(base, self.state, self.max_loras, is_output_layer=base is self._output_layer)
+            layer = _LAYERS[kind_of(base)](base, self.state, self.max_loras, is_output_layer=base is self._output_layer)
             parent, _, child = name.rpartition(".")
             owner = self.model.get_submodule(parent)
             setattr(owner.base if isinstance(owner, LoRALayer) else owner, child, layer)
@@ -132,9 +132,9 @@ class LoRASlots:
         return self._layers[name]
 
 
-def _layer_class(module: nn.Module) -> type[LoRALayer]:
-    if isinstance(module, nn.Linear | Conv1D):
-        return LoRALinear
-    if isinstance(module, nn.Embedding):
-        return LoRAEmbedding
-    return LoRAConvolution if convolution_of(module) is not None else LoRAModule
+_LAYERS: Final[dict[str, type[LoRALayer]]] = {
+    "linear": LoRALinear,
+    "embedding": LoRAEmbedding,
+    "convolution": LoRAConvolution,
+    "other": LoRAModule,
+}

@@ -17,6 +17,7 @@ _ROLES: Final = {
     "token_adapter.trainable_tokens_delta": "token_rows",
     "trainable_tokens_delta": "token_rows",
 }
+_ORIGINS: Final = {"modules_to_save": 1, "base_layer": 2, "original_module": 2}
 _LORA = re.compile(rf"(?P<module>.+?)\.(?P<role>{'|'.join(map(re.escape, _ROLES))})")
 # State of training that inference never reads: VeLoRA's projections, MonteCLoRA's sampler.
 _TRAINING = re.compile(r"(?P<module>.+)\.lora_(velora_embed|monteclora_sampler\..+)")
@@ -32,7 +33,7 @@ class TensorKey:
         role: lora_A, lora_B, lora_bias, magnitude, token_rows, parameter, or training (never read).
         parameter: for the role `parameter`, its name in the module.
         depth: wrappers of PEFT around the tensor's own: several low-rank parameters of one module are nested.
-        is_base: a parameter of the base model that PEFT saved along.
+        origin: where a parameter was saved from. PEFT may write one several times; the lowest counts.
     """
 
     key: str
@@ -40,7 +41,12 @@ class TensorKey:
     role: str
     parameter: str = ""
     depth: int = 0
-    is_base: bool = False
+    origin: int = 0
+
+    @property
+    def is_from_base(self) -> bool:
+        """Whether it is a parameter of the base model that PEFT saved along."""
+        return self.origin == _ORIGINS["original_module"]
 
 
 def parse_key(key: str) -> TensorKey | None:
@@ -55,6 +61,6 @@ def parse_key(key: str) -> TensorKey | None:
     module, _, parameter = name.rpartition(".")
     if not module or "lora_" in parameter or ".lora_" in module:
         return None
-    plain = module.replace(_BASE, "").removesuffix(".original_module").removesuffix(".modules_to_save")
-    is_base = module.endswith((_BASE, ".original_module"))
-    return TensorKey(key, plain, "parameter", parameter, is_base=is_base)
+    last = module.rpartition(".")[2]
+    plain = module.removesuffix(f".{last}") if last in _ORIGINS else module
+    return TensorKey(key, plain.replace(_BASE, ""), "parameter", parameter, origin=_ORIGINS.get(last, 0))

@@ -75,7 +75,10 @@ def test_what_the_hub_lacks_is_named(hub: Any) -> None:
     ],
     ids=repr,
 )
-def test_paths_that_are_nothing_never_reach_the_hub(hub: Any, path: str) -> None:
+def test_paths_that_are_nothing_never_reach_the_hub(
+    hub: Any, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(AdapterNotFound, match="adapter path"):
         resolve_adapter_path(path)
     assert hub == []

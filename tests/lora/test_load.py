@@ -15,6 +15,7 @@ from mmlora.lora.adapter import Adapter
 from mmlora.lora.files import read_adapter
 from mmlora.lora.load import load_adapter
 from mmlora.lora.module_index import ModuleIndex
+from mmlora.lora.peft_config import PeftConfig
 
 Q0 = "model.layers.0.self_attn.q_proj"
 KEY = f"base_model.model.{Q0}.lora_A.weight"
@@ -312,3 +313,50 @@ def test_media_digest_ignores_the_language_model(tiny_phi4: nn.Module, save_adap
     assert second.digest != first.digest and second.media_digest == first.media_digest
     edit_tensors(path, change_where("img_projection_up"))
     assert load(path, index).media_digest != first.media_digest
+
+
+def test_a_load_beside_a_pass_sees_the_base_models_own_tensors(llama: nn.Module, save_adapter: Any) -> None:
+    """A pass puts parameters of an adapter in place of a module's; another thread may load that adapter just then."""
+    path = save_adapter(llama, modules_to_save=["model.norm"])
+    index, loaded = ModuleIndex(llama), []
+    adapter = load(path, index)
+    norm = index.modules["model.norm"]
+    handle = norm.register_forward_pre_hook(lambda *_: loaded.append(load(path, index)))
+    torch.func.functional_call(norm, dict(adapter.modules["model.norm"].parameters), (torch.ones(1, 32),))
+    handle.remove()
+    assert loaded[0].modules.keys() == adapter.modules.keys() >= {"model.norm"}
+
+
+def test_a_saved_module_that_rounds_to_the_base_is_no_base(
+    llama: nn.Module, save_adapter: Any, edit_tensors: Any
+) -> None:
+    """Only base weights that PEFT saved along may be coarser than the base model's own."""
+    path = save_adapter(llama, modules_to_save=["lm_head"])
+    rounded = llama.get_submodule("lm_head").weight.detach().bfloat16()
+    edit_tensors(path, with_tensor("base_model.model.lm_head.weight", rounded))
+    assert "lm_head" in load(path, ModuleIndex(llama)).modules
+    path = save_adapter(llama, "b")
+    edit_tensors(path, with_tensor("base_model.model.lm_head.base_layer.weight", rounded))
+    assert "lm_head" not in load(path, ModuleIndex(llama)).modules
+
+
+def test_scalings_that_no_float_holds_are_refused(llama: nn.Module, save_adapter: Any, edit_config: Any) -> None:
+    path = save_adapter(llama)
+    for alpha, message in ((10**400, "lora_alpha is 1000"), (1e300, "the scaling of .* is 2.5e.299")):
+        edit_config(path, lora_alpha=alpha)
+        with pytest.raises(AdapterMismatch, match=message):
+            load(path, ModuleIndex(llama))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"target_parameters": ["glu.b1"]}, {"target_parameters": ["glu.b2"]}),
+        ({"trainable_token_indices": {"a": [1], "b": [2]}}, {"trainable_token_indices": {"b": [2], "a": [1]}}),
+        ({"alora_invocation_tokens": [1, 2]}, {"alora_invocation_tokens": [2, 1]}),
+    ],
+    ids=str,
+)
+def test_the_digest_covers_what_decides_where_tensors_go(one: dict[str, Any], other: dict[str, Any]) -> None:
+    contents = [PeftConfig.from_dict({"peft_type": "LORA", **content}).digest_content() for content in (one, other)]
+    assert contents[0] != contents[1]

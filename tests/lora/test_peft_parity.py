@@ -19,9 +19,10 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 
 from mmlora import LLM, LoRAMix, LoRARequest
-from mmlora.errors import AdapterMismatch
+from mmlora.errors import AdapterError, AdapterMismatch
 from mmlora.lora.files import read_adapter
 from mmlora.lora.load import load_adapter
+from mmlora.lora.module import LoRAModule
 from mmlora.lora.module_index import ModuleIndex
 from tests.checkpoints import build_tokenizer, load_reference, save_text_model
 from tests.equality import Case, check_equal, greedy, recorded_logits
@@ -34,6 +35,9 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gemma": ("gemma3_text", {}),
     "mixtral": ("mixtral", {}),
     "gpt2": ("gpt2", {}),
+    "llama4": ("llama4_text", {}),
+    "opt": ("opt", {}),
+    "phi": ("phi", {}),
 }
 INVOCATION = build_tokenizer()("ou").input_ids  # twice in the first prompt, not in the second
 PROMPTS = ("<|user|>How many dogs can you count?<|end|><|assistant|>", "<|user|>abc abc to and fro<|end|><|assistant|>")
@@ -74,7 +78,12 @@ EQUAL: dict[str, list[Spec]] = {
         spec("gpt2", target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True),
         spec("gpt2", target_modules=["c_attn", "wte"], fan_in_fan_out=True, use_dora=True),
     ],
-    "bias": [spec(bias="all"), spec(bias="lora_only"), spec("gpt2", target_modules=["c_attn"], bias="all")],
+    "bias": [
+        spec(bias="all", modules_to_save=["o_proj"]),
+        spec(bias="all"),
+        spec(bias="lora_only"),
+        spec("gpt2", target_modules=["c_attn"], bias="all"),
+    ],
     "lora_bias": [
         spec(lora_bias=True, target_modules=["q_proj"]),
         spec(lora_bias=True),
@@ -94,6 +103,9 @@ EQUAL: dict[str, list[Spec]] = {
         spec("qwen3", modules_to_save=["q_norm", "k_norm"]),
         spec("gemma", modules_to_save=["embed_tokens"]),
         spec("mixtral", modules_to_save=["mlp.experts", "gate"], target_modules=["v_proj"]),
+        spec("gemma", modules_to_save=["norm"], target_modules=["v_proj"]),  # norms of heads, which see rows transposed
+        spec("llama4", modules_to_save=["router"], target_modules=["v_proj"]),
+        spec("opt", modules_to_save=["embed_positions"], target_modules=["v_proj"]),
     ],
     "ensure_weight_tying": [
         spec("tied", modules_to_save=["embed_tokens"], ensure_weight_tying=True),
@@ -106,12 +118,17 @@ EQUAL: dict[str, list[Spec]] = {
         spec("tied", trainable_token_indices=[104, 3, 70, 71, 72]),
         spec("tied", trainable_token_indices={"embed_tokens": [104, 70], "lm_head": [72]}),
         spec("gemma", trainable_token_indices=[104, 3, 70, 71]),
+        spec("phi", trainable_token_indices={"embed_tokens": [80, 70], "lm_head": [72, 75]}),
     ],
     "target_parameters": [
         spec("mixtral", target_modules=[], target_parameters=EXPERTS),
         spec("mixtral", target_modules=["q_proj"], target_parameters=["experts.down_proj", "gate.weight"]),
         spec("mixtral", target_modules=[], target_parameters=EXPERTS, rank_pattern={"experts.gate_up_proj": 7}),
-        spec(target_modules=[], target_parameters=["q_proj.weight"]),
+        spec(target_modules=[], target_parameters=["q_proj.weight"], alpha_pattern={"q_proj.weight": 30, "q_proj": 1}),
+        spec(target_modules=[], target_parameters=["v_proj.weight"], rank_pattern={"v_proj.weight": 7}),
+        spec("gpt2", target_modules=[], target_parameters=["attn.c_proj.weight", "c_attn.weight"]),
+        spec(target_modules=[], target_parameters=["embed_tokens.weight"]),
+        spec("llama4", target_modules=[], target_parameters=[*EXPERTS, "router.weight"]),
     ],
     "use_bdlora": [
         spec(
@@ -189,6 +206,9 @@ def save_peft(model: Path, path: Path, seed: int, **options: Any) -> Path:
     tensors = {key: _trained(key, tensor, generator) for key, tensor in load_file(file).items()}
     if options.get("ensure_weight_tying"):  # the two copies are one in PEFT
         _tie(tensors)
+    for key in tensors:  # written twice by PEFT
+        if ".modules_to_save." in key:
+            tensors[key] = tensors[key.replace(".modules_to_save.", ".")].clone()
     save_file(tensors, file)
     return path
 
@@ -409,3 +429,26 @@ def test_an_activated_lora_shares_the_base_models_cache(
     assert activated.outputs[0].token_ids == expected.token_ids
     (idle,) = llm.generate(PROMPTS[1], greedy(), request, use_tqdm=False)
     assert idle.lora.adapter is None and "lacks the tokens" in idle.lora.warning
+
+
+def test_a_pass_of_an_adapter_fails_alone(
+    adapters: dict[str, Path], engines: dict[str, LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm, name = engines["mixtral"], "target_parameters-0"
+    ids = {name: index for index, name in enumerate(SPECS, start=1)}
+    request = LoRARequest(name, ids[name], str(adapters[name]))
+    before = llm.generate([PROMPTS[0]] * 2, greedy(), [None, request], use_tqdm=False)
+    forward = LoRAModule.forward
+
+    def fail(layer: LoRAModule, *arguments: Any, **options: Any) -> Any:
+        if layer.state.uniform_slot is not None:
+            raise RuntimeError("boom")
+        return forward(layer, *arguments, **options)
+
+    monkeypatch.setattr(LoRAModule, "forward", fail)
+    base, failed = llm.generate([PROMPTS[0]] * 2, greedy(), [None, request], use_tqdm=False)
+    assert base.outputs[0].token_ids == before[0].outputs[0].token_ids and base.error is None
+    assert isinstance(failed.error, AdapterError) and "boom" in str(failed.error)
+    monkeypatch.undo()
+    after = llm.generate([PROMPTS[0]] * 2, greedy(), [None, request], use_tqdm=False)
+    assert [output.outputs[0].token_ids for output in after] == [output.outputs[0].token_ids for output in before]

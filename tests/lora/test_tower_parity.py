@@ -9,7 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from mmlora import LLM
+from mmlora import LLM, LoRAMix, LoRARequest
+from mmlora.errors import AdapterMismatch
 from tests.checkpoints import load_reference, save_phi4
 from tests.equality import Case, Checkpoint, check_cases
 from tests.media import clip, picture
@@ -84,3 +85,11 @@ def test_alone(llm: LLM, checkpoint: Checkpoint, adapter: str) -> None:
 def test_mixed(llm: LLM, checkpoint: Checkpoint) -> None:
     llm.llm_engine.parts.runner.encoder.clear()
     check_cases(llm, checkpoint, [_with(case, adapter) for adapter in (None, *ADAPTERS) for case in (AUDIO, IMAGE)])
+
+
+def test_adapters_by_groups_are_refused_in_a_mix(llm: LLM, checkpoint: Checkpoint) -> None:
+    """Ranks of grouped convolutions cannot be laid one after the other: they would meet other groups."""
+    names = ("depthwise", "convolutions")
+    mix = LoRAMix([(LoRARequest(name, 70 + len(name), str(checkpoint.adapters[name])), 0.5) for name in names])
+    with pytest.raises(AdapterMismatch, match="'depthwise' adapts .* by groups"):
+        llm.generate("a", lora_request=mix)

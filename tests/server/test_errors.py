@@ -65,6 +65,7 @@ def message_of(*parts: dict[str, Any]) -> dict[str, Any]:
         ([], "body"),
         ({"messages": MESSAGES, "lora": [{"name": "audio", "scale": "much"}]}, "lora"),
         ({"messages": MESSAGES, "lora": [{"name": "audio", "scale": True}]}, "lora"),
+        ({"messages": MESSAGES, "lora": [{"name": "audio", "scale": 10**400}]}, "lora"),
         ({"messages": MESSAGES, "lora": [{"name": "audio"}, {"name": "audio"}]}, "lora"),
         ({"messages": MESSAGES, "lora": [{"path": "audio"}]}, "lora"),
         ({"messages": MESSAGES, "lora": 3}, "lora"),
