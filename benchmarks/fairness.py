@@ -134,7 +134,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--adapter-rate", type=float, default=0.5, help="adapter requests a step")
-    parser.add_argument("--base-rate", type=float, default=0.1, help="base requests a step")
+    parser.add_argument("--base-rate", type=float, default=0.5, help="base requests a step")
     options = parser.parse_args()
     jobs = make_jobs(options)
     alone = [Job(job.arrival_step, None, job.num_tokens) for job in jobs if job.adapter is None]

@@ -187,14 +187,20 @@ def paged_attention(
         num_seqs, query_len = group.positions.shape
         attended = attend(
             queries[group.rows].view(num_seqs, query_len, *queries.shape[1:]).transpose(1, 2),
-            keys[group.slots].transpose(1, 2),  # [num_seqs, num_kv_heads, context_len, head_dim]
-            values[group.slots].transpose(1, 2),
+            _gather(keys, group.slots),
+            _gather(values, group.slots),
             group.mask(sliding_window),
             scaling=scaling,
             softcap=softcap,
         )
         output[group.rows] = attended.transpose(1, 2).flatten(0, 1)
     return output[None], None
+
+
+def _gather(cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Read the contexts of a group from one layer of the cache, `[num_seqs, num_kv_heads, context_len, head_dim]`."""
+    rows = cache.index_select(0, slots.flatten())  # several times faster than indexing with two dimensions
+    return rows.view(*slots.shape, *cache.shape[1:]).transpose(1, 2)
 
 
 def attend(
