@@ -52,6 +52,7 @@ class Span:
     block_table: Sequence[int]
     start: int
     end: int
+    is_long: bool = False  # beyond the length at which longrope changes its factors
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +93,13 @@ class AttentionMetadata:
         kv_cache: of the engine.
         write_slots: `[num_tokens]` row of the cache where each token's key and value go.
         groups: every sequence once. Those with one token are grouped by the length of their contexts.
+        is_long: `[num_tokens]` bool, tokens of sequences with the long factors of longrope; None when there are none.
     """
 
     kv_cache: KVCache
     write_slots: torch.Tensor
     groups: list[QueryGroup]
+    is_long: torch.Tensor | None = None
 
     @classmethod
     def build(cls, kv_cache: KVCache, spans: Sequence[Span]) -> "AttentionMetadata":
@@ -118,7 +121,9 @@ class AttentionMetadata:
             )
             for found in members.values()
         ]
-        return cls(kv_cache, write_slots.to(device), groups)
+        long_rows = [span.is_long for span in spans for _ in range(span.start, span.end)]
+        is_long = torch.tensor(long_rows, device=device) if any(long_rows) else None
+        return cls(kv_cache, write_slots.to(device), groups, is_long)
 
 
 def _slots(span: Span, block_size: int) -> torch.Tensor:
@@ -128,6 +133,11 @@ def _slots(span: Span, block_size: int) -> torch.Tensor:
 
 
 _current: ContextVar[AttentionMetadata | None] = ContextVar("attention_metadata", default=None)
+
+
+def current_attention() -> AttentionMetadata | None:
+    """Return the metadata of the decoder forward that is running in this thread, None outside of one."""
+    return _current.get()
 
 
 @contextmanager

@@ -99,7 +99,7 @@ class BlockManager:
     def _hash_next(self, seq: Sequence) -> bytes:
         index = len(seq.block_hashes)
         start, end = index * self.block_size, (index + 1) * self.block_size
-        parent = seq.block_hashes[-1] if index else None
+        parent = seq.block_hashes[-1] if index else ("long", seq.is_long)
         adapter = None  # blocks before an activated LoRA holds are the base model's, and shared with it
         if seq.adapter is not None and end > seq.adapter_start:
             adapter = ("adapter", seq.adapter.identity, max(0, seq.adapter_start - start))

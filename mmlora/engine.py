@@ -272,6 +272,10 @@ class LLMEngine:
                 self.scheduler.finish(seq, "length")
         if seq.status is Status.FINISHED and not isinstance(seq.stop_reason, str):
             seq.detokenizer.finish()
+        elif seq.status is Status.RUNNING and not seq.is_long and self.parts.is_too_long(seq):
+            seq.is_long = True
+            seq.block_hashes.clear()
+            self.scheduler.recompute(seq)  # the keys of all its tokens change
 
     def _end(self, request: Request, reason: str) -> None:
         for seq in request.sequences:

@@ -15,6 +15,7 @@ from mmlora.config import EngineArgs
 from mmlora.detokenizer import Detokenizer
 from mmlora.errors import ConfigError
 from mmlora.inputs import InputProcessor
+from mmlora.longrope import replace_longrope
 from mmlora.lora.adapter import Adapter
 from mmlora.lora.files import AdapterFiles
 from mmlora.lora.load import load_adapter
@@ -62,6 +63,7 @@ class EngineParts:
     lora: LoRAManager | None
     defaults: dict[str, tuple[LoRARequest, Adapter]]
     stop_ids: frozenset[int]
+    long_length: int | None  # of a sequence, beyond which longrope changes its factors
     sampling_defaults: dict[str, Any]
     seed: int
     _num_seeds: "itertools.count[int]" = field(default_factory=itertools.count)
@@ -82,7 +84,13 @@ class EngineParts:
             include_stop=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
         )
-        return Sequence(request, index, list(request.input.prompt_token_ids), detokenizer, generator)
+        seq = Sequence(request, index, list(request.input.prompt_token_ids), detokenizer, generator)
+        seq.is_long = self.is_too_long(seq)
+        return seq
+
+    def is_too_long(self, seq: Sequence) -> bool:
+        """Whether a sequence is beyond the length at which longrope changes its factors."""
+        return self.long_length is not None and len(seq.token_ids) > self.long_length
 
 
 def load_engine_parts(args: EngineArgs) -> EngineParts:
@@ -102,6 +110,7 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
     default_paths = parse_defaults(args.default_mm_loras, processor.modalities if processor is not None else ())
     _check_limits(args, processor.modalities if processor is not None else frozenset())
     model = load_model(config, path, dtype=dtype, device=device)
+    long_length = replace_longrope(model)
     towers = get_towers(model)
     store, slots, lora, defaults = None, None, None, {}
     if args.enable_lora:
@@ -147,6 +156,7 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
         lora=lora,
         defaults=defaults,
         stop_ids=stop_ids,
+        long_length=long_length,
         sampling_defaults=sampling_defaults,
         seed=args.seed,
     )

@@ -145,9 +145,9 @@ def resolve_max_model_len(requested: int | None, config: PretrainedConfig) -> in
     text_config = config.get_text_config()
     limit: int = text_config.max_position_embeddings
     rope = getattr(text_config, "rope_parameters", None) or {}
-    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # one set a layer type
+    for parameters in (value for value in rope.values() if isinstance(value, dict)):  # one set for each layer type
         if parameters.get("rope_type") == "longrope":
-            # Beyond this length the factors of every position change, which a shared KV cache cannot follow.
+            # Beyond this length the factors of every position change; `LongRope` knows one set for all layers.
             original = parameters.get("original_max_position_embeddings")
             original = original or getattr(text_config, "original_max_position_embeddings", None)
             limit = min(limit, original or limit)

@@ -138,7 +138,7 @@ class ModelRunner:
             torch.tensor(token_ids, device=self.device),
             torch.tensor(positions, device=self.device),
             AttentionMetadata.build(
-                self.kv_cache, [Span(item.seq.block_table, item.start, item.end) for item in items]
+                self.kv_cache, [Span(item.seq.block_table, item.start, item.end, item.seq.is_long) for item in items]
             ),
             _segments(slots) if any(slot != BASE_SLOT for slot in slots) else None,
             starts,

@@ -143,12 +143,16 @@ class Scheduler:
 
     def _preempt(self, step: _Step, seq: Sequence) -> None:
         step.drop(seq)
+        self.recompute(seq)
+        self.num_preemptions += 1
+
+    def recompute(self, seq: Sequence) -> None:
+        """Have a running sequence start over, before all others; its tokens stay."""
         self.running.remove(seq)
         self._release(seq)
         seq.num_computed_tokens = 0
         seq.status = Status.WAITING
         self.waiting.appendleft(seq, self.num_steps)
-        self.num_preemptions += 1
 
     def _release(self, seq: Sequence) -> None:
         self.block_manager.free(seq)

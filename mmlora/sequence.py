@@ -101,6 +101,7 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks, filled by the block manager
     media_embeds: dict[int, torch.Tensor] = field(default_factory=dict)  # media index: [num_tokens, hidden_size]
     slot: int | None = None  # LoRA slot held while running
+    is_long: bool = False  # beyond the length at which longrope changes its factors
     num_returned_tokens: int = 0  # tokens given out as deltas
     finish_reason: str | None = None
     stop_reason: int | str | None = None

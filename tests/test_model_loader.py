@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, Phi3Config
+from transformers import LlamaConfig
 
 from mmlora.attention import AttentionMetadata, KVCache, Span, attention_context, paged_attention
 from mmlora.errors import ConfigError
@@ -16,23 +16,10 @@ def llama(**rope):
     return LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=512, rope_parameters=parameters)
 
 
-def test_longrope_ends_where_its_factors_change():
-    assert resolve_max_model_len(None, llama(original_max_position_embeddings=64)) == 64
-    assert resolve_max_model_len(32, llama(original_max_position_embeddings=64)) == 32
-    with pytest.raises(ConfigError, match="max_model_len=65 exceeds the 64 tokens"):
-        resolve_max_model_len(65, llama(original_max_position_embeddings=64))
-
-
-def test_the_limit_is_never_above_the_models_own():
-    config = Phi3Config(
-        hidden_size=64,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        original_max_position_embeddings=4096,
-        pad_token_id=0,
-        rope_parameters=FACTORS,
-    )
-    assert resolve_max_model_len(None, config) == 512
+def test_longrope_takes_the_models_whole_length():
+    assert resolve_max_model_len(None, llama(original_max_position_embeddings=64)) == 512
+    with pytest.raises(ConfigError, match="max_model_len=513 exceeds the 512 tokens"):
+        resolve_max_model_len(513, llama(original_max_position_embeddings=64))
 
 
 def test_attention_sinks_are_refused():
