@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from mmlora.attention import KVCache
 from mmlora.block_manager import BlockManager
 from mmlora.config import EngineArgs
+from mmlora.decoder_check import check_decoder
 from mmlora.detokenizer import Detokenizer
 from mmlora.errors import ConfigError
 from mmlora.inputs import InputProcessor
@@ -110,6 +111,7 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
     default_paths = parse_defaults(args.default_mm_loras, processor.modalities if processor is not None else ())
     _check_limits(args, processor.modalities if processor is not None else frozenset())
     model = load_model(config, path, dtype=dtype, device=device)
+    check_decoder(model, *_kv_shape(config), max_model_len)
     long_length = replace_longrope(model)
     towers = get_towers(model)
     store, slots, lora, defaults = None, None, None, {}

@@ -177,6 +177,13 @@ TEXT_FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "phi3": ("Phi3", {"sliding_window": 9}),
     "mixtral": ("Mixtral", {"num_local_experts": 3}),
     "gpt2": ("GPT2", {"n_inner": 84, "num_key_value_heads": None}),
+    "mistral": ("Mistral", {"sliding_window": 9}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {"head_dim": 14, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 40},
+    ),
+    "granitemoe": ("GraniteMoe", {"num_local_experts": 3, "num_experts_per_tok": 2}),
     "opt": ("OPT", {"ffn_dim": 84, "word_embed_proj_dim": 60, "num_key_value_heads": None}),
     "phi": ("Phi", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}}),
     "llama4_text": (
@@ -193,9 +200,35 @@ TEXT_FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 
 
+# Decoders whose attention this engine does not know; options beyond `TEXT_FAMILIES`.
+REFUSED_FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "diffllama": ("DiffLlama", {}),
+    "doge": ("Doge", {}),
+    "phimoe": ("Phimoe", {"num_local_experts": 3, "sliding_window": 64}),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            "num_key_value_heads": 6,
+            "moe_intermediate_size": 40,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "kv_lora_rank": 16,
+            "q_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "gpt_oss": ("GptOss", {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 14}),
+}
+
+
 def save_text_model(path: Path, family: str, seed: int = 0, **changes: Any) -> Path:
-    """Write a tiny text model of `TEXT_FAMILIES` with its tokenizer; `changes` are options of its configuration."""
-    name, options = TEXT_FAMILIES[family]
+    """Write a tiny text model of a family with its tokenizer; `changes` are options of its configuration."""
+    name, options = {**TEXT_FAMILIES, **REFUSED_FAMILIES}[family]
     config_name = f"{name}TextConfig" if family.endswith("_text") else f"{name}Config"
     config = getattr(transformers, config_name)(**{**_TEXT, **options, **changes})
     class_name = "GPT2LMHeadModel" if family == "gpt2" else f"{name}ForCausalLM"
