@@ -18,7 +18,7 @@ from mmlora.lora.state import LoRAState
 from mmlora.outputs import TokenLogprobs
 from mmlora.sampler import sample, top_logprobs
 from mmlora.scheduler import ScheduledSequence
-from mmlora.sequence import Sequence
+from mmlora.sequence import MediaInput, Sequence
 from mmlora.towers.encoder import EncoderJob, MediaEncoder
 
 logger = logging.getLogger(__name__)
@@ -177,8 +177,8 @@ class ModelRunner:
             for index, media in enumerate(item.seq.media):
                 start, end = max(media.start, item.start), min(media.end, item.end)
                 if start < end:
-                    rows = item.seq.media_embeds[index][start - media.start : end - media.start]
-                    embeds[first_row + start - item.start : first_row + end - item.start] = rows.to(embeds.dtype)
+                    rows, places = _embeds_between(item.seq.media_embeds[index], media, start, end)
+                    embeds[places + (first_row - item.start)] = rows.to(embeds.dtype)
                 if media.end <= item.end:
                     item.seq.media_embeds.pop(index, None)
         return embeds
@@ -271,6 +271,15 @@ def _missing_media(item: ScheduledSequence) -> list[int]:
         for index, media in enumerate(item.seq.media)
         if media.start < item.end and media.end > item.start and index not in item.seq.media_embeds
     ]
+
+
+def _embeds_between(rows: torch.Tensor, media: MediaInput, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the embeddings of a media item that fall on positions `start … end − 1` of the prompt, and which."""
+    if media.media.places is None:
+        return rows[start - media.start : end - media.start], torch.arange(start, end, device=rows.device)
+    places = torch.tensor(media.media.places, device=rows.device) + media.start
+    is_between = (places >= start) & (places < end)
+    return rows[is_between], places[is_between]
 
 
 def _encoder_job(seq: Sequence, index: int) -> EncoderJob:

@@ -16,14 +16,23 @@ class ProcessedMedia:
     Attributes:
         modality: `"audio"` or `"image"`.
         content_hash: sha256 hex over content and effective processor options; equal hash means equal tensors.
-        tensors: this item alone, unpadded and without a batch dimension, under the names of the model's forward.
-        num_tokens: placeholders that it fills in the prompt.
+        tensors: this item alone and unpadded, under the names of the model's forward.
+        num_tokens: of the prompt that stand for it.
+        token_ids: these tokens; None where all of them are the placeholder.
+        places: which of them take an embedding; None for all.
     """
 
     modality: str
     content_hash: str
     tensors: dict[str, torch.Tensor]
     num_tokens: int
+    token_ids: tuple[int, ...] | None = None
+    places: tuple[int, ...] | None = None
+
+    @property
+    def num_embeds(self) -> int:
+        """Embeddings that its tower gives."""
+        return self.num_tokens if self.places is None else len(self.places)
 
 
 class MultiModalProcessor(Protocol):

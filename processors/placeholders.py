@@ -19,7 +19,7 @@ class PlaceholderRange:
 def expand_placeholders(
     token_ids: list[int], media: Sequence[ProcessedMedia], processor: MultiModalProcessor
 ) -> tuple[list[int], list[PlaceholderRange]]:
-    """Replace each placeholder by `num_tokens` copies for the next item of its modality, in order.
+    """Replace each placeholder by the tokens that stand for the next item of its modality, in order.
 
     Returns:
         The widened token ids and one range per item, sorted by start.
@@ -43,7 +43,7 @@ def expand_placeholders(
         media_index = next(queues[modality])
         length = media[media_index].num_tokens
         ranges.append(PlaceholderRange(len(expanded), length, media_index))
-        expanded.extend([token_id] * length)
+        expanded.extend(media[media_index].token_ids or [token_id] * length)
     return expanded, ranges
 
 

@@ -7,10 +7,14 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from mmlora.processors.base import MultiModalProcessor
+from mmlora.processors.general import GeneralProcessor
 from mmlora.processors.phi4_multimodal import Phi4MultimodalProcessor
 
 _PROCESSORS: dict[str, Callable[[PretrainedConfig, Path, Any], MultiModalProcessor]] = {
     "phi4_multimodal": Phi4MultimodalProcessor,
+    "llava": GeneralProcessor,
+    "llava_next": GeneralProcessor,
+    "idefics3": GeneralProcessor,
 }
 
 

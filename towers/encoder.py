@@ -63,7 +63,7 @@ class MediaEncoder:
         """Embeddings of every job under its key; a group that the tower refuses yields its error instead.
 
         Returns:
-            Per key `[num_tokens, hidden_size]`, or the error: a `MediaError` unless it is for lack of memory.
+            Per key `[num_embeds, hidden_size]`, or the error: a `MediaError` unless it is for lack of memory.
         """
         results: dict[EncoderKey, torch.Tensor | MMLoRAError] = {}
         groups: dict[tuple[object, ...], dict[EncoderKey, EncoderJob]] = defaultdict(dict)
@@ -94,8 +94,8 @@ class MediaEncoder:
                 with self._lora_state.uniform(first.slot):
                     embeds = self._towers.encode(first.media.modality, first.mode, items)
             for item, rows in zip(items, embeds, strict=True):
-                if rows.shape[0] != item.num_tokens:
-                    raise ValueError(f"the tower gives {rows.shape[0]} embeddings for {item.num_tokens} placeholders")
+                if rows.shape[0] != item.num_embeds:
+                    raise ValueError(f"the tower gives {rows.shape[0]} embeddings for {item.num_embeds} placeholders")
         except (ValueError, RuntimeError, IndexError) as error:
             if len(jobs) > 1:  # one item must not take the others with it
                 return {key: result for job in jobs for key, result in self._encode_group([job]).items()}

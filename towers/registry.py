@@ -4,10 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 from mmlora.towers.base import Towers
+from mmlora.towers.general import GeneralTowers
 from mmlora.towers.phi4_multimodal import Phi4MultimodalTowers
 
 TOWERS: dict[str, Callable[[Any], Towers]] = {
     "phi4_multimodal": Phi4MultimodalTowers,
+    "llava": GeneralTowers,
+    "llava_next": GeneralTowers,
+    "idefics3": GeneralTowers,
 }
 
 

@@ -1,0 +1,129 @@
+"""`GeneralProcessor`: any family whose own `transformers` processor runs without torchvision and torchaudio.
+
+The processor is asked for one item at a time, with the placeholder as its text: it answers with the tensors of the item
+and with the tokens that stand for it in a prompt, whatever these are (rows, separators, newlines).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import PretrainedConfig
+
+from mmlora.errors import ConfigError, MediaError, RequestError
+from mmlora.processors.audio import RESAMPLER, resample
+from mmlora.processors.base import ProcessedMedia
+from mmlora.processors.items import AudioItem, MediaItem
+
+TEXT_KEYS: Final = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+FAILURES: Final = (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError, AttributeError)
+
+
+class GeneralProcessor:
+    """Implement `MultiModalProcessor` over a model's own processor.
+
+    Args:
+        config: the model's; it names the placeholder ids (`image_token_id` or `image_token_index`).
+        model_path: its directory, with the processor's files.
+        tokenizer: must know the placeholder tokens.
+
+    Raises:
+        ConfigError: there is no processor, or the tokenizer does not fit the model.
+    """
+
+    def __init__(self, config: PretrainedConfig, model_path: str | Path, tokenizer: Any) -> None:
+        self._processor = _load(Path(model_path))
+        found = {"image": "image_processor", "audio": "feature_extractor"}
+        self._parts = {modality: getattr(self._processor, name, None) for modality, name in found.items()}
+        self._token_ids = {
+            modality: _placeholder_id(config, modality) for modality, part in self._parts.items() if part is not None
+        }
+        self.modalities = frozenset(self._token_ids)
+        self._tokens = {modality: _token_text(tokenizer, modality, i) for modality, i in self._token_ids.items()}
+
+    def placeholder_token(self, modality: str) -> str:
+        """Return the text that stands for one item of `modality`."""
+        return self._tokens[self._checked(modality)]
+
+    def placeholder_token_id(self, modality: str) -> int:
+        """Return the token id whose places take embeddings of `modality`."""
+        return self._token_ids[self._checked(modality)]
+
+    def process(self, item: MediaItem, options: Mapping[str, Any] | None = None) -> ProcessedMedia:
+        """Compute the tensors of one clip or picture, and the tokens that stand for it.
+
+        Args:
+            item: decoded media.
+            options: of the model's image processor; audio takes none.
+
+        Raises:
+            RequestError: an unknown option or a value that is not allowed.
+            MediaError: the item cannot be used with this model.
+        """
+        modality, chosen = item.modality, self._checked_options(item.modality, options or {})
+        try:
+            output = self._processor(
+                text=self.placeholder_token(modality),
+                **self._media_arguments(item),
+                **chosen,
+                add_special_tokens=False,
+                return_tensors="pt",
+            )
+        except FAILURES as error:
+            kind = RequestError if chosen else MediaError
+            raise kind(f"the {modality} cannot be processed: {error}") from error
+        token_ids = output["input_ids"][0].tolist()
+        places = tuple(i for i, token in enumerate(token_ids) if token == self._token_ids[modality])
+        if not places:
+            raise MediaError(f"the {modality} gives no embeddings: it is too small or too short")
+        tensors = {name: value for name, value in output.items() if name not in TEXT_KEYS and torch.is_tensor(value)}
+        settings = json.dumps({"options": chosen, "resampler": RESAMPLER}, sort_keys=True, default=str)
+        digest = hashlib.sha256(f"{item.content_hash}\n{settings}".encode()).hexdigest()
+        return ProcessedMedia(modality, digest, tensors, len(token_ids), tuple(token_ids), places)
+
+    def _media_arguments(self, item: MediaItem) -> dict[str, Any]:
+        if not isinstance(item, AudioItem):
+            return {"images": [item.image]}
+        rate = self._parts["audio"].sampling_rate  # type: ignore[union-attr]
+        return {"audio": [resample(item, rate)], "sampling_rate": rate}
+
+    def _checked_options(self, modality: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        kwargs = getattr(self._parts["image"], "valid_kwargs", None) if self._parts["image"] is not None else None
+        allowed = sorted(getattr(kwargs, "__annotations__", {}))
+        unknown = sorted(str(name) for name in options if name not in allowed)
+        if unknown:
+            takes = ", ".join(allowed) or "none"
+            raise RequestError(f"unknown processor option {', '.join(unknown)}: allowed are {takes}")
+        return dict(options) if modality == "image" else {}
+
+    def _checked(self, modality: str) -> str:
+        if modality not in self._token_ids:
+            raise MediaError(f"modality {modality!r}: this model takes {', '.join(sorted(self.modalities))}")
+        return modality
+
+
+def _load(path: Path) -> Any:
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(path)  # type: ignore[no-untyped-call]
+    except (*FAILURES, OSError, ImportError, KeyError) as error:
+        raise ConfigError(f"{path} has no processor that runs here: {error}") from error
+
+
+def _placeholder_id(config: PretrainedConfig, modality: str) -> int:
+    for name in (f"{modality}_token_id", f"{modality}_token_index"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    raise ConfigError(f"{type(config).__name__} names no {modality} placeholder ({modality}_token_id)")
+
+
+def _token_text(tokenizer: Any, modality: str, token_id: int) -> str:
+    text = tokenizer.convert_ids_to_tokens(token_id)
+    if not isinstance(text, str) or tokenizer.convert_tokens_to_ids(text) != token_id:
+        raise ConfigError(f"the tokenizer has no token for the {modality} placeholder id {token_id} (got {text!r})")
+    return text

@@ -1,0 +1,84 @@
+"""Every multimodal family equals transformers, and PEFT for adapters of each of its parts, alone and mixed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmlora import LLM
+from tests.checkpoints import AdapterSpec, save_adapter
+from tests.equality import Case, Checkpoint, check_cases
+from tests.families import FAMILIES, FamilyReference, save_family, targets_of
+from tests.media import clip, picture
+from tests.reference import Media
+
+ONE = {"image": Media(images=[picture(60, 44, 2)]), "audio": Media(audios=[clip(0.7, 1)])}
+OTHER = {"image": Media(images=[picture(33, 90, 3)]), "audio": Media(audios=[clip(1.2, 4)])}
+TWO = {
+    "image": Media(images=[picture(40, 40, 5), picture(70, 30, 6)]),
+    "audio": Media(audios=[clip(0.5, 7), clip(0.5, 8)]),
+}
+
+
+@pytest.fixture(scope="module")
+def family_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    known: dict[str, Checkpoint] = {}
+
+    def build(family: str) -> Checkpoint:
+        if family not in known:
+            folder = tmp_path_factory.mktemp(family)
+            path = save_family(folder / "model", family)
+            adapters = {
+                part: save_adapter(path, folder / part, AdapterSpec(targets_of(family, part), seed, 3))
+                for seed, part in enumerate(FAMILIES[family].targets, start=1)
+            }
+            adapters["all"] = save_adapter(path, folder / "all", AdapterSpec(targets_of(family), 9, 2))
+            known[family] = Checkpoint(path, adapters, FamilyReference(path))
+        return known[family]
+
+    return build
+
+
+def cases_of(family: str, adapters: dict[str, Path]) -> list[Case]:
+    spec = FAMILIES[family]
+    mark, modality = spec.placeholder, spec.modality
+    one, two = f"<|user|>{mark}What is it?<|end|><|assistant|>", f"<|user|>First{mark}then {mark}!<|end|><|assistant|>"
+    text = "<|user|>How many dogs?<|end|><|assistant|>"
+    cases = [Case(f"text, {adapter}", text, adapter=adapter) for adapter in (None, "language_model", "all")]
+    for adapter in (None, *adapters):
+        cases.append(Case(f"one, {adapter}", one, ONE[modality], adapter))
+        cases.append(Case(f"two, {adapter}", two, TWO[modality], adapter))
+    return [*cases, Case("another, base", one, OTHER[modality]), Case("another, all", one, OTHER[modality], "all")]
+
+
+def load(checkpoint: Checkpoint, **options: Any) -> LLM:
+    defaults = {"enable_lora": True, "max_logprobs": -1, "max_num_batched_tokens": 16, "max_model_len": 512}
+    return LLM(str(checkpoint.path), **{**defaults, "dtype": "float32", "device": "cpu", **options})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_alone_and_mixed(family: str, family_checkpoint: Callable[[str], Checkpoint]) -> None:
+    checkpoint = family_checkpoint(family)
+    cases, llm = cases_of(family, checkpoint.adapters), load(checkpoint)
+    for case in cases:
+        check_cases(llm, checkpoint, [case])
+    check_cases(load(checkpoint, max_loras=2, max_cpu_loras=8), checkpoint, cases[::-1])
+    check_cases(load(checkpoint, max_num_batched_tokens=2048), checkpoint, cases)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_adapter_changes_its_part(family: str, family_checkpoint: Callable[[str], Checkpoint]) -> None:
+    checkpoint = family_checkpoint(family)
+    cases = {case.name: case for case in cases_of(family, checkpoint.adapters)}
+    base = checkpoint.expected(cases["one, None"])
+    store = load(checkpoint).llm_engine.parts.store
+    assert store is not None
+    for name in checkpoint.adapters:
+        changed = checkpoint.expected(cases[f"one, {name}"])
+        length = len(base.prompt_ids)
+        assert (changed.logits[:length] - base.logits[:length]).abs().max() > 1e-2, name
+        parts = store.get(checkpoint.lora_request(name)).report.parts
+        assert {part for part, count in parts.items() if count} == (
+            {name} if name != "all" else {*FAMILIES[family].targets}
+        )
