@@ -208,6 +208,7 @@ class LLMEngine:
         scheduled = self.scheduler.schedule()
         touched = self._fail(self.scheduler.failed)
         self.scheduler.failed.clear()
+        scheduled = [item for item in scheduled if item.seq.status is Status.RUNNING]  # siblings of those that failed
         now = time.monotonic()
         for item in scheduled:
             item.seq.request.scheduled_s = item.seq.request.scheduled_s or now

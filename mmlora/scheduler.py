@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from mmlora.block_manager import BlockManager
-from mmlora.errors import AdapterError, MMLoRAError
+from mmlora.errors import AdapterError
 from mmlora.lora.slots import LoRASlots
 from mmlora.sequence import Sequence, Status
 from mmlora.waiting_queue import Place, WaitingQueue
@@ -210,8 +210,13 @@ class Scheduler:
         assert self.slots is not None and seq.adapter is not None
         slot = self.slots.slot_of(seq.adapter.identity)
         if slot is not None and is_draining:
-            return place.order <= self._gates[slot]
+            return place.order <= self._gates[slot] or self._is_held(slot)
         return not is_draining and self.slots.can_activate(seq.adapter)
+
+    def _is_held(self, slot: int) -> bool:
+        """Tell whether a slot is in use beside what runs, by a pin: then it drains for nobody."""
+        assert self.slots is not None
+        return self.slots.num_users(slot) > sum(seq.slot == slot for seq in self.running)
 
     def _start(self, step: _Step, seq: Sequence) -> bool:
         """Start a waiting sequence; without blocks it keeps waiting, and without its adapter it fails."""
@@ -239,7 +244,7 @@ class Scheduler:
         is_resident = self.slots.slot_of(seq.adapter.identity) is not None
         try:
             seq.slot = self.slots.activate(seq.adapter)
-        except (MMLoRAError, RuntimeError) as error:  # out of device memory, a module that cannot be wrapped
+        except Exception as error:  # out of device memory, a module that cannot be wrapped
             self.finish(seq, "error")
             self.failed.append((seq, AdapterError(f"adapter {seq.adapter.name!r} could not be activated: {error}")))
             return False

@@ -1,12 +1,15 @@
 """`LLM`: what callers may pass, what comes back, and that every sampling option reaches the tokens."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mmlora import BASE, LLM, LLMEngine, LoRARequest, SamplingParams
 from mmlora.errors import ConfigError, MediaError, RequestError
-from tests.checkpoints import AUDIO_ID, END_ID, END_OF_TEXT_ID
+from tests.checkpoints import AUDIO_ID, END_ID, END_OF_TEXT_ID, AdapterSpec, save_adapter, save_text_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 AUDIO = (np.sin(np.arange(8000) / 20).astype(np.float32), 16000)
@@ -342,3 +345,36 @@ def test_defaults_come_from_generation_config(tiny_phi4, tmp_path):
     assert answer(llm, ignore_eos=False, logit_bias={104: 100}).finish_reason == "stop"
     plain = LLM(str(model), max_model_len=64, generation_config="none").get_default_sampling_params()
     assert (plain.temperature, plain.top_k) == (1.0, 0)
+
+
+def test_siblings_of_an_answer_that_fails_take_nobody_with_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first of two siblings cannot activate its adapter, the second could: both end, the base request does not."""
+    path = save_text_model(tmp_path / "llama", "llama")
+    adapters = {
+        name: save_adapter(path, tmp_path / name, AdapterSpec(("q_proj",), seed)) for seed, name in enumerate("ab", 1)
+    }
+    llm = LLM(
+        str(path), enable_lora=True, max_loras=1, max_cpu_loras=2, dtype="float32", device="cpu", max_model_len=64
+    )
+    engine, slots = llm.llm_engine, llm.llm_engine.parts.slots
+    requests = {name: llm.add_lora(name, str(adapters[name])) for name in adapters}
+    params = SamplingParams(temperature=1.0, seed=1, n=3, max_tokens=1, ignore_eos=True)
+    engine.add_request("siblings", "once upon", params, requests["a"])
+    engine.add_request("base", "hello", SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), BASE)
+    load, failures = slots._load, iter([torch.OutOfMemoryError("once")])
+
+    def fail_once(slot: int, adapter: object) -> None:
+        for failure in failures:
+            raise failure
+        load(slot, adapter)
+
+    outputs = engine.step()
+    slots.evict(slots.resident[0].identity)
+    monkeypatch.setattr(slots, "_load", fail_once)
+    while engine.has_unfinished_requests:
+        outputs += engine.step()
+    ended = {output.request_id: output for output in outputs if output.finished}
+    assert "could not be activated" in str(ended["siblings"].error)
+    assert ended["base"].error is None and len(ended["base"].outputs[0].token_ids) == 8

@@ -389,3 +389,30 @@ def test_a_cached_prefix_is_not_computed_again(num_cached):
     scheduler.add(second)
     assert step(scheduler)[second] == 10 - num_cached
     assert second.request.num_cached_tokens == num_cached
+
+
+def test_an_adapter_with_a_slot_that_cannot_drain_is_never_held_back():
+    """A pin holds the slot: keeping its sequences out would help nobody."""
+    scheduler = make_scheduler(max_loras=2)
+    scheduler.slots.retain(scheduler.slots.activate(A))
+    add(scheduler, adapter=B, max_tokens=400)
+    step(scheduler)
+    overdue = add(scheduler, adapter=C)
+    for _ in range(MAX_WAIT_STEPS + 1):
+        step(scheduler)
+    pinned = add(scheduler, adapter=A)
+    assert pinned in step(scheduler) and overdue.status is Status.WAITING
+
+
+@pytest.mark.parametrize("error", [MemoryError("no memory"), ValueError("odd"), KeyError("gone")])
+def test_whatever_an_activation_raises_is_named(monkeypatch, error):
+    scheduler = make_scheduler()
+    failing = add(scheduler, adapter=A)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(scheduler.slots, "_load", fail)
+    assert step(scheduler) == {}
+    ((failed, named),) = scheduler.failed
+    assert failed is failing and isinstance(named, AdapterError) and "'A'" in str(named)

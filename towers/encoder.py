@@ -66,17 +66,17 @@ class MediaEncoder:
             Per key `[num_embeds, hidden_size]`, or the error: a `MediaError` unless it is for lack of memory.
         """
         results: dict[EncoderKey, torch.Tensor | MMLoRAError] = {}
-        groups: dict[tuple[object, ...], dict[EncoderKey, EncoderJob]] = defaultdict(dict)
-        for job in jobs:
+        groups: dict[tuple[object, ...], list[EncoderJob]] = defaultdict(list)
+        for job in {job.key: job for job in jobs}.values():  # one slot is as good as another that gives the same
             if job.key in self._cache:
                 self._cache.move_to_end(job.key)
                 results[job.key] = self._cache[job.key]
                 self.num_hits += 1
             else:
                 shapes = tuple(sorted((name, tuple(tensor.shape)) for name, tensor in job.media.tensors.items()))
-                groups[job.media.modality, job.mode, job.slot, shapes].setdefault(job.key, job)
+                groups[job.media.modality, job.mode, job.slot, shapes].append(job)
         for group in groups.values():
-            results.update(self._encode_group(list(group.values())))
+            results.update(self._encode_group(group))
         return results
 
     def clear(self) -> None:
