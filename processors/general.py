@@ -17,6 +17,7 @@ from mmlora.errors import ConfigError, MediaError, RequestError
 from mmlora.processors.audio import RESAMPLER, resample
 from mmlora.processors.base import ProcessedMedia
 from mmlora.processors.items import AudioItem, MediaItem
+from mmlora.processors.placeholders import placeholder_id, placeholder_text
 
 TEXT_KEYS: Final = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 FAILURES: Final = (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError, AttributeError)
@@ -39,10 +40,10 @@ class GeneralProcessor:
         found = {"image": "image_processor", "audio": "feature_extractor"}
         self._parts = {modality: getattr(self._processor, name, None) for modality, name in found.items()}
         self._token_ids = {
-            modality: _placeholder_id(config, modality) for modality, part in self._parts.items() if part is not None
+            modality: placeholder_id(config, modality) for modality, part in self._parts.items() if part is not None
         }
         self.modalities = frozenset(self._token_ids)
-        self._tokens = {modality: _token_text(tokenizer, modality, i) for modality, i in self._token_ids.items()}
+        self._tokens = {modality: placeholder_text(tokenizer, modality, i) for modality, i in self._token_ids.items()}
 
     def placeholder_token(self, modality: str) -> str:
         """Return the text that stands for one item of `modality`."""
@@ -112,18 +113,3 @@ def _load(path: Path) -> Any:
         return AutoProcessor.from_pretrained(path)  # type: ignore[no-untyped-call]
     except (*FAILURES, OSError, ImportError, KeyError) as error:
         raise ConfigError(f"{path} has no processor that runs here: {error}") from error
-
-
-def _placeholder_id(config: PretrainedConfig, modality: str) -> int:
-    for name in (f"{modality}_token_id", f"{modality}_token_index"):
-        value = getattr(config, name, None)
-        if isinstance(value, int):
-            return value
-    raise ConfigError(f"{type(config).__name__} names no {modality} placeholder ({modality}_token_id)")
-
-
-def _token_text(tokenizer: Any, modality: str, token_id: int) -> str:
-    text = tokenizer.convert_ids_to_tokens(token_id)
-    if not isinstance(text, str) or tokenizer.convert_tokens_to_ids(text) != token_id:
-        raise ConfigError(f"the tokenizer has no token for the {modality} placeholder id {token_id} (got {text!r})")
-    return text

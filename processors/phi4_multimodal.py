@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from mmlora.errors import ConfigError, MediaError, RequestError
+from mmlora.errors import MediaError, RequestError
 from mmlora.processors.audio import RESAMPLER, resample
 from mmlora.processors.base import ProcessedMedia
 from mmlora.processors.items import AudioItem, ImageItem, MediaItem
 from mmlora.processors.phi4_images import ImageSettings, process_image
 from mmlora.processors.phi4_settings import load_feature_extractor, load_image_settings
+from mmlora.processors.placeholders import placeholder_text
 
 MAX_DYNAMIC_HD = 144  # 12 x 12 crops; at 448 px about 350 MB of float32 for one picture
 _OPTIONS = ("dynamic_hd",)
@@ -46,7 +47,7 @@ class Phi4MultimodalProcessor:
             "audio": int(config.audio_config.audio_token_id),
             "image": int(config.vision_config.image_token_id),
         }
-        self._tokens = {modality: _token_text(tokenizer, modality, i) for modality, i in self._token_ids.items()}
+        self._tokens = {modality: placeholder_text(tokenizer, modality, i) for modality, i in self._token_ids.items()}
         self._audio_settings = {
             **self.feature_extractor.to_dict(),
             "mel_filters": hashlib.sha256(self.feature_extractor.mel_filters.tobytes()).hexdigest(),
@@ -109,13 +110,6 @@ class Phi4MultimodalProcessor:
         if modality not in self.modalities:
             raise MediaError(f"modality {modality!r}: this model takes {', '.join(sorted(self.modalities))}")
         return modality
-
-
-def _token_text(tokenizer: Any, modality: str, token_id: int) -> str:
-    text = tokenizer.convert_ids_to_tokens(token_id)
-    if not isinstance(text, str) or tokenizer.convert_tokens_to_ids(text) != token_id:
-        raise ConfigError(f"the tokenizer has no token for the {modality} placeholder id {token_id} (got {text!r})")
-    return text
 
 
 def _hash(item: MediaItem, settings: Mapping[str, Any]) -> str:

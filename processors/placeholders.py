@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from mmlora.errors import MediaError
+from transformers import PretrainedConfig
+
+from mmlora.errors import ConfigError, MediaError
 from mmlora.processors.base import MultiModalProcessor, ProcessedMedia
 
 
@@ -14,6 +17,31 @@ class PlaceholderRange:
     start: int
     length: int
     media_index: int
+
+
+def placeholder_id(config: PretrainedConfig, modality: str) -> int:
+    """Return the token id whose places take embeddings of a modality.
+
+    Raises:
+        ConfigError: the configuration names none.
+    """
+    for name in (f"{modality}_token_id", f"{modality}_token_index"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    raise ConfigError(f"{type(config).__name__} names no {modality} placeholder ({modality}_token_id)")
+
+
+def placeholder_text(tokenizer: Any, modality: str, token_id: int) -> str:
+    """Return the text of a placeholder.
+
+    Raises:
+        ConfigError: the tokenizer has no such token.
+    """
+    text = tokenizer.convert_ids_to_tokens(token_id)
+    if not isinstance(text, str) or tokenizer.convert_tokens_to_ids(text) != token_id:
+        raise ConfigError(f"the tokenizer has no token for the {modality} placeholder id {token_id} (got {text!r})")
+    return text
 
 
 def expand_placeholders(

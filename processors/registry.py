@@ -8,10 +8,12 @@ from transformers import PretrainedConfig
 
 from mmlora.processors.base import MultiModalProcessor
 from mmlora.processors.general import GeneralProcessor
+from mmlora.processors.granite_speech import GraniteSpeechProcessor
 from mmlora.processors.phi4_multimodal import Phi4MultimodalProcessor
 
 _PROCESSORS: dict[str, Callable[[PretrainedConfig, Path, Any], MultiModalProcessor]] = {
     "phi4_multimodal": Phi4MultimodalProcessor,
+    "granite_speech": GraniteSpeechProcessor,
     "llava": GeneralProcessor,
     "llava_next": GeneralProcessor,
     "idefics3": GeneralProcessor,

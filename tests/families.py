@@ -14,6 +14,7 @@ from transformers import AutoProcessor, PreTrainedModel
 
 from mmlora.lora.adapter import PARTS
 from tests.checkpoints import AUDIO_ID, IMAGE_ID, VOCAB_SIZE, _draw_weights, build_tokenizer, load_reference
+from tests.processors import granite_features
 from tests.reference import NUM_TOKENS, Media, ReferenceOutput
 
 _TEXT: dict[str, Any] = {
@@ -44,7 +45,7 @@ class Family:
 
     model_class: str
     config: Callable[[], Any]
-    processor: Callable[[Any], Any]
+    processor: Callable[[Any], Any] | None  # None where transformers' own cannot be built here
     modality: str
     targets: Mapping[str, str]
     placeholder: str
@@ -68,6 +69,39 @@ def _llava_next() -> Any:
 def _idefics3() -> Any:
     text = transformers.LlamaConfig(**{**_TEXT, "vocab_size": VOCAB_SIZE + 64})
     return transformers.Idefics3Config(image_token_id=IMAGE_ID, vision_config=_VISION, text_config=text, scale_factor=2)
+
+
+def _granite_speech() -> Any:
+    encoder = {
+        "input_dim": 160,
+        "num_layers": 2,
+        "hidden_dim": 24,
+        "feedforward_mult": 2,
+        "num_heads": 2,
+        "dim_head": 12,
+        "output_dim": 30,
+        "context_size": 20,
+        "max_pos_emb": 32,
+        "conv_kernel_size": 3,
+        "conv_expansion_factor": 2,
+    }
+    projector = transformers.Blip2QFormerConfig(
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        encoder_hidden_size=24,
+        cross_attention_frequency=1,
+    )
+    return transformers.GraniteSpeechConfig(
+        audio_token_index=AUDIO_ID,
+        encoder_config=encoder,
+        text_config=transformers.GraniteConfig(**_TEXT, embedding_multiplier=2.0, attention_multiplier=0.3),
+        projector_config=projector,
+        downsample_rate=granite_features.DOWNSAMPLE,
+        window_size=granite_features.PROJECTOR_WINDOW,
+        has_lora_adapter=False,
+    )
 
 
 def _clip_processor(name: str, **options: Any) -> Callable[[Any], Any]:
@@ -98,6 +132,18 @@ _CLIP_TARGETS = {
     "vision_tower": r".*vision_tower\..*layers\.\d+\..*(q_proj|out_proj|fc1)",
 }
 FAMILIES: Mapping[str, Family] = {
+    "granite_speech": Family(
+        "GraniteSpeechForConditionalGeneration",
+        _granite_speech,
+        None,
+        "audio",
+        {
+            "language_model": r".*language_model\..*layers\.\d+\..*(q|v|down)_proj",
+            "connector": r".*projector\.(linear|.*layer\.\d+\.(attention\.attention\.query|output_query\.dense))",
+            "audio_tower": r".*encoder\.layers\.\d+\.(attn|ff1)\..*(to_q|to_out|up_proj)",
+        },
+        "<|audio|>",
+    ),
     "llava": Family(
         "LlavaForConditionalGeneration", _llava, _clip_processor("Llava"), "image", _CLIP_TARGETS, "<|image|>"
     ),
@@ -136,7 +182,7 @@ def save_family(path: Path, family: str, seed: int = 0) -> Path:
     spec, tokenizer = FAMILIES[family], build_tokenizer()
     if family in _ADDED_TOKENS:
         tokenizer.add_special_tokens({"additional_special_tokens": _ADDED_TOKENS[family]})
-    processor, config = spec.processor(tokenizer), spec.config()
+    config = spec.config()
     for name in ("image_token_id", "image_token_index"):
         if hasattr(config, name) and family in _ADDED_TOKENS:
             setattr(config, name, tokenizer.convert_tokens_to_ids(spec.placeholder))
@@ -145,7 +191,8 @@ def save_family(path: Path, family: str, seed: int = 0) -> Path:
     _draw_weights(model, torch.Generator().manual_seed(seed))
     model.generation_config.eos_token_id = 4
     model.save_pretrained(path)
-    processor.save_pretrained(path)
+    if spec.processor is not None:
+        spec.processor(tokenizer).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
@@ -155,7 +202,7 @@ class FamilyReference:
 
     def __init__(self, path: Path) -> None:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        self._processor = AutoProcessor.from_pretrained(path)
+        self._processor = AutoProcessor.from_pretrained(path) if (path / "processor_config.json").exists() else None
         self._base: PreTrainedModel = load_reference(path)
         self._models: dict[Path | None, Any] = {None: self._base}
 
@@ -168,15 +215,29 @@ class FamilyReference:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self._models[adapter] = PeftModel.from_pretrained(copy.deepcopy(self._base), adapter).eval()
-        arguments = _arguments(media or Media())
-        inputs = dict(self._processor(text=prompt, return_tensors="pt", **arguments)) if arguments else {}
-        ids = inputs.pop("input_ids", torch.tensor([self.tokenizer(prompt).input_ids]))
+        inputs = self._inputs(prompt, media or Media())
+        ids = inputs.pop("input_ids")
         prompt_ids = ids[0].tolist()
         tensors = {name: value for name, value in inputs.items() if name not in ("attention_mask", "token_type_ids")}
         for _ in range(max_tokens):
             logits = self._models[adapter](input_ids=ids, use_cache=False, **tensors).logits[0].float()
             ids = torch.cat([ids, logits[-1:].argmax(-1, keepdim=True)], dim=1)
         return ReferenceOutput(prompt_ids, ids[0, len(prompt_ids) :].tolist(), logits)
+
+    def _inputs(self, prompt: str, media: Media) -> dict[str, Any]:
+        arguments = _arguments(media)
+        if arguments and self._processor is not None:
+            return dict(self._processor(text=prompt, return_tensors="pt", **arguments))
+        ids, tensors = self.tokenizer(prompt).input_ids, {}
+        if media.audios:  # of equal lengths
+            features = [granite_features.features(samples) for samples, _ in media.audios]
+            count = granite_features.num_embeds(len(media.audios[0][0]))
+            ids = [token for known in ids for token in [known] * (count if known == AUDIO_ID else 1)]
+            tensors = {
+                "input_features": torch.cat(features),
+                "input_features_mask": torch.ones(len(features), count, dtype=torch.bool),
+            }
+        return {"input_ids": torch.tensor([ids]), **tensors}
 
 
 def _arguments(media: Media) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from mmlora.towers.phi4_multimodal import Phi4MultimodalTowers
 
 TOWERS: dict[str, Callable[[Any], Towers]] = {
     "phi4_multimodal": Phi4MultimodalTowers,
+    "granite_speech": GeneralTowers,
     "llava": GeneralTowers,
     "llava_next": GeneralTowers,
     "idefics3": GeneralTowers,

@@ -74,7 +74,8 @@ class Inspection:
                 if found.modules
             },
         }
-        return "\n".join([*lines, *(f"  {name:<15} {fact}" for name, fact in facts.items())])
+        lines += [f"  {name:<15} {fact}" for name, fact in facts.items()]
+        return "\n".join(map(_printable, lines))
 
 
 def inspect_adapter(files: AdapterFiles, index: ModuleIndex) -> Inspection:
@@ -100,7 +101,7 @@ def inspect_adapter(files: AdapterFiles, index: ModuleIndex) -> Inspection:
     changed = adapter.report.parts if adapter is not None else {}
     return Inspection(
         adapter=files.origin,
-        base_model=files.config.get("base_model_name_or_path"),
+        base_model=_text(files.config.get("base_model_name_or_path")),
         digest=adapter.digest if adapter is not None and not reasons else None,
         num_tensors=len(files.tensors),
         num_bytes=adapter.num_bytes if adapter is not None else sum(t.nbytes for t in files.tensors.values()),
@@ -108,8 +109,8 @@ def inspect_adapter(files: AdapterFiles, index: ModuleIndex) -> Inspection:
         ranks=_ranks(adapter),
         kinds=_kinds(adapter),
         parts={part: Coverage(changed.get(part, 0), counts[part]) for part in PARTS},
-        unmatched=adapter.report.unmatched if adapter is not None else (),
-        refusals=tuple(reasons),
+        unmatched=tuple(map(_printable, adapter.report.unmatched)) if adapter is not None else (),
+        refusals=tuple(map(_printable, reasons)),
     )
 
 
@@ -118,6 +119,15 @@ def _load_what_fits(files: AdapterFiles, index: ModuleIndex) -> Adapter | None:
         return load_adapter(files, "inspected", index, dtype=torch.float32, strict=False)
     except AdapterMismatch:
         return None
+
+
+def _text(value: object) -> str | None:
+    return _printable(value) if isinstance(value, str) else None
+
+
+def _printable(text: str) -> str:
+    """Escape what a file could have a terminal do: control characters, line breaks, lone surrogates."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _ranks(adapter: Adapter | None) -> dict[int, int]:

@@ -34,7 +34,7 @@ class LoRAMix:
     def __post_init__(self) -> None:
         is_listed = isinstance(self.parts, Sequence) and 1 <= len(self.parts) <= MAX_PARTS
         if not is_listed or not all(isinstance(part, tuple | list) and len(part) == 2 for part in self.parts):
-            raise AdapterError(f"LoRAMix({self.parts!r}) must hold 1 to {MAX_PARTS} pairs (LoRARequest, scale)")
+            raise AdapterError(f"LoRAMix must hold 1 to {MAX_PARTS} pairs (LoRARequest, scale){_told(self.parts)}")
         for request, scale in self.parts:
             if not isinstance(request, LoRARequest):
                 raise AdapterError(f"LoRAMix holds {request!r}; it must be a LoRARequest")
@@ -49,6 +49,10 @@ class LoRAMix:
     def lora_name(self) -> str:
         """The parts with their scales, for people: `0.7*a+0.3*b`."""
         return "+".join(f"{scale:g}*{request.lora_name}" for request, scale in self.parts)
+
+
+def _told(parts: object) -> str:
+    return f"; it holds {len(parts)}" if isinstance(parts, Sequence) else f", not a {type(parts).__name__}"
 
 
 class MixCache:
@@ -122,6 +126,8 @@ def _concatenated(parts: Sequence[tuple[LoRAWeights, float]]) -> LoRAWeights:
     factors = [scale * lora.scaling for lora, scale in parts]
     lora_A = torch.cat([lora.lora_A for lora, _ in parts])
     lora_B = torch.cat([lora.lora_B * factor for (lora, _), factor in zip(parts, factors, strict=True)], dim=1)
+    if not torch.isfinite(lora_B).all():
+        raise AdapterMismatch(f"the scales {[scale for _, scale in parts]} are too large for {lora_B.dtype} matrices")
     biases = [factor * lora.bias for (lora, _), factor in zip(parts, factors, strict=True) if lora.bias is not None]
     return LoRAWeights(lora_A, lora_B, 1.0, sum(biases[1:], biases[0]) if biases else None)
 

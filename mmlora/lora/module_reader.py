@@ -143,7 +143,7 @@ class ModuleReader:
 
     def _check_linear(self, module: str, found: _Roles, rank: int) -> None:
         in_features, out_features = linear_shape(self._index.modules[module])
-        self._expand_blocks(module, found, in_features, rank)
+        self._expand_blocks(found, in_features, out_features, rank)
         what = f"Linear({in_features}, {out_features})"
         self._check_shapes(module, found, rank, what, (rank, in_features), (out_features, rank))
 
@@ -191,20 +191,15 @@ class ModuleReader:
             if role in found and list(found[role].shape) != allowed:
                 raise AdapterMismatch(f"{role} of {module} is {list(found[role].shape)}; it must be {allowed}")
 
-    def _expand_blocks(self, module: str, found: _Roles, in_features: int, rank: int) -> None:
+    def _expand_blocks(self, found: _Roles, in_features: int, out_features: int, rank: int) -> None:
         """Fill a block-diagonal matrix, of which BD-LoRA saves the blocks one below the other, up with zeros."""
-        widths = {"lora_A": in_features, "lora_B": rank}
-        for role, width in widths.items():
+        shapes = {"lora_A": (rank, in_features), "lora_B": (out_features, rank)}
+        for role, (height, width) in shapes.items():
             blocks = found[role]
-            if (
-                self._config.use_bdlora
-                and blocks.ndim == 2
-                and blocks.shape[1] != width
-                and width % blocks.shape[1] == 0
-            ):
-                num_blocks = width // blocks.shape[1]
-                if blocks.shape[0] % num_blocks:
-                    raise AdapterMismatch(f"{role} of {module} is {list(blocks.shape)}, not {num_blocks} equal blocks")
+            if not self._config.use_bdlora or blocks.ndim != 2 or 0 in blocks.shape or blocks.shape[0] != height:
+                continue
+            num_blocks, rest = divmod(width, blocks.shape[1])
+            if num_blocks > 1 and not rest and height % num_blocks == 0:
                 found[role] = torch.block_diag(*blocks.chunk(num_blocks))  # type: ignore[no-untyped-call]
 
     def _nested_parameter(self, name: str, module: str, depth: int, key: TensorKey) -> str:
@@ -242,7 +237,7 @@ class ModuleReader:
         ids = ids or self._config.token_indices_of(name, self._index.input_embedding)
         weight = self._index.parameter(module, "weight")
         is_lookup = self._index.kind_of(module) == "embedding" or module == self._index.output_layer
-        if ids is None or weight is None or not is_lookup:
+        if not ids or weight is None or not is_lookup:
             raise AdapterMismatch(f"tensor {key.key}: trainable_token_indices of {CONFIG_FILE} does not name {module}")
         if list(rows.shape) != [len(ids), weight.shape[1]] or len(set(ids)) != len(ids) or max(ids) >= weight.shape[0]:
             raise AdapterMismatch(

@@ -4,7 +4,6 @@ The keys are those of `peft.LoraConfig` up to PEFT 0.21 (https://huggingface.co/
 """
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
@@ -12,6 +11,7 @@ from typing import Any, Final, TypeVar
 from mmlora.checks import is_finite_number
 from mmlora.errors import AdapterMismatch
 from mmlora.lora.files import CONFIG_FILE
+from mmlora.lora.patterns import check_pattern, first_group, matches
 
 _UNDERSTOOD: Final = frozenset(
     [
@@ -175,9 +175,9 @@ class PeftConfig:
         patterns = self.layers_pattern or (r"[^.]*",)
         # The first number after a list name counts; without a list name, some parent must precede the list.
         prefix = r"(?:^|.*?\.)" if self.layers_pattern else r".*?\."
-        found = (re.match(rf"{prefix}{pattern}\.(\d+)\.", name) for pattern in patterns)
-        layer = next((match.group(match.lastindex or 1) for match in found if match), None)
-        return layer is not None and int(layer) in self.layers_to_transform
+        found = (first_group(rf"{prefix}{pattern}\.(\d+)\.", name) for pattern in patterns)
+        layer = next((group for group in found if group is not None), None)
+        return layer is not None and layer.isdigit() and int(layer) in self.layers_to_transform
 
     def saves(self, name: str) -> bool:
         """Tell whether `modules_to_save` holds the module of this name, or one that it lies in."""
@@ -230,14 +230,14 @@ def refusals(content: Mapping[str, Any]) -> Iterator[str]:
 def _lookup(pattern: Mapping[str, T], names: Sequence[str], default: T) -> T:
     for name in names:
         for key, value in pattern.items():
-            if name == key or re.fullmatch(rf"(?:.*\.)?(?:{key})", name):
+            if name == key or matches(rf"(?:.*\.)?(?:{key})", name):
                 return value
     return default
 
 
 def _is_named(selection: str | Sequence[str], name: str) -> bool:
     if isinstance(selection, str):
-        return re.fullmatch(selection, name) is not None
+        return matches(selection, name)
     return any(name == entry or name.endswith(f".{entry}") for entry in selection)
 
 
@@ -268,7 +268,7 @@ def _pattern(content: Mapping[str, Any], kind: str) -> list[tuple[str, object]]:
     key = f"{kind}_pattern"
     items = list(_typed(content, key, dict, {}).items())
     for pattern, _ in items:
-        _compile(pattern, key)
+        check_pattern(pattern, f"{CONFIG_FILE}: {key}")
     return items
 
 
@@ -277,7 +277,7 @@ def _names(content: Mapping[str, Any], key: str) -> str | tuple[str, ...] | None
     if value is None:
         return None
     if isinstance(value, str):
-        return _compile(value, key)
+        return check_pattern(value, f"{CONFIG_FILE}: {key}")
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return tuple(value)
     raise _wrong(key, value, "a string or a list of strings")
@@ -312,7 +312,7 @@ def _token_indices(value: object) -> dict[str, tuple[int, ...]]:
 
 def _as_tuple(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     names = (value,) if isinstance(value, str) else value or ()
-    return tuple(_compile(name, "layers_pattern") for name in names if name)
+    return tuple(check_pattern(name, f"{CONFIG_FILE}: layers_pattern") for name in names if name)
 
 
 def _layers(value: object) -> tuple[int, ...]:
@@ -320,11 +320,3 @@ def _layers(value: object) -> tuple[int, ...]:
     if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
         raise _wrong("layers_to_transform", value, "an integer or a list of integers")
     return tuple(layers)
-
-
-def _compile(pattern: str, key: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise AdapterMismatch(f"{CONFIG_FILE}: {key} has {pattern!r}, no valid regular expression: {error}") from None
-    return pattern

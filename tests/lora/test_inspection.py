@@ -1,6 +1,7 @@
 """`mmlora inspect`: what an adapter would do, from its files and the model's configuration alone."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +66,16 @@ def test_every_reason_is_told(phi4: Path, tmp_path: Path, capsys: pytest.Capture
 def test_what_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", str(tmp_path)]) == 2
     assert "adapter_config.json" in capsys.readouterr().err
+
+
+def test_nothing_of_a_file_reaches_the_terminal_raw(
+    tmp_path: Path, phi4: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(shutil.copytree(phi4.parent / "text", tmp_path / "hostile"))
+    config = json.loads((path / "adapter_config.json").read_text())
+    hostile = {"base_model_name_or_path": "\x1b[2J\nforged: line \ud800", "\ud800\x07": 1}
+    (path / "adapter_config.json").write_text(json.dumps({**config, **hostile}))
+    for options in ([], ["--json"]):
+        assert cli.main(["inspect", str(path), "--model", str(phi4), *options]) == 1
+        page = capsys.readouterr().out
+        assert "\x1b" not in page and "\x07" not in page and "\nforged" not in page

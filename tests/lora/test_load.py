@@ -360,3 +360,30 @@ def test_scalings_that_no_float_holds_are_refused(llama: nn.Module, save_adapter
 def test_the_digest_covers_what_decides_where_tensors_go(one: dict[str, Any], other: dict[str, Any]) -> None:
     contents = [PeftConfig.from_dict({"peft_type": "LORA", **content}).digest_content() for content in (one, other)]
     assert contents[0] != contents[1]
+
+
+@pytest.mark.parametrize(
+    ("shape_A", "shape_B", "r"),
+    [((4, 0), (32, 4), 4), ((4, 32), (32, 0), 4), ((10**6, 32), (10**6, 1), 10**6), ((4, 32), (0, 1), 10**25)],
+    ids=str,
+)
+def test_blocks_that_cannot_be_are_refused(
+    llama: nn.Module, save_adapter: Any, edit_tensors: Any, edit_config: Any, shape_A: Any, shape_B: Any, r: int
+) -> None:
+    path = save_adapter(llama, target_modules=["q_proj"])
+    edit_config(path, use_bdlora={"nblocks": 2}, r=r)
+    edit_tensors(path, with_tensor(KEY, torch.zeros(shape_A)))
+    edit_tensors(path, with_tensor(KEY.replace("lora_A", "lora_B"), torch.zeros(shape_B)))
+    with pytest.raises(AdapterMismatch, match="another model|says rank"):
+        load(path, ModuleIndex(llama))
+
+
+def test_token_rows_for_no_token_are_refused(
+    llama: nn.Module, save_adapter: Any, edit_tensors: Any, edit_config: Any
+) -> None:
+    path = save_adapter(llama)
+    edit_config(path, trainable_token_indices={"embed_tokens": []})
+    key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    edit_tensors(path, with_tensor(key, torch.zeros(0, 32)))
+    with pytest.raises(AdapterMismatch, match="trainable_token_indices"):
+        load(path, ModuleIndex(llama))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,30 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
             read_adapter(tmp_path)
     with pytest.raises(AdapterMismatch, match="peft_type"):
         PeftConfig.from_dict({"r": 4})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"rank_pattern": {"(?i)q": 4}},
+        {"target_modules": ["q_proj"], "layers_pattern": ["(?i)layers"], "layers_to_transform": [0]},
+        {"target_modules": "a{99999999999}"},
+        {"target_modules": "(" * 5000 + ")" * 5000},
+        {"target_modules": "x" * 200_000},
+        {"exclude_modules": "("},
+    ],
+    ids=lambda content: str(content)[:40],
+)
+def test_patterns_that_are_none_are_refused_briefly(content: dict[str, Any]) -> None:
+    with pytest.raises(AdapterMismatch) as refused:
+        config(**content)
+    assert next(iter(content)) in str(refused.value) or "layers_pattern" in str(refused.value)
+    assert len(str(refused.value)) < 1000
+
+
+def test_a_pattern_that_never_ends_is_refused_in_time() -> None:
+    endless = config(target_modules=r"(?:(?:a|aa)+)+[bc]")
+    start_s = time.monotonic()
+    with pytest.raises(AdapterMismatch, match="takes more than 1 s"):
+        endless.selects("a" * 60)
+    assert time.monotonic() - start_s < 10

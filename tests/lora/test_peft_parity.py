@@ -413,6 +413,15 @@ def test_what_cannot_be_added_up_is_refused_in_a_mix(
         engines["llama"].generate(PROMPTS[0], lora_request=mix)
 
 
+def test_scales_that_overflow_are_refused(adapters: dict[str, Path], engines: dict[str, LLM]) -> None:
+    mix = LoRAMix([(LoRARequest("r-0", 1, str(adapters["r-0"])), 1e308)])
+    with pytest.raises(AdapterMismatch, match="the scales .* are too large"):
+        engines["llama"].generate(PROMPTS[0], lora_request=mix)
+    with pytest.raises(AdapterError) as refused:
+        LoRAMix([(LoRARequest(f"a{i}", i + 1, "/secret/place"), 1.0) for i in range(17)])
+    assert "it holds 17" in str(refused.value) and "secret" not in str(refused.value)
+
+
 def test_an_activated_lora_shares_the_base_models_cache(
     models: dict[str, Path], adapters: dict[str, Path], engines: dict[str, LLM]
 ) -> None:
