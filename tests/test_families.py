@@ -1,14 +1,17 @@
 """Every multimodal family equals transformers, and PEFT for adapters of each of its parts, alone and mixed."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from mmlora import LLM
 from tests.checkpoints import AdapterSpec, save_adapter
-from tests.equality import Case, Checkpoint, check_cases
+from tests.equality import Case, Checkpoint, check_cases, check_equal, greedy, recorded_logits
 from tests.families import FAMILIES, FamilyReference, save_family, targets_of
 from tests.media import clip, picture
 from tests.reference import Media
@@ -82,3 +85,39 @@ def test_every_adapter_changes_its_part(family: str, family_checkpoint: Callable
         assert {part for part, count in parts.items() if count} == (
             {name} if name != "all" else {*FAMILIES[family].targets}
         )
+
+
+def test_the_documents_granite_speech_example(family_checkpoint: Callable[[str], Checkpoint], tmp_path: Path) -> None:
+    """The adapter lies in the model's own directory, its keys without PEFT's prefix; audio alone makes it apply."""
+    checkpoint = family_checkpoint("granite_speech")
+    model_id = str(shutil.copytree(checkpoint.path, tmp_path / "granite-speech"))
+    for file in checkpoint.adapters["all"].iterdir():
+        shutil.copy(file, model_id)
+    weights = Path(model_id) / "adapter_model.safetensors"
+    save_file({key.removeprefix("base_model.model."): t for key, t in load_file(weights).items()}, weights)
+    tokenizer = AutoTokenizer.from_pretrained(model_id)
+
+    def get_prompt(question: str, has_audio: bool) -> str:
+        if has_audio:
+            question = f"<|audio|>{question}"
+        return tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False)
+
+    llm = LLM(
+        model=model_id,
+        enable_lora=True,
+        max_lora_rank=64,
+        max_model_len=512,
+        limit_mm_per_prompt={"audio": 1},
+        default_mm_loras={"audio": model_id},
+        enforce_eager=True,
+        device="cpu",
+    )
+    question, media = "can you transcribe the speech into a written format?", ONE["audio"]
+    for has_audio, adapter in ((True, checkpoint.adapters["all"]), (False, None)):
+        prompt = get_prompt(question, has_audio)
+        inputs = {"prompt": prompt, "multi_modal_data": {"audio": media.audios[0]} if has_audio else {}}
+        with recorded_logits(llm) as logits:
+            (output,) = llm.generate(inputs, greedy(), use_tqdm=False)
+        expected = checkpoint.reference.generate(prompt, media if has_audio else Media(), adapter)
+        check_equal(output, logits[output.request_id], expected, prompt)
+        assert output.lora.reason == ("default:audio" if has_audio else "none")
