@@ -13,6 +13,7 @@ from mmlora.processors.phi4_multimodal import Phi4MultimodalProcessor
 
 _PROCESSORS: dict[str, Callable[[PretrainedConfig, Path, Any], MultiModalProcessor]] = {
     "phi4_multimodal": Phi4MultimodalProcessor,
+    "audioflamingo3": GeneralProcessor,
     "granite_speech": GraniteSpeechProcessor,
     "llava": GeneralProcessor,
     "llava_next": GeneralProcessor,

@@ -49,6 +49,7 @@ class Family:
     modality: str
     targets: Mapping[str, str]
     placeholder: str
+    is_single: bool = False  # transformers' processor takes one item a prompt
 
 
 def _llava() -> Any:
@@ -69,6 +70,24 @@ def _llava_next() -> Any:
 def _idefics3() -> Any:
     text = transformers.LlamaConfig(**{**_TEXT, "vocab_size": VOCAB_SIZE + 64})
     return transformers.Idefics3Config(image_token_id=IMAGE_ID, vision_config=_VISION, text_config=text, scale_factor=2)
+
+
+def _audio_flamingo3() -> Any:
+    audio = {
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_mel_bins": 128,
+        "max_source_positions": 1500,
+    }
+    text = transformers.Qwen2Config(**_TEXT)
+    return transformers.AudioFlamingo3Config(audio_config=audio, text_config=text, audio_token_id=AUDIO_ID)
+
+
+def _audio_flamingo3_processor(tokenizer: Any) -> Any:
+    extractor = transformers.WhisperFeatureExtractor(feature_size=128)
+    return transformers.AudioFlamingo3Processor(extractor, tokenizer, audio_token="<|audio|>")
 
 
 def _granite_speech() -> Any:
@@ -132,6 +151,19 @@ _CLIP_TARGETS = {
     "vision_tower": r".*vision_tower\..*layers\.\d+\..*(q_proj|out_proj|fc1)",
 }
 FAMILIES: Mapping[str, Family] = {
+    "audioflamingo3": Family(
+        "AudioFlamingo3ForConditionalGeneration",
+        _audio_flamingo3,
+        _audio_flamingo3_processor,
+        "audio",
+        {
+            "language_model": r".*language_model\.layers\.\d+\..*(q|v|down)_proj",
+            "connector": r".*multi_modal_projector\.linear_[12]",
+            "audio_tower": r".*audio_tower\.layers\.\d+\..*(q_proj|out_proj|fc1)",
+        },
+        "<|audio|>",
+        is_single=True,
+    ),
     "granite_speech": Family(
         "GraniteSpeechForConditionalGeneration",
         _granite_speech,

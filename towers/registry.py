@@ -9,6 +9,7 @@ from mmlora.towers.phi4_multimodal import Phi4MultimodalTowers
 
 TOWERS: dict[str, Callable[[Any], Towers]] = {
     "phi4_multimodal": Phi4MultimodalTowers,
+    "audioflamingo3": GeneralTowers,
     "granite_speech": GeneralTowers,
     "llava": GeneralTowers,
     "llava_next": GeneralTowers,
