@@ -8,7 +8,7 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 
@@ -26,13 +26,15 @@ from mmlora.stream import Stream
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+NUM_LOADERS: Final = 16  # many of them only wait: for a load that another one does, or for the end of a step
+
 
 class AsyncLLM:
     """Serve concurrent requests from an event loop.
 
     Args:
         args: every option of the engine.
-        num_workers: threads that tokenize, decode media and load adapters.
+        num_workers: threads that tokenize and decode media; adapters are loaded in others.
 
     Raises:
         ConfigError, AdapterError: see `LLMEngine`.
@@ -41,6 +43,7 @@ class AsyncLLM:
     def __init__(self, args: EngineArgs, *, num_workers: int = 4) -> None:
         self.engine = LLMEngine(args)
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="mmlora-input")
+        self._loaders = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="mmlora-loader")
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, Stream] = {}  # touched by the engine thread only
         self._preparing: dict[Stream, str] = {}  # requests in the pool; touched by event loops only
@@ -65,14 +68,15 @@ class AsyncLLM:
         """Whether requests are served."""
         return self._is_alive and self._thread.is_alive()
 
-    async def run_in_pool(self, function: Callable[..., T], *args: Any) -> T:
-        """Run blocking work (decoding media, loading adapters) beside the event loop.
+    async def run_in_pool(self, function: Callable[..., T], *args: Any, is_load: bool = False) -> T:
+        """Run blocking work beside the event loop; with `is_load` where it may wait for adapters and nobody for it.
 
         Raises:
             EngineDeadError: the engine was shut down.
         """
+        pool = self._loaders if is_load else self._pool
         try:
-            future = asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+            future = asyncio.get_running_loop().run_in_executor(pool, function, *args)
         except RuntimeError:  # the pool takes no more work
             raise EngineDeadError("the engine has stopped and serves no further request") from None
         return await future
@@ -101,7 +105,8 @@ class AsyncLLM:
         stream = Stream()
         self._preparing[stream] = request_id
         try:
-            ready = await self.run_in_pool(self.engine.process_input, request_id, prompt, sampling_params, lora_request)
+            process = functools.partial(self.engine.process_input, request_id, prompt, sampling_params, lora_request)
+            ready = await self.run_in_pool(process, is_load=self._must_load(lora_request))
         finally:
             del self._preparing[stream]
         self._send(lambda: self._add(ready, stream))
@@ -178,8 +183,7 @@ class AsyncLLM:
             EngineDeadError: the engine has stopped.
         """
         if is_pinned:
-            adapter = await self.run_in_pool(self.engine.lora.pin, lora)
-            await self._run_in_engine(functools.partial(self.engine.lora.place, adapter))
+            await self.run_in_pool(self.engine.lora.pin, lora, self._run_in_engine, is_load=True)
         else:
             await self._change(functools.partial(self.engine.lora.unpin, lora))
 
@@ -192,15 +196,25 @@ class AsyncLLM:
         self._inbox.put(None)
         self._thread.join()
         self._pool.shutdown()
+        self._loaders.shutdown()
 
     async def _change(self, change: Callable[[], T]) -> T:
-        """Change the host's adapters in the pool, then have the engine thread bring the slots in line."""
-        result = await self.run_in_pool(change)
-        await self._run_in_engine(self.engine.lora.settle)
-        return result
+        """Change the host's adapters, then have the engine thread bring the slots in line, whoever still waits."""
 
-    async def _run_in_engine(self, function: Callable[[], None]) -> None:
-        """Run something short between two steps and wait for it.
+        def change_and_settle() -> T:
+            result = change()
+            self._run_in_engine(self.engine.lora.settle)
+            return result
+
+        return await self.run_in_pool(change_and_settle, is_load=True)
+
+    def _must_load(self, lora_request: object) -> bool:
+        lora, defaults = self.engine.parts.lora, self.engine.default_loras.values()
+        is_default = any(lora_request is default for default in defaults)
+        return lora is not None and not is_default and lora.is_missing(lora_request)
+
+    def _run_in_engine(self, function: Callable[[], None]) -> None:
+        """Run something short between two steps and wait for it, in a loader.
 
         Raises:
             EngineDeadError: the engine has stopped.
@@ -210,13 +224,13 @@ class AsyncLLM:
         def message() -> None:
             try:
                 function()
-            except Exception as error:
+            except BaseException as error:  # whoever waits is told, whatever it is
                 done.set_exception(error)
             else:
                 done.set_result(None)
 
         self._send(message)
-        await asyncio.shield(asyncio.wrap_future(done))
+        done.result()
 
     def _send(self, message: Callable[[], None], *, or_ignore: bool = False) -> None:
         """Have the engine thread run a message.

@@ -195,7 +195,7 @@ class LLMEngine:
     def pin_lora(self, lora: str | int, *, is_pinned: bool = True) -> None:
         """Keep an adapter on the host and in a slot, or no longer, see `LoRAManager.pin`."""
         if is_pinned:
-            self.lora.place(self.lora.pin(lora))
+            self.lora.pin(lora)
         else:
             self.lora.unpin(lora)
             self.lora.settle()

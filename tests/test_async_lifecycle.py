@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from mmlora import AsyncLLM, EngineArgs, LoRAMix, LoRARequest, SamplingParams
+from mmlora.async_llm import NUM_LOADERS
 from mmlora.errors import AdapterError, AdapterNotFound, EngineDeadError, RequestError
+from mmlora.outputs import RequestOutput
 from tests.lifecycle import GREEDY, PROMPT, Contents, make_contents
 
 LONG = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
@@ -37,8 +39,12 @@ def run(coroutine: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(coroutine, TIMEOUT_S))
 
 
+async def collect(llm: AsyncLLM, params: SamplingParams, lora: LoRARequest | None = None) -> list[RequestOutput]:
+    return [output async for output in llm.generate(PROMPT, params, lora_request=lora)]
+
+
 async def tokens(llm: AsyncLLM, lora: LoRARequest, params: SamplingParams = GREEDY) -> list[int]:
-    outputs = [output async for output in llm.generate(PROMPT, params, lora_request=lora)]
+    outputs = await collect(llm, params, lora)
     return [token for output in outputs for token in output.outputs[0].token_ids][:4]
 
 
@@ -59,11 +65,16 @@ def test_an_adapter_loads_beside_the_steps(llm: AsyncLLM, contents: Contents, mo
 
     async def check() -> None:
         adding = asyncio.create_task(llm.add_lora("a", str(contents.paths[0])))
-        asking = asyncio.create_task(tokens(llm, LoRARequest("b", 2, str(contents.paths[1]))))
-        outputs = [output async for output in llm.generate(PROMPT, LONG)]
-        assert outputs[-1].finished and not adding.done() and not asking.done()
-        may_go_on.set()
-        assert await tokens(llm, await adding) == contents.answers[0] and await asking == contents.answers[1]
+        b = LoRARequest("b", 2, str(contents.paths[1]))
+        asking = asyncio.gather(*(tokens(llm, b) for _ in range(NUM_LOADERS + 4)))
+        await asyncio.sleep(0)
+        try:
+            base = collect(llm, LONG)
+            assert len(await asyncio.wait_for(base, 20)) > 1 and not adding.done() and not asking.done()
+        finally:
+            may_go_on.set()
+        assert await tokens(llm, await adding) == contents.answers[0]
+        assert await asking == [contents.answers[1]] * (NUM_LOADERS + 4)
 
     run(check())
 
@@ -144,6 +155,62 @@ def test_a_change_that_is_not_waited_for_hurts_nobody(llm: AsyncLLM, contents: C
             await asyncio.sleep(0.001)
             change.cancel()
         assert llm.is_alive and await tokens(llm, a) == contents.answers[0]
+
+    run(check())
+
+
+def test_a_removal_that_is_not_waited_for_frees_the_name(llm: AsyncLLM, contents: Contents, monkeypatch: Any) -> None:
+    store, has_begun, may_go_on = llm.engine.parts.store, threading.Event(), threading.Event()
+    remove = store.remove
+    monkeypatch.setattr(store, "remove", lambda name: (has_begun.set(), may_go_on.wait(TIMEOUT_S), remove(name))[2])
+
+    async def check() -> None:
+        a = await llm.add_lora("a", str(contents.paths[0]))
+        assert await tokens(llm, a) == contents.answers[0]
+        removing = asyncio.create_task(llm.remove_lora("a"))
+        await until(has_begun.is_set)
+        removing.cancel()
+        await asyncio.wait({removing})
+        may_go_on.set()
+        await asyncio.wait_for(until(lambda: bytes_of(llm) == (0, 0)), 10)  # no request brings the next step
+        assert await tokens(llm, a) == contents.answers[0]
+
+    run(check())
+
+
+def test_a_pin_that_fails_does_not_stop_the_steps(llm: AsyncLLM, contents: Contents, monkeypatch: Any) -> None:
+    """Its slot cannot be filled while the adapter is being reloaded, so that the pin is taken back only after that."""
+    store, slots, may_go_on = llm.engine.parts.store, llm.engine.parts.slots, threading.Event()
+    load, pin = store._load_adapter, store.pin
+    reloading = threading.Thread(target=lambda: store.reload("a"))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    def pin_and_reload(name: str) -> Any:
+        adapter = pin(name)
+        monkeypatch.setattr(store, "_load_adapter", lambda *args: (may_go_on.wait(TIMEOUT_S), load(*args))[1])
+        reloading.start()
+        while not store.find("a").lock.locked():
+            pass
+        return adapter
+
+    async def check() -> None:
+        await llm.add_lora("a", str(contents.paths[0]))
+        monkeypatch.setattr(slots, "_load", fail)
+        monkeypatch.setattr(store, "pin", pin_and_reload)
+        pinning = asyncio.create_task(llm.pin_lora("a"))
+        await until(reloading.is_alive)
+        await asyncio.sleep(0.1)
+        try:
+            await asyncio.wait_for(collect(llm, GREEDY), 20)
+            assert not pinning.done()
+        finally:
+            may_go_on.set()
+        with pytest.raises(AdapterError, match="'a' could not be put into a slot: out of memory"):
+            await pinning
+        reloading.join()
+        assert [info.is_pinned for info in await llm.list_loras()] == [False]
 
     run(check())
 

@@ -65,7 +65,10 @@ def test_a_failed_load_leaves_the_previous_state(
     assert finish(engine) == {"before": contents.answers[0], "after": contents.answers[0]}
 
 
-def test_no_room_on_the_device_fails_who_asked_and_nobody_else(contents: Contents, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("failure", [torch.OutOfMemoryError("CUDA out of memory"), ValueError("no format")], ids=repr)
+def test_no_room_on_the_device_fails_who_asked_and_nobody_else(
+    contents: Contents, monkeypatch: Any, failure: Exception
+) -> None:
     llm = start(contents.model)
     a, b = (llm.add_lora(name, str(contents.paths[i])) for i, name in enumerate("ab"))
     assert tokens(llm, a) == contents.answers[0]
@@ -73,14 +76,14 @@ def test_no_room_on_the_device_fails_who_asked_and_nobody_else(contents: Content
     with monkeypatch.context() as patch:
 
         def fail(*_: object) -> None:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise failure
 
         patch.setattr(LoRALinear, "set_slot", fail)
-        with pytest.raises(AdapterError, match="'b' could not be put into a slot: CUDA out of memory"):
+        with pytest.raises(AdapterError, match=f"'b' could not be put into a slot: {failure}"):
             llm.pin_lora("b")
         good, bad = llm.generate([PROMPT] * 2, GREEDY, [a, b], use_tqdm=False)
         assert good.outputs[0].token_ids[:4] == contents.answers[0]
-        assert isinstance(bad.error, AdapterError) and "out of memory" in str(bad.error)
+        assert isinstance(bad.error, AdapterError) and str(failure) in str(bad.error)
     assert bytes_of(llm) == before and not any(info.is_pinned for info in llm.list_loras())
     assert tokens(llm, b) == contents.answers[1]
 
@@ -108,6 +111,15 @@ def test_the_registry_brings_adapters_back(contents: Contents, tmp_path: Path, m
     assert again.add_lora("new", str(contents.paths[2])).lora_int_id not in {
         i.request.lora_int_id for i in infos.values()
     }
+
+
+def test_engines_that_share_a_registry_give_out_different_ids(contents: Contents, tmp_path: Path) -> None:
+    options = {"lora_registry": str(tmp_path / "registry.sqlite")}
+    llms = [start(contents.model, **options) for _ in range(2)]
+    x, y = (llm.add_lora(name, str(contents.paths[i])) for i, (llm, name) in enumerate(zip(llms, "xy", strict=True)))
+    again = start(contents.model, **options)
+    again.remove_lora(y.lora_int_id)
+    assert [info.request for info in again.list_loras()] == [x]
 
 
 def test_what_changed_behind_a_restart_is_reported_and_not_used(

@@ -2,6 +2,8 @@
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from weakref import WeakSet
 
 from mmlora.errors import AdapterError
@@ -24,6 +26,7 @@ class HostCache:
         self._max_pinned = max_pinned
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, StoredAdapter] = OrderedDict()  # least recently used first
+        self._coming: set[str] = set()  # names of what is being loaded, never to leave
         self._living: WeakSet[Adapter] = WeakSet()
 
     @property
@@ -43,6 +46,15 @@ class HostCache:
         with self._lock:
             self._living.add(adapter)
 
+    def use(self, entry: StoredAdapter, request: LoRARequest) -> Adapter | None:
+        """Return the version that a request gets without a load, as the most recently used; None if there is none."""
+        with self._lock:
+            is_wanted = not entry.wants_reload(request) and entry.serves(request)
+            if entry.adapter is None or not is_wanted:
+                return None
+            self._kept.move_to_end(entry.name)
+            return entry.adapter
+
     def keep(self, entry: StoredAdapter, source: LoRARequest, adapter: Adapter) -> None:
         """Make a version the present one of its entry and the most recently used; evict what is too much."""
         with self._lock:
@@ -52,7 +64,7 @@ class HostCache:
             self._kept.move_to_end(entry.name)
             if self.max_adapters is None:
                 return
-            idle = [other for other in self._kept.values() if other is not entry and not other.is_fixed]
+            idle = [other for other in self._kept.values() if not other.is_fixed]
             for other in idle[: max(0, len(self._kept) - self.max_adapters)]:
                 other.adapter = None
                 del self._kept[other.name]
@@ -64,23 +76,36 @@ class HostCache:
             self._kept.pop(entry.name, None)
             entry.adapter = None
 
-    def check_room(self, entry: StoredAdapter) -> None:
-        """See to it that an adapter can be kept; one that is there already can.
+    @contextmanager
+    def room_for(self, entry: StoredAdapter, source: LoRARequest) -> Iterator[None]:
+        """Hold a place for an adapter while it is loaded; one that is there already has its own.
+
+        Args:
+            entry: of the adapter.
+            source: where it is loaded from; if that is memory, it will never leave.
 
         Raises:
             AdapterError: every place is taken by an adapter that never leaves.
         """
-        if self.max_adapters is None or entry.adapter is not None:
-            return
+        is_fixed = entry.is_pinned or source.is_from_memory
         with self._lock:
-            fixed = [other.name for other in self._kept.values() if other is not entry and other.is_fixed]
-        if len(fixed) >= self.max_adapters:
-            raise AdapterError(
-                f"adapter {entry.name!r} finds no place on the host: all max_cpu_loras={self.max_adapters} are taken "
-                f"by adapters that are pinned or from memory ({', '.join(fixed[:10])})"
-            )
+            fixed = {other.name for other in self._kept.values() if other.is_fixed} | self._coming
+            fixed.discard(entry.name)
+            has_room = self.max_adapters is None or len(fixed) < self.max_adapters
+            if not has_room and (is_fixed or entry.adapter is None):
+                raise AdapterError(
+                    f"adapter {entry.name!r} finds no place on the host: all max_cpu_loras={self.max_adapters} are "
+                    f"taken by adapters that are pinned or from memory ({', '.join(sorted(fixed)[:10])})"
+                )
+            if is_fixed:
+                self._coming.add(entry.name)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._coming.discard(entry.name)
 
-    def mark_pinned(self, entry: StoredAdapter, known: list[StoredAdapter]) -> None:
+    def mark_pinned(self, entry: StoredAdapter, known: Iterable[StoredAdapter]) -> None:
         """Count an adapter as pinned.
 
         Args:

@@ -1,9 +1,9 @@
 """`LoRAManager`: the life cycle of adapters, on the host and in the slots, from loading to the last byte freed."""
 
-import itertools
 import logging
+import secrets
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from mmlora.lora.stored_adapter import StoredAdapter
 
 logger = logging.getLogger(__name__)
 
-RUNTIME_LORA_IDS: Final = 2**61  # ids that are given out start here, far from those that callers choose
+RUNTIME_LORA_IDS: Final = 2**61  # random ids are from here to twice that, far from those that callers choose
 NUM_LOADERS: Final = 4
 
 
@@ -47,7 +47,6 @@ class LoRAManager:
         self._store = store
         self._slots = slots
         self._defaults = {adapter.identity for adapter in defaults}
-        self._ids = itertools.count(RUNTIME_LORA_IDS)
         self._num_requests: Counter[AdapterIdentity] = Counter()
         self._pins: dict[AdapterIdentity, int] = {}  # slots that are retained for pinned adapters
         self._resident: tuple[Adapter, ...] = ()  # as of the last `settle`, for other threads
@@ -152,13 +151,26 @@ class LoRAManager:
         """
         self._store.remove(lora)
 
-    def pin(self, lora: str | int) -> Adapter:
-        """Keep an adapter on the host; `place` then gives it its slot.
+    def pin(
+        self, lora: str | int, run_in_engine: Callable[[Callable[[], None]], None] = lambda function: function()
+    ) -> Adapter:
+        """Keep an adapter on the host and in a slot.
+
+        Args:
+            lora: name or id.
+            run_in_engine: has the engine's thread call a function, and waits; by default, this is that thread.
 
         Raises:
-            AdapterError: it is unknown, cannot be loaded, or too many are pinned; nothing was changed.
+            AdapterError: it is unknown, cannot be loaded, or too many are pinned; nothing was changed. Or the device
+                has no room for it; then it is pinned no more.
         """
-        return self._store.pin(lora)
+        adapter = self._store.pin(lora)
+        try:
+            run_in_engine(lambda: self.place(adapter))
+        except BaseException:
+            self._store.unpin(adapter.name)
+            raise
+        return adapter
 
     def unpin(self, lora: str | int) -> None:
         """Let an adapter leave the host and its slot again.
@@ -173,6 +185,10 @@ class LoRAManager:
         resident = {adapter.identity for adapter in self._resident}
         num_requests = dict(self._num_requests)  # one step in C: the engine's thread goes on meanwhile
         return [_info(entry, resident, num_requests) for entry in self._store.entries]
+
+    def is_missing(self, request: object) -> bool:
+        """Tell whether a request as callers pass it asks for an adapter that has to be loaded first."""
+        return not all(self._store.is_ready(part) for part in _parts(request))
 
     def prefetch(self, requests: Iterable[object]) -> None:
         """Load the adapters of requests side by side; whoever asks for one that cannot be loaded is told then.
@@ -203,13 +219,12 @@ class LoRAManager:
         """Put a pinned adapter into its slot now; if all are in use, it keeps the one that its next request gets.
 
         Raises:
-            AdapterError: the device has no room for it; it is pinned no more.
+            AdapterError: the device has no room for it.
         """
         if self._slots.max_loras > 1 and self._slots.can_activate(adapter):
             try:
                 self._slots.activate(adapter)
-            except (AdapterError, RuntimeError) as error:
-                self._store.unpin(adapter.name)
+            except Exception as error:
                 raise AdapterError(f"adapter {adapter.name!r} could not be put into a slot: {error}") from error
         self.settle()
 
@@ -236,9 +251,9 @@ class LoRAManager:
         return entry is not None and entry.is_pinned and self._slots.max_loras > 1
 
     def _id_of(self, name: str) -> int:
-        """The id of a known name, else one that nobody has."""
+        """The id of a known name, else one that nobody has, in whatever process that shares the registry."""
         ids = {entry.name: entry.request.lora_int_id for entry in self._store.entries}
-        return ids.get(name) or next(lora_int_id for lora_int_id in self._ids if lora_int_id not in ids.values())
+        return ids.get(name) or RUNTIME_LORA_IDS + secrets.randbelow(RUNTIME_LORA_IDS)
 
 
 def _is_in_memory(tensors: object, config: object) -> bool:

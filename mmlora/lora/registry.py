@@ -3,7 +3,7 @@
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Final
 
@@ -43,6 +43,9 @@ class AdapterRecord:
         return LoRARequest(self.name, self.lora_int_id, self.path, self.base_model_name)
 
 
+_COLUMNS: Final = ", ".join(field.name for field in fields(AdapterRecord))
+
+
 class AdapterRegistry:
     """Keep records in a file that several threads and processes may write at once; each change is one transaction.
 
@@ -69,7 +72,7 @@ class AdapterRegistry:
             AdapterError: the file cannot be read, or a record has wrong values.
         """
         with self._named_errors("read"), self._transaction() as connection:
-            rows = connection.execute("SELECT * FROM adapters ORDER BY rowid").fetchall()
+            rows = connection.execute(f"SELECT {_COLUMNS} FROM adapters ORDER BY rowid").fetchall()
         records = [
             AdapterRecord(name, lora_int_id, path, base_model_name, digest, bool(is_pinned))
             for name, lora_int_id, path, base_model_name, digest, is_pinned in rows
@@ -79,18 +82,27 @@ class AdapterRegistry:
         return records
 
     def save(self, record: AdapterRecord) -> None:
-        """Write a record, in place of the one of the same name.
+        """Write a record, in place of the one of the same name, which keeps its pin: another process may have set it.
 
         Raises:
             AdapterError: the file cannot be written.
         """
         with self._named_errors("written"), self._transaction() as connection:
             connection.execute(
-                "INSERT INTO adapters VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET "
+                f"INSERT INTO adapters ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET "
                 "lora_int_id = excluded.lora_int_id, path = excluded.path, digest = excluded.digest, "
-                "base_model_name = excluded.base_model_name, is_pinned = excluded.is_pinned",
+                "base_model_name = excluded.base_model_name",
                 astuple(record),
             )
+
+    def mark_pinned(self, name: str, is_pinned: bool) -> None:
+        """Write whether an adapter is pinned, if there is a record of it.
+
+        Raises:
+            AdapterError: the file cannot be written.
+        """
+        with self._named_errors("written"), self._transaction() as connection:
+            connection.execute("UPDATE adapters SET is_pinned = ? WHERE name = ?", (is_pinned, name))
 
     def remove(self, name: str) -> None:
         """Delete the record of a name, if there is one.
@@ -127,5 +139,5 @@ class AdapterRegistry:
     def _named_errors(self, done: str) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, ValueError) as error:  # a name or path that is no UTF-8, for one
             raise AdapterError(f"the adapter registry {self._path} cannot be {done}: {error}") from None

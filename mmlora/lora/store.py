@@ -70,6 +70,11 @@ class AdapterStore:
         known = ", ".join(repr(entry.name) for entry in self.entries[:10]) or "none"
         raise AdapterNotFound(f"no adapter {lora!r} is loaded; loaded are {known}")
 
+    def is_ready(self, request: LoRARequest) -> bool:
+        """Tell whether `get` would answer at once."""
+        entry = self._entries.get(request.lora_name)
+        return entry is not None and entry.adapter is not None and not entry.wants_reload(request)
+
     def get(self, request: LoRARequest) -> Adapter:
         """Return the adapter of a request, loading it when it is not on the host.
 
@@ -108,8 +113,7 @@ class AdapterStore:
         with self._locked(lora) as entry:
             path = f"{MEMORY}{entry.name}" if files is not None else path or entry.request.lora_path
             request = replace(entry.request, lora_path=path)
-            self.host.check_room(entry)
-            self._take(entry, request, self._load(entry, request, files, True), is_added=False)
+            self._bring(entry, request, files, is_reload=True, is_added=False)
             return entry.request
 
     def pin(self, lora: str | int) -> Adapter:
@@ -120,9 +124,11 @@ class AdapterStore:
         """
         with self._locked(lora) as entry:
             was_pinned = entry.is_pinned
-            self.host.mark_pinned(entry, self.entries)
+            self._mark_pinned(entry)
             try:
-                return self._fetch(entry, entry.request)
+                adapter = self._bring(entry, entry.request, None, is_reload=False, is_added=False)
+                self._record_pin(entry, True)
+                return adapter
             except BaseException:
                 entry.is_pinned = was_pinned
                 raise
@@ -134,8 +140,7 @@ class AdapterStore:
             AdapterError: it is unknown, or the registry cannot be written.
         """
         with self._locked(lora) as entry:
-            if entry.record is not None:
-                self._write(entry, replace(entry.record, is_pinned=False))
+            self._record_pin(entry, False)
             entry.is_pinned = False
 
     def remove(self, lora: str | int) -> None:
@@ -145,7 +150,8 @@ class AdapterStore:
             AdapterError: it is unknown, or the registry cannot be written.
         """
         with self._locked(lora) as entry:
-            self._write(entry, None)
+            if self._registry is not None and entry.is_recorded:
+                self._registry.remove(entry.name)
             with self._lock:
                 self._forget(entry)
                 self._draining[entry.name] = entry.uid
@@ -158,12 +164,12 @@ class AdapterStore:
 
     def restore(self, record: AdapterRecord) -> StoredAdapter:
         """Take up an adapter from a registry; `problem` of the result says why it cannot be used, if so."""
-        entry = StoredAdapter(record.request, record.digest, record=record)
+        entry = StoredAdapter(record.request, record.digest, is_added=True)
         with self._lock:
             self._entries[entry.name] = entry
         try:
             if record.is_pinned:
-                self.host.mark_pinned(entry, self.entries)
+                self._mark_pinned(entry)
             self.get(entry.request)
         except AdapterError as error:
             entry.problem = str(error)
@@ -172,16 +178,19 @@ class AdapterStore:
     def _get(self, request: LoRARequest, files: AdapterFiles | None = None, *, is_added: bool = False) -> Adapter:
         while True:
             entry = self._find_or_register(request, is_added)
+            adapter = None if is_added else self.host.use(entry, request)  # whoever reloads it meanwhile
+            if adapter is not None:
+                return adapter
             with entry.lock:
-                if self._entries.get(entry.name) is entry:
+                if self._entries.get(entry.name) is entry and entry.serves(request):
                     return self._fetch(entry, request, files, is_added=is_added)
-            # Another thread's first load of it failed meanwhile, or it was removed: start again.
+            # Another thread's first load of it failed meanwhile, or it was removed or reloaded: start again.
 
     def _find_or_register(self, request: LoRARequest, is_added: bool) -> StoredAdapter:
         name, path = request.lora_name, request.lora_path
         with self._lock:
             entry = self._entries.get(name)
-            if entry is not None and (request.load_inplace or entry.is_from(path)):
+            if entry is not None and entry.serves(request):
                 return entry
             if entry is None and name in self._draining and not is_added:
                 raise AdapterNotFound(f"adapter {name!r} is being unloaded; add_lora loads it again")
@@ -202,16 +211,12 @@ class AdapterStore:
         return next((other for other in owners if not other.is_from(request.lora_path)), None)
 
     def _fetch(
-        self, entry: StoredAdapter, request: LoRARequest, files: AdapterFiles | None = None, *, is_added: bool = False
+        self, entry: StoredAdapter, request: LoRARequest, files: AdapterFiles | None, *, is_added: bool
     ) -> Adapter:
         is_reload = entry.wants_reload(request) or (files is not None and entry.digest is not None)
         source = request if is_reload else entry.request
         try:
-            self.host.check_room(entry)
-            adapter = None if is_reload else entry.living_version
-            if adapter is None:
-                adapter = self._load(entry, source, files, is_reload)
-            self._take(entry, source, adapter, is_added)
+            adapter = self._bring(entry, source, files, is_reload=is_reload, is_added=is_added)
         except BaseException:
             if entry.digest is None:
                 with self._lock:
@@ -221,21 +226,29 @@ class AdapterStore:
             entry.reloaded_for[id(request)] = request
         return adapter
 
+    def _bring(
+        self, entry: StoredAdapter, source: LoRARequest, files: AdapterFiles | None, *, is_reload: bool, is_added: bool
+    ) -> Adapter:
+        """Have an adapter on the host: the present version, or the next one."""
+        with self.host.room_for(entry, source):
+            adapter = None if is_reload else entry.living_version
+            if adapter is None:
+                adapter = self._load(entry, source, files, is_reload)
+            if is_added or (is_reload and entry.is_added):
+                self._record(entry, source, adapter.digest)  # first, because it may fail
+            self.host.keep(entry, source, adapter)
+        if is_added:
+            entry.is_added = True
+            with self._lock:
+                self._draining.pop(entry.name, None)
+        return adapter
+
     def _load(self, entry: StoredAdapter, request: LoRARequest, files: AdapterFiles | None, is_reload: bool) -> Adapter:
         before_s = entry.load_s
         adapter = entry.load(self._load_adapter, request, files, is_reload=is_reload)
         with self._lock:
             self.num_loads, self.load_s = self.num_loads + 1, self.load_s + entry.load_s - before_s
         return adapter
-
-    def _take(self, entry: StoredAdapter, source: LoRARequest, adapter: Adapter, is_added: bool) -> None:
-        """Make a version the present one: in the registry first, which may fail, then on the host."""
-        if is_added or entry.record is not None:
-            self._write(entry, entry.as_record(source, adapter.digest))
-        self.host.keep(entry, source, adapter)
-        if is_added:
-            with self._lock:
-                self._draining.pop(entry.name, None)
 
     @contextmanager
     def _locked(self, lora: str | int) -> Iterator[StoredAdapter]:
@@ -245,14 +258,20 @@ class AdapterStore:
                 raise AdapterNotFound(f"adapter {entry.name!r} was removed meanwhile")
             yield entry
 
-    def _write(self, entry: StoredAdapter, record: AdapterRecord | None) -> None:
-        if self._registry is None or record == entry.record:
-            return
-        if record is None:
-            self._registry.remove(entry.name)
-        else:
+    def _mark_pinned(self, entry: StoredAdapter) -> None:
+        with self._lock:  # one at a time, so that no pin is overlooked
+            self.host.mark_pinned(entry, self._entries.values())
+
+    def _record(self, entry: StoredAdapter, source: LoRARequest, digest: str) -> None:
+        record = entry.as_record(source, digest)
+        if self._registry is not None and record is not None:
             self._registry.save(record)
-        entry.record = record
+        elif self._registry is not None and entry.is_recorded:
+            self._registry.remove(entry.name)
+
+    def _record_pin(self, entry: StoredAdapter, is_pinned: bool) -> None:
+        if self._registry is not None and entry.is_recorded:
+            self._registry.mark_pinned(entry.name, is_pinned)
 
     def _forget(self, entry: StoredAdapter) -> None:
         if self._entries.get(entry.name) is entry:

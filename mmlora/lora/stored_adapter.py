@@ -31,7 +31,7 @@ class StoredAdapter:
         directory: where the files of that version lie; None for one from memory.
         adapter: the version, while it is kept on the host.
         is_pinned: it is not to leave the host, nor its slot.
-        record: what the registry holds of it; None while it holds nothing.
+        is_added: it is to stay known across restarts, for as long as there are files to read it from.
         problem: why it could not be loaded the last time.
         num_loads: times that it was loaded.
         load_s: seconds that this took.
@@ -44,7 +44,7 @@ class StoredAdapter:
     directory: Path | None = None
     adapter: Adapter | None = None
     is_pinned: bool = False
-    record: AdapterRecord | None = None
+    is_added: bool = False
     problem: str | None = None
     num_loads: int = 0
     load_s: float = 0.0
@@ -64,6 +64,11 @@ class StoredAdapter:
         return self.is_pinned or self.request.is_from_memory
 
     @property
+    def is_recorded(self) -> bool:
+        """Whether a registry holds it."""
+        return self.is_added and not self.request.is_from_memory
+
+    @property
     def living_version(self) -> Adapter | None:
         """The present version if it is on the host, or is still held by a slot or a request."""
         return self.adapter or self._version()
@@ -71,6 +76,10 @@ class StoredAdapter:
     def is_from(self, path: str) -> bool:
         """Tell whether a path leads to where this adapter was read from."""
         return path == self.request.lora_path or _location(path) == _location(self.request.lora_path)
+
+    def serves(self, request: LoRARequest) -> bool:
+        """Tell whether a request of its name means this adapter, wherever it is read from or from the same place."""
+        return request.load_inplace or self.is_from(request.lora_path)
 
     def is_version(self, adapter: Adapter) -> bool:
         """Tell whether this is the version that requests get now."""

@@ -27,13 +27,41 @@ def test_records_come_back_in_order_and_are_replaced_by_name(file: Path) -> None
     assert registry.records() == []
     registry.save(RECORD)
     registry.save(OTHER)
-    changed = replace(RECORD, digest="d3", path="/elsewhere", is_pinned=True)
+    changed = replace(RECORD, digest="d3", path="/elsewhere", lora_int_id=8, base_model_name="b")
     registry.save(changed)
     assert AdapterRegistry(file).records() == [changed, OTHER]
     assert (OTHER.request.lora_name, OTHER.request.lora_int_id) == (OTHER.name, OTHER.lora_int_id)
     registry.remove("sql")
     registry.remove("never seen")
     assert AdapterRegistry(file).records() == [OTHER]
+
+
+def test_pins_are_written_alone(file: Path) -> None:
+    registry = AdapterRegistry(file)
+    registry.save(RECORD)
+    registry.mark_pinned("sql", True)
+    registry.mark_pinned("never seen", True)
+    registry.save(replace(RECORD, digest="d3"))  # by a process that knows nothing of the pin
+    assert registry.records() == [replace(RECORD, digest="d3", is_pinned=True)]
+    registry.mark_pinned("sql", False)
+    assert not registry.records()[0].is_pinned
+
+
+@pytest.mark.parametrize("wrong", [{"name": "\ud800"}, {"path": "/dir\udcff"}], ids=["name", "path"])
+def test_what_is_no_text_is_a_named_error(file: Path, wrong: dict[str, str]) -> None:
+    registry = AdapterRegistry(file)
+    with pytest.raises(AdapterError, match="the adapter registry .* cannot be written: .*surrogates not allowed"):
+        registry.save(replace(RECORD, **wrong))
+    assert registry.records() == []
+
+
+def test_a_column_of_another_version_is_left_alone(file: Path) -> None:
+    AdapterRegistry(file).save(RECORD)
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("ALTER TABLE adapters ADD COLUMN note TEXT")
+    registry = AdapterRegistry(file)
+    registry.save(OTHER)
+    assert registry.records() == [RECORD, OTHER]
 
 
 def test_threads_and_another_process_write_at_once(file: Path) -> None:

@@ -3,7 +3,7 @@
 import shutil
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from mmlora.lora.adapter import Adapter
 from mmlora.lora.files import AdapterFiles, files_from_memory, read_adapter
 from mmlora.lora.load import load_adapter
 from mmlora.lora.module_index import ModuleIndex
+from mmlora.lora.registry import AdapterRegistry
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.store import AdapterStore
 
@@ -282,6 +283,128 @@ def test_threads_that_wait_for_a_failing_load_fail_alone(make_store: Any, reques
     with ThreadPoolExecutor(8) as pool:
         futures = [pool.submit(adapters.get, requests[0]) for _ in range(16)]
     assert all(isinstance(future.exception(), AdapterMismatch) for future in futures)
+
+
+def test_a_reload_holds_up_nobody_who_asks_for_what_is_there(make_store: Any, requests: Any) -> None:
+    may_go_on = threading.Event()
+    may_go_on.set()
+    adapters = make_store(hook=lambda: may_go_on.wait(30))
+    old = adapters.get(requests[0])
+    may_go_on.clear()
+    with ThreadPoolExecutor(2) as pool:
+        reloading = pool.submit(adapters.reload, "a1", requests[1].lora_path)
+        try:
+            assert pool.submit(adapters.get, requests[0]).result(timeout=10) is old
+        finally:
+            may_go_on.set()
+        assert reloading.result().lora_path == requests[1].lora_path
+
+
+def test_whoever_waited_for_another_place_is_refused(make_store: Any, requests: Any, monkeypatch: Any) -> None:
+    may_go_on, has_asked = threading.Event(), threading.Event()
+    may_go_on.set()
+    adapters = make_store(max_cpu_loras=1, hook=lambda: may_go_on.wait(30))
+    adapters.get(requests[0])
+    adapters.get(requests[1])  # a1 is not on the host any more
+    use = adapters.host.use
+    monkeypatch.setattr(adapters.host, "use", lambda *args: (use(*args), has_asked.set())[0])
+    may_go_on.clear()
+    with ThreadPoolExecutor(2) as pool:
+        reloading = pool.submit(adapters.reload, "a1", requests[2].lora_path)
+        while not adapters.find("a1").lock.locked():
+            pass
+        asking = pool.submit(adapters.get, requests[0])
+        has_asked.wait(30)
+        may_go_on.set()
+        assert reloading.result().lora_path == requests[2].lora_path
+        with pytest.raises(AdapterError, match="'a1' .* load_inplace=True replaces it"):
+            asking.result()
+
+
+def test_adapters_from_memory_that_come_at_once_fill_the_host_and_no_more(make_store: Any, requests: Any) -> None:
+    may_go_on = threading.Event()
+    adapters, files = make_store(max_cpu_loras=2, hook=lambda: may_go_on.wait(30)), in_memory(requests[0])
+    with ThreadPoolExecutor(5) as pool:
+        adding = [pool.submit(adapters.add, LoRARequest(f"m{i}", 11 + i, f"memory:m{i}"), files) for i in range(5)]
+        wait(adding, timeout=10, return_when=FIRST_EXCEPTION)
+        may_go_on.set()
+    refused = [future.exception() for future in adding if future.exception() is not None]
+    assert len(refused) == 3 and all("finds no place on the host" in str(error) for error in refused)
+    assert len(on_host(adapters)) == len(adapters.entries) == 2
+    adapters.remove(on_host(adapters)[0])
+    assert adapters.get(requests[0]).name == "a1", "no place is held for those that were refused"
+
+
+def test_what_the_host_has_no_room_for_any_more_serves_who_asked(make_store: Any, requests: Any, loads: Any) -> None:
+    may_go_on = threading.Event()
+    adapters = make_store(max_cpu_loras=1, hook=lambda: loads[-1] != "a1" or may_go_on.wait(30))
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(adapters.get, requests[0])
+        while not loads:
+            pass
+        adapters.add(LoRARequest("m", 9, "memory:m"), in_memory(requests[1]))
+        may_go_on.set()
+        assert asking.result().name == "a1" and on_host(adapters) == ["m"]
+
+
+def test_a_pin_does_not_overlook_one_that_comes_meanwhile(make_store: Any, requests: Any, monkeypatch: Any) -> None:
+    adapters = make_store(max_pinned=1)
+    adapters.get(requests[0])
+    mark = adapters.host.mark_pinned
+
+    def come() -> str:
+        adapters.get(requests[1])
+        return adapters.pin("a2").name
+
+    def let_another_in(*args: Any) -> None:
+        monkeypatch.undo()
+        coming.append(pool.submit(come))
+        wait(coming, timeout=0.5)
+        mark(*args)
+
+    coming: list[Future[str]] = []
+    monkeypatch.setattr(adapters.host, "mark_pinned", let_another_in)
+    with ThreadPoolExecutor(1) as pool:
+        adapters.pin("a1")
+    assert "at most 1 may be" in str(coming[0].exception())
+    assert [entry.is_pinned for entry in adapters.entries] == [True, False]
+
+
+def test_what_was_added_is_recorded_whenever_it_has_files(make_store: Any, requests: Any, tmp_path: Path) -> None:
+    registry = AdapterRegistry(tmp_path / "registry.sqlite")
+    adapters, (one, two, three) = make_store(registry=registry), requests
+
+    def recorded() -> list[tuple[str, str]]:
+        return [(record.name, record.path) for record in registry.records()]
+
+    adapters.add(one)
+    adapters.reload("a1", files=in_memory(two))
+    assert recorded() == []
+    adapters.reload("a1", two.lora_path)
+    adapters.add(LoRARequest("m", 9, "memory:m"), in_memory(one))
+    adapters.reload("m", three.lora_path)
+    adapters.get(two)
+    adapters.reload("a2", three.lora_path)  # a request brought it: it does not stay
+    assert recorded() == [("a1", two.lora_path), ("m", three.lora_path)]
+    adapters.remove("a1")
+    adapters.remove("a2")
+    assert recorded() == [("m", three.lora_path)]
+
+
+def test_stores_that_share_a_registry_keep_what_the_other_wrote(make_store: Any, requests: Any, tmp_path: Path) -> None:
+    registry = AdapterRegistry(tmp_path / "registry.sqlite")
+    one, other = make_store(registry=registry), make_store(registry=registry)
+    for adapters in (one, other):
+        adapters.add(requests[0])
+    one.pin("a1")
+    other.reload("a1", requests[1].lora_path)
+    assert [(record.path, record.is_pinned) for record in registry.records()] == [(requests[1].lora_path, True)]
+    other.unpin("a1")
+    one.pin("a1")
+    assert registry.records()[0].is_pinned
+    other.remove("a1")
+    one.add(requests[0])
+    assert [(record.path, record.is_pinned) for record in registry.records()] == [(requests[0].lora_path, True)]
 
 
 def test_home_and_relative_paths(make_store: Any, requests: Any, monkeypatch: pytest.MonkeyPatch) -> None:
