@@ -17,11 +17,11 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from mmlora.config import EngineArgs
 from mmlora.environment import parse_bool
-from mmlora.errors import ConfigError, MMLoRAError
+from mmlora.errors import AdapterError, ConfigError, MMLoRAError
 from mmlora.lora.files import read_adapter, resolve_adapter_path
 from mmlora.lora.inspection import inspect_adapter
 from mmlora.lora.module_index import ModuleIndex
-from mmlora.model_loader import load_config, load_meta_model, resolve_model_path
+from mmlora.model_loader import CONFIG_FILES, load_config, load_meta_model, resolve_model_path
 from mmlora.server.launch import ServerArgs, serve
 from mmlora.server.models import LoRAModule
 from mmlora.towers.registry import get_towers
@@ -87,11 +87,16 @@ def _inspect(adapter: str, model: str | None, is_json: bool) -> int:
     """Print what an adapter would do to a model; weights of the model are never read."""
     from mmlora.assets.models import assistant_path
 
-    files = read_adapter(resolve_adapter_path(adapter))
-    net = load_meta_model(load_config(resolve_model_path(model or assistant_path(), None)))
-    towers = get_towers(net)
-    found = inspect_adapter(files, ModuleIndex(net, towers.part_of if towers is not None else None))
-    print(json.dumps(found.as_dict(), indent=2) if is_json else found.as_text())
+    path = model or assistant_path()
+    try:
+        files = read_adapter(resolve_adapter_path(adapter))
+        net = load_meta_model(load_config(resolve_model_path(path, None, CONFIG_FILES)))
+        towers = get_towers(net)
+        found = inspect_adapter(files, ModuleIndex(net, towers.part_of if towers is not None else None))
+        print(json.dumps(found.as_dict(), indent=2) if is_json else found.as_text())
+    except (RuntimeError, ValueError, OverflowError, MemoryError) as error:  # of libraries that read strange files
+        reason = f"{type(error).__name__}: {error}"
+        raise AdapterError(f"adapter {adapter!r} cannot be inspected for model {path!r}: {reason}") from error
     return 1 if found.refusals else 0
 
 

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,18 @@ from mmlora.attention import ATTENTION_NAME
 from mmlora.config import DTYPES, EngineArgs
 from mmlora.errors import ConfigError
 
-MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+CONFIG_FILES = ["*.json"]
+MODEL_FILES = [*CONFIG_FILES, "*.safetensors", "*.txt", "*.model", "*.jinja"]
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
-def resolve_model_path(model: str, revision: str | None) -> Path:
+def resolve_model_path(model: str, revision: str | None, patterns: Sequence[str] = MODEL_FILES) -> Path:
     """The local directory of a model, downloaded from the Hub unless it is one.
+
+    Args:
+        model: the directory, or the Hub id.
+        revision: on the Hub; None is the main branch.
+        patterns: of the files that are downloaded.
 
     Raises:
         ConfigError: there is neither such a directory nor such a repository.
@@ -31,7 +37,7 @@ def resolve_model_path(model: str, revision: str | None) -> Path:
     if path.is_dir():
         return path.resolve()
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=MODEL_FILES))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"model={model!r} is neither a directory nor a Hub repository within reach: {error}"

@@ -3,12 +3,13 @@
 from fastapi import APIRouter, Depends, FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from mmlora.async_llm import AsyncLLM
 from mmlora.errors import MMLoRAError
 from mmlora.server.chat import ChatService
 from mmlora.server.errors import Refusal, error_response
+from mmlora.server.json_answer import JSONAnswer
 from mmlora.server.limits import check_api_key
 from mmlora.server.models import ServedModels
 from mmlora.server.protocol import ChatCompletionRequest
@@ -48,16 +49,16 @@ def build_app(
             return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     @api.get("/models")
-    async def list_models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": models.cards()})
+    async def list_models() -> JSONAnswer:
+        return JSONAnswer({"object": "list", "data": models.cards()})
 
     @api.get("/models/{name:path}")
-    async def get_model(name: str) -> JSONResponse:
-        return JSONResponse(models.card(name))
+    async def get_model(name: str) -> JSONAnswer:
+        return JSONAnswer(models.card(name))
 
     @app.get("/health")
-    async def health() -> JSONResponse:
-        return JSONResponse({"status": "ok"}) if llm.is_alive else JSONResponse({"status": "dead"}, status_code=503)
+    async def health() -> JSONAnswer:
+        return JSONAnswer({"status": "ok"}) if llm.is_alive else JSONAnswer({"status": "dead"}, status_code=503)
 
     app.include_router(api)
     _add_error_handlers(app)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from mmlora.async_llm import AsyncLLM
@@ -17,6 +17,7 @@ from mmlora.outputs import RequestOutput
 from mmlora.sampling_params import SamplingParams
 from mmlora.server.answers import Answer, Json, lora_headers, raise_failure
 from mmlora.server.errors import Refusal, error_body
+from mmlora.server.json_answer import JSONAnswer
 from mmlora.server.limits import read_body, until_disconnect
 from mmlora.server.models import ServedModels
 from mmlora.server.protocol import ChatCompletionRequest, parse_chat_request
@@ -56,7 +57,7 @@ class ChatService:
         outputs = self._generate(chat, request_id)
         if not chat.stream:
             parts = await until_disconnect(request, _collect(outputs))
-            return JSONResponse(answer.complete(parts), headers=lora_headers(parts[-1].lora))
+            return JSONAnswer(answer.complete(parts), headers=lora_headers(parts[-1].lora))
         # The headers name the adapter and a refusal needs its status: both are known with the first output.
         first = await until_disconnect(request, _next(outputs))
         events = _events(answer, first, outputs, include_usage=chat.include_usage)

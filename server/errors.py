@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from starlette.responses import JSONResponse
-
 from mmlora.errors import AdapterNotFound, EngineDeadError, MMLoRAError, RequestError, ResolverError
+from mmlora.server.json_answer import JSONAnswer
 
 
 class Refusal(MMLoRAError):
@@ -48,9 +47,9 @@ def error_body(error: Exception) -> dict[str, Any]:
     }
 
 
-def error_response(error: Exception, headers: Mapping[str, str] | None = None) -> JSONResponse:
+def error_response(error: Exception, headers: Mapping[str, str] | None = None) -> JSONAnswer:
     """Answer with an error."""
-    return JSONResponse(error_body(error), status_code=status_of(error), headers=headers)
+    return JSONAnswer(error_body(error), status_code=status_of(error), headers=headers)
 
 
 def _code(error: Exception) -> str | None:

@@ -3,7 +3,8 @@
 from typing import Any
 
 from mmlora.checks import is_finite_number
-from mmlora.server.protocol import FieldError
+from mmlora.lora.mix import MAX_PARTS
+from mmlora.server.protocol import FieldError, shorten
 
 LoRAField = str | list[dict[str, Any]] | None
 
@@ -12,22 +13,25 @@ def parse_lora_field(lora: LoRAField) -> list[tuple[str, float]]:
     """Return the adapters that a `lora` field names, each with its scale.
 
     Raises:
-        FieldError: an entry has another form, or an adapter is named twice.
+        FieldError: there are too many entries, one has another form, or an adapter is named twice.
     """
     if lora is None or isinstance(lora, str):
         return [(lora, 1.0)] if lora is not None else []
+    if len(lora) > MAX_PARTS:
+        raise FieldError(f"lora holds {len(lora)} adapters; allowed are {MAX_PARTS}", "lora")
     found = [_entry(entry) for entry in lora]
     names = [name for name, _ in found]
     if len(set(names)) != len(names):
-        raise FieldError(f"lora names an adapter twice: {', '.join(names)}; add the scales up", "lora")
+        raise FieldError(f"lora names an adapter twice: {shorten(names)}; add the scales up", "lora")
     return found
 
 
 def _entry(entry: dict[str, Any]) -> tuple[str, float]:
     unknown = sorted(set(entry) - {"name", "scale"})
     if unknown or not isinstance(entry.get("name"), str):
-        raise FieldError(f"lora: {entry!r} must be {{'name': …}} or {{'name': …, 'scale': …}}", "lora")
+        raise FieldError(f"lora: {shorten(entry)} must be {{'name': …}} or {{'name': …, 'scale': …}}", "lora")
     scale = entry.get("scale", 1)
     if not is_finite_number(scale):
-        raise FieldError(f"lora: scale={scale!r} for {entry['name']!r}; it must be a finite number", "lora")
+        message = f"lora: scale={shorten(scale)} for {shorten(entry['name'])}; it must be a finite number"
+        raise FieldError(message, "lora")
     return entry["name"], float(scale)

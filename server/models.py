@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 from mmlora.errors import AdapterNotFound, ConfigError, RequestError
 from mmlora.lora.adapter import AdapterReport
@@ -20,7 +20,7 @@ from mmlora.lora.resolution import LoRAResolution
 from mmlora.server.cards import Card, model_card
 from mmlora.server.errors import Refusal
 from mmlora.server.lora_field import LoRAField, parse_lora_field
-from mmlora.server.protocol import FieldError
+from mmlora.server.protocol import FieldError, shorten
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class ServedModels:
             taken = self._adapters.get(adapter.name)
             may_replace = replace and taken is not None and taken.default_for is None
             if adapter.name == self.base_name or (taken is not None and not may_replace):
-                raise RequestError(f"the name {_shorten(adapter.name)} is taken; served are {self._listed()}")
+                raise RequestError(f"the name {shorten(adapter.name)} is taken; served are {self._listed()}")
             self._adapters = {**self._adapters, adapter.name: adapter}
 
     def remove(self, name: str) -> ServedAdapter:
@@ -136,7 +136,7 @@ class ServedModels:
         with self._lock:
             adapter = self._adapters.get(name)
             if adapter is None:
-                raise AdapterNotFound(f"there is no adapter {_shorten(name)}; served are {self._listed()}")
+                raise AdapterNotFound(f"there is no adapter {shorten(name)}; served are {self._listed()}")
             if adapter.default_for is not None:
                 raise RequestError(f"the adapter {name!r} is the default for {adapter.default_for}; it stays")
             self._adapters = {other: self._adapters[other] for other in self._adapters if other != name}
@@ -150,10 +150,11 @@ class ServedModels:
             AdapterError: a resolver found an adapter that cannot be used.
             ResolverError: a resolver failed, and no other found the adapter.
         """
+        parts = self._parse(model, lora)
         if self.resolution is not None:
-            for name in dict.fromkeys([model or self.base_name, *(name for name, _ in parse_lora_field(lora))]):
-                if name not in self.names:
-                    with suppress(AdapterNotFound):  # `resolve` says so, and which field names it
+            with suppress(AdapterNotFound):  # `resolve` says so, and which field names it; the rest is not looked for
+                for name in [model or self.base_name, *(name for name, _ in parts)]:
+                    if name not in self.names:
                         await self.resolution.resolve(name)
         return self.resolve(model, lora)
 
@@ -165,34 +166,42 @@ class ServedModels:
             lora: None (as `model` says), `[]` (the base model on purpose), a name, or `[{"name": …, "scale": …}, …]`.
 
         Raises:
-            Refusal: 404 for an unknown name.
             FieldError: the fields contradict each other, or `lora` has another form.
+            Refusal: 404 for an unknown name.
         """
+        parts = self._parse(model, lora)
         adapters = self._adapters
         named = None
-        if model is not None and model != self.base_name:
+        if self._is_other(model):
             named = adapters.get(model)
             if named is None:
-                message = f"the model {_shorten(model)} does not exist; served are {self._listed()}"
+                message = f"the model {shorten(model)} does not exist; served are {self._listed()}"
                 raise Refusal(404, message, param="model", code="model_not_found")
         if lora is None:
             return named.request if named else None
-        if lora == []:
-            if named:
-                raise FieldError(f"lora=[] asks for the base model, but model={model!r} names an adapter", "lora")
+        chosen = [(self._chosen(adapters, name).request, scale) for name, scale in parts]
+        if not chosen:
             return BASE
-        parts = [(self._chosen(adapters, name), scale) for name, scale in parse_lora_field(lora)]
-        if named and [adapter for adapter, _ in parts] != [named]:
-            raise FieldError(f"model={model!r} and lora={lora!r} name different adapters; give one of them", "lora")
-        if len(parts) == 1 and parts[0][1] == 1:
-            return parts[0][0].request
-        return LoRAMix([(adapter.request, scale) for adapter, scale in parts])
+        return chosen[0][0] if len(chosen) == 1 and chosen[0][1] == 1 else LoRAMix(chosen)
+
+    def _parse(self, model: str | None, lora: LoRAField) -> list[tuple[str, float]]:
+        """The adapters that `lora` names; `model` may name the base model, or the one adapter that `lora` names."""
+        parts = parse_lora_field(lora)
+        if lora is not None and self._is_other(model) and [name for name, _ in parts] != [model]:
+            asked = shorten(lora) if parts else "[], which is the base model,"
+            message = f"model={shorten(model)} and lora={asked} contradict each other; give one of them"
+            raise FieldError(message, "lora")
+        return parts
+
+    def _is_other(self, model: str | None) -> TypeGuard[str]:
+        """Whether `model` names something else than the base model."""
+        return model is not None and model != self.base_name
 
     def _chosen(self, adapters: Mapping[str, ServedAdapter], name: str) -> ServedAdapter:
         chosen = adapters.get(name)
         if chosen is None:
             allowed = ", ".join(map(repr, adapters)) or "none"
-            message = f"the adapter {_shorten(name)} does not exist; served are {allowed}, and [] is the base model"
+            message = f"the adapter {shorten(name)} does not exist; served are {allowed}, and [] is the base model"
             raise Refusal(404, message, param="lora", code="adapter_not_found")
         return chosen
 
@@ -210,7 +219,7 @@ class ServedModels:
         for card in self.cards():
             if card["id"] == name:
                 return card
-        raise Refusal(404, f"the model {_shorten(name)} does not exist", param="model", code="model_not_found")
+        raise Refusal(404, f"the model {shorten(name)} does not exist", param="model", code="model_not_found")
 
     def _listed(self) -> str:
         return ", ".join(map(repr, self.names))
@@ -230,7 +239,3 @@ class ServedModels:
 
     def _card(self, name: str, root: str, parent: str | None, adapter: dict[str, Any] | None) -> Card:
         return model_card(name, root, parent, adapter, self._max_model_len, self._created)
-
-
-def _shorten(name: str) -> str:
-    return repr(name if len(name) <= 80 else name[:77] + "...")

@@ -5,7 +5,7 @@ are accepted. What `messages` may hold is `mmlora.chat`'s matter, what `model` a
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
@@ -168,10 +168,12 @@ def check_other_fields(fields: Mapping[str, Any]) -> None:
     for name, value in fields.items():
         if name in HARMLESS_FIELDS or value in NEUTRAL_VALUES.get(name, ()):
             continue
+        shown = shorten(value, json.dumps)
         if name in NEUTRAL_VALUES:
             allowed = " or ".join(json.dumps(neutral) for neutral in NEUTRAL_VALUES[name])
-            raise FieldError(f"{name}={_shorten(value)} is not supported; allowed: {allowed}, or leave it out", name)
-        raise FieldError(f"unknown field {name!r} with value {_shorten(value)}; this server does not support it", name)
+            raise FieldError(f"{name}={shown} is not supported; allowed: {allowed}, or leave it out", name)
+        message = f"unknown field {shorten(name)} with value {shown}; this server does not support it"
+        raise FieldError(message, name[:80])
 
 
 def check_message(message: Mapping[str, Any], name: str) -> None:
@@ -182,10 +184,10 @@ def check_message(message: Mapping[str, Any], name: str) -> None:
     """
     role = message.get("role")
     if role not in ROLES:
-        raise FieldError(f"{name}.role={_shorten(role)} must be one of {', '.join(ROLES)}", "messages")
+        raise FieldError(f"{name}.role={shorten(role, json.dumps)} must be one of {', '.join(ROLES)}", "messages")
     for field, value in message.items():
         if field not in MESSAGE_FIELDS and value not in (None, []):
-            raise FieldError(f"{name} has the field {field!r}, which this server does not support", "messages")
+            raise FieldError(f"{name} has the field {shorten(field)}, which this server does not support", "messages")
     if message.get("content") in (None, []) and role != "assistant":
         raise FieldError(f"{name}.content is missing or empty; it must be text or a list of parts", "messages")
 
@@ -198,9 +200,10 @@ def _first_problem(error: ValidationError) -> FieldError:
         return FieldError(f"{param} is required", param)
     if problem["type"] == "json_invalid":
         return FieldError(f"the body is not JSON: {problem['ctx']['error']}", param)
-    return FieldError(f"{param}: {problem['msg']}; received {_shorten(problem['input'])}", param)
+    return FieldError(f"{param}: {problem['msg']}; received {shorten(problem['input'], json.dumps)}", param)
 
 
-def _shorten(value: Any) -> str:
-    text = json.dumps(value)
+def shorten(value: Any, show: Callable[[Any], str] = repr) -> str:
+    """Show what a client sent in at most 80 characters."""
+    text = show(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -2,11 +2,14 @@
 
 import json
 import logging
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from mmlora.async_llm import AsyncLLM
 from mmlora.environment import read_bool
+from mmlora.errors import AdapterNotFound
 from mmlora.lora.files import CONFIG_FILE
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.resolution import LoRAResolution, ResolutionLimits
@@ -51,15 +54,28 @@ class _Acceptance:
         self._store = store
 
     async def __call__(self, request: LoRARequest) -> None:
-        await self._llm.run_in_pool(self._load, request)
+        await self._llm.run_in_pool(self._load, request, is_load=True)
 
     def _load(self, request: LoRARequest) -> None:
+        request = _as_directory(request)
         adapter = self._store.get(request)
         trained_on = request.base_model_name or _base_model_in(adapter.path)
         if trained_on not in (None, self._llm.model_name, self._llm.engine.args.model):
             logger.warning("adapter %r says it is for %r; its shapes fit, so it is used", request.lora_name, trained_on)
         served = ServedAdapter(request.lora_name, request, adapter.digest, adapter.report)
         self._models.add(served, replace=True)
+
+
+def _as_directory(request: LoRARequest) -> LoRARequest:
+    """Make the path absolute: a relative one that is gone would be asked for on the Hub, a client having named it.
+
+    Raises:
+        AdapterNotFound: there is no such directory.
+    """
+    directory = os.path.abspath(os.path.expanduser(request.lora_path))
+    if not os.path.isdir(directory):
+        raise AdapterNotFound(f"lora_path is {request.lora_path!r}; a resolver must return a local directory")
+    return replace(request, lora_path=directory)
 
 
 def _base_model_in(directory: Path | None) -> str | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -251,3 +253,42 @@ def test_the_process_says_when_it_is_ready_and_stops_on_a_signal(models: dict[st
         finally:
             process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) in (0, 130, -signal.SIGINT)
+
+
+def test_inspecting_fetches_no_weights(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fetched: list[tuple[str, list[str]]] = []
+
+    def download(model: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        fetched.append((model, allow_patterns))
+        return models["phi4"]
+
+    monkeypatch.setattr("mmlora.model_loader.snapshot_download", download)
+    assert cli.main(["inspect", models["speech"], "--model", "org/no-such-directory"]) == 0, capsys.readouterr().err
+    assert fetched == [("org/no-such-directory", ["*.json"])]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("boom"), RecursionError("deep"), MemoryError("all"), OverflowError("far")], ids=repr
+)
+def test_a_file_that_a_library_stumbles_over_is_one_line(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "inspect_adapter", fail)
+    assert cli.main(["inspect", models["speech"], "--model", models["phi4"]]) == 2
+    message = f"cannot be inspected for model '{models['phi4']}': {type(error).__name__}: {error}"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(message)
+
+
+def test_a_page_that_a_terminal_cannot_show_is_one_line(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = shutil.copytree(models["speech"], tmp_path / "Ärger")
+    with io.TextIOWrapper(io.BytesIO(), encoding="ascii") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        assert cli.main(["inspect", str(adapter), "--model", models["phi4"]]) == 2
+    assert "UnicodeEncodeError" in capsys.readouterr().err

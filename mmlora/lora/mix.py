@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from mmlora.checks import is_finite_number
-from mmlora.errors import AdapterError, AdapterMismatch
+from mmlora.errors import AdapterError, RequestError
 from mmlora.lora.adapter import Adapter, AdapterIdentity, AdapterReport
 from mmlora.lora.digest import canonical
 from mmlora.lora.request import LoRARequest
@@ -70,7 +70,7 @@ class MixCache:
             adapters: its adapters, loaded, in its order.
 
         Raises:
-            AdapterMismatch: an adapter has parts that cannot be added up.
+            RequestError: an adapter has parts that cannot be added up.
         """
         key = tuple((adapter.identity, scale) for adapter, (_, scale) in zip(adapters, mix.parts, strict=True))
         known = self._known.get(key)
@@ -85,7 +85,7 @@ def mix_adapters(mix: LoRAMix, adapters: Sequence[Adapter]) -> Adapter:
     """Concatenate the ranks of adapters, their scales folded into lora_B.
 
     Raises:
-        AdapterMismatch: an adapter has parts that cannot be added up.
+        RequestError: an adapter has parts that cannot be added up.
     """
     scales = [scale for _, scale in mix.parts]
     for adapter in adapters:
@@ -109,17 +109,15 @@ def _check_addable(adapter: Adapter) -> None:
     for name, weights in adapter.modules.items():
         lora = weights.lora
         if lora is not None and lora.magnitude is not None:
-            raise AdapterMismatch(f"adapter {adapter.name!r} uses DoRA, whose magnitudes cannot be added up in a mix")
+            raise RequestError(f"adapter {adapter.name!r} uses DoRA, whose magnitudes cannot be added up in a mix")
         if lora is not None and lora.lora_B.shape[1] != lora.lora_A.shape[0]:
-            raise AdapterMismatch(
-                f"adapter {adapter.name!r} adapts {name} by groups, which cannot be added up in a mix"
-            )
+            raise RequestError(f"adapter {adapter.name!r} adapts {name} by groups, which cannot be added up in a mix")
         if weights.parameters or weights.parameter_loras or weights.token_rows is not None:
-            raise AdapterMismatch(
+            raise RequestError(
                 f"adapter {adapter.name!r} replaces or changes parameters of {name}, which cannot be added up in a mix"
             )
     if adapter.invocation_tokens:
-        raise AdapterMismatch(f"adapter {adapter.name!r} waits for its invocation tokens and cannot be in a mix")
+        raise RequestError(f"adapter {adapter.name!r} waits for its invocation tokens and cannot be in a mix")
 
 
 def _concatenated(parts: Sequence[tuple[LoRAWeights, float]]) -> LoRAWeights:
@@ -127,7 +125,7 @@ def _concatenated(parts: Sequence[tuple[LoRAWeights, float]]) -> LoRAWeights:
     lora_A = torch.cat([lora.lora_A for lora, _ in parts])
     lora_B = torch.cat([lora.lora_B * factor for (lora, _), factor in zip(parts, factors, strict=True)], dim=1)
     if not torch.isfinite(lora_B).all():
-        raise AdapterMismatch(f"the scales {[scale for _, scale in parts]} are too large for {lora_B.dtype} matrices")
+        raise RequestError(f"the scales {[scale for _, scale in parts]} are too large for {lora_B.dtype} matrices")
     biases = [factor * lora.bias for (lora, _), factor in zip(parts, factors, strict=True) if lora.bias is not None]
     return LoRAWeights(lora_A, lora_B, 1.0, sum(biases[1:], biases[0]) if biases else None)
 

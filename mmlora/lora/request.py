@@ -44,6 +44,8 @@ class LoRARequest:
             object.__setattr__(self, "lora_path", os.fspath(self.lora_path))
         if not isinstance(self.lora_path, str) or not self.lora_path:
             raise AdapterError(f"lora_path is {self.lora_path!r}; it must be a directory or a Hub id")
+        if self.base_model_name is not None and not isinstance(self.base_model_name, str):
+            raise AdapterError(f"base_model_name is {self.base_model_name!r}; it must be a string or None")
         if not isinstance(self.load_inplace, bool):
             raise AdapterError(f"load_inplace is {self.load_inplace!r}; it must be True or False")
 

@@ -32,8 +32,8 @@ class LoRAResolver(ABC):
             lora_name: what a client asks for; see `is_lora_name` for what it may be.
 
         Returns:
-            A request of that name whose path holds the adapter, or None when this resolver does not know it
-            (`FileNotFoundError` and `AdapterNotFound` say the same).
+            A request of that name whose path is a local directory with the adapter, or None when this resolver does not
+            know it (`FileNotFoundError` and `AdapterNotFound` say the same).
         """
 
 

@@ -15,12 +15,16 @@ def check_containment(directory: Path, root: Path) -> None:
     """Follow the links of an adapter's directory and of its two files.
 
     Raises:
-        AdapterError: one of them leads out of `root`.
+        AdapterError: one of them leads out of `root`, or nowhere.
     """
     real_root = root.resolve()
     for path in (directory, directory / CONFIG_FILE, directory / WEIGHTS_FILE):
-        if not path.resolve().is_relative_to(real_root):
-            raise AdapterError(f"{path} is {path.resolve()}, which lies outside of {real_root}")
+        try:
+            real_path = path.resolve()
+        except (OSError, RuntimeError) as error:  # the latter for links that lead in a circle
+            raise AdapterError(f"{path} cannot be followed: {error}") from None
+        if not real_path.is_relative_to(real_root):
+            raise AdapterError(f"{path} is {real_path}, which lies outside of {real_root}")
 
 
 def check_size(name: str, num_bytes: int, max_bytes: int) -> None:

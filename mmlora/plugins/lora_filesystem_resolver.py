@@ -1,6 +1,5 @@
 """The plugin `lora_filesystem_resolver`: an adapter `foobar` is the directory `foobar` under a root."""
 
-import asyncio
 from pathlib import Path
 
 from mmlora.environment import read_required
@@ -9,6 +8,7 @@ from mmlora.lora.files import CONFIG_FILE
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.resolver import LoRAResolver, LoRAResolverRegistry, derive_lora_id, is_lora_name
 from mmlora.plugins.bounds import check_containment
+from mmlora.plugins.threads import ResolverThreads
 
 ROOT_VARIABLE = "MMLORA_LORA_RESOLVER_CACHE_DIR"
 
@@ -27,14 +27,16 @@ class FilesystemResolver(LoRAResolver):
         self._root = Path(root).expanduser()
         if not self._root.is_dir():
             raise ConfigError(f"{ROOT_VARIABLE}={str(root)!r}: must be a directory")
+        self._threads = ResolverThreads()
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """Find the directory of an adapter; None when it has no `adapter_config.json`.
 
         Raises:
             AdapterError: it leads out of the root.
+            ResolverError: too many calls hang.
         """
-        return await asyncio.to_thread(self._find, lora_name)
+        return await self._threads.run(self._find, lora_name)
 
     def _find(self, lora_name: str) -> LoRARequest | None:
         directory = self._root / lora_name

@@ -4,7 +4,6 @@ An adapter's two files are downloaded into a directory that appears whole or not
 they came from and of their version, so a name that a client sends never becomes a local path.
 """
 
-import asyncio
 import hashlib
 import os
 import re
@@ -21,6 +20,7 @@ from mmlora.lora.files import CONFIG_FILE, WEIGHTS_FILE
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.resolver import LoRAResolver, LoRAResolverRegistry, derive_lora_id, is_lora_name
 from mmlora.plugins.bounds import DEFAULT_MAX_BYTES, check_size, read_max_bytes
+from mmlora.plugins.threads import ResolverThreads
 
 URL_VARIABLE = "MMLORA_LORA_RESOLVER_URL"
 DOWNLOADS_VARIABLE = "MMLORA_LORA_RESOLVER_DOWNLOAD_DIR"
@@ -47,19 +47,20 @@ class FsspecResolver(LoRAResolver):
         self._filesystem, self._template = _open_filesystem(_as_template(url))
         self._downloads = downloads.expanduser()
         self._max_bytes = max_bytes
+        self._threads = ResolverThreads()
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """Find and download an adapter; None when one of its two files does not exist.
 
         Raises:
             AdapterError: a file is too large.
-            ResolverError: a download was cut short, or its file cannot be written.
+            ResolverError: a download was cut short, or its file cannot be written; or too many calls hang.
         """
         if not is_lora_name(lora_name):
             return None
         is_abandoned = threading.Event()
         try:
-            return await asyncio.to_thread(self._find, base_model_name, lora_name, is_abandoned)
+            return await self._threads.run(self._find, base_model_name, lora_name, is_abandoned)
         finally:
             is_abandoned.set()  # where nobody waits any more, the thread stops at the next chunk
 

@@ -4,7 +4,6 @@ The operator lists repositories and may pin their revisions; a client cannot cho
 put files under `refs/pr/…` of a repository.
 """
 
-import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from mmlora.lora.files import CONFIG_FILE, WEIGHTS_FILE
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.resolver import LoRAResolver, LoRAResolverRegistry, derive_lora_id, is_lora_name
 from mmlora.plugins.bounds import DEFAULT_MAX_BYTES, check_containment, check_size, read_max_bytes
+from mmlora.plugins.threads import ResolverThreads
 
 REPOSITORIES_VARIABLE = "MMLORA_LORA_RESOLVER_HF_REPO_LIST"
 
@@ -42,15 +42,16 @@ class HubResolver(LoRAResolver):
         self._repositories = dict(repositories)
         self._max_bytes = max_bytes
         self._api = api or HfApi()
+        self._threads = ResolverThreads()
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """Find and download an adapter; None when its repository is not listed or has no such files.
 
         Raises:
             AdapterError: a file is too large.
-            ResolverError: the Hub cannot be reached, and the cache does not hold the adapter.
+            ResolverError: the Hub cannot be reached, and the cache does not hold the adapter; or too many calls hang.
         """
-        return await asyncio.to_thread(self._find, lora_name)
+        return await self._threads.run(self._find, lora_name)
 
     def _find(self, lora_name: str) -> LoRARequest | None:
         parts = lora_name.split("/")

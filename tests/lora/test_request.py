@@ -29,6 +29,7 @@ def test_a_path_object_becomes_a_string() -> None:
         (("a", True, "p"), "lora_int_id is True"),
         (("a", 1, ""), "lora_path is ''"),
         (("a", 1, None), "lora_path is None"),
+        (("a", 1, "p", Path("/models/base")), "base_model_name is PosixPath"),
     ],
     ids=str,
 )

@@ -72,6 +72,18 @@ async def unstoppable(_: str) -> object:
     return None
 
 
+async def exiting_in_a_task(_: str) -> object:
+    async def leave() -> None:
+        raise SystemExit(3)
+
+    return await asyncio.gather(leave())
+
+
+async def stopping(_: str) -> object:
+    asyncio.get_running_loop().stop()
+    return await hanging(_)
+
+
 async def accept_all(_: LoRARequest) -> None:
     return None
 
@@ -164,6 +176,8 @@ def test_the_first_registered_that_knows_a_name_wins(register: Callable[..., lis
 BAD: dict[str, Answer] = {
     "raises": raising(RuntimeError("boom")),
     "exits": raising(SystemExit(3)),
+    "exits in a task of its own": exiting_in_a_task,
+    "stops the loop": stopping,
     "interrupts": raising(KeyboardInterrupt()),
     "cancels": raising(asyncio.CancelledError()),
     "hangs": hanging,

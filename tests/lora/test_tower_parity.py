@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from mmlora import LLM, LoRAMix, LoRARequest
-from mmlora.errors import AdapterMismatch
+from mmlora.errors import RequestError
 from tests.checkpoints import load_reference, save_phi4
 from tests.equality import Case, Checkpoint, check_cases
 from tests.media import clip, picture
@@ -91,5 +91,5 @@ def test_adapters_by_groups_are_refused_in_a_mix(llm: LLM, checkpoint: Checkpoin
     """Ranks of grouped convolutions cannot be laid one after the other: they would meet other groups."""
     names = ("depthwise", "convolutions")
     mix = LoRAMix([(LoRARequest(name, 70 + len(name), str(checkpoint.adapters[name])), 0.5) for name in names])
-    with pytest.raises(AdapterMismatch, match="'depthwise' adapts .* by groups"):
+    with pytest.raises(RequestError, match="'depthwise' adapts .* by groups"):
         llm.generate("a", lora_request=mix)

@@ -52,6 +52,19 @@ def test_a_link_out_of_the_root_is_refused(root: Path, what: str) -> None:
         resolve(FilesystemResolver(root), "linked")
 
 
+@pytest.mark.parametrize("what", ["directory", WEIGHTS_FILE])
+def test_a_link_that_leads_in_a_circle_is_no_adapter(root: Path, what: str) -> None:
+    circle = root / "circle"
+    if what == "directory":
+        circle.symlink_to("circle")
+        assert resolve(FilesystemResolver(root), "circle") is None
+    else:
+        write_adapter(circle, {CONFIG_FILE: FILES[CONFIG_FILE]})
+        (circle / what).symlink_to(what)
+        with pytest.raises(AdapterError, match=f"{circle / what} cannot be followed: "):
+            resolve(FilesystemResolver(root), "circle")
+
+
 def test_links_within_the_root_are_followed(root: Path) -> None:
     """As in a cache of the Hub, whose snapshots link to blobs, and where the root itself is a link."""
     (root / "alias").symlink_to("foobar")

@@ -68,6 +68,7 @@ def message_of(*parts: dict[str, Any]) -> dict[str, Any]:
         ({"messages": MESSAGES, "lora": [{"name": "audio", "scale": 10**400}]}, "lora"),
         ({"messages": MESSAGES, "lora": [{"name": "audio"}, {"name": "audio"}]}, "lora"),
         ({"messages": MESSAGES, "lora": [{"path": "audio"}]}, "lora"),
+        ({"messages": MESSAGES, "lora": [{"name": f"n{i}"} for i in range(17)]}, "lora"),
         ({"messages": MESSAGES, "lora": 3}, "lora"),
         ({"messages": MESSAGES, "model": "audio", "lora": []}, "lora"),
     ],
@@ -77,6 +78,27 @@ def test_a_field_that_cannot_be_honoured_is_named(server: RunningServer, body: A
     error = refuse(server, body)
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({"lora": [{"name": "x" * 10**6, "bad": 1}]}, 400),
+        ({"lora": [{"name": "x" * 10**6, "scale": "y" * 10**6}]}, 400),
+        ({"lora": [{"name": "x" * 10**6}, {"name": "x" * 10**6}]}, 400),
+        ({"lora": "x" * 10**6}, 404),
+        ({"model": "x" * 10**6}, 404),
+        ({"model": "x" * 10**6, "lora": "y" * 10**6}, 400),
+        ({"model": "x" * 10**6, "lora": []}, 400),
+        ({"x" * 10**6: "y" * 10**6}, 400),
+        ({"messages": [{"role": "x" * 10**6, "content": "hi"}]}, 400),
+        ({"messages": [{"role": "user", "content": "hi", "x" * 10**6: "y"}]}, 400),
+    ],
+    ids=["entry", "scale", "twice", "lora", "model", "both", "base", "field", "role", "field of a message"],
+)
+def test_an_error_repeats_little_of_a_large_field(server: RunningServer, fields: dict[str, Any], status: int) -> None:
+    error = refuse(server, {"messages": MESSAGES, **fields}, status)
+    assert len(str(error)) < 600
 
 
 def test_harmless_fields_are_accepted(server: RunningServer) -> None:
@@ -271,3 +293,8 @@ def test_an_api_key_guards_everything_but_health(server: RunningServer) -> None:
             assert refused.json()["error"]["code"] == "invalid_api_key"
         allowed = httpx.get(f"{address}/v1/models", headers={"authorization": "Bearer clé".encode()})
         assert allowed.status_code == 200
+
+
+def test_a_scale_that_no_matrix_holds_is_the_clients_fault(server: RunningServer) -> None:
+    error = refuse(server, {"messages": MESSAGES, "lora": [{"name": "audio", "scale": 1e308}]})
+    assert "too large" in error["message"]

@@ -222,6 +222,57 @@ def test_many_requests_for_a_new_name_resolve_it_once(start: Any, adapters: dict
     assert len({answer["lora"]["digest"] for answer in answers}) == 1
 
 
+@pytest.mark.parametrize(
+    ("fields", "asked", "status"),
+    [
+        ({"lora": [{"name": f"good{i}"} for i in range(17)]}, [], 400),
+        ({"model": "good", "lora": "good2"}, [], 400),
+        ({"model": "good", "lora": []}, [], 400),
+        ({"model": "good", "lora": [{"name": "good"}, {"name": "good2"}]}, [], 400),
+        ({"lora": [{"name": "good"}, {"name": "nobody"}, {"name": "good2"}]}, ["good", "nobody"], 404),
+        ({"model": "nobody", "lora": "nobody"}, ["nobody"], 404),
+        ({"model": "good", "lora": [{"name": "good", "scale": 0.5}]}, ["good"], 200),
+    ],
+    ids=["too many", "two", "base", "mix", "one unknown", "unknown", "scaled"],
+)
+def test_nobody_is_asked_for_what_cannot_be_served(
+    start: Any, adapters: dict[str, str], fields: dict[str, Any], asked: list[str], status: int
+) -> None:
+    names = ["good", *(f"good{i}" for i in range(17))]
+    resolver = FolderResolver({name: Path(adapters["words"]) for name in names})
+    LoRAResolverRegistry.register_resolver("folder", resolver)
+    response = post(start(ALLOWED), **fields)
+    assert (response.status_code, resolver.asked) == (status, asked)
+    assert adapters["words"] not in response.text
+
+
+def test_a_path_that_is_not_utf8_leaves_the_list_readable(start: Any, adapters: dict[str, str], tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/lora\xff"))
+    shutil.copytree(adapters["words"], path)
+    LoRAResolverRegistry.register_resolver("folder", FolderResolver({"sql": path}))
+    server = start(ALLOWED)
+    assert post(server, model="sql").status_code == 200
+    assert cards(server)["sql"]["root"] == f"{tmp_path}/lora?"
+    assert httpx.get(f"{server.address}/v1/models/sql").json()["root"] == f"{tmp_path}/lora?"
+
+
+def test_a_relative_path_is_a_directory_and_never_asked_for_on_the_hub(
+    start: Any, adapters: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **_: fetched.append(args))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(adapters["words"], tmp_path / "loras" / "sql")
+    LoRAResolverRegistry.register_resolver(
+        "folder", FolderResolver({"sql": Path("loras/sql"), "evil": Path("loras/evil")})
+    )
+    server = start(ALLOWED)
+    assert error_of(post(server, model="evil"), 400)["code"] == "adapter_error"
+    assert post(server, model="sql").status_code == 200
+    assert cards(server)["sql"]["root"] == str(tmp_path / "loras" / "sql")
+    assert fetched == []
+
+
 def test_an_adapter_that_left_the_host_is_not_kept_by_its_card(start: Any, adapters: dict[str, str]) -> None:
     resolver = FolderResolver({"one": Path(adapters["words"]), "two": Path(adapters["vision"])})
     LoRAResolverRegistry.register_resolver("folder", resolver)
