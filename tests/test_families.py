@@ -31,7 +31,10 @@ def family_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
     def build(family: str) -> Checkpoint:
         if family not in known:
             folder = tmp_path_factory.mktemp(family)
-            path = save_family(folder / "model", family)
+            try:
+                path = save_family(folder / "model", family)
+            except ImportError:
+                pytest.skip(f"this version of transformers builds no processor for {family} without torchvision")
             adapters = {
                 part: save_adapter(path, folder / part, AdapterSpec(targets_of(family, part), seed, 3))
                 for seed, part in enumerate(FAMILIES[family].targets, start=1)
