@@ -17,13 +17,13 @@ from mmlora.errors import ConfigError, MediaError, RequestError
 from mmlora.processors.audio import RESAMPLER, resample
 from mmlora.processors.base import ProcessedMedia
 from mmlora.processors.items import AudioItem, MediaItem
-from mmlora.processors.placeholders import placeholder_id, placeholder_text
+from mmlora.processors.placeholders import Placeholders, placeholder_id
 
 TEXT_KEYS: Final = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 FAILURES: Final = (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError, AttributeError)
 
 
-class GeneralProcessor:
+class GeneralProcessor(Placeholders):
     """Implement `MultiModalProcessor` over a model's own processor.
 
     Args:
@@ -39,19 +39,10 @@ class GeneralProcessor:
         self._processor = _load(Path(model_path))
         found = {"image": "image_processor", "audio": "feature_extractor"}
         self._parts = {modality: getattr(self._processor, name, None) for modality, name in found.items()}
-        self._token_ids = {
+        token_ids = {
             modality: placeholder_id(config, modality) for modality, part in self._parts.items() if part is not None
         }
-        self.modalities = frozenset(self._token_ids)
-        self._tokens = {modality: placeholder_text(tokenizer, modality, i) for modality, i in self._token_ids.items()}
-
-    def placeholder_token(self, modality: str) -> str:
-        """Return the text that stands for one item of `modality`."""
-        return self._tokens[self._checked(modality)]
-
-    def placeholder_token_id(self, modality: str) -> int:
-        """Return the token id whose places take embeddings of `modality`."""
-        return self._token_ids[self._checked(modality)]
+        super().__init__(token_ids, tokenizer)
 
     def process(self, item: MediaItem, options: Mapping[str, Any] | None = None) -> ProcessedMedia:
         """Compute the tensors of one clip or picture, and the tokens that stand for it.
@@ -99,11 +90,6 @@ class GeneralProcessor:
             takes = ", ".join(allowed) or "none"
             raise RequestError(f"unknown processor option {', '.join(unknown)}: allowed are {takes}")
         return dict(options) if modality == "image" else {}
-
-    def _checked(self, modality: str) -> str:
-        if modality not in self._token_ids:
-            raise MediaError(f"modality {modality!r}: this model takes {', '.join(sorted(self.modalities))}")
-        return modality
 
 
 def _load(path: Path) -> Any:

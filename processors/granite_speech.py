@@ -18,13 +18,13 @@ from mmlora.errors import ConfigError, MediaError, RequestError
 from mmlora.processors.audio import RESAMPLER, resample
 from mmlora.processors.base import ProcessedMedia
 from mmlora.processors.items import AudioItem, MediaItem
-from mmlora.processors.placeholders import placeholder_id, placeholder_text
+from mmlora.processors.placeholders import Placeholders, placeholder_id
 
 SETTINGS_FILES = ("preprocessor_config.json", "processor_config.json")
 MELSPEC = {"sample_rate": 16000, "n_fft": 512, "win_length": 400, "hop_length": 160, "n_mels": 80}
 
 
-class GraniteSpeechProcessor:
+class GraniteSpeechProcessor(Placeholders):
     """Implement `MultiModalProcessor` for `GraniteSpeechForConditionalGeneration`.
 
     Args:
@@ -36,11 +36,8 @@ class GraniteSpeechProcessor:
         ConfigError: the files or the tokenizer do not fit the model.
     """
 
-    modalities = frozenset({"audio"})
-
     def __init__(self, config: PretrainedConfig, model_path: str | Path, tokenizer: Any) -> None:
-        self._token_id = placeholder_id(config, "audio")
-        self._token = placeholder_text(tokenizer, "audio", self._token_id)
+        super().__init__({"audio": placeholder_id(config, "audio")}, tokenizer)
         self._melspec = {**MELSPEC, **_read_melspec(Path(model_path))}
         self._window_size, self._downsample_rate = config.window_size, config.downsample_rate
         mel = self._melspec
@@ -52,14 +49,6 @@ class GraniteSpeechProcessor:
         num_bins, rate = mel["n_fft"] // 2 + 1, mel["sample_rate"]
         filters = mel_filter_bank(num_bins, mel["n_mels"], 0.0, rate / 2, rate, norm=None, mel_scale="htk")
         self._filters = torch.from_numpy(filters).float()  # [num_bins, n_mels]
-
-    def placeholder_token(self, modality: str) -> str:
-        """Return the text that stands for one clip."""
-        return self._token
-
-    def placeholder_token_id(self, modality: str) -> int:
-        """Return the token id whose places take embeddings of a clip."""
-        return self._token_id
 
     def process(self, item: MediaItem, options: Mapping[str, Any] | None = None) -> ProcessedMedia:
         """Compute the features of one clip.

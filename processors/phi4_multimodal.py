@@ -19,13 +19,13 @@ from mmlora.processors.base import ProcessedMedia
 from mmlora.processors.items import AudioItem, ImageItem, MediaItem
 from mmlora.processors.phi4_images import ImageSettings, process_image
 from mmlora.processors.phi4_settings import load_feature_extractor, load_image_settings
-from mmlora.processors.placeholders import placeholder_text
+from mmlora.processors.placeholders import Placeholders
 
 MAX_DYNAMIC_HD = 144  # 12 x 12 crops; at 448 px about 350 MB of float32 for one picture
 _OPTIONS = ("dynamic_hd",)
 
 
-class Phi4MultimodalProcessor:
+class Phi4MultimodalProcessor(Placeholders):
     """Implement `MultiModalProcessor` for `Phi4MultimodalForCausalLM`.
 
     Args:
@@ -38,29 +38,19 @@ class Phi4MultimodalProcessor:
         ConfigError: the files or the tokenizer do not fit the model.
     """
 
-    modalities = frozenset({"audio", "image"})
-
     def __init__(self, config: PretrainedConfig, model_path: str | Path, tokenizer: Any) -> None:
         self.image_settings: ImageSettings = load_image_settings(config, Path(model_path))
         self.feature_extractor: Any = load_feature_extractor(config, Path(model_path))
-        self._token_ids = {
+        token_ids = {
             "audio": int(config.audio_config.audio_token_id),
             "image": int(config.vision_config.image_token_id),
         }
-        self._tokens = {modality: placeholder_text(tokenizer, modality, i) for modality, i in self._token_ids.items()}
+        super().__init__(token_ids, tokenizer)
         self._audio_settings = {
             **self.feature_extractor.to_dict(),
             "mel_filters": hashlib.sha256(self.feature_extractor.mel_filters.tobytes()).hexdigest(),
             "resampler": RESAMPLER,
         }
-
-    def placeholder_token(self, modality: str) -> str:
-        """Return the text that stands for one item of `modality`."""
-        return self._tokens[self._checked(modality)]
-
-    def placeholder_token_id(self, modality: str) -> int:
-        """Return the token id that the model scatters embeddings of `modality` to."""
-        return self._token_ids[self._checked(modality)]
 
     def process(self, item: MediaItem, options: Mapping[str, Any] | None = None) -> ProcessedMedia:
         """Compute the tensors of one clip or picture.
@@ -105,11 +95,6 @@ class Phi4MultimodalProcessor:
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_DYNAMIC_HD:
             raise RequestError(f"dynamic_hd is {value!r}: it must be a whole number of 1 to {MAX_DYNAMIC_HD} crops")
         return replace(self.image_settings, dynamic_hd=value)
-
-    def _checked(self, modality: str) -> str:
-        if modality not in self.modalities:
-            raise MediaError(f"modality {modality!r}: this model takes {', '.join(sorted(self.modalities))}")
-        return modality
 
 
 def _hash(item: MediaItem, settings: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Widen the one placeholder token of each media item to the number of embeddings that the item fills."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,36 @@ from transformers import PretrainedConfig
 
 from mmlora.errors import ConfigError, MediaError
 from mmlora.processors.base import MultiModalProcessor, ProcessedMedia
+
+
+class Placeholders:
+    """What stands for an item of each modality in a prompt; the part that all processors share.
+
+    Args:
+        token_ids: by modality, the token id whose places take its embeddings.
+        tokenizer: must know these tokens.
+
+    Raises:
+        ConfigError: it does not.
+    """
+
+    def __init__(self, token_ids: Mapping[str, int], tokenizer: Any) -> None:
+        self.modalities = frozenset(token_ids)
+        self._token_ids = dict(token_ids)
+        self._tokens = {modality: placeholder_text(tokenizer, modality, i) for modality, i in token_ids.items()}
+
+    def placeholder_token(self, modality: str) -> str:
+        """Return the text that stands for one item of `modality`."""
+        return self._tokens[self._checked(modality)]
+
+    def placeholder_token_id(self, modality: str) -> int:
+        """Return the token id whose places take embeddings of `modality`."""
+        return self._token_ids[self._checked(modality)]
+
+    def _checked(self, modality: str) -> str:
+        if modality not in self._token_ids:
+            raise MediaError(f"modality {modality!r}: this model takes {', '.join(sorted(self.modalities))}")
+        return modality
 
 
 @dataclass(frozen=True)
