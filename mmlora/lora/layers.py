@@ -3,6 +3,7 @@
 A pass without adapters calls the wrapped module and nothing else.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from mmlora.lora.state import LoRAState
 from mmlora.lora.weights import LoRAWeights, ModuleWeights, TokenRows
 
 
-class LoRALayer(nn.Module):
+class LoRALayer(nn.Module, ABC):
     """What all wrappers share: the wrapped module, reachable with all its attributes, and the state of the pass.
 
     Args:
@@ -43,13 +44,13 @@ class LoRALayer(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
 
+    @abstractmethod
     def set_slot(self, slot: int, weights: ModuleWeights) -> None:
         """Put what an adapter changes in this module into a slot."""
-        raise NotImplementedError
 
+    @abstractmethod
     def clear_slot(self, slot: int) -> None:
         """Empty a slot."""
-        raise NotImplementedError
 
     def rows_of(self, num_rows: int) -> RowSegments | None:
         """Return the running pass's assignment of rows to slots."""

@@ -39,11 +39,6 @@ class LoRAState:
         return self._rows.segments if self._rows is not None else None
 
     @property
-    def num_rows(self) -> int:
-        """Tokens of the running forward pass; 0 outside, in `uniform`, and when all rows are base."""
-        return self._rows.num_rows if self._rows is not None else 0
-
-    @property
     def uniform_slot(self) -> int | None:
         """Slot of all rows inside `uniform`, None elsewhere."""
         return self._uniform_slot if self._uniform_slot != BASE_SLOT else None
