@@ -121,8 +121,9 @@ class AttentionMetadata:
             )
             for found in members.values()
         ]
-        long_rows = [span.is_long for span in spans for _ in range(span.start, span.end)]
-        is_long = torch.tensor(long_rows, device=device) if any(long_rows) else None
+        is_long = None
+        if any(span.is_long for span in spans):
+            is_long = torch.tensor([span.is_long for span in spans for _ in range(span.start, span.end)], device=device)
         return cls(kv_cache, write_slots.to(device), groups, is_long)
 
 

@@ -4,6 +4,7 @@ It gathers tokens, media embeddings, positions and KV rows into one flattened ba
 """
 
 import logging
+from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -127,12 +128,11 @@ class ModelRunner:
         token_ids: list[int] = []
         positions: list[int] = []
         starts: list[int] = []
-        slots: list[int] = []
         for item in items:
             starts.append(len(token_ids))
             token_ids += item.seq.token_ids[item.start : item.end]
             positions += range(item.start, item.end)
-            slots += _slots_of(item)
+        segments = _segments(run for item in items for run in _runs_of(item))
         return Batch(
             items,
             torch.tensor(token_ids, device=self.device),
@@ -140,7 +140,7 @@ class ModelRunner:
             AttentionMetadata.build(
                 self.kv_cache, [Span(item.seq.block_table, item.start, item.end, item.seq.is_long) for item in items]
             ),
-            _segments(slots) if any(slot != BASE_SLOT for slot in slots) else None,
+            segments if any(slot != BASE_SLOT for _, _, slot in segments) else None,
             starts,
             own_slot,
         )
@@ -157,7 +157,9 @@ class ModelRunner:
             if self.lora_state is not None and batch.own_slot is not None:
                 stack.enter_context(self.lora_state.uniform(batch.own_slot))
             elif self.lora_state is not None:
-                logit_segments = _segments(_slots_of_rows(rows, batch.segments)) if batch.segments else None
+                logit_segments = (
+                    _segments((1, slot) for slot in _slots_of_rows(rows, batch.segments)) if batch.segments else None
+                )
                 stack.enter_context(self.lora_state.rows(batch.segments, logit_segments))
             output = self.model(
                 inputs_embeds=self._embed(batch)[None],
@@ -237,20 +239,24 @@ def _passes(items: list[ScheduledSequence]) -> dict[int | None, list[ScheduledSe
     return passes
 
 
-def _slots_of(item: ScheduledSequence) -> list[int]:
-    """The slot of each token computed: the base model's for those before the adapter holds."""
+def _runs_of(item: ScheduledSequence) -> list[tuple[int, int]]:
+    """How many of the tokens computed take which slot: the base model's for those before the adapter holds."""
     num_base = min(max(item.seq.adapter_start - item.start, 0), item.num_tokens)
-    return [BASE_SLOT] * num_base + [_slot_of(item)] * (item.num_tokens - num_base)
+    return [(num_base, BASE_SLOT), (item.num_tokens - num_base, _slot_of(item))]
 
 
-def _segments(slots: Rows[int]) -> list[Segment]:
-    """Join neighbouring rows of one slot."""
+def _segments(runs: Iterable[tuple[int, int]]) -> list[Segment]:
+    """Lay runs `(num_rows, slot)` one after the other, neighbours of one slot joined."""
     segments: list[Segment] = []
-    for row, slot in enumerate(slots):
+    end = 0
+    for num_rows, slot in runs:
+        start, end = end, end + num_rows
+        if num_rows == 0:
+            continue
         if segments and segments[-1][2] == slot:
-            segments[-1] = (segments[-1][0], row + 1, slot)
+            segments[-1] = (segments[-1][0], end, slot)
         else:
-            segments.append((row, row + 1, slot))
+            segments.append((start, end, slot))
     return segments
 
 
