@@ -50,6 +50,7 @@ class Family:
     targets: Mapping[str, str]
     placeholder: str
     is_single: bool = False  # transformers' processor takes one item a prompt
+    processor_since: str = "5.17"  # the version of transformers that builds its processor without torchvision
 
 
 def _llava() -> Any:
@@ -198,6 +199,7 @@ FAMILIES: Mapping[str, Family] = {
             "vision_tower": r".*vision_model\..*layers\.\d+\..*(q_proj|out_proj|fc1)",
         },
         "<image>",
+        processor_since="5.23",
     ),
 }
 _ADDED_TOKENS = {"idefics3": ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]}
