@@ -17,6 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
+from mmlora.towers.base import TwoWaySpan
+
 ATTENTION_NAME = "mmlora_paged"
 
 
@@ -53,6 +55,7 @@ class Span:
     start: int
     end: int
     is_long: bool = False  # beyond the length at which longrope changes its factors
+    two_way: tuple[TwoWaySpan, ...] = ()  # that hold tokens of this step
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,12 +67,14 @@ class QueryGroup:
         slots: `[num_seqs, context_len]`, the rows of the cache with their contexts; shorter ones are padded.
         positions: `[num_seqs, query_len]`, where their tokens of this step stand.
         is_even: no context is padded.
+        two_way: spans of the sequence whose tokens all see each other; none where there are several sequences.
     """
 
     rows: torch.Tensor
     slots: torch.Tensor
     positions: torch.Tensor
     is_even: bool
+    two_way: tuple[TwoWaySpan, ...] = ()
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     def mask(self, sliding_window: int | None) -> torch.Tensor | None:
@@ -79,10 +84,20 @@ class QueryGroup:
             return None
         if sliding_window not in self._masks:
             queries, keys = self.positions[:, None, :, None], torch.arange(context_len, device=self.slots.device)
-            self._masks[sliding_window] = keys <= queries
+            seen = keys <= queries
+            for span in self.two_way:
+                seen = seen | (_is_inside(span, queries) & _is_inside(span, keys))
             if sliding_window is not None:
-                self._masks[sliding_window] &= keys > queries - sliding_window
+                seen = seen & (keys > queries - sliding_window)
+                for span in self.two_way:
+                    if span.ignores_window:
+                        seen = seen | (_is_inside(span, queries) & _is_inside(span, keys))
+            self._masks[sliding_window] = seen
         return self._masks[sliding_window]
+
+
+def _is_inside(span: TwoWaySpan, positions: torch.Tensor) -> torch.Tensor:
+    return (positions >= span.start) & (positions < span.end)
 
 
 @dataclass(frozen=True)
@@ -111,13 +126,14 @@ class AttentionMetadata:
         members: dict[object, list[int]] = defaultdict(list)
         for index, span in enumerate(spans):
             # Contexts that differ by less than a factor of two share a group: little is computed in vain.
-            members[index if span.end - span.start > 1 else f"2^{span.end.bit_length()}"].append(index)
+            members[index if span.end - span.start > 1 or span.two_way else f"2^{span.end.bit_length()}"].append(index)
         groups = [
             QueryGroup(
                 torch.tensor([row for i in found for row in range(first_rows[i], first_rows[i + 1])], device=device),
                 pad_sequence([slots[i] for i in found], batch_first=True).to(device),
                 torch.tensor([list(range(spans[i].start, spans[i].end)) for i in found], device=device),
                 is_even=len({spans[i].end for i in found}) == 1,
+                two_way=spans[found[0]].two_way,
             )
             for found in members.values()
         ]

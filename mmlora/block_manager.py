@@ -8,6 +8,7 @@ import hashlib
 from collections import OrderedDict
 
 from mmlora.sequence import Sequence
+from mmlora.towers.base import TwoWaySpan
 
 
 class BlockManager:
@@ -108,4 +109,16 @@ class BlockManager:
             for item in seq.media
             if item.start < end and item.end > start
         ]
-        return hashlib.sha256(repr((parent, adapter, ("tokens", seq.token_ids[start:end]), media)).encode()).digest()
+        # Tokens that see beyond the block depend on all that they see.
+        two_way = [
+            ("two-way", seq.token_ids[span.start : span.end], span.start - start, _media_of(seq, span, start))
+            for span in seq.two_way_between(start, end)
+        ]
+        content = (parent, adapter, ("tokens", seq.token_ids[start:end]), media, two_way)
+        return hashlib.sha256(repr(content).encode()).digest()
+
+
+def _media_of(seq: Sequence, span: TwoWaySpan, start: int) -> list[object]:
+    return [
+        (item.encoder_key, item.start - start) for item in seq.media if item.start < span.end and item.end > span.start
+    ]

@@ -18,13 +18,13 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 from mmlora.config import EngineArgs
 from mmlora.environment import parse_bool
 from mmlora.errors import AdapterError, ConfigError, MMLoRAError
+from mmlora.families import get_towers
 from mmlora.lora.files import read_adapter, resolve_adapter_path
 from mmlora.lora.inspection import inspect_adapter
 from mmlora.lora.module_index import ModuleIndex
 from mmlora.model_loader import CONFIG_FILES, load_config, load_meta_model, resolve_model_path
 from mmlora.server.launch import ServerArgs, serve
 from mmlora.server.models import LoRAModule
-from mmlora.towers.registry import get_towers
 
 ENV_PREFIX = "MMLORA_"
 ASSISTANT_NAME = "assistant"

@@ -15,6 +15,7 @@ from mmlora.config import EngineArgs
 from mmlora.decoder_check import check_decoder
 from mmlora.detokenizer import Detokenizer
 from mmlora.errors import ConfigError
+from mmlora.families import get_processor, get_towers
 from mmlora.inputs import InputProcessor
 from mmlora.longrope import replace_longrope
 from mmlora.lora.adapter import Adapter
@@ -38,11 +39,9 @@ from mmlora.model_loader import (
 )
 from mmlora.model_runner import ModelRunner
 from mmlora.policy import parse_defaults
-from mmlora.processors.registry import get_processor
 from mmlora.scheduler import Scheduler
 from mmlora.sequence import Request, Sequence
 from mmlora.towers.encoder import MediaEncoder
-from mmlora.towers.registry import get_towers
 
 DEFAULT_CPU_KV_BYTES = 2**30
 DEFAULT_LORA_IDS = 2**62  # ids of default adapters start here, far from those that callers choose

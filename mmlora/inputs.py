@@ -20,7 +20,7 @@ from mmlora.processors.media import check_counts, load_media
 from mmlora.processors.placeholders import PlaceholderRange, expand_placeholders
 from mmlora.sampling_params import SamplingParams
 from mmlora.sequence import EngineInput, MediaInput
-from mmlora.towers.base import Towers
+from mmlora.towers.base import PromptLayout, Towers
 from mmlora.towers.encoder import encoder_key
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "multi_modal_data", "mm_processor_kwargs")
@@ -102,6 +102,9 @@ class InputProcessor:
             item = processed[place.media_index]
             mode = self._towers.mode(item.modality, modalities)
             media.append(MediaInput(item, place.start, mode, encoder_key(item, mode, media_digest)))
+        layout = PromptLayout()
+        if self._towers is not None:
+            layout = self._towers.layout(token_ids, [(item.start, item.media) for item in media])
         room = self.max_model_len - len(token_ids)
         return EngineInput(
             request_id=request_id,
@@ -114,6 +117,7 @@ class InputProcessor:
             lora_request=lora_request,
             max_tokens=min(params.max_tokens or room, room),
             adapter_start=adapter_start,
+            layout=layout,
         )
 
     def _tokenize(self, fields: Mapping[str, Any]) -> tuple[str | None, list[int]]:

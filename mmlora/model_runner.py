@@ -49,7 +49,7 @@ class Batch:
 
     items: list[ScheduledSequence]
     input_ids: torch.Tensor  # [num_tokens]
-    positions: torch.Tensor  # [num_tokens]
+    positions: torch.Tensor  # [1, num_tokens], or [3, 1, num_tokens]: time, height, width
     attention: AttentionMetadata
     segments: list[Segment] | None  # over all rows, None without adapters
     starts: list[int]  # first row of each item
@@ -126,19 +126,31 @@ class ModelRunner:
     def _prepare(self, items: list[ScheduledSequence], own_slot: int | None = None) -> Batch:
         items = sorted(items, key=_slot_of)
         token_ids: list[int] = []
-        positions: list[int] = []
+        num_rows = self.encoder.towers.num_position_rows if self.encoder is not None else 1
+        positions: list[list[int]] = [[] for _ in range(num_rows)]
         starts: list[int] = []
         for item in items:
             starts.append(len(token_ids))
             token_ids += item.seq.token_ids[item.start : item.end]
-            positions += range(item.start, item.end)
+            for index, row in enumerate(positions):
+                row += item.seq.positions(item.start, item.end, index)
         segments = _segments(run for item in items for run in _runs_of(item))
         return Batch(
             items,
             torch.tensor(token_ids, device=self.device),
-            torch.tensor(positions, device=self.device),
+            torch.tensor(positions if num_rows == 1 else [[row] for row in positions], device=self.device),
             AttentionMetadata.build(
-                self.kv_cache, [Span(item.seq.block_table, item.start, item.end, item.seq.is_long) for item in items]
+                self.kv_cache,
+                [
+                    Span(
+                        item.seq.block_table,
+                        item.start,
+                        item.end,
+                        item.seq.is_long,
+                        item.seq.two_way_between(item.start, item.end),
+                    )
+                    for item in items
+                ],
             ),
             segments if any(slot != BASE_SLOT for _, _, slot in segments) else None,
             starts,
@@ -153,6 +165,9 @@ class ModelRunner:
         """
         rows = [row for item, start in zip(batch.items, batch.starts, strict=True) for row in _logit_rows(item, start)]
         with ExitStack() as stack:
+            embeds, deep = self._embed(batch)
+            if self.encoder is not None and deep is not None:
+                stack.enter_context(self.encoder.towers.deepstack(*deep))
             stack.enter_context(attention_context(batch.attention))
             if self.lora_state is not None and batch.own_slot is not None:
                 stack.enter_context(self.lora_state.uniform(batch.own_slot))
@@ -162,28 +177,38 @@ class ModelRunner:
                 )
                 stack.enter_context(self.lora_state.rows(batch.segments, logit_segments))
             output = self.model(
-                inputs_embeds=self._embed(batch)[None],
-                position_ids=batch.positions[None],
+                inputs_embeds=embeds[None],
+                position_ids=batch.positions,
                 use_cache=False,
                 logits_to_keep=torch.tensor(rows, dtype=torch.long, device=self.device),
             )
         return rows, output.logits[0].float()
 
-    def _embed(self, batch: Batch) -> torch.Tensor:
-        """`[num_tokens, hidden_size]`: token embeddings, and media embeddings at their placeholders."""
+    def _embed(self, batch: Batch) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """Gather token embeddings, and media embeddings at their placeholders.
+
+        Returns:
+            `[num_tokens, hidden_size]`, and what `Towers.deepstack` takes where media have features for deeper layers.
+        """
         embedding = self.model.get_input_embeddings()
         # Placeholder ids may lie outside the vocabulary; their rows are overwritten below.
         is_known = batch.input_ids < embedding.weight.shape[0]
         embeds: torch.Tensor = embedding(torch.where(is_known, batch.input_ids, 0))
+        hidden_size = embeds.shape[1]
+        is_deep, deep = torch.zeros_like(is_known), []
         for item, first_row in zip(batch.items, batch.starts, strict=True):
             for index, media in enumerate(item.seq.media):
                 start, end = max(media.start, item.start), min(media.end, item.end)
                 if start < end:
                     rows, places = _embeds_between(item.seq.media_embeds[index], media, start, end)
-                    embeds[places + (first_row - item.start)] = rows.to(embeds.dtype)
+                    places += first_row - item.start
+                    embeds[places] = rows[:, :hidden_size].to(embeds.dtype)
+                    if rows.shape[1] > hidden_size:
+                        is_deep[places] = True
+                        deep.append(rows[:, hidden_size:])
                 if media.end <= item.end:
                     item.seq.media_embeds.pop(index, None)
-        return embeds
+        return embeds, (is_deep, torch.cat(deep)) if deep else None
 
     def _take_prompt_logprobs(self, batch: Batch, rows: list[int], logits: torch.Tensor) -> None:
         index_of = {row: index for index, row in enumerate(rows)}

@@ -49,7 +49,10 @@ class _Step:
         self.budget -= num_tokens
 
     def max_tokens(self, seq: Sequence, start: int) -> int:
-        return min(len(seq.token_ids) - start, self.budget)
+        """How many tokens from `start` on; more than are left where an image may not be split."""
+        if self.budget <= 0:
+            return 0
+        return seq.whole_chunk_end(start, min(len(seq.token_ids), start + self.budget)) - start
 
     def drop(self, seq: Sequence) -> None:
         item = self.items.pop(seq, None)
@@ -59,11 +62,12 @@ class _Step:
 class Scheduler:
     """Continuous batching with chunked prefill, preemption by recompute, and fair shares for adapters and the base.
 
-    A step holds at most `max_num_seqs` sequences, `max_num_batched_tokens` tokens and as many distinct adapters as
-    there are slots. It decodes first. With the tokens that are left, prompts of the base model and prompts of adapters
-    take turns in coming first; the side whose turn it is keeps it until it could use it, and while it lacks blocks
-    nobody starts, so that neither starves. Up to three quarters of `max_num_seqs` are the base model's whenever it
-    asks: adapter sequences leave these places free for it, and the youngest one is preempted if need be.
+    A step holds at most `max_num_seqs` sequences, `max_num_batched_tokens` tokens (more where an image may not be
+    split) and as many distinct adapters as there are slots. It decodes first. With the tokens that are left, prompts of
+    the base model and prompts of adapters take turns in coming first; the side whose turn it is keeps it until it could
+    use it, and while it lacks blocks nobody starts, so that neither starves. Up to three quarters of `max_num_seqs` are
+    the base model's whenever it asks: adapter sequences leave these places free for it, and the youngest one is
+    preempted if need be.
 
     Adapter sequences start oldest first; one whose adapter finds no slot is passed over. After `MAX_WAIT_STEPS` steps
     it is overdue, and a younger sequence then starts only if it waited already when its adapter got its slot, and was

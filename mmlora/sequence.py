@@ -3,6 +3,7 @@
 A request has `n` sequences, one per answer. The scheduler moves sequences; the model runner appends tokens.
 """
 
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -16,6 +17,7 @@ from mmlora.lora.request import LoRARequest
 from mmlora.outputs import LoRAChoice, TokenLogprobs
 from mmlora.processors.base import ProcessedMedia
 from mmlora.sampling_params import SamplingParams
+from mmlora.towers.base import PromptLayout, TwoWaySpan
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class EngineInput:
     lora_request: LoRARequest | LoRAMix | None
     max_tokens: int
     adapter_start: int = 0  # first token that the adapter changes; later than 0 for an activated LoRA
+    layout: PromptLayout = PromptLayout()
 
 
 class Status(Enum):
@@ -127,6 +130,30 @@ class Sequence:
     def media(self) -> tuple[MediaInput, ...]:
         """The prompt's media items."""
         return self.request.input.media
+
+    @property
+    def layout(self) -> PromptLayout:
+        """Positions of the prompt's tokens, and which of them see more than those before them."""
+        return self.request.input.layout
+
+    def positions(self, start: int, end: int, row: int) -> Items[int]:
+        """Rotary positions of the tokens `[start, end)`, one row of them."""
+        layout = self.layout
+        if layout.positions is None:
+            return range(start, end)
+        prompt = layout.positions[row][start:end]
+        return [*prompt, *range(start + len(prompt) + layout.shift, end + layout.shift)]
+
+    def two_way_between(self, start: int, end: int) -> tuple[TwoWaySpan, ...]:
+        """Spans that hold some of the tokens `[start, end)`."""
+        return tuple(span for span in self.layout.two_way if span.start < end and start < span.end)
+
+    def whole_chunk_end(self, start: int, end: int) -> int:
+        """Where a chunk from `start` to about `end` may end: not inside a span whose tokens all see each other."""
+        for span in self.two_way_between(end - 1, end + 1):
+            if span.start < end < span.end:
+                return span.start if span.start > start else span.end
+        return end
 
     @property
     def num_prompt_tokens(self) -> int:

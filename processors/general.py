@@ -13,11 +13,12 @@ from typing import Any, Final
 import torch
 from transformers import PretrainedConfig
 
-from mmlora.errors import ConfigError, MediaError, RequestError
+from mmlora.errors import MediaError, RequestError
 from mmlora.processors.audio import RESAMPLER, resample
 from mmlora.processors.base import ProcessedMedia
 from mmlora.processors.items import AudioItem, MediaItem
 from mmlora.processors.placeholders import Placeholders, placeholder_id
+from mmlora.processors.pretrained import load_processor
 
 TEXT_KEYS: Final = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 FAILURES: Final = (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError, AttributeError)
@@ -36,7 +37,7 @@ class GeneralProcessor(Placeholders):
     """
 
     def __init__(self, config: PretrainedConfig, model_path: str | Path, tokenizer: Any) -> None:
-        self._processor = _load(Path(model_path))
+        self._processor = load_processor(config, Path(model_path), tokenizer)
         found = {"image": "image_processor", "audio": "feature_extractor"}
         self._parts = {modality: getattr(self._processor, name, None) for modality, name in found.items()}
         token_ids = {
@@ -90,12 +91,3 @@ class GeneralProcessor(Placeholders):
             takes = ", ".join(allowed) or "none"
             raise RequestError(f"unknown processor option {', '.join(unknown)}: allowed are {takes}")
         return dict(options) if modality == "image" else {}
-
-
-def _load(path: Path) -> Any:
-    from transformers import AutoProcessor
-
-    try:
-        return AutoProcessor.from_pretrained(path)  # type: ignore[no-untyped-call]
-    except (*FAILURES, OSError, ImportError, KeyError) as error:
-        raise ConfigError(f"{path} has no processor that runs here: {error}") from error

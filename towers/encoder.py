@@ -51,7 +51,7 @@ class MediaEncoder:
     """
 
     def __init__(self, towers: Towers, lora_state: LoRAState | None, max_bytes: int) -> None:
-        self._towers = towers
+        self.towers = towers
         self._lora_state = lora_state
         self._max_bytes = max_bytes
         self._cache: OrderedDict[EncoderKey, torch.Tensor] = OrderedDict()
@@ -89,10 +89,10 @@ class MediaEncoder:
         items = [job.media for job in jobs]
         try:
             if self._lora_state is None:
-                embeds = self._towers.encode(first.media.modality, first.mode, items)
+                embeds = self.towers.encode(first.media.modality, first.mode, items)
             else:
                 with self._lora_state.uniform(first.slot):
-                    embeds = self._towers.encode(first.media.modality, first.mode, items)
+                    embeds = self.towers.encode(first.media.modality, first.mode, items)
             for item, rows in zip(items, embeds, strict=True):
                 if rows.shape[0] != item.num_embeds:
                     raise ValueError(f"the tower gives {rows.shape[0]} embeddings for {item.num_embeds} placeholders")

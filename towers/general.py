@@ -1,12 +1,14 @@
 """`GeneralTowers`: any family with `get_image_features` or `get_audio_features` in `transformers`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from mmlora.processors.base import ProcessedMedia
+from mmlora.towers.base import PromptLayout
 
 FEATURES = {"image": "get_image_features", "audio": "get_audio_features"}
 TOWERS = {"vision_config": "vision_tower", "audio_config": "audio_tower", "encoder_config": "audio_tower"}
@@ -20,15 +22,17 @@ class GeneralTowers:
     """
 
     def __init__(self, model: Any) -> None:
+        self.model = model
         inner = getattr(model, "model", model)
-        owners = (model, inner)
         self._encoders = {
             modality: getattr(owner, name)
             for modality, name in FEATURES.items()
-            for owner in owners[::-1]
+            for owner in (inner, model)
             if hasattr(owner, name)
         }
         self.modalities = frozenset(self._encoders)
+        self._rope_index = getattr(inner, "get_rope_index", None)
+        self.num_position_rows = 3 if self._rope_index is not None else 1
         self._parts = _parts(model)
 
     def part_of(self, module_name: str) -> str:
@@ -41,21 +45,59 @@ class GeneralTowers:
         """Return the modality: it is encoded alike whatever stands beside it."""
         return modality
 
+    def layout(self, token_ids: Sequence[int], media: Sequence[tuple[int, ProcessedMedia]]) -> PromptLayout:
+        """See `Towers.layout`; the positions are the model's own where it has `get_rope_index`."""
+        if self._rope_index is None or not media:
+            return PromptLayout()
+        positions, _ = self._rope_index(torch.tensor([token_ids]), **self.rope_arguments(token_ids, media))
+        shift = int(positions.max()) + 1 - len(token_ids)
+        return PromptLayout(tuple(map(tuple, positions[:, 0].tolist())), shift)
+
+    def rope_arguments(
+        self, token_ids: Sequence[int], media: Sequence[tuple[int, ProcessedMedia]]
+    ) -> dict[str, torch.Tensor]:
+        """Return what `get_rope_index` takes beside the token ids."""
+        kinds = torch.zeros(1, len(token_ids), dtype=torch.int)
+        for start, item in media:
+            kinds[0, torch.tensor(places_of(item)) + start] = 1
+        return {"mm_token_type_ids": kinds, **_joined(media, "image_grid_thw")}
+
     def encode(self, modality: str, mode: str, items: Sequence[ProcessedMedia]) -> list[torch.Tensor]:
         """See `Towers.encode`."""
-        parameter = next(self._encoders[modality].__self__.parameters())
+        parameter = next(self.model.parameters())
         tensors = {}
         for name in items[0].tensors:
             joined = torch.cat([item.tensors[name] for item in items]).to(parameter.device)
             tensors[name] = joined.to(parameter.dtype) if joined.is_floating_point() else joined
-        features = self._encoders[modality](**tensors).pooler_output
-        return list(torch.split(_flat(features), [item.num_embeds for item in items]))
+        return list(torch.split(self.features(modality, tensors), [item.num_embeds for item in items]))
+
+    def features(self, modality: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the features of all items, one after the other: `[num_embeds, hidden_size]`, or more columns."""
+        return flat(self.encoder_output(modality, tensors).pooler_output)
+
+    def encoder_output(self, modality: str, tensors: Mapping[str, torch.Tensor]) -> Any:
+        """Return what the model's own function makes of some items."""
+        return self._encoders[modality](**tensors)
+
+    def deepstack(self, mask: torch.Tensor, features: torch.Tensor) -> AbstractContextManager[None]:
+        """Feed nothing: this model has features of its first layer only."""
+        return nullcontext()
 
 
-def _flat(features: Any) -> torch.Tensor:
+def flat(features: Any) -> torch.Tensor:
     """Join what a family returns, a list of items or one tensor, into `[num_embeds, hidden_size]`."""
     parts = features if isinstance(features, list | tuple) else [features]
     return torch.cat([part.flatten(0, -2) for part in parts])
+
+
+def places_of(item: ProcessedMedia) -> Sequence[int]:
+    """Return which of an item's tokens take an embedding."""
+    return item.places if item.places is not None else range(item.num_tokens)
+
+
+def _joined(media: Sequence[tuple[int, ProcessedMedia]], name: str) -> dict[str, torch.Tensor]:
+    found = [item.tensors[name] for _, item in media if name in item.tensors]
+    return {name: torch.cat(found)} if found else {}
 
 
 def _parts(model: nn.Module) -> dict[str, str]:

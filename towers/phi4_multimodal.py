@@ -6,11 +6,13 @@ Source: https://huggingface.co/microsoft/Phi-4-multimodal-instruct
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from mmlora.processors.base import ProcessedMedia
+from mmlora.towers.base import PromptLayout
 
 PREFIX = "model.embed_tokens_extend."
 PARTS = {
@@ -28,6 +30,7 @@ class Phi4MultimodalTowers:
     """
 
     modalities = frozenset({"audio", "image"})
+    num_position_rows = 1
 
     def __init__(self, model: Any) -> None:
         self._extend = model.model.embed_tokens_extend
@@ -47,6 +50,14 @@ class Phi4MultimodalTowers:
         if modality == "audio":
             return "vision" if "image" in modalities else "speech"
         return modality
+
+    def layout(self, token_ids: Sequence[int], media: Sequence[tuple[int, ProcessedMedia]]) -> PromptLayout:
+        """Return the plain layout: causal, positions from 0."""
+        return PromptLayout()
+
+    def deepstack(self, mask: torch.Tensor, features: torch.Tensor) -> AbstractContextManager[None]:
+        """Feed nothing: this model has features of its first layer only."""
+        return nullcontext()
 
     def encode(self, modality: str, mode: str, items: Sequence[ProcessedMedia]) -> list[torch.Tensor]:
         """See `Towers.encode`."""

@@ -9,10 +9,10 @@ from transformers import LlamaConfig, Phi4MultimodalFeatureExtractor
 from transformers.models.phi4_multimodal.modeling_phi4_multimodal import Phi4MultimodalAudioEmbedding
 
 from mmlora.errors import ConfigError, MediaError, RequestError
+from mmlora.families import get_processor
 from mmlora.processors.media import load_media
 from mmlora.processors.phi4_images import ImageSettings
 from mmlora.processors.phi4_multimodal import Phi4MultimodalProcessor
-from mmlora.processors.registry import get_processor
 
 
 @pytest.fixture

@@ -1,0 +1,88 @@
+"""The one table of model families: what each takes, and what stands between its media and its decoder.
+
+Nothing else asks for a `model_type` or the name of a class.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from mmlora.processors.base import MultiModalProcessor
+from mmlora.processors.general import GeneralProcessor
+from mmlora.processors.granite_speech import GraniteSpeechProcessor
+from mmlora.processors.phi4_multimodal import Phi4MultimodalProcessor
+from mmlora.towers.base import Towers
+from mmlora.towers.deepstack import Granite4VisionTowers, Qwen3VLTowers
+from mmlora.towers.general import GeneralTowers
+from mmlora.towers.phi4_multimodal import Phi4MultimodalTowers
+
+ProcessorFactory = Callable[[PretrainedConfig, Path, Any], MultiModalProcessor]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models.
+
+    Attributes:
+        name: what people call it.
+        modalities: that it takes beside text.
+        processor, towers: of its media.
+    """
+
+    name: str
+    modalities: tuple[str, ...] = ()
+    processor: ProcessorFactory = GeneralProcessor
+    towers: Callable[[Any], Towers] = GeneralTowers
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family("Llama"),
+    "mistral": Family("Mistral"),
+    "qwen2": Family("Qwen2"),
+    "qwen3": Family("Qwen3"),
+    "granite": Family("Granite"),
+    "phi3": Family("Phi-3, Phi-4"),
+    "gemma2": Family("Gemma 2"),
+    "gemma3_text": Family("Gemma 3 (text)"),
+    "mixtral": Family("Mixtral"),
+    "qwen3_moe": Family("Qwen3-MoE"),
+    "granitemoe": Family("GraniteMoE"),
+    "granite_speech": Family("Granite Speech", ("audio",), GraniteSpeechProcessor),
+    "audioflamingo3": Family("Audio Flamingo 3", ("audio",)),
+    "llava": Family("LLaVA", ("image",)),
+    "llava_next": Family("LLaVA-NeXT", ("image",)),
+    "qwen2_vl": Family("Qwen2-VL", ("image",)),
+    "qwen2_5_vl": Family("Qwen2.5-VL", ("image",)),
+    "qwen3_vl": Family("Qwen3-VL", ("image",), towers=Qwen3VLTowers),
+    "idefics3": Family("Idefics3", ("image",)),
+    "smolvlm": Family("SmolVLM", ("image",)),
+    "internvl": Family("InternVL", ("image",)),
+    "granite4_vision": Family("Granite 4 Vision", ("image",), towers=Granite4VisionTowers),
+    "phi4_multimodal": Family("Phi-4-multimodal", ("audio", "image"), Phi4MultimodalProcessor, Phi4MultimodalTowers),
+}
+
+
+def get_processor(config: PretrainedConfig, model_path: str | Path, tokenizer: Any) -> MultiModalProcessor | None:
+    """Build the processor of a model, or return None for one that takes only text.
+
+    Args:
+        config: the model's configuration.
+        model_path: its local directory (for a Hub id, the snapshot folder).
+        tokenizer: its tokenizer, which must know the placeholder tokens.
+
+    Raises:
+        ConfigError: the preprocessor files or the tokenizer do not fit the model.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None or not family.modalities:
+        return None
+    return family.processor(config, Path(model_path), tokenizer)
+
+
+def get_towers(model: Any) -> Towers | None:
+    """Return the towers of a loaded `transformers` model, None for a text-only one."""
+    family = FAMILIES.get(model.config.model_type)
+    return family.towers(model) if family is not None and family.modalities else None
