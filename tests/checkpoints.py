@@ -82,8 +82,12 @@ PHI4_ADAPTERS: Mapping[str, AdapterSpec] = {
 }
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, and the special tokens first; any text round-trips."""
+def build_tokenizer(tokens: Mapping[str, str] | None = None) -> PreTrainedTokenizerFast:
+    """One token per byte, and the special tokens first; any text round-trips.
+
+    Args:
+        tokens: special tokens of a family's own, by attribute; they come last.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
     tokenizer = Tokenizer(models.BPE(vocab, []))
@@ -97,6 +101,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<|endoftext|>",
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
+        **({"extra_special_tokens": dict(tokens)} if tokens else {}),
     )
 
 

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 from mmlora import LLM
 from tests.checkpoints import AdapterSpec, save_adapter
 from tests.equality import Case, Checkpoint, check_cases, check_equal, greedy, recorded_logits
-from tests.families import FAMILIES, FamilyReference, save_family, targets_of
+from tests.families.reference import FamilyReference
+from tests.families.table import FAMILIES, save_family, targets_of
 from tests.media import clip, picture
 from tests.reference import Media
 
@@ -42,7 +43,7 @@ def family_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
                 for seed, part in enumerate(FAMILIES[family].targets, start=1)
             }
             adapters["all"] = save_adapter(path, folder / "all", AdapterSpec(targets_of(family), 9, 2))
-            known[family] = Checkpoint(path, adapters, FamilyReference(path))
+            known[family] = Checkpoint(path, adapters, FamilyReference(path, FAMILIES[family]))
         return known[family]
 
     return build

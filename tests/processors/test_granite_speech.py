@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 from mmlora.errors import MediaError, RequestError
 from mmlora.processors.granite_speech import GraniteSpeechProcessor
 from mmlora.processors.items import AudioItem
-from tests.families import save_family
+from tests.families.table import save_family
 from tests.processors import granite_features
 
 

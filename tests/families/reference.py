@@ -1,0 +1,80 @@
+"""transformers + PEFT as the reference of a family: its own processor, and everything anew for each token."""
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from tests.checkpoints import AUDIO_ID, load_reference
+from tests.families.spec import Family
+from tests.processors import granite_features
+from tests.reference import NUM_TOKENS, Media, ReferenceOutput
+
+
+class FamilyReference:
+    """A checkpoint as transformers and PEFT run it: its own processor, and everything anew for each token.
+
+    Args:
+        path: of the checkpoint.
+        family: whose processor is built as the test table says, not from the checkpoint's files.
+    """
+
+    def __init__(self, path: Path, family: Family) -> None:
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        self._processor = family.processor(self.tokenizer) if family.processor is not None else None
+        self._token_kinds = family.token_kinds
+        self._base: PreTrainedModel = load_reference(path)
+        self._models: dict[Path | None, Any] = {None: self._base}
+
+    @torch.inference_mode()
+    def generate(
+        self, prompt: str, media: Media | None = None, adapter: Path | None = None, max_tokens: int = NUM_TOKENS
+    ) -> ReferenceOutput:
+        """Continue a prompt greedily, never stopping early."""
+        if adapter not in self._models:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._models[adapter] = PeftModel.from_pretrained(copy.deepcopy(self._base), adapter).eval()
+        inputs = self._inputs(prompt, media or Media())
+        ids = inputs.pop("input_ids")
+        prompt_ids = ids[0].tolist()
+        kinds = {name: inputs.pop(name) for name in self._token_kinds if name in inputs}
+        tensors = {name: value for name, value in inputs.items() if name not in ("attention_mask", "token_type_ids")}
+        for _ in range(max_tokens):
+            logits = self._models[adapter](input_ids=ids, use_cache=False, **tensors, **kinds).logits[0].float()
+            ids = torch.cat([ids, logits[-1:].argmax(-1, keepdim=True)], dim=1)
+            kinds = {
+                name: pad(kinds[name], (0, 1), value=kind) for name, kind in self._token_kinds.items() if name in kinds
+            }
+        return ReferenceOutput(prompt_ids, ids[0, len(prompt_ids) :].tolist(), logits)
+
+    def _inputs(self, prompt: str, media: Media) -> dict[str, Any]:
+        arguments = _arguments(media)
+        if arguments and self._processor is not None:
+            return dict(self._processor(text=prompt, return_tensors="pt", **arguments))
+        ids, tensors = self.tokenizer(prompt).input_ids, {}
+        if media.audios:  # of equal lengths
+            features = [granite_features.features(samples) for samples, _ in media.audios]
+            count = granite_features.num_embeds(len(media.audios[0][0]))
+            ids = [token for known in ids for token in [known] * (count if known == AUDIO_ID else 1)]
+            tensors = {
+                "input_features": torch.cat(features),
+                "input_features_mask": torch.ones(len(features), count, dtype=torch.bool),
+            }
+        return {"input_ids": torch.tensor([ids]), **tensors}
+
+
+def _arguments(media: Media) -> dict[str, Any]:
+    arguments: dict[str, Any] = {}
+    if media.images:
+        arguments["images"] = list(media.images)
+    if media.audios:
+        arguments["audio"] = [samples for samples, _ in media.audios]
+        arguments["sampling_rate"] = media.audios[0][1]
+    return arguments

@@ -1,0 +1,50 @@
+"""All families of tiny multimodal checkpoints, each with its own processor."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from mmlora.lora.adapter import PARTS
+from tests.checkpoints import _draw_weights, build_tokenizer
+from tests.families.audio import AUDIO_FAMILIES
+from tests.families.image import IMAGE_FAMILIES
+from tests.families.spec import Family
+
+FAMILIES: Mapping[str, Family] = {**AUDIO_FAMILIES, **IMAGE_FAMILIES}
+
+
+def targets_of(family: str, *parts: str) -> str:
+    """`target_modules` of some parts of a family; of all that it has by default."""
+    found = FAMILIES[family].targets
+    return "|".join(f"({found[part]})" for part in parts or PARTS if part in found)
+
+
+def save_family(path: Path, family: str, seed: int = 0) -> Path:
+    """Write a tiny model of a family with its tokenizer and processor."""
+    spec = FAMILIES[family]
+    tokenizer = build_tokenizer(spec.tokens)
+    config = spec.config(tokenizer)
+    torch.manual_seed(seed)
+    model = getattr(transformers, spec.model_class)(config)
+    _draw_weights(model, torch.Generator().manual_seed(seed))
+    model.generation_config.eos_token_id = 4
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    if spec.processor is not None:
+        save_processor(spec.processor(tokenizer), path)
+    return path
+
+
+def save_processor(processor: Any, path: Path) -> None:
+    """Write a processor's settings and those of its parts; `save_pretrained` fails where one of them is None."""
+    name = next(base.__name__ for base in type(processor).__mro__ if base.__name__ != "Built")
+    settings = {key: value for key, value in processor.to_dict().items() if not key.endswith("processor")}
+    for part in ("image_processor", "feature_extractor"):
+        if getattr(processor, part, None) is not None:
+            getattr(processor, part).save_pretrained(path)
+    settings = {key: value for key, value in settings.items() if key != "feature_extractor"}
+    (path / "processor_config.json").write_text(json.dumps({**settings, "processor_class": name}))
