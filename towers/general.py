@@ -1,5 +1,6 @@
 """`GeneralTowers`: any family with `get_image_features` or `get_audio_features` in `transformers`."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,6 +12,7 @@ from mmlora.processors.base import ProcessedMedia
 from mmlora.towers.base import PromptLayout
 
 FEATURES = {"image": "get_image_features", "audio": "get_audio_features"}
+CONNECTOR = re.compile(r"merger|projector")  # where a family has it inside a tower
 TOWERS = {"vision_config": "vision_tower", "audio_config": "audio_tower", "encoder_config": "audio_tower"}
 
 
@@ -37,6 +39,8 @@ class GeneralTowers:
 
     def part_of(self, module_name: str) -> str:
         """See `Towers.part_of`."""
+        if CONNECTOR.search(module_name):
+            return "connector"
         prefixes = (prefix for prefix in self._parts if f"{module_name}.".startswith(prefix))
         longest = max(prefixes, key=len, default=None)
         return self._parts[longest] if longest is not None else "connector"

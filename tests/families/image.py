@@ -6,7 +6,7 @@ from typing import Any
 import transformers
 
 from tests.checkpoints import IMAGE_ID
-from tests.families.spec import TEXT, VISION, Family
+from tests.families.spec import TEXT, VISION, Family, without_video
 
 
 def _llava(tokenizer: Any) -> Any:
@@ -51,6 +51,80 @@ def _idefics3_processor(tokenizer: Any) -> Any:
     return processor
 
 
+_QWEN_TOKENS = {
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "vision_start_token": "<|vision_start|>",
+    "vision_end_token": "<|vision_end|>",
+}
+_QWEN_VISION: dict[str, Any] = {"depth": 3, "num_heads": 2, "patch_size": 7, "spatial_merge_size": 2}
+
+
+def _qwen_vl(name: str, vision: Mapping[str, Any], **text: Any) -> Callable[[Any], Any]:
+    def build(tokenizer: Any) -> Any:
+        ids = {f"{key}_id": tokenizer.convert_tokens_to_ids(token) for key, token in _QWEN_TOKENS.items()}
+        rope = {"rope_type": "default", "mrope_section": [1, 2, 1], "rope_theta": 10000.0}
+        return getattr(transformers, f"{name}Config")(
+            vision_config={**_QWEN_VISION, **vision},
+            text_config={**TEXT, "rope_parameters": {**rope, **text.pop("rope", {})}, **text},
+            **ids,
+        )
+
+    return build
+
+
+def _qwen_vl_processor(name: str) -> Callable[[Any], Any]:
+    def build(tokenizer: Any) -> Any:
+        sizes = {"shortest_edge": 14 * 14, "longest_edge": 14 * 14 * 9}
+        pil = transformers.Qwen2VLImageProcessorPil(size=sizes, patch_size=7, merge_size=2)
+        return without_video(getattr(transformers, f"{name}Processor"), pil, tokenizer, None)
+
+    return build
+
+
+def _internvl(tokenizer: Any) -> Any:
+    vision = {**VISION, "image_size": [28, 28], "patch_size": [7, 7]}
+    return transformers.InternVLConfig(
+        vision_config=vision,
+        text_config=transformers.Qwen2Config(**TEXT),
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+    )
+
+
+def _internvl_processor(tokenizer: Any) -> Any:
+    sizes = {"size": {"height": 28, "width": 28}, "min_patches": 1, "max_patches": 3, "crop_to_patches": True}
+    pil = transformers.GotOcr2ImageProcessorPil(**sizes)
+    return without_video(transformers.InternVLProcessor, pil, tokenizer, None, image_seq_length=4)
+
+
+def _granite4_vision(tokenizer: Any) -> Any:
+    vision = {"model_type": "siglip_vision_model", **VISION, "hidden_size": 64, "num_attention_heads": 2}
+    text = {**TEXT, "num_hidden_layers": 4, "embedding_multiplier": 2.0, "logits_scaling": 3.0}
+    return transformers.Granite4VisionConfig(
+        vision_config=vision,
+        text_config={**text, "attention_multiplier": 0.3, "residual_multiplier": 0.7},
+        image_token_index=IMAGE_ID,
+        image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]],
+        downsample_rate="1/2",
+        deepstack_layer_map=[[-2, 0], [-1, 1]],
+        spatial_vision_layer=-1,
+        spatial_target_layers=[1, 2, 3, 3],
+        vision_feature_select_strategy="full",
+        qformer_config={"num_hidden_layers": 1, "intermediate_size": 32, "cross_attention_frequency": 1},
+    )
+
+
+def _granite4_vision_processor(tokenizer: Any) -> Any:
+    grid, sizes = [[28, 56], [56, 28], [56, 56]], {"height": 28, "width": 28}
+    pil = transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": 28}, crop_size=sizes, image_grid_pinpoints=grid
+    )
+    return transformers.Granite4VisionProcessor(
+        pil, tokenizer, 7, "full", image_token="<|image|>", downsample_rate="1/2"
+    )
+
+
 _CLIP_TARGETS = {
     "language_model": r".*language_model\.layers\.\d+\..*(q|v|down)_proj",
     "connector": r".*multi_modal_projector\.linear_[12]",
@@ -86,5 +160,68 @@ IMAGE_FAMILIES: Mapping[str, Family] = {
             "global_image_token": "<global-img>",
         },
         processor_since="5.23",
+    ),
+    **{
+        model_type: Family(
+            f"{name}ForConditionalGeneration",
+            _qwen_vl(name, vision, **text),
+            _qwen_vl_processor(name),
+            "image",
+            {
+                "language_model": r".*language_model\.layers\.\d+\..*(q|v|down)_proj",
+                "connector": r".*visual\.(merger|deepstack_merger_list\.\d+)\.(mlp\.[02]|linear_fc[12])",
+                "vision_tower": r".*visual\.blocks\.\d+\..*(qkv|proj|fc1|linear_fc1|up_proj)",
+            },
+            "<|vision_start|><|image_pad|><|vision_end|>",
+            tokens=_QWEN_TOKENS,
+            token_kinds={"mm_token_type_ids": 0},
+        )
+        for model_type, name, vision, text in (
+            ("qwen2_vl", "Qwen2VL", {"embed_dim": 24, "hidden_size": 48, "mlp_ratio": 2}, {}),
+            (
+                "qwen2_5_vl",
+                "Qwen2_5_VL",
+                {"hidden_size": 24, "intermediate_size": 32, "out_hidden_size": 48, "window_size": 28}
+                | {"fullatt_block_indexes": [1]},
+                {},
+            ),
+            (
+                "qwen3_vl",
+                "Qwen3VL",
+                {"hidden_size": 24, "intermediate_size": 32, "out_hidden_size": 48, "num_position_embeddings": 16}
+                | {"deepstack_visual_indexes": [0, 1]},
+                {"head_dim": 8, "rope": {"mrope_interleaved": True}},
+            ),
+        )
+    },
+    "internvl": Family(
+        "InternVLForConditionalGeneration",
+        _internvl,
+        _internvl_processor,
+        "image",
+        {
+            "language_model": r".*language_model\.layers\.\d+\..*(q|v|down)_proj",
+            "connector": r".*multi_modal_projector\.linear_[12]",
+            "vision_tower": r".*vision_tower\.encoder\.layer\.\d+\..*(q_proj|projection_layer|fc1)",
+        },
+        "<IMG_CONTEXT>",
+        tokens={
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        },
+    ),
+    "granite4_vision": Family(
+        "Granite4VisionForConditionalGeneration",
+        _granite4_vision,
+        _granite4_vision_processor,
+        "image",
+        {
+            "language_model": r".*language_model\.layers\.\d+\..*(q|v|down)_proj",
+            "connector": r".*(layerwise|spatial)_projectors\.\d+\..*(attention\.query|output\.dense|out_linear)",
+            "vision_tower": r".*vision_tower\..*layers\.\d+\..*(q_proj|out_proj|fc1)",
+        },
+        "<|image|>",
     ),
 }
