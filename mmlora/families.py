@@ -18,6 +18,7 @@ from mmlora.towers.base import Towers
 from mmlora.towers.deepstack import Granite4VisionTowers, Qwen3VLTowers
 from mmlora.towers.general import GeneralTowers
 from mmlora.towers.phi4_multimodal import Phi4MultimodalTowers
+from mmlora.towers.two_way import Gemma3Towers
 
 ProcessorFactory = Callable[[PretrainedConfig, Path, Any], MultiModalProcessor]
 
@@ -60,6 +61,7 @@ FAMILIES: Mapping[str, Family] = {
     "idefics3": Family("Idefics3", ("image",)),
     "smolvlm": Family("SmolVLM", ("image",)),
     "internvl": Family("InternVL", ("image",)),
+    "gemma3": Family("Gemma 3", ("image",), towers=Gemma3Towers),
     "granite4_vision": Family("Granite 4 Vision", ("image",), towers=Granite4VisionTowers),
     "phi4_multimodal": Family("Phi-4-multimodal", ("audio", "image"), Phi4MultimodalProcessor, Phi4MultimodalTowers),
 }

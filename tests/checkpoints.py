@@ -89,8 +89,9 @@ def build_tokenizer(tokens: Mapping[str, str] | None = None) -> PreTrainedTokeni
         tokens: special tokens of a family's own, by attribute; they come last.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
-    tokenizer = Tokenizer(models.BPE(vocab, []))
+    merges = [("Ċ", "Ċ"), ("ĊĊ", "Ċ")] if tokens else []  # line breaks at the seams of media become one token
+    vocab = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *alphabet, *map("".join, merges)))}
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

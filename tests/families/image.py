@@ -125,6 +125,24 @@ def _granite4_vision_processor(tokenizer: Any) -> Any:
     )
 
 
+def _gemma3(tokenizer: Any) -> Any:
+    vision = transformers.SiglipVisionConfig(**VISION, vision_use_head=False)
+    text = {"head_dim": 8, "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}
+    return transformers.Gemma3Config(
+        vision_config=vision,
+        text_config={**TEXT, **text, "query_pre_attn_scalar": 20},
+        mm_tokens_per_image=4,
+        boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id,
+        image_token_index=tokenizer.image_token_id,
+    )
+
+
+def _gemma3_processor(tokenizer: Any) -> Any:
+    pil = transformers.Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
+    return transformers.Gemma3Processor(pil, tokenizer, image_seq_length=4)
+
+
 _CLIP_TARGETS = {
     "language_model": r".*language_model\.layers\.\d+\..*(q|v|down)_proj",
     "connector": r".*multi_modal_projector\.linear_[12]",
@@ -223,5 +241,22 @@ IMAGE_FAMILIES: Mapping[str, Family] = {
             "vision_tower": r".*vision_tower\..*layers\.\d+\..*(q_proj|out_proj|fc1)",
         },
         "<|image|>",
+    ),
+    "gemma3": Family(
+        "Gemma3ForConditionalGeneration",
+        _gemma3,
+        _gemma3_processor,
+        "image",
+        {
+            "language_model": r".*language_model\.layers\.\d+\..*(q|v|down)_proj",
+            "vision_tower": r".*vision_tower\..*layers\.\d+\..*(q_proj|out_proj|fc1)",
+        },
+        "\n<start_of_image>\n",
+        tokens={
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+            "image_token": "<image_soft_token>",
+        },
+        token_kinds={"token_type_ids": 0},
     ),
 }
