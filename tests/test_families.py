@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from mmlora import LLM
-from tests.checkpoints import AdapterSpec, save_adapter
+from tests.checkpoints import save_adapter
 from tests.equality import Case, Checkpoint, check_cases, check_equal, greedy, recorded_logits
 from tests.families.reference import FamilyReference
-from tests.families.table import FAMILIES, save_family, targets_of
+from tests.families.table import FAMILIES, adapter_of, parts_of, save_family
 from tests.media import clip, picture
 from tests.reference import Media
 
@@ -39,10 +39,10 @@ def family_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
                 pytest.skip(f"transformers builds no processor for {family} without torchvision before {since}; README")
             path = save_family(folder / "model", family)
             adapters = {
-                part: save_adapter(path, folder / part, AdapterSpec(targets_of(family, part), seed, 3))
-                for seed, part in enumerate(FAMILIES[family].targets, start=1)
+                part: save_adapter(path, folder / part, adapter_of(family, part, seed=seed, r=3))
+                for seed, part in enumerate(parts_of(family), start=1)
             }
-            adapters["all"] = save_adapter(path, folder / "all", AdapterSpec(targets_of(family), 9, 2))
+            adapters["all"] = save_adapter(path, folder / "all", adapter_of(family, seed=9, r=2))
             known[family] = Checkpoint(path, adapters, FamilyReference(path, FAMILIES[family]))
         return known[family]
 
@@ -89,9 +89,7 @@ def test_every_adapter_changes_its_part(family: str, family_checkpoint: Callable
         length = len(base.prompt_ids)
         assert (changed.logits[:length] - base.logits[:length]).abs().max() > 1e-2, name
         parts = store.get(checkpoint.lora_request(name)).report.parts
-        assert {part for part, count in parts.items() if count} == (
-            {name} if name != "all" else {*FAMILIES[family].targets}
-        )
+        assert {part for part, count in parts.items() if count} == ({name} if name != "all" else {*parts_of(family)})
 
 
 def test_the_documents_granite_speech_example(family_checkpoint: Callable[[str], Checkpoint], tmp_path: Path) -> None:

@@ -126,12 +126,12 @@ def _granite4_vision_processor(tokenizer: Any) -> Any:
 
 
 def _gemma3(tokenizer: Any) -> Any:
-    vision = transformers.SiglipVisionConfig(**VISION, vision_use_head=False)
+    vision = transformers.SiglipVisionConfig(**{**VISION, "image_size": 35}, vision_use_head=False)
     text = {"head_dim": 8, "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}
     return transformers.Gemma3Config(
         vision_config=vision,
         text_config={**TEXT, **text, "query_pre_attn_scalar": 20},
-        mm_tokens_per_image=4,
+        mm_tokens_per_image=25,  # more than the window and than a chunk
         boi_token_index=tokenizer.boi_token_id,
         eoi_token_index=tokenizer.eoi_token_id,
         image_token_index=tokenizer.image_token_id,
@@ -139,8 +139,8 @@ def _gemma3(tokenizer: Any) -> Any:
 
 
 def _gemma3_processor(tokenizer: Any) -> Any:
-    pil = transformers.Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
-    return transformers.Gemma3Processor(pil, tokenizer, image_seq_length=4)
+    pil = transformers.Gemma3ImageProcessorPil(size={"height": 35, "width": 35})
+    return transformers.Gemma3Processor(pil, tokenizer, image_seq_length=25)
 
 
 _CLIP_TARGETS = {
@@ -252,6 +252,7 @@ IMAGE_FAMILIES: Mapping[str, Family] = {
             "vision_tower": r".*vision_tower\..*layers\.\d+\..*(q_proj|out_proj|fc1)",
         },
         "\n<start_of_image>\n",
+        {"connector": "multi_modal_projector.mm_input_projection_weight"},
         tokens={
             "boi_token": "<start_of_image>",
             "eoi_token": "<end_of_image>",

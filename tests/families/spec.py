@@ -38,6 +38,7 @@ class Family:
     modality: str
     targets: Mapping[str, str]
     placeholder: str
+    parameters: Mapping[str, str] = field(default_factory=dict)  # by part, raw parameters that take LoRA
     tokens: Mapping[str, str] = field(default_factory=dict)  # special tokens of its own, by attribute of the tokenizer
     token_kinds: Mapping[str, int] = field(default_factory=dict)  # inputs by token that count, and a new token's value
     is_single: bool = False  # transformers' processor takes one item a prompt

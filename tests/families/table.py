@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from mmlora.lora.adapter import PARTS
-from tests.checkpoints import _draw_weights, build_tokenizer
+from tests.checkpoints import AdapterSpec, _draw_weights, build_tokenizer
 from tests.families.audio import AUDIO_FAMILIES
 from tests.families.image import IMAGE_FAMILIES
 from tests.families.spec import Family
@@ -17,10 +17,17 @@ from tests.families.spec import Family
 FAMILIES: Mapping[str, Family] = {**AUDIO_FAMILIES, **IMAGE_FAMILIES}
 
 
-def targets_of(family: str, *parts: str) -> str:
-    """`target_modules` of some parts of a family; of all that it has by default."""
-    found = FAMILIES[family].targets
-    return "|".join(f"({found[part]})" for part in parts or PARTS if part in found)
+def adapter_of(family: str, *parts: str, seed: int, r: int) -> AdapterSpec:
+    """An adapter on some parts of a family; on all that it has by default."""
+    spec = FAMILIES[family]
+    modules = [f"({spec.targets[part]})" for part in parts or PARTS if part in spec.targets]
+    parameters = [spec.parameters[part] for part in parts or PARTS if part in spec.parameters]
+    return AdapterSpec("|".join(modules) or (), seed, r, {"target_parameters": parameters} if parameters else {})
+
+
+def parts_of(family: str) -> list[str]:
+    """The parts of a family that take LoRA."""
+    return [part for part in PARTS if part in {**FAMILIES[family].targets, **FAMILIES[family].parameters}]
 
 
 def save_family(path: Path, family: str, seed: int = 0) -> Path:
