@@ -5,6 +5,7 @@ Nothing else asks for a `model_type` or the name of a class.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from mmlora.processors.base import MultiModalProcessor
 from mmlora.processors.general import GeneralProcessor
 from mmlora.processors.granite_speech import GraniteSpeechProcessor
 from mmlora.processors.phi4_multimodal import Phi4MultimodalProcessor
+from mmlora.processors.pixtral import PixtralProcessor
+from mmlora.processors.pretrained import named_class
 from mmlora.towers.base import Towers
 from mmlora.towers.deepstack import Granite4VisionTowers, Qwen3VLTowers
 from mmlora.towers.general import GeneralTowers
@@ -61,10 +64,13 @@ FAMILIES: Mapping[str, Family] = {
     "idefics3": Family("Idefics3", ("image",)),
     "smolvlm": Family("SmolVLM", ("image",)),
     "internvl": Family("InternVL", ("image",)),
+    "mistral3": Family("Mistral 3", ("image",), partial(GeneralProcessor, load=PixtralProcessor)),
     "gemma3": Family("Gemma 3", ("image",), towers=Gemma3Towers),
     "granite4_vision": Family("Granite 4 Vision", ("image",), towers=Granite4VisionTowers),
     "phi4_multimodal": Family("Phi-4-multimodal", ("audio", "image"), Phi4MultimodalProcessor, Phi4MultimodalTowers),
 }
+# By the class that a checkpoint's files name, whatever its family: LLaVA models with Pixtral's tower name this one.
+STAND_INS: Mapping[str, ProcessorFactory] = {"PixtralProcessor": partial(GeneralProcessor, load=PixtralProcessor)}
 
 
 def get_processor(config: PretrainedConfig, model_path: str | Path, tokenizer: Any) -> MultiModalProcessor | None:
@@ -81,7 +87,8 @@ def get_processor(config: PretrainedConfig, model_path: str | Path, tokenizer: A
     family = FAMILIES.get(config.model_type)
     if family is None or not family.modalities:
         return None
-    return family.processor(config, Path(model_path), tokenizer)
+    factory = STAND_INS.get(named_class(Path(model_path)), family.processor)
+    return factory(config, Path(model_path), tokenizer)
 
 
 def get_towers(model: Any) -> Towers | None:

@@ -6,7 +6,7 @@ and with the tokens that stand for it in a prompt, whatever these are (rows, sep
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,13 +31,21 @@ class GeneralProcessor(Placeholders):
         config: the model's; it names the placeholder ids (`image_token_id` or `image_token_index`).
         model_path: its directory, with the processor's files.
         tokenizer: must know the placeholder tokens.
+        load: makes the model's own processor of these three.
 
     Raises:
         ConfigError: there is no processor, or the tokenizer does not fit the model.
     """
 
-    def __init__(self, config: PretrainedConfig, model_path: str | Path, tokenizer: Any) -> None:
-        self._processor = load_processor(config, Path(model_path), tokenizer)
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        model_path: str | Path,
+        tokenizer: Any,
+        *,
+        load: Callable[[PretrainedConfig, Path, Any], Any] = load_processor,
+    ) -> None:
+        self._processor = load(config, Path(model_path), tokenizer)
         found = {"image": "image_processor", "audio": "feature_extractor"}
         self._parts = {modality: getattr(self._processor, name, None) for modality, name in found.items()}
         modalities = [modality for modality, part in self._parts.items() if part is not None]

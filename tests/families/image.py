@@ -6,7 +6,7 @@ from typing import Any
 import transformers
 
 from tests.checkpoints import IMAGE_ID
-from tests.families.spec import TEXT, VISION, Family, without_video
+from tests.families.spec import TEXT, VISION, Family, pixtral_class, without_video
 
 
 def _llava(tokenizer: Any) -> Any:
@@ -143,6 +143,30 @@ def _gemma3_processor(tokenizer: Any) -> Any:
     return transformers.Gemma3Processor(pil, tokenizer, image_seq_length=25)
 
 
+def _pixtral_text(name: str) -> Callable[[Any], Any]:
+    def build(tokenizer: Any) -> Any:
+        vision = {"model_type": "pixtral", **VISION, "image_size": 56, "head_dim": 12}
+        text = {"model_type": "mistral", **TEXT, "head_dim": 8, "sliding_window": None}
+        own = {"spatial_merge_size": 2} if name == "Mistral3" else {"vision_feature_select_strategy": "full"}
+        return getattr(transformers, f"{name}Config")(
+            vision_config=vision,
+            text_config=text,
+            image_token_index=tokenizer.image_token_id,
+            vision_feature_layer=-1,
+            **own,
+        )
+
+    return build
+
+
+def _pixtral_processor(merge_size: int) -> Callable[[Any], Any]:
+    def build(tokenizer: Any) -> Any:
+        pil = transformers.PixtralImageProcessorPil(size={"longest_edge": 56}, patch_size={"height": 7, "width": 7})
+        return pixtral_class()(pil, tokenizer, patch_size=7, spatial_merge_size=merge_size)
+
+    return build
+
+
 _CLIP_TARGETS = {
     "language_model": r".*language_model\.layers\.\d+\..*(q|v|down)_proj",
     "connector": r".*multi_modal_projector\.linear_[12]",
@@ -260,4 +284,20 @@ IMAGE_FAMILIES: Mapping[str, Family] = {
         },
         token_kinds={"token_type_ids": 0},
     ),
+    **{
+        model_type: Family(
+            f"{name}ForConditionalGeneration",
+            _pixtral_text(name),
+            _pixtral_processor(merge_size),
+            "image",
+            {
+                "language_model": r".*language_model\.layers\.\d+\..*(q|v|down)_proj",
+                "connector": r".*multi_modal_projector\.(linear_[12]|patch_merger\.merging_layer)",
+                "vision_tower": r".*vision_tower\..*layers\.\d+\..*(q_proj|o_proj|up_proj)",
+            },
+            "[IMG]",
+            tokens={"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"},
+        )
+        for model_type, name, merge_size in (("mistral3", "Mistral3", 2), ("llava+pixtral", "Llava", 1))
+    },
 }

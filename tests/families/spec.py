@@ -1,8 +1,11 @@
 """How a tiny checkpoint of a family is made, and sizes that most of them share."""
 
+import importlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 from tests.checkpoints import VOCAB_SIZE
 
@@ -53,3 +56,12 @@ def without_video(processor_class: type, *parts: Any, **options: Any) -> Any:
             return argument and super().check_argument_for_proper_class(argument_name, argument)
 
     return Built(*parts, **options)
+
+
+def pixtral_class() -> Any:
+    """`transformers.PixtralProcessor`; its module imports torchvision for a function that the Pillow class has, too."""
+    name = "transformers.models.pixtral.image_processing_pixtral"
+    pil = importlib.import_module("transformers.models.pixtral.image_processing_pil_pixtral")
+    with patch.dict(sys.modules, {name: pil}):
+        module = importlib.import_module("transformers.models.pixtral.processing_pixtral")
+    return module.PixtralProcessor

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from mmlora.lora.adapter import PARTS
-from tests.checkpoints import AdapterSpec, _draw_weights, build_tokenizer
+from tests.checkpoints import VOCAB_SIZE, AdapterSpec, _draw_weights, build_tokenizer
 from tests.families.audio import AUDIO_FAMILIES
 from tests.families.image import IMAGE_FAMILIES
 from tests.families.spec import Family
@@ -38,6 +38,8 @@ def save_family(path: Path, family: str, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     model = getattr(transformers, spec.model_class)(config)
     _draw_weights(model, torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        model.get_output_embeddings().weight[VOCAB_SIZE:] = 0  # so that no answer holds a placeholder of its own
     model.generation_config.eos_token_id = 4
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
