@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from mmlora.processors.base import MultiModalProcessor
 from mmlora.processors.general import GeneralProcessor
 from mmlora.processors.granite_speech import GraniteSpeechProcessor
+from mmlora.processors.paligemma import PaliGemmaProcessor
 from mmlora.processors.phi4_multimodal import Phi4MultimodalProcessor
 from mmlora.processors.pixtral import PixtralProcessor
 from mmlora.processors.pretrained import named_class
@@ -21,7 +22,7 @@ from mmlora.towers.base import Towers
 from mmlora.towers.deepstack import Granite4VisionTowers, Qwen3VLTowers
 from mmlora.towers.general import GeneralTowers
 from mmlora.towers.phi4_multimodal import Phi4MultimodalTowers
-from mmlora.towers.two_way import Gemma3Towers
+from mmlora.towers.two_way import Gemma3Towers, PaliGemmaTowers
 
 ProcessorFactory = Callable[[PretrainedConfig, Path, Any], MultiModalProcessor]
 
@@ -66,6 +67,7 @@ FAMILIES: Mapping[str, Family] = {
     "internvl": Family("InternVL", ("image",)),
     "mistral3": Family("Mistral 3", ("image",), partial(GeneralProcessor, load=PixtralProcessor)),
     "gemma3": Family("Gemma 3", ("image",), towers=Gemma3Towers),
+    "paligemma": Family("PaliGemma 1 and 2", ("image",), PaliGemmaProcessor, PaliGemmaTowers),
     "granite4_vision": Family("Granite 4 Vision", ("image",), towers=Granite4VisionTowers),
     "phi4_multimodal": Family("Phi-4-multimodal", ("audio", "image"), Phi4MultimodalProcessor, Phi4MultimodalTowers),
 }

@@ -86,6 +86,7 @@ class InputProcessor:
         processed = self._process_media(fields)
         media_ranges: list[PlaceholderRange] = []
         if self.processor is not None:
+            token_ids = self.processor.arrange(token_ids, processed)
             token_ids, media_ranges = expand_placeholders(token_ids, processed, self.processor)
         self._check_tokens(token_ids)
         modalities = {item.modality for item in processed}

@@ -54,6 +54,10 @@ class MultiModalProcessor(Protocol):
         """Token id of `placeholder_token(modality)`."""
         ...
 
+    def arrange(self, token_ids: Sequence[int], media: Sequence[ProcessedMedia]) -> list[int]:
+        """Order a prompt's tokens as the model's own processor does, before its media are put in."""
+        ...
+
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a part of a prompt, special tokens included."""
         ...

@@ -20,7 +20,7 @@ from mmlora.processors.items import AudioItem, MediaItem
 from mmlora.processors.placeholders import Placeholders, placeholder_id
 from mmlora.processors.pretrained import load_processor
 
-TEXT_KEYS: Final = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+TEXT_KEYS: Final = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
 FAILURES: Final = (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError, AttributeError)
 
 

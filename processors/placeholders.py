@@ -35,6 +35,10 @@ class Placeholders:
         """Return the token id whose places take embeddings of `modality`."""
         return self._token_ids[self._checked(modality)]
 
+    def arrange(self, token_ids: Sequence[int], media: Sequence[ProcessedMedia]) -> list[int]:
+        """Leave a prompt as it is."""
+        return list(token_ids)
+
     def tokenize(self, text: str) -> list[int]:
         """Return the token ids of a part of a prompt, special tokens included."""
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)

@@ -167,6 +167,40 @@ def _pixtral_processor(merge_size: int) -> Callable[[Any], Any]:
     return build
 
 
+def _smolvlm(tokenizer: Any) -> Any:
+    return transformers.SmolVLMConfig(
+        image_token_id=tokenizer.image_token_id,
+        vision_config=VISION,
+        text_config=transformers.LlamaConfig(**TEXT),
+        scale_factor=2,
+    )
+
+
+def _smolvlm_processor(tokenizer: Any) -> Any:
+    pil = transformers.SmolVLMImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
+    return without_video(transformers.SmolVLMProcessor, pil, tokenizer, None, image_seq_len=4)
+
+
+def _paligemma(text_class: str, **text: Any) -> Callable[[Any], Any]:
+    def build(tokenizer: Any) -> Any:
+        decoder = getattr(transformers, text_class)(**TEXT, head_dim=8, **text)
+        return transformers.PaliGemmaConfig(
+            vision_config=transformers.SiglipVisionConfig(**VISION, vision_use_head=False, projection_dim=48),
+            text_config=decoder,
+            projection_dim=48,
+            image_token_index=tokenizer.image_token_id,
+            tie_word_embeddings=False,
+        )
+
+    return build
+
+
+def _paligemma_processor(tokenizer: Any) -> Any:
+    pil = transformers.SiglipImageProcessorPil(size={"height": 28, "width": 28})
+    pil.image_seq_length = 16
+    return transformers.PaliGemmaProcessor(pil, tokenizer)
+
+
 _CLIP_TARGETS = {
     "language_model": r".*language_model\.layers\.\d+\..*(q|v|down)_proj",
     "connector": r".*multi_modal_projector\.linear_[12]",
@@ -200,6 +234,26 @@ IMAGE_FAMILIES: Mapping[str, Family] = {
             "image_token": "<image>",
             "end_of_utterance_token": "<end_of_utterance>",
             "global_image_token": "<global-img>",
+        },
+        processor_since="5.23",
+    ),
+    "smolvlm": Family(
+        "SmolVLMForConditionalGeneration",
+        _smolvlm,
+        _smolvlm_processor,
+        "image",
+        {
+            "language_model": r".*text_model\.layers\.\d+\..*(q|v|down)_proj",
+            "connector": r".*connector\..*proj",
+            "vision_tower": r".*vision_model\..*layers\.\d+\..*(q_proj|out_proj|fc1)",
+        },
+        "<image>",
+        tokens={
+            "fake_image_token": "<fake_token_around_image>",
+            "image_token": "<image>",
+            "end_of_utterance_token": "<end_of_utterance>",
+            "global_image_token": "<global-img>",
+            "video_token": "<video>",
         },
         processor_since="5.23",
     ),
@@ -299,5 +353,34 @@ IMAGE_FAMILIES: Mapping[str, Family] = {
             tokens={"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"},
         )
         for model_type, name, merge_size in (("mistral3", "Mistral3", 2), ("llava+pixtral", "Llava", 1))
+    },
+    **{
+        model_type: Family(
+            "PaliGemmaForConditionalGeneration",
+            config,
+            _paligemma_processor,
+            "image",
+            {
+                "language_model": r".*language_model\.layers\.\d+\..*(q|v|down)_proj",
+                "connector": r".*multi_modal_projector\.linear",
+                "vision_tower": r".*vision_tower\..*layers\.\d+\..*(q_proj|out_proj|fc1)",
+            },
+            "<image>",
+            tokens={"image_token": "<image>"},
+            token_kinds={"token_type_ids": 1},
+        )
+        for model_type, config in (
+            ("paligemma", _paligemma("GemmaConfig")),
+            (
+                "paligemma+gemma2",
+                _paligemma(
+                    "Gemma2Config",
+                    sliding_window=9,
+                    attn_logit_softcapping=4.0,
+                    final_logit_softcapping=6.0,
+                    query_pre_attn_scalar=20,
+                ),
+            ),
+        )
     },
 }
