@@ -51,6 +51,14 @@ class MultiModalProcessor(Protocol):
         """Token id of `placeholder_token(modality)`."""
         ...
 
+    def normalize(self, prompt: str) -> str:
+        """Write the placeholders of a prompt as `placeholder_token` does, where the model knows other spellings.
+
+        Raises:
+            MediaError: another spelling stands for an item out of turn.
+        """
+        ...
+
     def process(self, item: MediaItem, options: Mapping[str, Any] | None = None) -> ProcessedMedia:
         """Compute the tensors of one item; `options` are the `mm_processor_kwargs` of the request.
 

@@ -34,6 +34,10 @@ class Placeholders:
         """Return the token id whose places take embeddings of `modality`."""
         return self._token_ids[self._checked(modality)]
 
+    def normalize(self, prompt: str) -> str:
+        """Return the prompt: there is one spelling only."""
+        return prompt
+
     def _checked(self, modality: str) -> str:
         if modality not in self._token_ids:
             raise MediaError(f"modality {modality!r}: this model takes {', '.join(sorted(self.modalities))}")
