@@ -3,14 +3,17 @@
 Nothing else asks for a `model_type` or the name of a class.
 """
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import PretrainedConfig
 
+from mmlora import phi4mm
+from mmlora.lora.files import AdapterFiles
 from mmlora.processors.base import MultiModalProcessor
 from mmlora.processors.general import GeneralProcessor
 from mmlora.processors.granite_speech import GraniteSpeechProcessor
@@ -43,6 +46,17 @@ class Family:
     towers: Callable[[Any], Towers] = GeneralTowers
 
 
+class Layout(Protocol):
+    """How to read a checkpoint that is not laid out as `transformers` writes it."""
+
+    KEY_MAPPING: Mapping[str, str]
+
+    def load_config(self, path: Path) -> PretrainedConfig: ...
+    def load_tokenizer(self, path: Path) -> Any: ...
+    def check_loaded(self, missing: Collection[str], unexpected: Collection[str]) -> None: ...
+    def embedded_adapter(self, source: Path, path: str) -> AdapterFiles | None: ...
+
+
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("Llama"),
     "mistral": Family("Mistral"),
@@ -73,6 +87,16 @@ FAMILIES: Mapping[str, Family] = {
 }
 # By the class that a checkpoint's files name, whatever its family: LLaVA models with Pixtral's tower name this one.
 STAND_INS: Mapping[str, ProcessorFactory] = {"PixtralProcessor": partial(GeneralProcessor, load=PixtralProcessor)}
+LAYOUTS: Mapping[str, Layout] = {"phi4mm": phi4mm}  # by the `model_type` that config.json names
+
+
+def find_layout(path: Path) -> Layout | None:
+    """How the files of a directory are to be read; None for the way of `transformers`."""
+    try:
+        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # whoever reads it next says what is wrong
+    return LAYOUTS.get(str(content.get("model_type"))) if isinstance(content, dict) else None
 
 
 def get_processor(config: PretrainedConfig, model_path: str | Path, tokenizer: Any) -> MultiModalProcessor | None:

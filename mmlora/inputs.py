@@ -126,7 +126,8 @@ class InputProcessor:
         if token_ids is not None:
             return text, list(token_ids)
         assert isinstance(text, str)
-        return text, encode_text(self.tokenizer, text, self.max_model_len)
+        normalized = self.processor.normalize(text) if self.processor is not None else text
+        return text, encode_text(self.tokenizer, normalized, self.max_model_len)
 
     def _process_media(self, fields: Mapping[str, Any]) -> list[ProcessedMedia]:
         data = fields.get("multi_modal_data") or {}

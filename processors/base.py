@@ -66,6 +66,14 @@ class MultiModalProcessor(Protocol):
         """Text of a part of a prompt, special tokens included."""
         ...
 
+    def normalize(self, prompt: str) -> str:
+        """Write the placeholders of a prompt as `placeholder_token` does, where the model knows other spellings.
+
+        Raises:
+            MediaError: another spelling stands for an item out of turn.
+        """
+        ...
+
     def process(self, item: MediaItem, options: Mapping[str, Any] | None = None) -> ProcessedMedia:
         """Compute the tensors of one item; `options` are the `mm_processor_kwargs` of the request.
 

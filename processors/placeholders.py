@@ -50,6 +50,10 @@ class Placeholders:
         )
         return text
 
+    def normalize(self, prompt: str) -> str:
+        """Return the prompt: there is one spelling only."""
+        return prompt
+
     def _checked(self, modality: str) -> str:
         if modality not in self._token_ids:
             raise MediaError(f"modality {modality!r}: this model takes {', '.join(sorted(self.modalities))}")
