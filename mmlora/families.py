@@ -25,6 +25,7 @@ from mmlora.towers.base import Towers
 from mmlora.towers.deepstack import Granite4VisionTowers, Qwen3VLTowers
 from mmlora.towers.general import GeneralTowers
 from mmlora.towers.phi4_multimodal import Phi4MultimodalTowers
+from mmlora.towers.qwen2_5_omni import Qwen25OmniTowers
 from mmlora.towers.two_way import Gemma3Towers, PaliGemmaTowers
 
 ProcessorFactory = Callable[[PretrainedConfig, Path, Any], MultiModalProcessor]
@@ -83,6 +84,7 @@ FAMILIES: Mapping[str, Family] = {
     "gemma3": Family("Gemma 3", ("image",), towers=Gemma3Towers),
     "paligemma": Family("PaliGemma 1 and 2", ("image",), PaliGemmaProcessor, PaliGemmaTowers),
     "granite4_vision": Family("Granite 4 Vision", ("image",), towers=Granite4VisionTowers),
+    "qwen2_5_omni_thinker": Family("Qwen2.5-Omni (thinker)", ("audio", "image"), towers=Qwen25OmniTowers),
     "phi4_multimodal": Family("Phi-4-multimodal", ("audio", "image"), Phi4MultimodalProcessor, Phi4MultimodalTowers),
 }
 # By the class that a checkpoint's files name, whatever its family: LLaVA models with Pixtral's tower name this one.

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import PretrainedConfig
 
 from mmlora.errors import ConfigError
@@ -26,7 +27,8 @@ def load_processor(config: PretrainedConfig, path: Path, tokenizer: Any) -> Any:
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     try:
-        return _build(PROCESSOR_MAPPING[type(config)], path, tokenizer)
+        named = getattr(transformers, named_class(path) or "none", None)
+        return _build(named if named is not None else PROCESSOR_MAPPING[type(config)], path, tokenizer)
     except FAILURES as error:
         raise ConfigError(f"{path} has no processor that runs here: {error}") from error
 

@@ -59,6 +59,13 @@ def cases_of(family: str, adapters: dict[str, Path]) -> list[Case]:
         cases.append(Case(f"one, {adapter}", one, ONE[modality], adapter))
         if not spec.is_single:
             cases.append(Case(f"two, {adapter}", two, TWO[modality], adapter))
+    if spec.other_placeholder is not None:
+        other, other_mark = spec.other_placeholder
+        both = f"<|user|>Here {other_mark} and {mark}, {other_mark}?<|end|><|assistant|>"
+        alone = f"<|user|>Just {other_mark}?<|end|><|assistant|>"
+        media = {**vars(ONE[modality]), **{k: v for k, v in vars(TWO[other]).items() if v}}
+        cases += [Case(f"both, {adapter}", both, Media(**media), adapter) for adapter in (None, *adapters)]
+        cases += [Case(f"other, {adapter}", alone, OTHER[other], adapter) for adapter in (None, *adapters)]
     return [*cases, Case("another, base", one, OTHER[modality]), Case("another, all", one, OTHER[modality], "all")]
 
 
@@ -81,11 +88,12 @@ def test_alone_and_mixed(family: str, family_checkpoint: Callable[[str], Checkpo
 def test_every_adapter_changes_its_part(family: str, family_checkpoint: Callable[[str], Checkpoint]) -> None:
     checkpoint = family_checkpoint(family)
     cases = {case.name: case for case in cases_of(family, checkpoint.adapters)}
-    base = checkpoint.expected(cases["one, None"])
+    with_media = "one" if FAMILIES[family].other_placeholder is None else "both"
+    base = checkpoint.expected(cases[f"{with_media}, None"])
     store = load(checkpoint).llm_engine.parts.store
     assert store is not None
     for name in checkpoint.adapters:
-        changed = checkpoint.expected(cases[f"one, {name}"])
+        changed = checkpoint.expected(cases[f"{with_media}, {name}"])
         length = len(base.prompt_ids)
         assert (changed.logits[:length] - base.logits[:length]).abs().max() > 1e-2, name
         parts = store.get(checkpoint.lora_request(name)).report.parts

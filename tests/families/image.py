@@ -201,6 +201,43 @@ def _paligemma_processor(tokenizer: Any) -> Any:
     return transformers.PaliGemmaProcessor(pil, tokenizer)
 
 
+_OMNI_TOKENS = {
+    "image_token": "<|IMAGE|>",
+    "audio_token": "<|AUDIO|>",
+    "video_token": "<|VIDEO|>",
+    "vision_bos_token": "<|vision_bos|>",
+    "vision_eos_token": "<|vision_eos|>",
+    "audio_bos_token": "<|audio_bos|>",
+    "audio_eos_token": "<|audio_eos|>",
+}
+
+
+def _omni(tokenizer: Any) -> Any:
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in _OMNI_TOKENS.items()}
+    rope = {"rope_type": "default", "mrope_section": [1, 2, 1], "rope_theta": 10000.0}
+    audio = {"num_mel_bins": 128, "d_model": 24, "encoder_layers": 2, "encoder_attention_heads": 2}
+    vision = {"hidden_size": 24, "intermediate_size": 32, "out_hidden_size": 48, "window_size": 28}
+    return transformers.Qwen2_5OmniThinkerConfig(
+        audio_config={**audio, "encoder_ffn_dim": 32, "n_window": 20, "output_dim": 48},
+        vision_config={**_QWEN_VISION, **vision, "fullatt_block_indexes": [1]},
+        text_config={**TEXT, "rope_parameters": rope},
+        image_token_index=ids["image_token"],
+        audio_token_index=ids["audio_token"],
+        video_token_index=ids["video_token"],
+        vision_start_token_id=ids["vision_bos_token"],
+        vision_end_token_id=ids["vision_eos_token"],
+        audio_start_token_id=ids["audio_bos_token"],
+        audio_end_token_id=ids["audio_eos_token"],
+    )
+
+
+def _omni_processor(tokenizer: Any) -> Any:
+    sizes = {"shortest_edge": 14 * 14, "longest_edge": 14 * 14 * 9}
+    pil = transformers.Qwen2VLImageProcessorPil(size=sizes, patch_size=7, merge_size=2)
+    audio = transformers.WhisperFeatureExtractor(feature_size=128)
+    return without_video(transformers.Qwen2_5OmniProcessor, pil, None, audio, tokenizer)
+
+
 _CLIP_TARGETS = {
     "language_model": r".*language_model\.layers\.\d+\..*(q|v|down)_proj",
     "connector": r".*multi_modal_projector\.linear_[12]",
@@ -383,4 +420,20 @@ IMAGE_FAMILIES: Mapping[str, Family] = {
             ),
         )
     },
+    "qwen2_5_omni_thinker": Family(
+        "Qwen2_5OmniThinkerForConditionalGeneration",
+        _omni,
+        _omni_processor,
+        "image",
+        {
+            "language_model": r".*language_model\.layers\.\d+\..*(q|v|down)_proj",
+            "connector": r".*visual\.merger\.mlp\.[02]",
+            "vision_tower": r".*visual\.blocks\.\d+\..*(\bq|proj|up_proj)",
+            "audio_tower": r".*audio_tower\.layers\.\d+\..*(q_proj|out_proj|fc1)",
+        },
+        "<|vision_bos|><|IMAGE|><|vision_eos|>",
+        tokens=_OMNI_TOKENS,
+        token_kinds={"attention_mask": 1},
+        other_placeholder=("audio", "<|audio_bos|><|AUDIO|><|audio_eos|>"),
+    ),
 }

@@ -50,10 +50,12 @@ def save_family(path: Path, family: str, seed: int = 0) -> Path:
 
 def save_processor(processor: Any, path: Path) -> None:
     """Write a processor's settings and those of its parts; `save_pretrained` fails where one of them is None."""
-    name = next(base.__name__ for base in type(processor).__mro__ if base.__name__ != "Built")
+    class_name = next(base.__name__ for base in type(processor).__mro__ if base.__name__ != "Built")
     settings = {key: value for key, value in processor.to_dict().items() if not key.endswith("processor")}
-    for part in ("image_processor", "feature_extractor"):
-        if getattr(processor, part, None) is not None:
-            getattr(processor, part).save_pretrained(path)
+    parts = {}
+    for name in ("image_processor", "feature_extractor"):
+        if getattr(processor, name, None) is not None:
+            parts |= json.loads(getattr(processor, name).to_json_string())
+    (path / "preprocessor_config.json").write_text(json.dumps(parts))
     settings = {key: value for key, value in settings.items() if key != "feature_extractor"}
-    (path / "processor_config.json").write_text(json.dumps({**settings, "processor_class": name}))
+    (path / "processor_config.json").write_text(json.dumps({**settings, "processor_class": class_name}))
