@@ -15,7 +15,7 @@ from mmlora.config import EngineArgs
 from mmlora.decoder_check import check_decoder
 from mmlora.detokenizer import Detokenizer
 from mmlora.errors import ConfigError
-from mmlora.families import find_layout, get_processor, get_towers
+from mmlora.families import find_layout, get_key_mapping, get_processor, get_towers
 from mmlora.inputs import InputProcessor
 from mmlora.longrope import replace_longrope
 from mmlora.lora.adapter import Adapter
@@ -115,7 +115,8 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
     towers = get_towers(model)
     store, slots, lora, defaults = None, None, None, {}
     if args.enable_lora:
-        load = _adapter_loader(args, ModuleIndex(model, towers.part_of if towers is not None else None), dtype)
+        index = ModuleIndex(model, towers.part_of if towers is not None else None, get_key_mapping(path))
+        load = _adapter_loader(args, index, dtype)
         registry = AdapterRegistry(args.lora_registry) if args.lora_registry is not None else None
         defaults = _load_defaults(default_paths, AdapterStore(load), path)
         store = AdapterStore(

@@ -4,16 +4,16 @@ Nothing else asks for a `model_type` or the name of a class.
 """
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import PretrainedConfig
 
-from mmlora import phi4mm
-from mmlora.lora.files import AdapterFiles
+from mmlora.layouts import phi4mm, qwen2_5_omni
+from mmlora.layouts.base import Layout
 from mmlora.processors.base import MultiModalProcessor
 from mmlora.processors.general import GeneralProcessor
 from mmlora.processors.granite_speech import GraniteSpeechProcessor
@@ -47,17 +47,6 @@ class Family:
     towers: Callable[[Any], Towers] = GeneralTowers
 
 
-class Layout(Protocol):
-    """How to read a checkpoint that is not laid out as `transformers` writes it."""
-
-    KEY_MAPPING: Mapping[str, str]
-
-    def load_config(self, path: Path) -> PretrainedConfig: ...
-    def load_tokenizer(self, path: Path) -> Any: ...
-    def check_loaded(self, missing: Collection[str], unexpected: Collection[str]) -> None: ...
-    def embedded_adapter(self, source: Path, path: str) -> AdapterFiles | None: ...
-
-
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("Llama"),
     "mistral": Family("Mistral"),
@@ -89,7 +78,8 @@ FAMILIES: Mapping[str, Family] = {
 }
 # By the class that a checkpoint's files name, whatever its family: LLaVA models with Pixtral's tower name this one.
 STAND_INS: Mapping[str, ProcessorFactory] = {"PixtralProcessor": partial(GeneralProcessor, load=PixtralProcessor)}
-LAYOUTS: Mapping[str, Layout] = {"phi4mm": phi4mm}  # by the `model_type` that config.json names
+# By the `model_type` that config.json names.
+LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (phi4mm.LAYOUT, qwen2_5_omni.LAYOUT)}
 
 
 def find_layout(path: Path) -> Layout | None:
@@ -99,6 +89,12 @@ def find_layout(path: Path) -> Layout | None:
     except (OSError, ValueError):
         return None  # whoever reads it next says what is wrong
     return LAYOUTS.get(str(content.get("model_type"))) if isinstance(content, dict) else None
+
+
+def get_key_mapping(path: Path) -> Mapping[str, str] | None:
+    """Return how a directory's tensors and modules are renamed (see `Layout`); None for the names of `transformers`."""
+    layout = find_layout(path)
+    return layout.key_mapping if layout is not None else None
 
 
 def get_processor(config: PretrainedConfig, model_path: str | Path, tokenizer: Any) -> MultiModalProcessor | None:

@@ -101,7 +101,7 @@ def load_model(config: PretrainedConfig, path: Path, *, dtype: torch.dtype, devi
     if not getattr(model_class, "_supports_attention_backend", False) or getattr(model_class, "_is_stateful", False):
         raise ConfigError(f"the attention of {name} cannot be replaced, so it cannot run on a paged KV cache")
     layout = find_layout(path)
-    options = {"key_mapping": dict(layout.KEY_MAPPING)} if layout is not None else {}
+    options = {"key_mapping": dict(layout.key_mapping)} if layout is not None else {}
     # `check_loaded` tells what does not fit; transformers would warn of all that is left out on purpose.
     with _view_without_adapter(path) as view, _errors_only() if layout is not None else nullcontext():
         try:

@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmlora import LLM, phi4mm
+from mmlora import LLM
 from mmlora.chat import render_chat
 from mmlora.errors import ConfigError, MediaError
+from mmlora.layouts import phi4mm
 from mmlora.lora.files import read_adapter
 from mmlora.model_loader import load_config, load_meta_model, resolve_dtype, resolve_max_model_len
 from tests.checkpoints import AUDIO_ID, IMAGE_ID, AdapterSpec, phi4_targets, save_adapter, save_phi4

@@ -8,7 +8,7 @@ Source: https://huggingface.co/microsoft/Phi-4-multimodal-instruct
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from transformers import Phi4MultimodalConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from mmlora.errors import ConfigError
+from mmlora.layouts.base import Layout
 from mmlora.lora.files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 
 KEY_MAPPING: Mapping[str, str] = {
@@ -120,24 +121,6 @@ def load_tokenizer(path: Path) -> Any:
     return PreTrainedTokenizerFast.from_pretrained(path)
 
 
-def check_loaded(missing: Collection[str], unexpected: Collection[str]) -> None:
-    """Make sure that every tensor landed, except those of the adapters.
-
-    Args:
-        missing: names of parameters that the files lack.
-        unexpected: names of tensors, as `KEY_MAPPING` gives them, that the model lacks.
-
-    Raises:
-        ConfigError: one did not.
-    """
-    wrong = {"missing": missing, "unknown": [key for key in unexpected if not _LORA.fullmatch(key)]}
-    for kind, names in wrong.items():
-        if names:
-            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-            named = ", ".join(sorted(names)[:10])
-            raise ConfigError(f"{len(names)} tensor(s) of a phi4mm checkpoint are {kind}: {named}{more}")
-
-
 def find_adapters(source: Path) -> dict[str, Path]:
     """Name the adapters whose tensors the main files hold, each with its usual folder, which need not exist."""
     names = {match["name"] for _, _, match in _adapter_tensors(source)}
@@ -230,3 +213,8 @@ def _value(content: Mapping[str, Any], name: str) -> Any:
             raise ConfigError(f"config.json: {name} is missing; a phi4mm checkpoint has it")
         value = value[part]
     return value
+
+
+LAYOUT = Layout(
+    "phi4mm", load_config, KEY_MAPPING, left_out=_LORA, load_tokenizer=load_tokenizer, embedded_adapter=embedded_adapter
+)
