@@ -11,7 +11,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig
 
 from mmlora.attention import ATTENTION_NAME
 from mmlora.config import DTYPES, EngineArgs
@@ -74,8 +74,9 @@ def load_tokenizer(args: EngineArgs, path: Path) -> Any:
     """
     source = path if args.tokenizer is None else resolve_model_path(args.tokenizer, args.revision)
     try:
-        return AutoTokenizer.from_pretrained(source)
-    except (ValueError, OSError, KeyError) as error:
+        # A tekken.json is converted: the backend of mistral-common would not read placeholders in a text.
+        return AutoTokenizer.from_pretrained(source, mistral_format=False)
+    except (ValueError, OSError, KeyError, ImportError) as error:
         raise ConfigError(f"tokenizer={str(source)!r} cannot be loaded: {error}") from None
 
 
@@ -87,7 +88,8 @@ def load_model(config: PretrainedConfig, path: Path, *, dtype: torch.dtype, devi
     """
     model_class = _model_class(config)
     name = model_class.__name__
-    if not getattr(model_class, "_supports_attention_backend", False) or getattr(model_class, "_is_stateful", False):
+    decoder_class: Any = MODEL_MAPPING.get(type(config.get_text_config()), model_class)
+    if not getattr(decoder_class, "_supports_attention_backend", False) or getattr(model_class, "_is_stateful", False):
         raise ConfigError(f"the attention of {name} cannot be replaced, so it cannot run on a paged KV cache")
     with _view_without_adapter(path) as view:
         try:
