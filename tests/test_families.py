@@ -57,8 +57,7 @@ def cases_of(family: str, adapters: dict[str, Path]) -> list[Case]:
     cases = [Case(f"text, {adapter}", text, adapter=adapter) for adapter in (None, "language_model", "all")]
     for adapter in (None, *adapters):
         cases.append(Case(f"one, {adapter}", one, ONE[modality], adapter))
-        if not spec.is_single:
-            cases.append(Case(f"two, {adapter}", two, TWO[modality], adapter))
+        cases.append(Case(f"two, {adapter}", two, TWO[modality], adapter))
     return [*cases, Case("another, base", one, OTHER[modality]), Case("another, all", one, OTHER[modality], "all")]
 
 
