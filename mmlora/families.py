@@ -14,10 +14,12 @@ from mmlora.processors.base import MultiModalProcessor
 from mmlora.processors.general import GeneralProcessor
 from mmlora.processors.granite_speech import GraniteSpeechProcessor
 from mmlora.processors.phi4_multimodal import Phi4MultimodalProcessor
+from mmlora.processors.voxtral import VoxtralProcessor
 from mmlora.towers.base import Towers
 from mmlora.towers.deepstack import Granite4VisionTowers, Qwen3VLTowers
 from mmlora.towers.general import GeneralTowers
 from mmlora.towers.phi4_multimodal import Phi4MultimodalTowers
+from mmlora.towers.qwen2_audio import Qwen2AudioTowers
 
 ProcessorFactory = Callable[[PretrainedConfig, Path, Any], MultiModalProcessor]
 
@@ -51,6 +53,10 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_moe": Family("Qwen3-MoE"),
     "granitemoe": Family("GraniteMoE"),
     "granite_speech": Family("Granite Speech", ("audio",), GraniteSpeechProcessor),
+    "granite_speech_plus": Family("Granite Speech Plus", ("audio",), GraniteSpeechProcessor),
+    "voxtral": Family("Voxtral", ("audio",), VoxtralProcessor),
+    "qwen2_audio": Family("Qwen2-Audio", ("audio",), towers=Qwen2AudioTowers),
+    "qwen3_asr": Family("Qwen3-ASR", ("audio",)),
     "audioflamingo3": Family("Audio Flamingo 3", ("audio",)),
     "llava": Family("LLaVA", ("image",)),
     "llava_next": Family("LLaVA-NeXT", ("image",)),

@@ -58,13 +58,7 @@ class GeneralProcessor(Placeholders):
         """
         modality, chosen = item.modality, self._checked_options(item.modality, options or {})
         try:
-            output = self._processor(
-                text=self.placeholder_token(modality),
-                **self._media_arguments(item),
-                **chosen,
-                add_special_tokens=False,
-                return_tensors="pt",
-            )
+            output = self.model_inputs(item, chosen)
         except FAILURES as error:
             kind = RequestError if chosen else MediaError
             raise kind(f"the {modality} cannot be processed: {error}") from error
@@ -76,6 +70,17 @@ class GeneralProcessor(Placeholders):
         settings = json.dumps({"options": chosen, "resampler": RESAMPLER}, sort_keys=True, default=str)
         digest = hashlib.sha256(f"{item.content_hash}\n{settings}".encode()).hexdigest()
         return ProcessedMedia(modality, digest, tensors, len(token_ids), tuple(token_ids), places)
+
+    def model_inputs(self, item: MediaItem, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return an item's tensors under the names of the model's forward, and its tokens as `input_ids [1, n]`."""
+        output: Mapping[str, Any] = self._processor(
+            text=self.placeholder_token(item.modality),
+            **self._media_arguments(item),
+            **options,
+            add_special_tokens=False,
+            return_tensors="pt",
+        )
+        return output
 
     def _media_arguments(self, item: MediaItem) -> dict[str, Any]:
         if not isinstance(item, AudioItem):
