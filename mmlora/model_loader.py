@@ -12,7 +12,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from mmlora.attention import ATTENTION_NAME
@@ -85,8 +85,9 @@ def load_tokenizer(args: EngineArgs, path: Path) -> Any:
     try:
         if layout is not None:
             return layout.load_tokenizer(source)
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
+        # A tekken.json is converted: the backend of mistral-common would not read placeholders in a text.
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, mistral_format=False)
+    except (ValueError, OSError, KeyError, ImportError) as error:
         raise ConfigError(f"tokenizer={str(source)!r} cannot be loaded: {error}") from None
 
 
@@ -98,7 +99,8 @@ def load_model(config: PretrainedConfig, path: Path, *, dtype: torch.dtype, devi
     """
     model_class = _model_class(config)
     name = model_class.__name__
-    if not getattr(model_class, "_supports_attention_backend", False) or getattr(model_class, "_is_stateful", False):
+    decoder_class: Any = MODEL_MAPPING.get(type(config.get_text_config()), model_class)
+    if not getattr(decoder_class, "_supports_attention_backend", False) or getattr(model_class, "_is_stateful", False):
         raise ConfigError(f"the attention of {name} cannot be replaced, so it cannot run on a paged KV cache")
     layout = find_layout(path)
     options = {"key_mapping": dict(layout.key_mapping)} if layout is not None else {}

@@ -57,8 +57,7 @@ def cases_of(family: str, adapters: dict[str, Path]) -> list[Case]:
     cases = [Case(f"text, {adapter}", text, adapter=adapter) for adapter in (None, "language_model", "all")]
     for adapter in (None, *adapters):
         cases.append(Case(f"one, {adapter}", one, ONE[modality], adapter))
-        if not spec.is_single:
-            cases.append(Case(f"two, {adapter}", two, TWO[modality], adapter))
+        cases.append(Case(f"two, {adapter}", two, TWO[modality], adapter))
     if spec.other_placeholder is not None:
         other, other_mark = spec.other_placeholder
         both = f"<|user|>Here {other_mark} and {mark}, {other_mark}?<|end|><|assistant|>"
