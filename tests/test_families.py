@@ -17,6 +17,10 @@ from tests.families.table import FAMILIES, adapter_of, parts_of, save_family
 from tests.media import clip, picture
 from tests.reference import NUM_TOKENS, Media
 
+TWINS = {  # of one shape, so that a tower encodes them together
+    "image": Media(images=[picture(50, 50, 11), picture(50, 50, 12), picture(50, 50, 13)]),
+    "audio": Media(audios=[clip(0.6, 14), clip(0.6, 15), clip(0.6, 16)]),
+}
 ONE = {"image": Media(images=[picture(60, 44, 2)]), "audio": Media(audios=[clip(0.7, 1)])}
 OTHER = {"image": Media(images=[picture(33, 90, 3)]), "audio": Media(audios=[clip(1.2, 4)])}
 TWO = {
@@ -60,6 +64,8 @@ def cases_of(family: str, adapters: dict[str, Path]) -> list[Case]:
         media = {**vars(ONE[modality]), **{k: v for k, v in vars(TWO[other]).items() if v}}
         cases += [Case(f"both, {adapter}", both, Media(**media), adapter) for adapter in (None, *adapters)]
         cases += [Case(f"other, {adapter}", alone, OTHER[other], adapter) for adapter in (None, *adapters)]
+    three = f"<|user|>{mark}, {mark} or {mark}?<|end|><|assistant|>"
+    cases += [Case(f"twins, {adapter}", three, TWINS[modality], adapter) for adapter in (None, "all")]
     return [*cases, Case("another, base", one, OTHER[modality]), Case("another, all", one, OTHER[modality], "all")]
 
 
