@@ -83,7 +83,7 @@ FAMILIES: Mapping[str, Family] = {
     "internvl": Family("InternVL", ("image",), transformers_since="5.18"),
     "mistral3": Family("Mistral 3", ("image",), partial(GeneralProcessor, load=PixtralProcessor)),
     "gemma3": Family("Gemma 3", ("image",), towers=Gemma3Towers),
-    "gemma3n": Family("Gemma 3n", ("audio", "image"), towers=Gemma3nTowers),
+    "gemma3n": Family("Gemma 3n", ("audio", "image"), towers=Gemma3nTowers, transformers_since="5.23"),
     "paligemma": Family("PaliGemma 1 and 2", ("image",), PaliGemmaProcessor, PaliGemmaTowers),
     "granite4_vision": Family("Granite 4 Vision", ("image",), towers=Granite4VisionTowers),
     "qwen2_5_omni_thinker": Family(
