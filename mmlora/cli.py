@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from mmlora.config import EngineArgs
 from mmlora.errors import AdapterError, MMLoRAError
-from mmlora.families import get_towers
+from mmlora.families import get_key_mapping, get_towers
 from mmlora.flags import ENV_PREFIX, flags_of
 from mmlora.lora.files import read_adapter, resolve_adapter_path
 from mmlora.lora.inspection import inspect_adapter
@@ -78,9 +78,11 @@ def _inspect(adapter: str, model: str | None, is_json: bool) -> int:
     path = model or assistant_path()
     try:
         files = read_adapter(resolve_adapter_path(adapter))
-        net = load_meta_model(load_config(resolve_model_path(path, None, CONFIG_FILES)))
+        folder = resolve_model_path(path, None, CONFIG_FILES)
+        net = load_meta_model(load_config(folder))
         towers = get_towers(net)
-        found = inspect_adapter(files, ModuleIndex(net, towers.part_of if towers is not None else None))
+        part_of = towers.part_of if towers is not None else None
+        found = inspect_adapter(files, ModuleIndex(net, part_of, get_key_mapping(folder)))
         print(json.dumps(found.as_dict(), indent=2) if is_json else found.as_text())
     except (RuntimeError, ValueError, OverflowError, MemoryError) as error:  # of libraries that read strange files
         reason = f"{type(error).__name__}: {error}"

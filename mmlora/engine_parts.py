@@ -15,7 +15,7 @@ from mmlora.config import EngineArgs
 from mmlora.decoder_check import check_decoder
 from mmlora.detokenizer import Detokenizer
 from mmlora.errors import ConfigError
-from mmlora.families import get_processor, get_towers
+from mmlora.families import find_layout, get_key_mapping, get_processor, get_towers
 from mmlora.inputs import InputProcessor
 from mmlora.longrope import replace_longrope
 from mmlora.lora.adapter import Adapter
@@ -115,9 +115,10 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
     towers = get_towers(model)
     store, slots, lora, defaults = None, None, None, {}
     if args.enable_lora:
-        load = _adapter_loader(args, ModuleIndex(model, towers.part_of if towers is not None else None), dtype)
+        index = ModuleIndex(model, towers.part_of if towers is not None else None, get_key_mapping(path))
+        load = _adapter_loader(args, index, dtype)
         registry = AdapterRegistry(args.lora_registry) if args.lora_registry is not None else None
-        defaults = _load_defaults(default_paths, AdapterStore(load))
+        defaults = _load_defaults(default_paths, AdapterStore(load), path)
         store = AdapterStore(
             load, max_cpu_loras=args.num_host_loras, max_pinned=args.max_pinned_loras, registry=registry
         )
@@ -184,14 +185,18 @@ def _adapter_loader(args: EngineArgs, index: ModuleIndex, dtype: torch.dtype) ->
     return load
 
 
-def _load_defaults(paths: dict[str, str], store: AdapterStore) -> dict[str, tuple[LoRARequest, Adapter]]:
+def _load_defaults(
+    paths: dict[str, str], store: AdapterStore, model_path: Path
+) -> dict[str, tuple[LoRARequest, Adapter]]:
     """Load each default adapter once per path, in a store of their own so that their names are free for others."""
     defaults: dict[str, tuple[LoRARequest, Adapter]] = {}
     loaded: dict[str, Adapter] = {}
+    layout = find_layout(model_path)
     for index, (key, path) in enumerate(paths.items()):
         request = LoRARequest(key, DEFAULT_LORA_IDS + index, path)
         if path not in loaded:
-            loaded[path] = store.get(request)
+            files = layout.embedded_adapter(model_path, path) if layout is not None else None
+            loaded[path] = store.add(request, files)
         defaults[key] = request, loaded[path]
     return defaults
 

@@ -3,21 +3,30 @@
 Nothing else asks for a `model_type` or the name of a class.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
+from mmlora.layouts import phi4mm, qwen2_5_omni
+from mmlora.layouts.base import Layout
 from mmlora.processors.base import MultiModalProcessor
 from mmlora.processors.general import GeneralProcessor
 from mmlora.processors.granite_speech import GraniteSpeechProcessor
+from mmlora.processors.paligemma import PaliGemmaProcessor
 from mmlora.processors.phi4_multimodal import Phi4MultimodalProcessor
+from mmlora.processors.pixtral import PixtralProcessor
+from mmlora.processors.pretrained import named_class
 from mmlora.towers.base import Towers
 from mmlora.towers.deepstack import Granite4VisionTowers, Qwen3VLTowers
 from mmlora.towers.general import GeneralTowers
 from mmlora.towers.phi4_multimodal import Phi4MultimodalTowers
+from mmlora.towers.qwen2_5_omni import Qwen25OmniTowers
+from mmlora.towers.two_way import Gemma3Towers, PaliGemmaTowers
 
 ProcessorFactory = Callable[[PretrainedConfig, Path, Any], MultiModalProcessor]
 
@@ -60,9 +69,32 @@ FAMILIES: Mapping[str, Family] = {
     "idefics3": Family("Idefics3", ("image",)),
     "smolvlm": Family("SmolVLM", ("image",)),
     "internvl": Family("InternVL", ("image",)),
+    "mistral3": Family("Mistral 3", ("image",), partial(GeneralProcessor, load=PixtralProcessor)),
+    "gemma3": Family("Gemma 3", ("image",), towers=Gemma3Towers),
+    "paligemma": Family("PaliGemma 1 and 2", ("image",), PaliGemmaProcessor, PaliGemmaTowers),
     "granite4_vision": Family("Granite 4 Vision", ("image",), towers=Granite4VisionTowers),
+    "qwen2_5_omni_thinker": Family("Qwen2.5-Omni (thinker)", ("audio", "image"), towers=Qwen25OmniTowers),
     "phi4_multimodal": Family("Phi-4-multimodal", ("audio", "image"), Phi4MultimodalProcessor, Phi4MultimodalTowers),
 }
+# By the class that a checkpoint's files name, whatever its family: LLaVA models with Pixtral's tower name this one.
+STAND_INS: Mapping[str, ProcessorFactory] = {"PixtralProcessor": partial(GeneralProcessor, load=PixtralProcessor)}
+# By the `model_type` that config.json names.
+LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (phi4mm.LAYOUT, qwen2_5_omni.LAYOUT)}
+
+
+def find_layout(path: Path) -> Layout | None:
+    """How the files of a directory are to be read; None for the way of `transformers`."""
+    try:
+        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # whoever reads it next says what is wrong
+    return LAYOUTS.get(str(content.get("model_type"))) if isinstance(content, dict) else None
+
+
+def get_key_mapping(path: Path) -> Mapping[str, str] | None:
+    """Return how a directory's tensors and modules are renamed (see `Layout`); None for the names of `transformers`."""
+    layout = find_layout(path)
+    return layout.key_mapping if layout is not None else None
 
 
 def get_processor(config: PretrainedConfig, model_path: str | Path, tokenizer: Any) -> MultiModalProcessor | None:
@@ -79,7 +111,8 @@ def get_processor(config: PretrainedConfig, model_path: str | Path, tokenizer: A
     family = FAMILIES.get(config.model_type)
     if family is None or not family.modalities:
         return None
-    return family.processor(config, Path(model_path), tokenizer)
+    factory = STAND_INS.get(named_class(Path(model_path)), family.processor)
+    return factory(config, Path(model_path), tokenizer)
 
 
 def get_towers(model: Any) -> Towers | None:

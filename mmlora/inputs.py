@@ -86,6 +86,7 @@ class InputProcessor:
         processed = self._process_media(fields)
         media_ranges: list[PlaceholderRange] = []
         if self.processor is not None:
+            token_ids = self.processor.arrange(token_ids, processed)
             token_ids, media_ranges = expand_placeholders(token_ids, processed, self.processor)
         self._check_tokens(token_ids)
         modalities = {item.modality for item in processed}
@@ -125,7 +126,8 @@ class InputProcessor:
         if token_ids is not None:
             return text, list(token_ids)
         assert isinstance(text, str)
-        return text, encode_text(self.tokenizer, text, self.max_model_len)
+        normalized = self.processor.normalize(text) if self.processor is not None else text
+        return text, encode_text(self.tokenizer, normalized, self.max_model_len)
 
     def _process_media(self, fields: Mapping[str, Any]) -> list[ProcessedMedia]:
         data = fields.get("multi_modal_data") or {}

@@ -1,21 +1,24 @@
 """From a directory or Hub id to a `transformers` model that runs on this engine's attention."""
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers.utils import logging as transformers_logging
 
 from mmlora.attention import ATTENTION_NAME
 from mmlora.config import DTYPES, EngineArgs
 from mmlora.errors import ConfigError
+from mmlora.families import find_layout
 
 CONFIG_FILES = ["*.json"]
 MODEL_FILES = [*CONFIG_FILES, "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -50,9 +53,14 @@ def load_config(path: Path) -> PretrainedConfig:
     Raises:
         ConfigError: names what is unknown or unsupported.
     """
+    layout = find_layout(path)
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(path)
-    except (ValueError, OSError, KeyError) as error:
+        config: PretrainedConfig = (
+            layout.load_config(path)
+            if layout is not None
+            else AutoConfig.from_pretrained(path, trust_remote_code=False)
+        )
+    except (ValueError, OSError, KeyError, StrictDataclassError) as error:
         raise ConfigError(f"model={str(path)!r} has no configuration that transformers understands: {error}") from None
     text_config = config.get_text_config()
     if config.is_encoder_decoder:
@@ -73,8 +81,11 @@ def load_tokenizer(args: EngineArgs, path: Path) -> Any:
         ConfigError: it cannot be loaded.
     """
     source = path if args.tokenizer is None else resolve_model_path(args.tokenizer, args.revision)
+    layout = find_layout(source)
     try:
-        return AutoTokenizer.from_pretrained(source)
+        if layout is not None:
+            return layout.load_tokenizer(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise ConfigError(f"tokenizer={str(source)!r} cannot be loaded: {error}") from None
 
@@ -89,11 +100,18 @@ def load_model(config: PretrainedConfig, path: Path, *, dtype: torch.dtype, devi
     name = model_class.__name__
     if not getattr(model_class, "_supports_attention_backend", False) or getattr(model_class, "_is_stateful", False):
         raise ConfigError(f"the attention of {name} cannot be replaced, so it cannot run on a paged KV cache")
-    with _view_without_adapter(path) as view:
+    layout = find_layout(path)
+    options = {"key_mapping": dict(layout.key_mapping)} if layout is not None else {}
+    # `check_loaded` tells what does not fit; transformers would warn of all that is left out on purpose.
+    with _view_without_adapter(path) as view, _errors_only() if layout is not None else nullcontext():
         try:
-            model = model_class.from_pretrained(view, config=config, dtype=dtype, use_safetensors=True)
+            model, info = model_class.from_pretrained(
+                view, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            )
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(f"the weights of {str(path)!r} cannot be loaded as {name}: {error}") from None
+    if layout is not None:
+        layout.check_loaded(info["missing_keys"], info["unexpected_keys"])
     # On the decoder only: towers have masks of their own, which this attention would ignore.
     has_text_config = config.get_text_config() is not config
     model.set_attn_implementation({"text_config" if has_text_config else "": ATTENTION_NAME})
@@ -160,6 +178,17 @@ def resolve_max_model_len(requested: int | None, config: PretrainedConfig) -> in
     if requested is not None and requested > limit:
         raise ConfigError(f"max_model_len={requested} exceeds the {limit} tokens that this model takes here")
     return requested or limit
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Keep warnings of `transformers` from the log."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 @contextmanager

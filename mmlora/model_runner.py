@@ -3,10 +3,11 @@
 It gathers tokens, media embeddings, positions and KV rows into one flattened batch, runs the decoder, and samples.
 """
 
+import inspect
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Rows
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +85,9 @@ class ModelRunner:
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids
         self.device: torch.device = kv_cache.keys.device
+        self._kept_rows: torch.Tensor | None = None  # of the forward that runs
+        if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+            model.model.register_forward_hook(self._keep_rows)
 
     @torch.inference_mode()
     def run(self, scheduled: list[ScheduledSequence]) -> StepResult:
@@ -176,13 +180,26 @@ class ModelRunner:
                     _segments((1, slot) for slot in _slots_of_rows(rows, batch.segments)) if batch.segments else None
                 )
                 stack.enter_context(self.lora_state.rows(batch.segments, logit_segments))
+            kept = torch.tensor(rows, dtype=torch.long, device=self.device)
+            stack.enter_context(self._keeping(kept))
             output = self.model(
-                inputs_embeds=embeds[None],
-                position_ids=batch.positions,
-                use_cache=False,
-                logits_to_keep=torch.tensor(rows, dtype=torch.long, device=self.device),
+                inputs_embeds=embeds[None], position_ids=batch.positions, use_cache=False, logits_to_keep=kept
             )
         return rows, output.logits[0].float()
+
+    @contextmanager
+    def _keeping(self, rows: torch.Tensor) -> Iterator[None]:
+        self._kept_rows = rows
+        try:
+            yield
+        finally:
+            self._kept_rows = None
+
+    def _keep_rows(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
+        """Cut the decoder's output for a model that does not know `logits_to_keep`."""
+        if self._kept_rows is not None:
+            output.last_hidden_state = output.last_hidden_state[:, self._kept_rows]
+        return output
 
     def _embed(self, batch: Batch) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """Gather token embeddings, and media embeddings at their placeholders.

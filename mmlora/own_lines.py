@@ -62,6 +62,11 @@ def own_lines(model_type: str) -> OwnLines:
     return OwnLines(len(code - features), len(code & features))
 
 
+def layout_lines(name: str) -> int:
+    """Count the lines of the module that reads a layout, which has its name."""
+    return len(_Source.of(f"mmlora.layouts.{name}").code_lines)
+
+
 @dataclass(frozen=True, eq=False)
 class _Source:
     """A module as it is written."""

@@ -1,6 +1,6 @@
 """What a model's processor offers to the engine, and what it returns for one media item."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ class ProcessedMedia:
         num_tokens: of the prompt that stand for it.
         token_ids: these tokens; None where all of them are the placeholder.
         places: which of them take an embedding; None for all.
+        text_before, text_after: that the model's processor writes around them; it belongs to the prompt's own text.
     """
 
     modality: str
@@ -28,6 +29,8 @@ class ProcessedMedia:
     num_tokens: int
     token_ids: tuple[int, ...] | None = None
     places: tuple[int, ...] | None = None
+    text_before: str = ""
+    text_after: str = ""
 
     @property
     def num_embeds(self) -> int:
@@ -49,6 +52,26 @@ class MultiModalProcessor(Protocol):
 
     def placeholder_token_id(self, modality: str) -> int:
         """Token id of `placeholder_token(modality)`."""
+        ...
+
+    def arrange(self, token_ids: Sequence[int], media: Sequence[ProcessedMedia]) -> list[int]:
+        """Order a prompt's tokens as the model's own processor does, before its media are put in."""
+        ...
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a part of a prompt, special tokens included."""
+        ...
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Text of a part of a prompt, special tokens included."""
+        ...
+
+    def normalize(self, prompt: str) -> str:
+        """Write the placeholders of a prompt as `placeholder_token` does, where the model knows other spellings.
+
+        Raises:
+            MediaError: another spelling stands for an item out of turn.
+        """
         ...
 
     def process(self, item: MediaItem, options: Mapping[str, Any] | None = None) -> ProcessedMedia:

@@ -6,7 +6,7 @@ and with the tokens that stand for it in a prompt, whatever these are (rows, sep
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from mmlora.processors.items import AudioItem, MediaItem
 from mmlora.processors.placeholders import Placeholders, placeholder_id
 from mmlora.processors.pretrained import load_processor
 
-TEXT_KEYS: Final = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+TEXT_KEYS: Final = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
 FAILURES: Final = (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError, AttributeError)
 
 
@@ -31,19 +31,32 @@ class GeneralProcessor(Placeholders):
         config: the model's; it names the placeholder ids (`image_token_id` or `image_token_index`).
         model_path: its directory, with the processor's files.
         tokenizer: must know the placeholder tokens.
+        load: makes the model's own processor of these three.
 
     Raises:
         ConfigError: there is no processor, or the tokenizer does not fit the model.
     """
 
-    def __init__(self, config: PretrainedConfig, model_path: str | Path, tokenizer: Any) -> None:
-        self._processor = load_processor(config, Path(model_path), tokenizer)
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        model_path: str | Path,
+        tokenizer: Any,
+        *,
+        load: Callable[[PretrainedConfig, Path, Any], Any] = load_processor,
+    ) -> None:
+        self._processor = load(config, Path(model_path), tokenizer)
         found = {"image": "image_processor", "audio": "feature_extractor"}
         self._parts = {modality: getattr(self._processor, name, None) for modality, name in found.items()}
-        token_ids = {
-            modality: placeholder_id(config, modality) for modality, part in self._parts.items() if part is not None
-        }
-        super().__init__(token_ids, tokenizer)
+        modalities = [modality for modality, part in self._parts.items() if part is not None]
+        self._embed_ids = {modality: placeholder_id(config, modality) for modality in modalities}
+        super().__init__({modality: self._written_id(modality, tokenizer) for modality in modalities}, tokenizer)
+        self._added_ids = frozenset(tokenizer.added_tokens_decoder)
+
+    def _written_id(self, modality: str, tokenizer: Any) -> int:
+        """Return the token that prompts hold for an item; for most families the one that takes its embeddings."""
+        token = getattr(self._processor, f"{modality}_token", None)
+        return self._embed_ids[modality] if token is None else int(tokenizer.convert_tokens_to_ids(str(token)))
 
     def process(self, item: MediaItem, options: Mapping[str, Any] | None = None) -> ProcessedMedia:
         """Compute the tensors of one clip or picture, and the tokens that stand for it.
@@ -68,14 +81,26 @@ class GeneralProcessor(Placeholders):
         except FAILURES as error:
             kind = RequestError if chosen else MediaError
             raise kind(f"the {modality} cannot be processed: {error}") from error
-        token_ids = output["input_ids"][0].tolist()
-        places = tuple(i for i, token in enumerate(token_ids) if token == self._token_ids[modality])
+        all_ids = output["input_ids"][0].tolist()
+        own = [i for i, token in enumerate(all_ids) if token in self._added_ids]
+        start, end = (own[0], own[-1] + 1) if own else (0, 0)
+        token_ids = all_ids[start:end]
+        places = tuple(i for i, token in enumerate(token_ids) if token == self._embed_ids[modality])
         if not places:
             raise MediaError(f"the {modality} gives no embeddings: it is too small or too short")
         tensors = {name: value for name, value in output.items() if name not in TEXT_KEYS and torch.is_tensor(value)}
         settings = json.dumps({"options": chosen, "resampler": RESAMPLER}, sort_keys=True, default=str)
         digest = hashlib.sha256(f"{item.content_hash}\n{settings}".encode()).hexdigest()
-        return ProcessedMedia(modality, digest, tensors, len(token_ids), tuple(token_ids), places)
+        return ProcessedMedia(
+            modality,
+            digest,
+            tensors,
+            len(token_ids),
+            tuple(token_ids),
+            places,
+            text_before=self.detokenize(all_ids[:start]),
+            text_after=self.detokenize(all_ids[end:]),
+        )
 
     def _media_arguments(self, item: MediaItem) -> dict[str, Any]:
         if not isinstance(item, AudioItem):

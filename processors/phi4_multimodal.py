@@ -5,6 +5,8 @@ Audio features are transformers' own; pictures are `phi4_images.py`, since trans
 
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from mmlora.processors.placeholders import Placeholders
 
 MAX_DYNAMIC_HD = 144  # 12 x 12 crops; at 448 px about 350 MB of float32 for one picture
 _OPTIONS = ("dynamic_hd",)
+_NUMBERED = re.compile(r"<\|(image|audio)_(\d{1,9})\|>", re.ASCII)
 
 
 class Phi4MultimodalProcessor(Placeholders):
@@ -51,6 +54,25 @@ class Phi4MultimodalProcessor(Placeholders):
             "mel_filters": hashlib.sha256(self.feature_extractor.mel_filters.tobytes()).hexdigest(),
             "resampler": RESAMPLER,
         }
+
+    def normalize(self, prompt: str) -> str:
+        """Replace `<|image_1|>` and `<|audio_1|>`, as Microsoft's own processor takes them, by the placeholders.
+
+        Raises:
+            MediaError: the numbers of a modality are not 1, 2 and so on, in this order.
+        """
+        counts: Counter[str] = Counter()
+
+        def replace_one(match: re.Match[str]) -> str:
+            counts[match[1]] += 1
+            if int(match[2]) != counts[match[1]]:
+                raise MediaError(
+                    f"the prompt has {match[0]!r} where {match[1]} {counts[match[1]]} is due: items fill their "
+                    "placeholders in order"
+                )
+            return self.placeholder_token(match[1])
+
+        return _NUMBERED.sub(replace_one, prompt)
 
     def process(self, item: MediaItem, options: Mapping[str, Any] | None = None) -> ProcessedMedia:
         """Compute the tensors of one clip or picture.

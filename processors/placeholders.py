@@ -23,6 +23,7 @@ class Placeholders:
 
     def __init__(self, token_ids: Mapping[str, int], tokenizer: Any) -> None:
         self.modalities = frozenset(token_ids)
+        self._tokenizer = tokenizer
         self._token_ids = dict(token_ids)
         self._tokens = {modality: placeholder_text(tokenizer, modality, i) for modality, i in token_ids.items()}
 
@@ -33,6 +34,25 @@ class Placeholders:
     def placeholder_token_id(self, modality: str) -> int:
         """Return the token id whose places take embeddings of `modality`."""
         return self._token_ids[self._checked(modality)]
+
+    def arrange(self, token_ids: Sequence[int], media: Sequence[ProcessedMedia]) -> list[int]:
+        """Leave a prompt as it is."""
+        return list(token_ids)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the token ids of a part of a prompt, special tokens included."""
+        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of a part of a prompt, special tokens included."""
+        text: str = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def normalize(self, prompt: str) -> str:
+        """Return the prompt: there is one spelling only."""
+        return prompt
 
     def _checked(self, modality: str) -> str:
         if modality not in self._token_ids:
@@ -93,16 +113,27 @@ def expand_placeholders(
     queues = {modality: iter(indices) for modality, indices in waiting.items()}
     expanded: list[int] = []
     ranges: list[PlaceholderRange] = []
+    prompt_tokens: list[int] = []  # since the last item
+    text_before = ""
     for token_id in token_ids:
         modality = modality_of.get(token_id)
         if modality is None:
-            expanded.append(token_id)
+            prompt_tokens.append(token_id)
             continue
         media_index = next(queues[modality])
-        length = media[media_index].num_tokens
-        ranges.append(PlaceholderRange(len(expanded), length, media_index))
-        expanded.extend(media[media_index].token_ids or [token_id] * length)
-    return expanded, ranges
+        item = media[media_index]
+        expanded += _with_text(text_before, prompt_tokens, item.text_before, processor)
+        prompt_tokens, text_before = [], item.text_after
+        ranges.append(PlaceholderRange(len(expanded), item.num_tokens, media_index))
+        expanded += item.token_ids or [token_id] * item.num_tokens
+    return expanded + _with_text(text_before, prompt_tokens, "", processor), ranges
+
+
+def _with_text(before: str, token_ids: list[int], after: str, processor: MultiModalProcessor) -> list[int]:
+    """Put text around some tokens; at the seams it may make other tokens of them."""
+    if not before and not after:
+        return token_ids
+    return processor.tokenize(before + processor.detokenize(token_ids) + after)
 
 
 def _all(media: Sequence[ProcessedMedia], processor: MultiModalProcessor) -> list[str]:

@@ -1,12 +1,15 @@
 """A model's own `transformers` processor, built from its parts: without the video part, which needs torchvision."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import PretrainedConfig
 
 from mmlora.errors import ConfigError
 
+SETTINGS_FILES = ("processor_config.json", "preprocessor_config.json")
 FAILURES = (ValueError, TypeError, RuntimeError, OSError, ImportError, KeyError, AttributeError)
 
 
@@ -24,19 +27,45 @@ def load_processor(config: PretrainedConfig, path: Path, tokenizer: Any) -> Any:
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     try:
-        return _build(PROCESSOR_MAPPING[type(config)], path, tokenizer)
+        named = getattr(transformers, named_class(path) or "none", None)
+        return _build(named if named is not None else PROCESSOR_MAPPING[type(config)], path, tokenizer)
     except FAILURES as error:
         raise ConfigError(f"{path} has no processor that runs here: {error}") from error
 
 
-def _build(processor_class: Any, path: Path, tokenizer: Any) -> Any:
+def named_class(path: Path) -> str:
+    """Return the processor class that a checkpoint's files name; empty when they name none."""
+    for file in (path / name for name in SETTINGS_FILES):
+        try:
+            found = json.loads(file.read_text(encoding="utf-8")).get("processor_class")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if isinstance(found, str):
+            return found
+    return ""
+
+
+def load_part(name: str, path: Path) -> Any:
+    """Load a part of a processor.
+
+    Args:
+        name: `image_processor` or `feature_extractor`; any other is None.
+
+    Raises:
+        ConfigError: it does not run here.
+    """
     from transformers import AutoFeatureExtractor, AutoImageProcessor
 
     loaders: dict[str, Any] = {"image_processor": AutoImageProcessor, "feature_extractor": AutoFeatureExtractor}
-    parts = {
-        name: tokenizer if name == "tokenizer" else loaders[name].from_pretrained(path) if name in loaders else None
-        for name in processor_class.get_attributes()
-    }
+    try:
+        return loaders[name].from_pretrained(path) if name in loaders else None
+    except FAILURES as error:
+        raise ConfigError(f"{path} has no {name} that runs here: {error}") from error
+
+
+def _build(processor_class: Any, path: Path, tokenizer: Any) -> Any:
+    names = processor_class.get_attributes()
+    parts = [tokenizer if name == "tokenizer" else load_part(name, path) for name in names]
 
     class WithoutVideo(processor_class):  # type: ignore[misc]
         """Takes None for the video part."""
@@ -45,4 +74,4 @@ def _build(processor_class: Any, path: Path, tokenizer: Any) -> Any:
             return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
 
     settings, _ = processor_class.get_processor_dict(path)
-    return WithoutVideo.from_args_and_dict(list(parts.values()), settings)
+    return WithoutVideo.from_args_and_dict(parts, settings)

@@ -89,8 +89,9 @@ def build_tokenizer(tokens: Mapping[str, str] | None = None) -> PreTrainedTokeni
         tokens: special tokens of a family's own, by attribute; they come last.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
-    tokenizer = Tokenizer(models.BPE(vocab, []))
+    merges = [("Ċ", "Ċ"), ("ĊĊ", "Ċ")] if tokens else []  # line breaks at the seams of media become one token
+    vocab = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *alphabet, *map("".join, merges)))}
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -282,8 +283,10 @@ def load_reference(path: Path, dtype: torch.dtype = torch.float32) -> PreTrained
     """The model as plain transformers loads it."""
     config = transformers.AutoConfig.from_pretrained(path)
     model_class = getattr(transformers, config.architectures[0])
-    has_softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    attention = "eager" if has_softcap else None  # SDPA has no softcap; transformers 5.17 takes it nevertheless
+    text_config = config.get_text_config()
+    # SDPA has no softcap (transformers 5.17 takes it nevertheless), and without a mask it makes PaliGemma see ahead.
+    needs_eager = ("attn_logit_softcapping", "use_bidirectional_attention")
+    attention = "eager" if any(getattr(text_config, name, None) for name in needs_eager) else None
     model = model_class.from_pretrained(path, dtype=dtype, attn_implementation=attention)
     return model.eval().requires_grad_(False)
 

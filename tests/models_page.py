@@ -3,7 +3,9 @@
 from pathlib import Path
 from statistics import median
 
+from mmlora.families import LAYOUTS
 from mmlora.model_table import COLUMNS, ModelRow, cells_of, model_rows
+from mmlora.own_lines import layout_lines
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 
@@ -20,7 +22,8 @@ a model is loaded.
 
 Own lines are those of code that no other kind of family uses, blank lines, comments and docstrings apart; after the
 plus stand those that compute features where no class of `transformers` runs. Of {num_families} families with media the
-median is {median:g}, the maximum {maximum} ({largest}).
+median is {median:g}, the maximum {maximum} ({largest}). Other formats of checkpoints that are read as a family's:
+{layouts}.
 """
 
 
@@ -39,6 +42,7 @@ def page(rows: list[ModelRow]) -> str:
         median=median(own_lines.values()),
         maximum=own_lines[largest],
         largest=largest,
+        layouts=", ".join(f"`{name}` ({layout_lines(name)} lines)" for name in LAYOUTS),
     )
     table = [COLUMNS, ("---",) * len(COLUMNS), *map(cells_of, rows)]
     return introduction + "\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in table)

@@ -22,11 +22,14 @@ _failed: set[str] = set()
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Note the family that a failed test compared: its parameter `family`, or the checkpoint it was given."""
+    """Note the family that a failed test compared: its parameter `family`, or the checkpoint it was given.
+
+    A parameter `model_type+variant` is one of several checkpoints of a family.
+    """
     report = yield
     if report.failed:
         callspec = getattr(item, "callspec", None)
-        _failed.add(callspec.params.get("family", "") if callspec is not None else "")
+        _failed.add(str(callspec.params.get("family", "")).partition("+")[0] if callspec is not None else "")
         values = getattr(item, "funcargs", {}).values()
         _failed.update(value.model_type for value in values if isinstance(value, equality.Checkpoint))
     return report

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from mmlora import LLM
-from tests.checkpoints import AdapterSpec, save_adapter
+from tests.checkpoints import save_adapter
 from tests.equality import Case, Checkpoint, check_cases, check_equal, greedy, recorded_logits
 from tests.families.reference import FamilyReference
-from tests.families.table import FAMILIES, save_family, targets_of
+from tests.families.table import FAMILIES, adapter_of, parts_of, save_family
 from tests.media import clip, picture
 from tests.reference import Media
 
@@ -39,10 +39,10 @@ def family_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
                 pytest.skip(f"transformers builds no processor for {family} without torchvision before {since}; README")
             path = save_family(folder / "model", family)
             adapters = {
-                part: save_adapter(path, folder / part, AdapterSpec(targets_of(family, part), seed, 3))
-                for seed, part in enumerate(FAMILIES[family].targets, start=1)
+                part: save_adapter(path, folder / part, adapter_of(family, part, seed=seed, r=3))
+                for seed, part in enumerate(parts_of(family), start=1)
             }
-            adapters["all"] = save_adapter(path, folder / "all", AdapterSpec(targets_of(family), 9, 2))
+            adapters["all"] = save_adapter(path, folder / "all", adapter_of(family, seed=9, r=2))
             known[family] = Checkpoint(path, adapters, FamilyReference(path, FAMILIES[family]))
         return known[family]
 
@@ -59,6 +59,13 @@ def cases_of(family: str, adapters: dict[str, Path]) -> list[Case]:
         cases.append(Case(f"one, {adapter}", one, ONE[modality], adapter))
         if not spec.is_single:
             cases.append(Case(f"two, {adapter}", two, TWO[modality], adapter))
+    if spec.other_placeholder is not None:
+        other, other_mark = spec.other_placeholder
+        both = f"<|user|>Here {other_mark} and {mark}, {other_mark}?<|end|><|assistant|>"
+        alone = f"<|user|>Just {other_mark}?<|end|><|assistant|>"
+        media = {**vars(ONE[modality]), **{k: v for k, v in vars(TWO[other]).items() if v}}
+        cases += [Case(f"both, {adapter}", both, Media(**media), adapter) for adapter in (None, *adapters)]
+        cases += [Case(f"other, {adapter}", alone, OTHER[other], adapter) for adapter in (None, *adapters)]
     return [*cases, Case("another, base", one, OTHER[modality]), Case("another, all", one, OTHER[modality], "all")]
 
 
@@ -81,17 +88,16 @@ def test_alone_and_mixed(family: str, family_checkpoint: Callable[[str], Checkpo
 def test_every_adapter_changes_its_part(family: str, family_checkpoint: Callable[[str], Checkpoint]) -> None:
     checkpoint = family_checkpoint(family)
     cases = {case.name: case for case in cases_of(family, checkpoint.adapters)}
-    base = checkpoint.expected(cases["one, None"])
+    with_media = "one" if FAMILIES[family].other_placeholder is None else "both"
+    base = checkpoint.expected(cases[f"{with_media}, None"])
     store = load(checkpoint).llm_engine.parts.store
     assert store is not None
     for name in checkpoint.adapters:
-        changed = checkpoint.expected(cases[f"one, {name}"])
+        changed = checkpoint.expected(cases[f"{with_media}, {name}"])
         length = len(base.prompt_ids)
         assert (changed.logits[:length] - base.logits[:length]).abs().max() > 1e-2, name
         parts = store.get(checkpoint.lora_request(name)).report.parts
-        assert {part for part, count in parts.items() if count} == (
-            {name} if name != "all" else {*FAMILIES[family].targets}
-        )
+        assert {part for part, count in parts.items() if count} == ({name} if name != "all" else {*parts_of(family)})
 
 
 def test_the_documents_granite_speech_example(family_checkpoint: Callable[[str], Checkpoint], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from mmlora.families import FAMILIES
 from mmlora.model_table import Parity, model_rows
 from mmlora.own_lines import OwnLines, own_lines
 from tests import equality, models_page, parity
+from tests.families.table import FAMILIES as CHECKPOINTS
 
 ROOT = Path(mmlora.__file__).parent
 MEDIAN_LINES, MAX_LINES = 5, 60
@@ -54,6 +55,11 @@ def test_the_recorder_keeps_replaces_and_fails() -> None:
     assert str(Parity(**records["qwen3"])) == "1 answers, logits within 1.2e-06, 1 near-ties"
     assert records["qwen3"]["parts"] == ["language_model", "vision_tower"]
     assert records["qwen3"]["transformers"] == transformers.__version__
+
+
+def test_each_tiny_checkpoint_is_of_a_family_of_the_table() -> None:
+    """So that one that fails is recorded as failing; see `tests/parity.py`."""
+    assert {name.partition("+")[0] for name in CHECKPOINTS} <= set(FAMILIES)
 
 
 def test_a_family_costs_few_lines() -> None:

@@ -33,7 +33,7 @@ class GeneralTowers:
             if hasattr(owner, name)
         }
         self.modalities = frozenset(self._encoders)
-        self._rope_index = getattr(inner, "get_rope_index", None)
+        self._rope_index = getattr(inner, "get_rope_index", getattr(model, "get_rope_index", None))
         self.num_position_rows = 3 if self._rope_index is not None else 1
         self._parts = _parts(model)
 

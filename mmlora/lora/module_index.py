@@ -1,7 +1,7 @@
 """The modules of a model by name, as adapters see them: which can be adapted, and what older files call them."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ class ModuleIndex:
     Args:
         model: a transformers model, before any of its modules is wrapped; its weights may be on the meta device.
         part_of: tells the part of the model that a module lies in (one of `PARTS`); all are language model without it.
+        key_mapping: regular expressions in the names that the checkpoint uses, and what replaces them in the model.
 
     Attributes:
         modules: every module by name.
@@ -27,9 +28,14 @@ class ModuleIndex:
         is_tied: whether these two share their weight.
     """
 
-    def __init__(self, model: nn.Module, part_of: Callable[[str], str] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        part_of: Callable[[str], str] | None = None,
+        key_mapping: Mapping[str, str] | None = None,
+    ) -> None:
         self._part_of = part_of
-        self._renamings = _checkpoint_renamings(model)
+        self._renamings = _checkpoint_renamings(model, key_mapping)
         self.modules: dict[str, nn.Module] = {name: module for name, module in model.named_modules() if name}
         # Of the base model for good: while a pass runs, modules may hold tensors of an adapter in their place.
         self._tensors = {name: {**module._parameters, **module._buffers} for name, module in self.modules.items()}
@@ -125,13 +131,13 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return in_features, out_features
 
 
-def _checkpoint_renamings(model: nn.Module) -> list[Any]:
+def _checkpoint_renamings(model: nn.Module, key_mapping: Mapping[str, str] | None) -> list[Any]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
     if not isinstance(model, PreTrainedModel):
         return []
-    transforms = get_model_conversion_mapping(model, add_legacy=False)
+    transforms = get_model_conversion_mapping(model, dict(key_mapping) if key_mapping else None, add_legacy=False)
     return [transform for transform in transforms if isinstance(transform, WeightRenaming)]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import transformers
 
 from tests.checkpoints import IMAGE_ID
-from tests.families.spec import TEXT, VISION, Family, without_video
+from tests.families.spec import TEXT, VISION, Family, pixtral_class, without_video
 
 
 def _llava(tokenizer: Any) -> Any:
@@ -125,6 +125,119 @@ def _granite4_vision_processor(tokenizer: Any) -> Any:
     )
 
 
+def _gemma3(tokenizer: Any) -> Any:
+    vision = transformers.SiglipVisionConfig(**{**VISION, "image_size": 35}, vision_use_head=False)
+    text = {"head_dim": 8, "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}
+    return transformers.Gemma3Config(
+        vision_config=vision,
+        text_config={**TEXT, **text, "query_pre_attn_scalar": 20},
+        mm_tokens_per_image=25,  # more than the window and than a chunk
+        boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id,
+        image_token_index=tokenizer.image_token_id,
+    )
+
+
+def _gemma3_processor(tokenizer: Any) -> Any:
+    pil = transformers.Gemma3ImageProcessorPil(size={"height": 35, "width": 35})
+    return transformers.Gemma3Processor(pil, tokenizer, image_seq_length=25)
+
+
+def _pixtral_text(name: str) -> Callable[[Any], Any]:
+    def build(tokenizer: Any) -> Any:
+        vision = {"model_type": "pixtral", **VISION, "image_size": 56, "head_dim": 12}
+        text = {"model_type": "mistral", **TEXT, "head_dim": 8, "sliding_window": None}
+        own = {"spatial_merge_size": 2} if name == "Mistral3" else {"vision_feature_select_strategy": "full"}
+        return getattr(transformers, f"{name}Config")(
+            vision_config=vision,
+            text_config=text,
+            image_token_index=tokenizer.image_token_id,
+            vision_feature_layer=-1,
+            **own,
+        )
+
+    return build
+
+
+def _pixtral_processor(merge_size: int) -> Callable[[Any], Any]:
+    def build(tokenizer: Any) -> Any:
+        pil = transformers.PixtralImageProcessorPil(size={"longest_edge": 56}, patch_size={"height": 7, "width": 7})
+        return pixtral_class()(pil, tokenizer, patch_size=7, spatial_merge_size=merge_size)
+
+    return build
+
+
+def _smolvlm(tokenizer: Any) -> Any:
+    return transformers.SmolVLMConfig(
+        image_token_id=tokenizer.image_token_id,
+        vision_config=VISION,
+        text_config=transformers.LlamaConfig(**TEXT),
+        scale_factor=2,
+    )
+
+
+def _smolvlm_processor(tokenizer: Any) -> Any:
+    pil = transformers.SmolVLMImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
+    return without_video(transformers.SmolVLMProcessor, pil, tokenizer, None, image_seq_len=4)
+
+
+def _paligemma(text_class: str, **text: Any) -> Callable[[Any], Any]:
+    def build(tokenizer: Any) -> Any:
+        decoder = getattr(transformers, text_class)(**TEXT, head_dim=8, **text)
+        return transformers.PaliGemmaConfig(
+            vision_config=transformers.SiglipVisionConfig(**VISION, vision_use_head=False, projection_dim=48),
+            text_config=decoder,
+            projection_dim=48,
+            image_token_index=tokenizer.image_token_id,
+            tie_word_embeddings=False,
+        )
+
+    return build
+
+
+def _paligemma_processor(tokenizer: Any) -> Any:
+    pil = transformers.SiglipImageProcessorPil(size={"height": 28, "width": 28})
+    pil.image_seq_length = 16
+    return transformers.PaliGemmaProcessor(pil, tokenizer)
+
+
+_OMNI_TOKENS = {
+    "image_token": "<|IMAGE|>",
+    "audio_token": "<|AUDIO|>",
+    "video_token": "<|VIDEO|>",
+    "vision_bos_token": "<|vision_bos|>",
+    "vision_eos_token": "<|vision_eos|>",
+    "audio_bos_token": "<|audio_bos|>",
+    "audio_eos_token": "<|audio_eos|>",
+}
+
+
+def _omni(tokenizer: Any) -> Any:
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in _OMNI_TOKENS.items()}
+    rope = {"rope_type": "default", "mrope_section": [1, 2, 1], "rope_theta": 10000.0}
+    audio = {"num_mel_bins": 128, "d_model": 24, "encoder_layers": 2, "encoder_attention_heads": 2}
+    vision = {"hidden_size": 24, "intermediate_size": 32, "out_hidden_size": 48, "window_size": 28}
+    return transformers.Qwen2_5OmniThinkerConfig(
+        audio_config={**audio, "encoder_ffn_dim": 32, "n_window": 20, "output_dim": 48},
+        vision_config={**_QWEN_VISION, **vision, "fullatt_block_indexes": [1]},
+        text_config={**TEXT, "rope_parameters": rope},
+        image_token_index=ids["image_token"],
+        audio_token_index=ids["audio_token"],
+        video_token_index=ids["video_token"],
+        vision_start_token_id=ids["vision_bos_token"],
+        vision_end_token_id=ids["vision_eos_token"],
+        audio_start_token_id=ids["audio_bos_token"],
+        audio_end_token_id=ids["audio_eos_token"],
+    )
+
+
+def _omni_processor(tokenizer: Any) -> Any:
+    sizes = {"shortest_edge": 14 * 14, "longest_edge": 14 * 14 * 9}
+    pil = transformers.Qwen2VLImageProcessorPil(size=sizes, patch_size=7, merge_size=2)
+    audio = transformers.WhisperFeatureExtractor(feature_size=128)
+    return without_video(transformers.Qwen2_5OmniProcessor, pil, None, audio, tokenizer)
+
+
 _CLIP_TARGETS = {
     "language_model": r".*language_model\.layers\.\d+\..*(q|v|down)_proj",
     "connector": r".*multi_modal_projector\.linear_[12]",
@@ -158,6 +271,26 @@ IMAGE_FAMILIES: Mapping[str, Family] = {
             "image_token": "<image>",
             "end_of_utterance_token": "<end_of_utterance>",
             "global_image_token": "<global-img>",
+        },
+        processor_since="5.23",
+    ),
+    "smolvlm": Family(
+        "SmolVLMForConditionalGeneration",
+        _smolvlm,
+        _smolvlm_processor,
+        "image",
+        {
+            "language_model": r".*text_model\.layers\.\d+\..*(q|v|down)_proj",
+            "connector": r".*connector\..*proj",
+            "vision_tower": r".*vision_model\..*layers\.\d+\..*(q_proj|out_proj|fc1)",
+        },
+        "<image>",
+        tokens={
+            "fake_image_token": "<fake_token_around_image>",
+            "image_token": "<image>",
+            "end_of_utterance_token": "<end_of_utterance>",
+            "global_image_token": "<global-img>",
+            "video_token": "<video>",
         },
         processor_since="5.23",
     ),
@@ -223,5 +356,84 @@ IMAGE_FAMILIES: Mapping[str, Family] = {
             "vision_tower": r".*vision_tower\..*layers\.\d+\..*(q_proj|out_proj|fc1)",
         },
         "<|image|>",
+    ),
+    "gemma3": Family(
+        "Gemma3ForConditionalGeneration",
+        _gemma3,
+        _gemma3_processor,
+        "image",
+        {
+            "language_model": r".*language_model\.layers\.\d+\..*(q|v|down)_proj",
+            "vision_tower": r".*vision_tower\..*layers\.\d+\..*(q_proj|out_proj|fc1)",
+        },
+        "\n<start_of_image>\n",
+        {"connector": "multi_modal_projector.mm_input_projection_weight"},
+        tokens={
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+            "image_token": "<image_soft_token>",
+        },
+        token_kinds={"token_type_ids": 0},
+    ),
+    **{
+        model_type: Family(
+            f"{name}ForConditionalGeneration",
+            _pixtral_text(name),
+            _pixtral_processor(merge_size),
+            "image",
+            {
+                "language_model": r".*language_model\.layers\.\d+\..*(q|v|down)_proj",
+                "connector": r".*multi_modal_projector\.(linear_[12]|patch_merger\.merging_layer)",
+                "vision_tower": r".*vision_tower\..*layers\.\d+\..*(q_proj|o_proj|up_proj)",
+            },
+            "[IMG]",
+            tokens={"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"},
+        )
+        for model_type, name, merge_size in (("mistral3", "Mistral3", 2), ("llava+pixtral", "Llava", 1))
+    },
+    **{
+        model_type: Family(
+            "PaliGemmaForConditionalGeneration",
+            config,
+            _paligemma_processor,
+            "image",
+            {
+                "language_model": r".*language_model\.layers\.\d+\..*(q|v|down)_proj",
+                "connector": r".*multi_modal_projector\.linear",
+                "vision_tower": r".*vision_tower\..*layers\.\d+\..*(q_proj|out_proj|fc1)",
+            },
+            "<image>",
+            tokens={"image_token": "<image>"},
+            token_kinds={"token_type_ids": 1},
+        )
+        for model_type, config in (
+            ("paligemma", _paligemma("GemmaConfig")),
+            (
+                "paligemma+gemma2",
+                _paligemma(
+                    "Gemma2Config",
+                    sliding_window=9,
+                    attn_logit_softcapping=4.0,
+                    final_logit_softcapping=6.0,
+                    query_pre_attn_scalar=20,
+                ),
+            ),
+        )
+    },
+    "qwen2_5_omni_thinker": Family(
+        "Qwen2_5OmniThinkerForConditionalGeneration",
+        _omni,
+        _omni_processor,
+        "image",
+        {
+            "language_model": r".*language_model\.layers\.\d+\..*(q|v|down)_proj",
+            "connector": r".*visual\.merger\.mlp\.[02]",
+            "vision_tower": r".*visual\.blocks\.\d+\..*(\bq|proj|up_proj)",
+            "audio_tower": r".*audio_tower\.layers\.\d+\..*(q_proj|out_proj|fc1)",
+        },
+        "<|vision_bos|><|IMAGE|><|vision_eos|>",
+        tokens=_OMNI_TOKENS,
+        token_kinds={"attention_mask": 1},
+        other_placeholder=("audio", "<|audio_bos|><|AUDIO|><|audio_eos|>"),
     ),
 }

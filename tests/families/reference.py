@@ -45,7 +45,7 @@ class FamilyReference:
         ids = inputs.pop("input_ids")
         prompt_ids = ids[0].tolist()
         kinds = {name: inputs.pop(name) for name in self._token_kinds if name in inputs}
-        tensors = {name: value for name, value in inputs.items() if name not in ("attention_mask", "token_type_ids")}
+        tensors = {name: value for name, value in inputs.items() if name not in ("attention_mask", "labels")}
         for _ in range(max_tokens):
             logits = self._models[adapter](input_ids=ids, use_cache=False, **tensors, **kinds).logits[0].float()
             ids = torch.cat([ids, logits[-1:].argmax(-1, keepdim=True)], dim=1)

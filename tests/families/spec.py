@@ -1,8 +1,11 @@
 """How a tiny checkpoint of a family is made, and sizes that most of them share."""
 
+import importlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 from tests.checkpoints import VOCAB_SIZE
 
@@ -38,8 +41,10 @@ class Family:
     modality: str
     targets: Mapping[str, str]
     placeholder: str
+    parameters: Mapping[str, str] = field(default_factory=dict)  # by part, raw parameters that take LoRA
     tokens: Mapping[str, str] = field(default_factory=dict)  # special tokens of its own, by attribute of the tokenizer
     token_kinds: Mapping[str, int] = field(default_factory=dict)  # inputs by token that count, and a new token's value
+    other_placeholder: tuple[str, str] | None = None  # a second modality, and what stands for an item of it
     is_single: bool = False  # transformers' processor takes one item a prompt
     processor_since: str = "5.17"  # the version of transformers that builds its processor without torchvision
 
@@ -52,3 +57,12 @@ def without_video(processor_class: type, *parts: Any, **options: Any) -> Any:
             return argument and super().check_argument_for_proper_class(argument_name, argument)
 
     return Built(*parts, **options)
+
+
+def pixtral_class() -> Any:
+    """`transformers.PixtralProcessor`; its module imports torchvision for a function that the Pillow class has, too."""
+    name = "transformers.models.pixtral.image_processing_pixtral"
+    pil = importlib.import_module("transformers.models.pixtral.image_processing_pil_pixtral")
+    with patch.dict(sys.modules, {name: pil}):
+        module = importlib.import_module("transformers.models.pixtral.processing_pixtral")
+    return module.PixtralProcessor

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from mmlora.lora.adapter import PARTS
-from tests.checkpoints import _draw_weights, build_tokenizer
+from tests.checkpoints import VOCAB_SIZE, AdapterSpec, _draw_weights, build_tokenizer
 from tests.families.audio import AUDIO_FAMILIES
 from tests.families.image import IMAGE_FAMILIES
 from tests.families.spec import Family
@@ -17,10 +17,17 @@ from tests.families.spec import Family
 FAMILIES: Mapping[str, Family] = {**AUDIO_FAMILIES, **IMAGE_FAMILIES}
 
 
-def targets_of(family: str, *parts: str) -> str:
-    """`target_modules` of some parts of a family; of all that it has by default."""
-    found = FAMILIES[family].targets
-    return "|".join(f"({found[part]})" for part in parts or PARTS if part in found)
+def adapter_of(family: str, *parts: str, seed: int, r: int) -> AdapterSpec:
+    """An adapter on some parts of a family; on all that it has by default."""
+    spec = FAMILIES[family]
+    modules = [f"({spec.targets[part]})" for part in parts or PARTS if part in spec.targets]
+    parameters = [spec.parameters[part] for part in parts or PARTS if part in spec.parameters]
+    return AdapterSpec("|".join(modules) or (), seed, r, {"target_parameters": parameters} if parameters else {})
+
+
+def parts_of(family: str) -> list[str]:
+    """The parts of a family that take LoRA."""
+    return [part for part in PARTS if part in {**FAMILIES[family].targets, **FAMILIES[family].parameters}]
 
 
 def save_family(path: Path, family: str, seed: int = 0) -> Path:
@@ -31,6 +38,8 @@ def save_family(path: Path, family: str, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     model = getattr(transformers, spec.model_class)(config)
     _draw_weights(model, torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        model.get_output_embeddings().weight[VOCAB_SIZE:] = 0  # so that no answer holds a placeholder of its own
     model.generation_config.eos_token_id = 4
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -41,10 +50,12 @@ def save_family(path: Path, family: str, seed: int = 0) -> Path:
 
 def save_processor(processor: Any, path: Path) -> None:
     """Write a processor's settings and those of its parts; `save_pretrained` fails where one of them is None."""
-    name = next(base.__name__ for base in type(processor).__mro__ if base.__name__ != "Built")
+    class_name = next(base.__name__ for base in type(processor).__mro__ if base.__name__ != "Built")
     settings = {key: value for key, value in processor.to_dict().items() if not key.endswith("processor")}
-    for part in ("image_processor", "feature_extractor"):
-        if getattr(processor, part, None) is not None:
-            getattr(processor, part).save_pretrained(path)
+    parts = {}
+    for name in ("image_processor", "feature_extractor"):
+        if getattr(processor, name, None) is not None:
+            parts |= json.loads(getattr(processor, name).to_json_string())
+    (path / "preprocessor_config.json").write_text(json.dumps(parts))
     settings = {key: value for key, value in settings.items() if key != "feature_extractor"}
-    (path / "processor_config.json").write_text(json.dumps({**settings, "processor_class": name}))
+    (path / "processor_config.json").write_text(json.dumps({**settings, "processor_class": class_name}))
