@@ -19,7 +19,8 @@ from mmlora.flags import ENV_PREFIX, flags_of
 from mmlora.lora.files import read_adapter, resolve_adapter_path
 from mmlora.lora.inspection import inspect_adapter
 from mmlora.lora.module_index import ModuleIndex
-from mmlora.model_loader import CONFIG_FILES, load_config, load_meta_model, resolve_model_path
+from mmlora.model_config import load_config
+from mmlora.model_loader import CONFIG_FILES, load_meta_model, resolve_model_path
 from mmlora.model_table import as_text, model_rows
 from mmlora.printable import one_line
 from mmlora.server.launch import ServerArgs, serve

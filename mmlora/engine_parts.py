@@ -28,8 +28,8 @@ from mmlora.lora.request import LoRARequest
 from mmlora.lora.slots import LoRASlots
 from mmlora.lora.store import AdapterStore
 from mmlora.lora.stored_adapter import Load
+from mmlora.model_config import load_config
 from mmlora.model_loader import (
-    load_config,
     load_model,
     load_tokenizer,
     resolve_device,

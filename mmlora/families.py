@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from mmlora.errors import ConfigError
 from mmlora.layouts import phi4mm, qwen2_5_omni
 from mmlora.layouts.base import Layout
 from mmlora.processors.base import MultiModalProcessor
@@ -86,7 +87,7 @@ def find_layout(path: Path) -> Layout | None:
     """How the files of a directory are to be read; None for the way of `transformers`."""
     try:
         content = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None  # whoever reads it next says what is wrong
     return LAYOUTS.get(str(content.get("model_type"))) if isinstance(content, dict) else None
 
@@ -95,6 +96,23 @@ def get_key_mapping(path: Path) -> Mapping[str, str] | None:
     """Return how a directory's tensors and modules are renamed (see `Layout`); None for the names of `transformers`."""
     layout = find_layout(path)
     return layout.key_mapping if layout is not None else None
+
+
+def check_modalities(config: PretrainedConfig, model_class: Any) -> None:
+    """Refuse a model with towers that the table does not have, instead of serving its decoder alone.
+
+    Raises:
+        ConfigError: names what the model takes.
+    """
+    family = FAMILIES.get(config.model_type)
+    takes = model_class.input_modalities
+    media = sorted({takes} if isinstance(takes, str) else set(takes)) if config.sub_configs else []
+    media = [modality for modality in media if modality != "text"]  # a text decoder may inherit them, its config not
+    if media and (family is None or not family.modalities):
+        raise ConfigError(
+            f"{model_class.__name__} takes {' and '.join(media)} beside text, and {config.model_type} is not among the "
+            "families with media that are served (`mmlora models` lists them)"
+        )
 
 
 def get_processor(config: PretrainedConfig, model_path: str | Path, tokenizer: Any) -> MultiModalProcessor | None:

@@ -20,7 +20,8 @@ from mmlora.chat import render_chat
 from mmlora.errors import ConfigError, MediaError
 from mmlora.layouts import phi4mm
 from mmlora.lora.files import read_adapter
-from mmlora.model_loader import load_config, load_meta_model, resolve_dtype, resolve_max_model_len
+from mmlora.model_config import load_config
+from mmlora.model_loader import load_meta_model, resolve_dtype, resolve_max_model_len
 from tests.checkpoints import AUDIO_ID, IMAGE_ID, AdapterSpec, phi4_targets, save_adapter, save_phi4
 from tests.equality import Case, Checkpoint, check_equal, run_cases
 from tests.media import clip, picture
