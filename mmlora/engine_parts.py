@@ -13,6 +13,7 @@ from mmlora.attention import KVCache
 from mmlora.block_manager import BlockManager
 from mmlora.config import EngineArgs
 from mmlora.decoder_check import check_decoder
+from mmlora.default_adapters import choose_default_adapters
 from mmlora.detokenizer import Detokenizer
 from mmlora.errors import ConfigError
 from mmlora.families import find_layout, get_key_mapping, get_processor, get_towers
@@ -107,7 +108,8 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
     max_model_len = resolve_max_model_len(args.max_model_len, config)
     tokenizer = load_tokenizer(args, path)
     processor = get_processor(config, path, tokenizer)
-    default_paths = parse_defaults(args.default_mm_loras, processor.modalities if processor is not None else ())
+    default_paths = choose_default_adapters(args, config, path)
+    default_paths = parse_defaults(default_paths, processor.modalities if processor is not None else ())
     _check_limits(args, processor.modalities if processor is not None else frozenset())
     model = load_model(config, path, dtype=dtype, device=device)
     check_decoder(model, *_kv_shape(config), max_model_len)

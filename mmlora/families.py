@@ -5,7 +5,7 @@ Nothing else asks for a `model_type` or the name of a class.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,15 @@ class Family:
         name: what people call it.
         modalities: that it takes beside text.
         processor, towers: of its media.
+        default_adapters: adapters that its models come with: modalities joined with `+`, and the folder that holds the
+            adapter for them; an empty name is the model's own.
     """
 
     name: str
     modalities: tuple[str, ...] = ()
     processor: ProcessorFactory = GeneralProcessor
     towers: Callable[[Any], Towers] = GeneralTowers
+    default_adapters: Mapping[str, str] = field(default_factory=dict)
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -60,7 +63,7 @@ FAMILIES: Mapping[str, Family] = {
     "mixtral": Family("Mixtral"),
     "qwen3_moe": Family("Qwen3-MoE"),
     "granitemoe": Family("GraniteMoE"),
-    "granite_speech": Family("Granite Speech", ("audio",), GraniteSpeechProcessor),
+    "granite_speech": Family("Granite Speech", ("audio",), GraniteSpeechProcessor, default_adapters={"audio": ""}),
     "audioflamingo3": Family("Audio Flamingo 3", ("audio",)),
     "llava": Family("LLaVA", ("image",)),
     "llava_next": Family("LLaVA-NeXT", ("image",)),
@@ -75,7 +78,13 @@ FAMILIES: Mapping[str, Family] = {
     "paligemma": Family("PaliGemma 1 and 2", ("image",), PaliGemmaProcessor, PaliGemmaTowers),
     "granite4_vision": Family("Granite 4 Vision", ("image",), towers=Granite4VisionTowers),
     "qwen2_5_omni_thinker": Family("Qwen2.5-Omni (thinker)", ("audio", "image"), towers=Qwen25OmniTowers),
-    "phi4_multimodal": Family("Phi-4-multimodal", ("audio", "image"), Phi4MultimodalProcessor, Phi4MultimodalTowers),
+    "phi4_multimodal": Family(
+        "Phi-4-multimodal",
+        ("audio", "image"),
+        Phi4MultimodalProcessor,
+        Phi4MultimodalTowers,
+        {"audio": "speech-lora", "image": "vision-lora", "audio+image": "vision-lora"},
+    ),
 }
 # By the class that a checkpoint's files name, whatever its family: LLaVA models with Pixtral's tower name this one.
 STAND_INS: Mapping[str, ProcessorFactory] = {"PixtralProcessor": partial(GeneralProcessor, load=PixtralProcessor)}
@@ -113,6 +122,12 @@ def check_modalities(config: PretrainedConfig, model_class: Any) -> None:
             f"{model_class.__name__} takes {' and '.join(media)} beside text, and {config.model_type} is not among the "
             "families with media that are served (`mmlora models` lists them)"
         )
+
+
+def get_default_adapters(config: PretrainedConfig) -> Mapping[str, str]:
+    """Return the adapters that models of a configuration's family come with; see `Family`."""
+    family = FAMILIES.get(config.model_type)
+    return family.default_adapters if family is not None else {}
 
 
 def get_processor(config: PretrainedConfig, model_path: str | Path, tokenizer: Any) -> MultiModalProcessor | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from mmlora.config import EngineArgs
+from mmlora.config import AUTO, EngineArgs
 from mmlora.environment import parse_bool
 from mmlora.errors import ConfigError
 from mmlora.server.launch import ServerArgs
@@ -45,7 +45,9 @@ class Flag:
             read = self._read_argument
             group.add_argument(self.option, action="extend", nargs="+", type=read, metavar="NAME=PATH", help=text)
         else:
-            metavar = {int: "N", float: "X", _parse_json: "JSON"}.get(self.parse, "VALUE")
+            metavar = {int: "N", float: "X", _parse_json: "JSON", _parse_json_or_auto: "JSON|auto"}.get(
+                self.parse, "VALUE"
+            )
             group.add_argument(self.option, type=self._read_argument, metavar=metavar, help=text)
 
     def _read_argument(self, text: str) -> Any:
@@ -91,8 +93,15 @@ def _parser_of(name: str, hint: Any) -> Callable[[str], Any]:
     if bool in kinds:
         return parse_bool
     if any(isinstance(kind, type) and issubclass(kind, Mapping) for kind in kinds):
-        return _parse_json
+        return _parse_json_or_auto if str in kinds else _parse_json
     return next((kind for kind in (str, int, float) if kind in kinds), str)
+
+
+def _parse_json_or_auto(text: str) -> dict[str, Any] | str:
+    try:
+        return AUTO if text == AUTO else _parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{error}; {AUTO} is allowed, too") from None
 
 
 def _parse_json(text: str) -> dict[str, Any]:
