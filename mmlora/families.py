@@ -22,11 +22,13 @@ from mmlora.processors.paligemma import PaliGemmaProcessor
 from mmlora.processors.phi4_multimodal import Phi4MultimodalProcessor
 from mmlora.processors.pixtral import PixtralProcessor
 from mmlora.processors.pretrained import named_class
+from mmlora.processors.voxtral import VoxtralProcessor
 from mmlora.towers.base import Towers
 from mmlora.towers.deepstack import Granite4VisionTowers, Qwen3VLTowers
 from mmlora.towers.general import GeneralTowers
 from mmlora.towers.phi4_multimodal import Phi4MultimodalTowers
 from mmlora.towers.qwen2_5_omni import Qwen25OmniTowers
+from mmlora.towers.qwen2_audio import Qwen2AudioTowers
 from mmlora.towers.two_way import Gemma3Towers, PaliGemmaTowers
 
 ProcessorFactory = Callable[[PretrainedConfig, Path, Any], MultiModalProcessor]
@@ -64,6 +66,12 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_moe": Family("Qwen3-MoE"),
     "granitemoe": Family("GraniteMoE"),
     "granite_speech": Family("Granite Speech", ("audio",), GraniteSpeechProcessor, default_adapters={"audio": ""}),
+    "granite_speech_plus": Family(
+        "Granite Speech Plus", ("audio",), GraniteSpeechProcessor, default_adapters={"audio": ""}
+    ),
+    "voxtral": Family("Voxtral", ("audio",), VoxtralProcessor),
+    "qwen2_audio": Family("Qwen2-Audio", ("audio",), towers=Qwen2AudioTowers),
+    "qwen3_asr": Family("Qwen3-ASR", ("audio",)),
     "audioflamingo3": Family("Audio Flamingo 3", ("audio",)),
     "llava": Family("LLaVA", ("image",)),
     "llava_next": Family("LLaVA-NeXT", ("image",)),

@@ -6,7 +6,7 @@ from typing import Any
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from mmlora.errors import ConfigError
 from mmlora.families import check_modalities, find_layout
@@ -74,7 +74,8 @@ def check_config(config: PretrainedConfig) -> None:
         if not isinstance(value, int) or not 1 <= value <= (limit or value):
             allowed = f"from 1 to {limit}" if limit is not None else "a positive integer"
             raise ConfigError(f"{name} has {size}={value!r}; it must be {allowed}")
-    if not getattr(model_class, "_supports_attention_backend", False) or getattr(model_class, "_is_stateful", False):
+    decoder_class: Any = MODEL_MAPPING.get(type(text_config), model_class)
+    if not getattr(decoder_class, "_supports_attention_backend", False) or getattr(model_class, "_is_stateful", False):
         raise ConfigError(f"the attention of {name} cannot be replaced, so it cannot run on a paged KV cache")
 
 

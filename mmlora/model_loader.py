@@ -57,8 +57,9 @@ def load_tokenizer(args: EngineArgs, path: Path) -> Any:
     try:
         if layout is not None:
             return layout.load_tokenizer(source)
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
+        # A tekken.json is converted: the backend of mistral-common would not read placeholders in a text.
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, mistral_format=False)
+    except (ValueError, OSError, KeyError, ImportError) as error:
         raise ConfigError(f"tokenizer={str(source)!r} cannot be loaded: {error}") from None
 
 

@@ -88,7 +88,13 @@ def audio_from_array(array: Any, sample_rate: Any, limits: MediaLimits = DEFAULT
 
 
 def resample(item: AudioItem, rate: int) -> Samples:
-    """Return `[num_samples] float32` at `rate` Hz; the item's own samples if it has that rate already."""
+    """Return `[num_samples] float32` at `rate` Hz; the item's own samples if it has that rate already.
+
+    Raises:
+        MediaError: there are none, or librosa is missing.
+    """
+    if len(item.samples) == 0:
+        raise MediaError("the audio holds no samples")
     if item.sample_rate == rate:
         return item.samples
     try:

@@ -50,10 +50,10 @@ class GeneralProcessor(Placeholders):
         self._parts = {modality: getattr(self._processor, name, None) for modality, name in found.items()}
         modalities = [modality for modality, part in self._parts.items() if part is not None]
         self._embed_ids = {modality: placeholder_id(config, modality) for modality in modalities}
-        super().__init__({modality: self._written_id(modality, tokenizer) for modality in modalities}, tokenizer)
+        super().__init__({modality: self.written_id(modality, tokenizer) for modality in modalities}, tokenizer)
         self._added_ids = frozenset(tokenizer.added_tokens_decoder)
 
-    def _written_id(self, modality: str, tokenizer: Any) -> int:
+    def written_id(self, modality: str, tokenizer: Any) -> int:
         """Return the token that prompts hold for an item; for most families the one that takes its embeddings."""
         token = getattr(self._processor, f"{modality}_token", None)
         return self._embed_ids[modality] if token is None else int(tokenizer.convert_tokens_to_ids(str(token)))
@@ -71,13 +71,7 @@ class GeneralProcessor(Placeholders):
         """
         modality, chosen = item.modality, self._checked_options(item.modality, options or {})
         try:
-            output = self._processor(
-                text=self.placeholder_token(modality),
-                **self._media_arguments(item),
-                **chosen,
-                add_special_tokens=False,
-                return_tensors="pt",
-            )
+            output = self.model_inputs(item, chosen)
         except FAILURES as error:
             kind = RequestError if chosen else MediaError
             raise kind(f"the {modality} cannot be processed: {error}") from error
@@ -89,6 +83,8 @@ class GeneralProcessor(Placeholders):
         if not places:
             raise MediaError(f"the {modality} gives no embeddings: it is too small or too short")
         tensors = {name: value for name, value in output.items() if name not in TEXT_KEYS and torch.is_tensor(value)}
+        if isinstance(item, AudioItem):
+            self._check_heard(item, tensors)
         settings = json.dumps({"options": chosen, "resampler": RESAMPLER}, sort_keys=True, default=str)
         digest = hashlib.sha256(f"{item.content_hash}\n{settings}".encode()).hexdigest()
         return ProcessedMedia(
@@ -102,11 +98,30 @@ class GeneralProcessor(Placeholders):
             text_after=self.detokenize(all_ids[end:]),
         )
 
+    def model_inputs(self, item: MediaItem, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return an item's tensors under the names of the model's forward, and its tokens as `input_ids [1, n]`."""
+        output: Mapping[str, Any] = self._processor(
+            text=self.placeholder_token(item.modality),
+            **self._media_arguments(item),
+            **options,
+            add_special_tokens=False,
+            return_tensors="pt",
+        )
+        return output
+
     def _media_arguments(self, item: MediaItem) -> dict[str, Any]:
         if not isinstance(item, AudioItem):
             return {"images": [item.image]}
         rate = self._parts["audio"].sampling_rate  # type: ignore[union-attr]
         return {"audio": [resample(item, rate)], "sampling_rate": rate}
+
+    def _check_heard(self, item: AudioItem, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Refuse a clip of which transformers' class would drop the end."""
+        extractor: Any = self._parts["audio"]
+        num_chunks, _, num_frames = tensors["input_features"].shape
+        heard_s = num_chunks * (num_frames + 1) * extractor.hop_length / extractor.sampling_rate
+        if item.duration_s > heard_s:
+            raise MediaError(f"audio of {item.duration_s:.1f} s is too long: this model hears {heard_s:.0f} s at most")
 
     def _checked_options(self, modality: str, options: Mapping[str, Any]) -> dict[str, Any]:
         kwargs = getattr(self._parts["image"], "valid_kwargs", None) if self._parts["image"] is not None else None

@@ -21,9 +21,9 @@ the table is served all the same if it gives the same logits on the paged cache 
 a model is loaded.
 
 Own lines are those of code that no other kind of family uses, blank lines, comments and docstrings apart; after the
-plus stand those that compute features where no class of `transformers` runs. Of {num_families} families with media the
-median is {median:g}, the maximum {maximum} ({largest}). Other formats of checkpoints that are read as a family's:
-{layouts}.
+plus stand those that compute features where no class of `transformers` runs. Of {num_families} families with media,
+{num_entries} need just their entry in the table; the median is {median:g}, the maximum {maximum} ({largest}).
+Other formats of checkpoints that are read as a family's: {layouts}.
 """
 
 
@@ -39,6 +39,7 @@ def page(rows: list[ModelRow]) -> str:
     introduction = INTRODUCTION.format(
         versions=" or ".join(sorted({_versions(row) for row in rows if row.parity is not None})) or "nothing yet",
         num_families=len(own_lines),
+        num_entries=sum(count == 1 for count in own_lines.values()),
         median=median(own_lines.values()),
         maximum=own_lines[largest],
         largest=largest,

@@ -17,7 +17,7 @@ from tests.equality import Case, Checkpoint, check_cases, check_equal, greedy, r
 from tests.families.reference import FamilyReference
 from tests.families.table import FAMILIES, adapter_of, parts_of, save_family
 from tests.media import clip, picture
-from tests.reference import Media
+from tests.reference import NUM_TOKENS, Media
 
 ONE = {"image": Media(images=[picture(60, 44, 2)]), "audio": Media(audios=[clip(0.7, 1)])}
 OTHER = {"image": Media(images=[picture(33, 90, 3)]), "audio": Media(audios=[clip(1.2, 4)])}
@@ -57,8 +57,7 @@ def cases_of(family: str, adapters: dict[str, Path]) -> list[Case]:
     cases = [Case(f"text, {adapter}", text, adapter=adapter) for adapter in (None, "language_model", "all")]
     for adapter in (None, *adapters):
         cases.append(Case(f"one, {adapter}", one, ONE[modality], adapter))
-        if not spec.is_single:
-            cases.append(Case(f"two, {adapter}", two, TWO[modality], adapter))
+        cases.append(Case(f"two, {adapter}", two, TWO[modality], adapter))
     if spec.other_placeholder is not None:
         other, other_mark = spec.other_placeholder
         both = f"<|user|>Here {other_mark} and {mark}, {other_mark}?<|end|><|assistant|>"
@@ -82,6 +81,32 @@ def test_alone_and_mixed(family: str, family_checkpoint: Callable[[str], Checkpo
         check_cases(llm, checkpoint, [case])
     check_cases(load(checkpoint, max_loras=2, max_cpu_loras=8), checkpoint, cases[::-1])
     check_cases(load(checkpoint, max_num_batched_tokens=2048), checkpoint, cases)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_and_preempted(family: str, family_checkpoint: Callable[[str], Checkpoint]) -> None:
+    """Without logits of prompts, prefixes come from the cache; few blocks make sequences start over."""
+    checkpoint = family_checkpoint(family)
+    cases = cases_of(family, checkpoint.adapters)
+    longest = max(len(checkpoint.expected(case).prompt_ids) for case in cases) + NUM_TOKENS
+    llm = load(checkpoint, max_model_len=longest + 1, block_size=4, max_num_batched_tokens=48)
+    check_cases(llm, checkpoint, cases, prompt_logprobs=None)
+    outputs = check_cases(llm, checkpoint, cases, prompt_logprobs=None)
+    assert all((output.num_cached_tokens or 0) > len(output.prompt_token_ids) / 2 for output in outputs)
+    parts = llm.llm_engine.parts
+    block_bytes = parts.runner.kv_cache.keys[:, :4].nbytes * 2
+    few = -(-(longest + 1) // 4) + 4
+    llm = load(
+        checkpoint,
+        max_model_len=longest + 1,
+        block_size=4,
+        max_num_batched_tokens=48,
+        kv_cache_memory_bytes=few * block_bytes,
+        max_num_seqs=4,
+    )
+    check_cases(llm, checkpoint, cases, prompt_logprobs=None)
+    check_cases(llm, checkpoint, cases[::-1], prompt_logprobs=None)
+    assert llm.llm_engine.metrics.total_preemptions > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import BloomConfig, LlamaConfig
 
 from mmlora.attention import AttentionMetadata, KVCache, Span, attention_context, paged_attention
 from mmlora.errors import ConfigError
-from mmlora.model_loader import resolve_max_model_len
+from mmlora.model_loader import load_model, resolve_max_model_len
 
 FACTORS = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 1e4}
 
@@ -31,3 +31,9 @@ def test_attention_sinks_are_refused():
         paged_attention(module, query, query, query, None, s_aux=None)
         with pytest.raises(ValueError, match="sinks"):
             paged_attention(module, query, query, query, None, s_aux=torch.zeros(1))
+
+
+def test_a_decoder_without_the_attention_interface_is_refused(tmp_path):
+    config = BloomConfig(architectures=["BloomForCausalLM"])
+    with pytest.raises(ConfigError, match="attention of BloomForCausalLM cannot be replaced"):
+        load_model(config, tmp_path, dtype=torch.float32, device=torch.device("cpu"))

@@ -65,7 +65,7 @@ REFUSED: Mapping[str, tuple[Callable[[], dict[str, Any]], str]] = {
         "VipLlavaForConditionalGeneration takes image beside text, and vipllava is not among the families with "
         "media that are served (`mmlora models` lists them)",
     ),
-    "audio": (lambda: composite("Voxtral"), "VoxtralForConditionalGeneration takes audio beside text, and voxtral is"),
+    "audio": (lambda: composite("GlmAsr"), "GlmAsrForConditionalGeneration takes audio beside text, and glmasr is"),
 }
 
 

@@ -16,6 +16,8 @@ from tests.families.spec import Family
 from tests.processors import granite_features
 from tests.reference import NUM_TOKENS, Media, ReferenceOutput
 
+TEXT_KEYS = ("input_ids", "attention_mask")
+
 
 class FamilyReference:
     """A checkpoint as transformers and PEFT run it: its own processor, and everything anew for each token.
@@ -28,7 +30,7 @@ class FamilyReference:
     def __init__(self, path: Path, family: Family) -> None:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         self._processor = family.processor(self.tokenizer) if family.processor is not None else None
-        self._token_kinds = family.token_kinds
+        self._family = family
         self._base: PreTrainedModel = load_reference(path)
         self._models: dict[Path | None, Any] = {None: self._base}
 
@@ -44,19 +46,23 @@ class FamilyReference:
         inputs = self._inputs(prompt, media or Media())
         ids = inputs.pop("input_ids")
         prompt_ids = ids[0].tolist()
-        kinds = {name: inputs.pop(name) for name in self._token_kinds if name in inputs}
+        kinds = {name: inputs.pop(name) for name in self._family.token_kinds if name in inputs}
         tensors = {name: value for name, value in inputs.items() if name not in ("attention_mask", "labels")}
         for _ in range(max_tokens):
             logits = self._models[adapter](input_ids=ids, use_cache=False, **tensors, **kinds).logits[0].float()
             ids = torch.cat([ids, logits[-1:].argmax(-1, keepdim=True)], dim=1)
             kinds = {
-                name: pad(kinds[name], (0, 1), value=kind) for name, kind in self._token_kinds.items() if name in kinds
+                name: pad(kinds[name], (0, 1), value=kind)
+                for name, kind in self._family.token_kinds.items()
+                if name in kinds
             }
         return ReferenceOutput(prompt_ids, ids[0, len(prompt_ids) :].tolist(), logits)
 
     def _inputs(self, prompt: str, media: Media) -> dict[str, Any]:
         arguments = _arguments(media)
         if arguments and self._processor is not None:
+            if self._family.is_single:
+                return self._joined(prompt, media)
             return dict(self._processor(text=prompt, return_tensors="pt", **arguments))
         ids, tensors = self.tokenizer(prompt).input_ids, {}
         if media.audios:  # of equal lengths
@@ -68,6 +74,19 @@ class FamilyReference:
                 "input_features_mask": torch.ones(len(features), count, dtype=torch.bool),
             }
         return {"input_ids": torch.tensor([ids]), **tensors}
+
+    def _joined(self, prompt: str, media: Media) -> dict[str, Any]:
+        """Give the processor one item at a time, with the text that follows it; items are of equal lengths."""
+        mark = self._family.placeholder
+        before, *texts = prompt.split(mark)
+        texts = [f"{before}{mark}{texts[0]}", *(f"{mark}{text}" for text in texts[1:])]
+        pieces = [
+            self._processor(text=text, return_tensors="pt", **_arguments(Media(audios=[clip])))
+            for text, clip in zip(texts, media.audios, strict=True)
+        ]
+        return {
+            name: torch.cat([piece[name] for piece in pieces], dim=1 if name in TEXT_KEYS else 0) for name in pieces[0]
+        }
 
 
 def _arguments(media: Media) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Family:
     tokens: Mapping[str, str] = field(default_factory=dict)  # special tokens of its own, by attribute of the tokenizer
     token_kinds: Mapping[str, int] = field(default_factory=dict)  # inputs by token that count, and a new token's value
     other_placeholder: tuple[str, str] | None = None  # a second modality, and what stands for an item of it
-    is_single: bool = False  # transformers' processor takes one item a prompt
+    is_single: bool = False  # transformers' processor takes one item at a time
     processor_since: str = "5.17"  # the version of transformers that builds its processor without torchvision
 
 

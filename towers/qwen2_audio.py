@@ -1,0 +1,34 @@
+"""Towers of Qwen2-Audio, whose class has no `get_audio_features`.
+
+Source: https://arxiv.org/abs/2407.10759.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers.masking_utils import create_bidirectional_mask
+
+from mmlora.towers.general import GeneralTowers
+
+
+class Qwen2AudioTowers(GeneralTowers):
+    """Encode clips that are padded to one length, and drop what stands for the padding.
+
+    Args:
+        model: the loaded model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.modalities = frozenset({"audio"})
+
+    def features(self, modality: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """See `GeneralTowers.features`."""
+        inner, frames = self.model.model, tensors["input_features"]
+        is_heard = tensors["feature_attention_mask"][:, ::2].bool()  # the convolutions halve the frames
+        like = frames.new_empty(*is_heard.shape, 1)
+        mask = create_bidirectional_mask(config=inner.audio_tower.config, inputs_embeds=like, attention_mask=is_heard)
+        hidden_states = inner.audio_tower(frames, attention_mask=mask).last_hidden_state
+        rows: torch.Tensor = inner.multi_modal_projector(hidden_states)
+        return rows[is_heard[:, 1::2]]  # the mean of two frames, both heard
