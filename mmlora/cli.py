@@ -1,4 +1,4 @@
-"""The command `mmlora`: `mmlora serve [MODEL]`, `mmlora models` and `mmlora inspect ADAPTER`.
+"""The command `mmlora`: `serve [MODEL]`, `models`, `doctor [MODEL]` and `inspect ADAPTER`.
 
 Flags of `serve` are generated from `EngineArgs` and `ServerArgs`, so that the command line and Python never drift
 apart.
@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from mmlora.config import EngineArgs
-from mmlora.errors import AdapterError, MMLoRAError
+from mmlora.doctor import OPTIONS, diagnose
+from mmlora.errors import AdapterError, ConfigError, MMLoRAError
 from mmlora.families import get_key_mapping, get_towers
 from mmlora.flags import ENV_PREFIX, flags_of
 from mmlora.lora.files import read_adapter, resolve_adapter_path
 from mmlora.lora.inspection import inspect_adapter
 from mmlora.lora.module_index import ModuleIndex
-from mmlora.model_config import load_config
+from mmlora.model_config import FAILURES, load_config
 from mmlora.model_loader import CONFIG_FILES, load_meta_model, resolve_model_path
 from mmlora.model_table import as_text, model_rows
 from mmlora.printable import one_line
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 1 when an inspected adapter would be refused, or 2 when the options, the model or an adapter
-        cannot be used.
+        cannot be used, be it served or examined.
     """
     arguments = [_with_dashes(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     parser = _build_parser()
@@ -70,6 +71,20 @@ def _models(is_json: bool) -> int:
     rows = model_rows()
     print(json.dumps([row.as_dict() for row in rows], indent=2) if is_json else as_text(rows))
     return 0
+
+
+def _doctor(model: str | None, is_json: bool, **options: Any) -> int:
+    """Print what this build would do with a model; its weights are never read."""
+    from mmlora.assets.models import assistant_path
+
+    given = {name: value for name, value in options.items() if value is not None}
+    args = EngineArgs(model or assistant_path(), **given)
+    try:
+        found = diagnose(args)
+        print(json.dumps(found.as_dict(), indent=2) if is_json else found.as_text())
+    except (*FAILURES, MemoryError) as error:  # of libraries that read strange files
+        raise ConfigError(f"model {args.model!r} cannot be examined: {type(error).__name__}: {error}") from error
+    return 2 if found.problem is not None else 0
 
 
 def _inspect(adapter: str, model: str | None, is_json: bool) -> int:
@@ -136,9 +151,23 @@ def _build_parser() -> argparse.ArgumentParser:
     def add(name: str, run: Callable[..., int], text: str, description: str | None = None) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=description or text, allow_abbrev=False)
         command.set_defaults(run=run)
+        if run is not _serve:
+            command.add_argument("--json", action="store_true", dest="is_json", help="print JSON")
         return command
 
-    models = add("models", _models, "list the families of models that are served, and how each was proven")
+    add("models", _models, "list the families of models that are served, and how each was proven")
+    doctor = add(
+        "doctor",
+        _doctor,
+        "tell what this build would do with a model, without reading its weights",
+        "Tell what this build would do with a model: modalities, LoRA, adapters that come with it, memory; and why it "
+        "cannot be served: then the exit code is 2.",
+    )
+    doctor.add_argument(
+        "model", nargs="?", metavar="MODEL", help="directory or Hub id; by default the bundled assistant"
+    )
+    for flag in (flag for flag in flags_of(EngineArgs) if flag.name in OPTIONS):
+        flag.add_to(doctor)
     inspect = add(
         "inspect",
         _inspect,
@@ -147,23 +176,22 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("adapter", metavar="ADAPTER", help="directory or Hub id of a PEFT adapter")
     inspect.add_argument("--model", metavar="MODEL", help="directory or Hub id; by default the bundled assistant")
-    for command in (models, inspect):
-        command.add_argument("--json", action="store_true", dest="is_json", help="print JSON")
-    serve_command = add(
-        "serve",
-        _serve,
-        "serve a model over OpenAI's HTTP API",
+    _add_serve_options(add("serve", _serve, "serve a model over OpenAI's HTTP API"))
+    return parser
+
+
+def _add_serve_options(command: argparse.ArgumentParser) -> None:
+    command.description = (
         "Serve a model over OpenAI's HTTP API. Every option is also read from the environment: --max-loras from "
-        "MMLORA_MAX_LORAS, and so on; the command line wins.",
+        "MMLORA_MAX_LORAS, and so on; the command line wins."
     )
-    serve_command.add_argument(
+    command.add_argument(
         "model", nargs="?", metavar="MODEL", help="directory or Hub id; without it the bundled assistant is served"
     )
     for title, cls in (("server", ServerArgs), ("engine", EngineArgs)):
-        group = serve_command.add_argument_group(title)
+        group = command.add_argument_group(title)
         for flag in flags_of(cls):
             flag.add_to(group)
-    return parser
 
 
 def _with_dashes(argument: str) -> str:

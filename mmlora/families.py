@@ -21,7 +21,7 @@ from mmlora.processors.granite_speech import GraniteSpeechProcessor
 from mmlora.processors.paligemma import PaliGemmaProcessor
 from mmlora.processors.phi4_multimodal import Phi4MultimodalProcessor
 from mmlora.processors.pixtral import PixtralProcessor
-from mmlora.processors.pretrained import named_class
+from mmlora.processors.pretrained import FAILURES, named_class
 from mmlora.processors.voxtral import VoxtralProcessor
 from mmlora.towers.base import Towers
 from mmlora.towers.deepstack import Granite4VisionTowers, Qwen3VLTowers
@@ -115,6 +115,11 @@ def get_key_mapping(path: Path) -> Mapping[str, str] | None:
     return layout.key_mapping if layout is not None else None
 
 
+def family_key(config: PretrainedConfig) -> str | None:
+    """Return the key of a model's family in the table, None where it has none."""
+    return config.model_type if config.model_type in FAMILIES else None
+
+
 def check_modalities(config: PretrainedConfig, model_class: Any) -> None:
     """Refuse a model with towers that the table does not have, instead of serving its decoder alone.
 
@@ -152,8 +157,12 @@ def get_processor(config: PretrainedConfig, model_path: str | Path, tokenizer: A
     family = FAMILIES.get(config.model_type)
     if family is None or not family.modalities:
         return None
-    factory = STAND_INS.get(named_class(Path(model_path)), family.processor)
-    return factory(config, Path(model_path), tokenizer)
+    try:
+        factory = STAND_INS.get(named_class(Path(model_path)), family.processor)
+        return factory(config, Path(model_path), tokenizer)
+    except FAILURES as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"the processor of {str(model_path)!r} cannot be built: {reason}") from error
 
 
 def get_towers(model: Any) -> Towers | None:

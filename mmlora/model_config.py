@@ -85,9 +85,14 @@ def find_model_class(config: PretrainedConfig) -> Any:
     Raises:
         ConfigError: there is no such class.
     """
-    names: Any = config.architectures
-    name = names[0] if isinstance(names, list) and names else names
+    name = class_name(config)
     model_class = getattr(transformers, name, None) if isinstance(name, str) else None
     if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
         raise ConfigError(f"transformers {transformers.__version__} has no model class {name!r}")
     return model_class
+
+
+def class_name(config: PretrainedConfig) -> Any:
+    """Return what a checkpoint says its class is called; it may be anything."""
+    names: Any = config.architectures
+    return names[0] if isinstance(names, list) and names else names

@@ -12,7 +12,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 INTRODUCTION = """\
 # Models
 
-Written by `make models`; `mmlora models` prints the same table.
+Written by `make models`; `mmlora models` prints the same table, and `mmlora doctor MODEL` tells of one checkpoint.
 
 Each family was compared as a tiny random checkpoint, on a CPU in float32, with {versions}:
 greedy answers must be equal up to near-ties (two logits closer than 1e-3), and every row of logits must be within

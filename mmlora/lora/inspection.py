@@ -96,9 +96,7 @@ def inspect_adapter(files: AdapterFiles, index: ModuleIndex) -> Inspection:
         if not any(known in reason for known in reasons):
             reasons.append(reason)
         adapter = _load_what_fits(files, index)
-    counts = dict.fromkeys(PARTS, 0)
-    for name in index.modules:
-        counts[index.part_of(name)] += index.kind_of(name) != "other"
+    counts = count_modules(index)
     changed = adapter.report.parts if adapter is not None else {}
     return Inspection(
         adapter=files.origin,
@@ -113,6 +111,14 @@ def inspect_adapter(files: AdapterFiles, index: ModuleIndex) -> Inspection:
         unmatched=tuple(map(printable, adapter.report.unmatched)) if adapter is not None else (),
         refusals=tuple(map(printable, reasons)),
     )
+
+
+def count_modules(index: ModuleIndex) -> dict[str, int]:
+    """Return how many modules of each part of a model low-rank matrices could change."""
+    counts = dict.fromkeys(PARTS, 0)
+    for name in index.modules:
+        counts[index.part_of(name)] += index.kind_of(name) != "other"
+    return counts
 
 
 def _load_what_fits(files: AdapterFiles, index: ModuleIndex) -> Adapter | None:
