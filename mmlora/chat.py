@@ -15,7 +15,7 @@ from mmlora.inputs import encode_text
 from mmlora.processors.base import MultiModalProcessor
 from mmlora.processors.fetch import load_base64, load_url
 from mmlora.processors.items import DEFAULT_LIMITS, MediaItem, MediaLimits
-from mmlora.processors.media import check_counts, load_media
+from mmlora.processors.media import check_counts, load_media, why_not_taken
 
 Message = Mapping[str, Any]
 MODALITIES = {"image_url": "image", "input_audio": "audio", "audio_url": "audio", "image": "image", "audio": "audio"}
@@ -173,7 +173,8 @@ def _check_part(part: Any) -> tuple[str, Any]:
         return "text", part
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind not in PART_TYPES:
-        raise RequestError(f"content part of type {kind!r}; allowed: {', '.join(PART_TYPES)}")
+        reason = why_not_taken(str(kind)) or f"allowed: {', '.join(PART_TYPES)}"
+        raise RequestError(f"content part of type {kind!r}; {reason}")
     if kind not in part:
         raise RequestError(f"content part of type {kind!r} lacks its {kind!r} field")
     if kind == "text" and not isinstance(part[kind], str):

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from transformers import PretrainedConfig
 
 from mmlora.errors import ConfigError
@@ -44,6 +46,7 @@ class Family:
         processor, towers: of its media.
         default_adapters: adapters that its models come with: modalities joined with `+`, and the folder that holds the
             adapter for them; an empty name is the model's own.
+        transformers_since: the first version of `transformers` whose processor runs without torchvision.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Family:
     processor: ProcessorFactory = GeneralProcessor
     towers: Callable[[Any], Towers] = GeneralTowers
     default_adapters: Mapping[str, str] = field(default_factory=dict)
+    transformers_since: str = "5.17"
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -78,14 +82,16 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2_vl": Family("Qwen2-VL", ("image",)),
     "qwen2_5_vl": Family("Qwen2.5-VL", ("image",)),
     "qwen3_vl": Family("Qwen3-VL", ("image",), towers=Qwen3VLTowers),
-    "idefics3": Family("Idefics3", ("image",)),
-    "smolvlm": Family("SmolVLM", ("image",)),
-    "internvl": Family("InternVL", ("image",)),
+    "idefics3": Family("Idefics3", ("image",), transformers_since="5.18"),
+    "smolvlm": Family("SmolVLM", ("image",), transformers_since="5.18"),
+    "internvl": Family("InternVL", ("image",), transformers_since="5.18"),
     "mistral3": Family("Mistral 3", ("image",), partial(GeneralProcessor, load=PixtralProcessor)),
     "gemma3": Family("Gemma 3", ("image",), towers=Gemma3Towers),
     "paligemma": Family("PaliGemma 1 and 2", ("image",), PaliGemmaProcessor, PaliGemmaTowers),
     "granite4_vision": Family("Granite 4 Vision", ("image",), towers=Granite4VisionTowers),
-    "qwen2_5_omni_thinker": Family("Qwen2.5-Omni (thinker)", ("audio", "image"), towers=Qwen25OmniTowers),
+    "qwen2_5_omni_thinker": Family(
+        "Qwen2.5-Omni (thinker)", ("audio", "image"), towers=Qwen25OmniTowers, transformers_since="5.23"
+    ),
     "phi4_multimodal": Family(
         "Phi-4-multimodal",
         ("audio", "image"),
@@ -152,11 +158,16 @@ def get_processor(config: PretrainedConfig, model_path: str | Path, tokenizer: A
         tokenizer: its tokenizer, which must know the placeholder tokens.
 
     Raises:
-        ConfigError: the preprocessor files or the tokenizer do not fit the model.
+        ConfigError: the preprocessor files or the tokenizer do not fit the model, or `transformers` is too old for it.
     """
     family = FAMILIES.get(config.model_type)
     if family is None or not family.modalities:
         return None
+    if Version(transformers.__version__) < Version(family.transformers_since):
+        raise ConfigError(
+            f"{family.name} needs transformers {family.transformers_since} or newer, whose processor runs without "
+            f"torchvision; this is {transformers.__version__}"
+        )
     try:
         factory = STAND_INS.get(named_class(Path(model_path)), family.processor)
         return factory(config, Path(model_path), tokenizer)

@@ -16,7 +16,7 @@ from mmlora.lora.store import AdapterStore
 from mmlora.outputs import LoRAChoice
 from mmlora.policy import choose_adapter
 from mmlora.processors.base import MultiModalProcessor, ProcessedMedia
-from mmlora.processors.media import check_counts, load_media
+from mmlora.processors.media import check_counts, load_media, why_not_taken
 from mmlora.processors.placeholders import PlaceholderRange, expand_placeholders
 from mmlora.sampling_params import SamplingParams
 from mmlora.sequence import EngineInput, MediaInput
@@ -138,7 +138,8 @@ class InputProcessor:
         unknown = sorted(modality for modality in items if modality not in allowed)
         if unknown:
             takes = f"the model takes {', '.join(allowed)}" if allowed else "the model takes text only"
-            raise RequestError(f"multi_modal_data holds {', '.join(unknown)}; {takes}")
+            reason = why_not_taken(unknown[0])
+            raise RequestError(f"multi_modal_data holds {', '.join(unknown)}; {reason or takes}")
         check_counts({name: len(contents) for name, contents in items.items()}, allowed, self._args.limit_mm_per_prompt)
         options = {**(self._args.mm_processor_kwargs or {}), **(fields.get("mm_processor_kwargs") or {})}
         processed = []
@@ -240,7 +241,8 @@ def _prompt_fields(prompt: Prompt) -> Mapping[str, Any]:
     if isinstance(prompt, Mapping):
         unknown = sorted(str(key) for key in prompt if key not in PROMPT_KEYS)
         if unknown:
-            raise RequestError(f"prompt has unknown key(s) {', '.join(unknown)}; allowed: {', '.join(PROMPT_KEYS)}")
+            reason = why_not_taken(unknown[0]) or f"allowed: {', '.join(PROMPT_KEYS)}"
+            raise RequestError(f"prompt has unknown key(s) {', '.join(unknown)}; {reason}")
         if prompt.get("prompt") is None and prompt.get("prompt_token_ids") is None:
             raise RequestError("a prompt needs 'prompt' or 'prompt_token_ids'")
         _check_types(prompt)

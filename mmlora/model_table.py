@@ -53,6 +53,7 @@ class ModelRow:
         model_type: what its `config.json` says.
         modalities: that it takes beside text.
         parts: that take LoRA; of a family without proof, those that it should have.
+        transformers_since: the first version of `transformers` that it runs with.
         own_lines: of code.
         parity: its proof; None while nothing was compared.
     """
@@ -61,6 +62,7 @@ class ModelRow:
     model_type: str
     modalities: tuple[str, ...]
     parts: tuple[str, ...]
+    transformers_since: str
     own_lines: OwnLines
     parity: Parity | None
 
@@ -90,14 +92,16 @@ def _row(model_type: str, family: Family, parity: Parity | None) -> ModelRow:
     towers = [tower for modality, tower in TOWERS.items() if modality in family.modalities]
     parts = parity.parts if parity is not None and parity.parts else None
     parts = parts or ("language_model", *(["connector"] if towers else []), *towers)
-    return ModelRow(family.name, model_type, family.modalities, parts, own_lines(model_type), parity)
+    since, lines = family.transformers_since, own_lines(model_type)
+    return ModelRow(family.name, model_type, family.modalities, parts, since, lines, parity)
 
 
 def cells_of(row: ModelRow) -> tuple[str, ...]:
     """Return what a table for people says of a family, in the order of `COLUMNS`."""
     lines = str(row.own_lines.code) + (f" + {row.own_lines.features}" if row.own_lines.features else "")
     parts = ", ".join(part.replace("_", " ") for part in row.parts)
-    return row.name, f"{row.model_type}", ", ".join(("text", *row.modalities)), parts, lines, row.proof
+    needs = f" (transformers {row.transformers_since})" if row.transformers_since != Family.transformers_since else ""
+    return row.name + needs, f"{row.model_type}", ", ".join(("text", *row.modalities)), parts, lines, row.proof
 
 
 def as_text(rows: list[ModelRow]) -> str:

@@ -18,6 +18,16 @@ __all__ = ["AudioItem", "ImageItem", "MediaItem", "MediaLimits", "Modality", "ch
 _SUPPORTED = "supported are WAV, FLAC, OGG and MP3 audio and PNG, JPEG, WebP, GIF and BMP images"
 _FORMS = "bytes, a PIL image, a [height, width, 3] uint8 array, or audio as (array, sample_rate)"
 
+NOT_TAKEN: Mapping[str, str] = {
+    "embeds": "ready embeddings are not taken: give the image or the audio itself",
+    "video": "videos are not taken: give their frames as images",
+}
+
+
+def why_not_taken(name: str) -> str | None:
+    """Return a sentence on a kind of content that others take (`image_embeds`, `video_url`); None for any other."""
+    return next((reason for part, reason in NOT_TAKEN.items() if part in name), None)
+
 
 def load_media(content: object, limits: MediaLimits = DEFAULT_LIMITS, *, expected: str | None = None) -> MediaItem:
     """Decode one audio clip or image of any accepted form.
@@ -78,8 +88,8 @@ def _modality_of(content: object) -> Modality:
         if content.ndim == 3:
             return "image"
         raise MediaError(
-            f"a bare array of shape {tuple(content.shape)} has no sample rate: audio is given as (array, sample_rate), "
-            "an image as a [height, width, 3] uint8 array"
+            f"a bare array of shape {tuple(content.shape)} is no media: an image is a [height, width, 3] uint8 array, audio "
+            "is (array, sample_rate), and ready embeddings are not taken"
         )
     if isinstance(content, tuple | list):
         _check_pair(content)

@@ -54,7 +54,9 @@ def load_part(name: str, path: Path) -> Any:
     Raises:
         ConfigError: it does not run here.
     """
-    from transformers import AutoFeatureExtractor, AutoImageProcessor
+    # By their modules: in transformers 5.17 the package shows a stand-in without torchvision, though Pillow suffices.
+    from transformers.models.auto.feature_extraction_auto import AutoFeatureExtractor
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     loaders: dict[str, Any] = {"image_processor": AutoImageProcessor, "feature_extractor": AutoFeatureExtractor}
     try:

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -200,6 +201,25 @@ def test_one_name_cannot_mean_two_adapters(llm, serves_on, tiny_adapters):
 def test_a_wrong_processor_option_is_refused(llm, serves_on):
     with pytest.raises(RequestError, match="dynamic_hd is 0"):
         llm.generate({**with_image(IMAGE), "mm_processor_kwargs": {"dynamic_hd": 0}}, PARAMS, use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"multi_modal_data": {"image_embeds": torch.zeros(4, 8)}}, "holds image_embeds; ready embeddings are not"),
+        ({"multi_modal_data": {"audio_embeds": [torch.zeros(4, 8)]}}, "holds audio_embeds; ready embeddings are not"),
+        (
+            {"multi_modal_data": {"image": torch.zeros(4, 8)}},
+            r"shape \(4, 8\) is no media: .* ready embeddings are not",
+        ),
+        ({"multi_modal_data": {"video": [IMAGE]}}, "holds video; videos are not taken: give their frames as images"),
+        ({"prompt_embeds": torch.zeros(4, 8)}, r"key\(s\) prompt_embeds; ready embeddings are not"),
+    ],
+    ids=["image_embeds", "audio_embeds", "embeddings as an image", "video", "prompt_embeds"],
+)
+def test_embeddings_and_videos_are_refused_by_name(llm, serves_on, fields, text):
+    with pytest.raises(RequestError, match=text):
+        llm.generate({"prompt": "<|user|><|image|>?<|end|>", **fields}, PARAMS, use_tqdm=False)
 
 
 def test_defaults_that_cannot_apply_stop_the_start(tiny_phi4, tiny_adapters, text_model):

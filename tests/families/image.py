@@ -111,7 +111,14 @@ def _granite4_vision(tokenizer: Any) -> Any:
         spatial_vision_layer=-1,
         spatial_target_layers=[1, 2, 3, 3],
         vision_feature_select_strategy="full",
-        qformer_config={"num_hidden_layers": 1, "intermediate_size": 32, "cross_attention_frequency": 1},
+        qformer_config={
+            "hidden_size": 64,
+            "encoder_hidden_size": 64,
+            "num_attention_heads": 1,
+            "num_hidden_layers": 1,
+            "intermediate_size": 32,
+            "cross_attention_frequency": 1,
+        },
     )
 
 
@@ -272,7 +279,6 @@ IMAGE_FAMILIES: Mapping[str, Family] = {
             "end_of_utterance_token": "<end_of_utterance>",
             "global_image_token": "<global-img>",
         },
-        processor_since="5.23",
     ),
     "smolvlm": Family(
         "SmolVLMForConditionalGeneration",
@@ -292,7 +298,6 @@ IMAGE_FAMILIES: Mapping[str, Family] = {
             "global_image_token": "<global-img>",
             "video_token": "<video>",
         },
-        processor_since="5.23",
     ),
     **{
         model_type: Family(
@@ -426,7 +431,7 @@ IMAGE_FAMILIES: Mapping[str, Family] = {
         _omni_processor,
         "image",
         {
-            "language_model": r".*language_model\.layers\.\d+\..*(q|v|down)_proj",
+            "language_model": r".*model\.(language_model\.)?layers\.\d+\..*(q|v|down)_proj",
             "connector": r".*visual\.merger\.mlp\.[02]",
             "vision_tower": r".*visual\.blocks\.\d+\..*(\bq|proj|up_proj)",
             "audio_tower": r".*audio_tower\.layers\.\d+\..*(q_proj|out_proj|fc1)",

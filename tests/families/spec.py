@@ -46,7 +46,6 @@ class Family:
     token_kinds: Mapping[str, int] = field(default_factory=dict)  # inputs by token that count, and a new token's value
     other_placeholder: tuple[str, str] | None = None  # a second modality, and what stands for an item of it
     is_single: bool = False  # transformers' processor takes one item at a time
-    processor_since: str = "5.17"  # the version of transformers that builds its processor without torchvision
 
 
 def without_video(processor_class: type, *parts: Any, **options: Any) -> Any:

@@ -126,10 +126,11 @@ def test_harmless_fields_are_accepted(server: RunningServer) -> None:
         ({"messages": MESSAGES, "logprobs": True, "top_logprobs": 6}, "max_logprobs=5"),
         ({"messages": [{"role": "user", "content": "long " * 300}]}, "max_model_len=512"),
         ({"messages": [{"content": "no role"}]}, "role"),
-        ({"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, "video_url"),
+        ({"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, "'video_url'; videos are not"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_embeds"}]}]}, "'image_embeds'; ready embeddings"),
         ({"messages": MESSAGES, "mm_processor_kwargs": {"unknown_option": 1}}, "unknown_option"),
     ],
-    ids=["temperature", "n", "logprobs", "too long", "role", "part", "processor option"],
+    ids=["temperature", "n", "logprobs", "too long", "role", "video", "embeddings", "processor option"],
 )
 def test_values_out_of_range_are_named(server: RunningServer, wav: bytes, body: dict[str, Any], text: str) -> None:
     if "mm_processor_kwargs" in body:
