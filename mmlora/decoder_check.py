@@ -12,6 +12,8 @@ import torch
 
 from mmlora.attention import ATTENTION_NAME, AttentionMetadata, KVCache, Span, attention_context
 from mmlora.errors import ConfigError
+from mmlora.towers.base import Towers
+from mmlora.towers.general import decoder_inputs
 
 NUM_TOKENS, CHUNK = 40, 23
 TEST_WINDOW = 8
@@ -19,11 +21,12 @@ FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, Key
 MAX_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}  # of the logits' own scale
 
 
-def check_decoder(model: Any, num_kv_heads: int, head_dim: int, max_model_len: int) -> None:
+def check_decoder(model: Any, towers: Towers | None, num_kv_heads: int, head_dim: int, max_model_len: int) -> None:
     """Compare a loaded model's decoder with itself.
 
     Args:
         model: on its device, its decoder on paged attention.
+        towers: of the model, None for a text-only one.
         num_kv_heads, head_dim: of the cache.
         max_model_len: the longest sequence that is to be served.
 
@@ -31,7 +34,7 @@ def check_decoder(model: Any, num_kv_heads: int, head_dim: int, max_model_len: i
         ConfigError: they differ, or the decoder cannot run that way.
     """
     text_config, name = model.config.get_text_config(), type(model).__name__
-    error = _error(model, num_kv_heads, head_dim)
+    error = _error(model, towers, num_kv_heads, head_dim)
     if error > MAX_ERROR[model.dtype]:
         raise ConfigError(
             f"{name} gives other logits on a paged KV cache than by itself ({error:.1%} of their scale): its attention "
@@ -41,7 +44,7 @@ def check_decoder(model: Any, num_kv_heads: int, head_dim: int, max_model_len: i
     if window is None or window >= max_model_len:
         return
     with _window(model, text_config, TEST_WINDOW):
-        error = _error(model, num_kv_heads, head_dim)
+        error = _error(model, towers, num_kv_heads, head_dim)
     if error > MAX_ERROR[model.dtype]:
         raise ConfigError(
             f"{name} hides tokens beyond its sliding window of {window} in its masks only, which this engine does not "
@@ -50,7 +53,7 @@ def check_decoder(model: Any, num_kv_heads: int, head_dim: int, max_model_len: i
 
 
 @torch.inference_mode()
-def _error(model: Any, num_kv_heads: int, head_dim: int) -> float:
+def _error(model: Any, towers: Towers | None, num_kv_heads: int, head_dim: int) -> float:
     """Return how far the logits of a chunk are off, as a share of their scale: the worse of both chunks.
 
     Of a chunk the median over its tokens counts: in half precision a router may send single ones to other experts.
@@ -58,10 +61,11 @@ def _error(model: Any, num_kv_heads: int, head_dim: int) -> float:
     embedding = model.get_input_embeddings()
     device, name = embedding.weight.device, type(model).__name__
     ids = torch.randint(len(embedding.weight), (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
-    inputs = {"inputs_embeds": embedding(ids), "position_ids": torch.arange(NUM_TOKENS, device=device)[None]}
+    positions = torch.arange(NUM_TOKENS, device=device)[None]
+    inputs = {**decoder_inputs(model, towers, ids[0]), "position_ids": positions}
     try:
         with _attention(model, "eager"):
-            expected = model(**inputs, use_cache=False).logits[0].float()
+            expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
     except FAILURES as error:
         raise ConfigError(f"{name} cannot run on plain text by itself: {error}") from error
     num_layers = model.config.get_text_config().num_hidden_layers

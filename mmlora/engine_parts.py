@@ -112,9 +112,9 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
     default_paths = parse_defaults(default_paths, processor.modalities if processor is not None else ())
     _check_limits(args, processor.modalities if processor is not None else frozenset())
     model = load_model(config, path, dtype=dtype, device=device)
-    check_decoder(model, *kv_shape(config), max_model_len)
-    long_length = replace_longrope(model)
     towers = get_towers(model)
+    check_decoder(model, towers, *kv_shape(config), max_model_len)
+    long_length = replace_longrope(model)
     store, slots, lora, defaults = None, None, None, {}
     if args.enable_lora:
         index = ModuleIndex(model, towers.part_of if towers is not None else None, get_key_mapping(path))

@@ -1,5 +1,6 @@
 """From a directory or Hub id to a `transformers` model that runs on this engine's attention."""
 
+import json
 import logging
 import os
 import tempfile
@@ -56,11 +57,16 @@ def load_tokenizer(args: EngineArgs, path: Path) -> Any:
     layout = find_layout(source)
     try:
         if layout is not None:
-            return layout.load_tokenizer(source)
-        # A tekken.json is converted: the backend of mistral-common would not read placeholders in a text.
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, mistral_format=False)
-    except (ValueError, OSError, KeyError, ImportError) as error:
+            tokenizer = layout.load_tokenizer(source)
+        else:
+            # A tekken.json is converted: the backend of mistral-common would not read placeholders in a text.
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, mistral_format=False)
+        file = source / "chat_template.json"  # of older processors; it knows media, the tokenizer's own may not
+        if file.is_file():
+            tokenizer.chat_template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+    except FAILURES as error:
         raise ConfigError(f"tokenizer={str(source)!r} cannot be loaded: {error}") from None
+    return tokenizer
 
 
 def load_model(config: PretrainedConfig, path: Path, *, dtype: torch.dtype, device: torch.device) -> Any:

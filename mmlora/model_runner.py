@@ -22,6 +22,7 @@ from mmlora.sampler import sample, top_logprobs
 from mmlora.scheduler import ScheduledSequence
 from mmlora.sequence import MediaInput, Sequence
 from mmlora.towers.encoder import EncoderJob, MediaEncoder
+from mmlora.towers.general import decoder_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ class ModelRunner:
         """
         rows = [row for item, start in zip(batch.items, batch.starts, strict=True) for row in _logit_rows(item, start)]
         with ExitStack() as stack:
-            embeds, deep = self._embed(batch)
+            inputs, deep = self._embed(batch)
             if self.encoder is not None and deep is not None:
                 stack.enter_context(self.encoder.towers.deepstack(*deep))
             stack.enter_context(attention_context(batch.attention))
@@ -182,9 +183,7 @@ class ModelRunner:
                 stack.enter_context(self.lora_state.rows(batch.segments, logit_segments))
             kept = torch.tensor(rows, dtype=torch.long, device=self.device)
             stack.enter_context(self._keeping(kept))
-            output = self.model(
-                inputs_embeds=embeds[None], position_ids=batch.positions, use_cache=False, logits_to_keep=kept
-            )
+            output = self.model(**inputs, position_ids=batch.positions, use_cache=False, logits_to_keep=kept)
         return rows, output.logits[0].float()
 
     @contextmanager
@@ -201,18 +200,16 @@ class ModelRunner:
             output.last_hidden_state = output.last_hidden_state[:, self._kept_rows]
         return output
 
-    def _embed(self, batch: Batch) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    def _embed(self, batch: Batch) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
         """Gather token embeddings, and media embeddings at their placeholders.
 
         Returns:
-            `[num_tokens, hidden_size]`, and what `Towers.deepstack` takes where media have features for deeper layers.
+            What the model takes, and what `Towers.deepstack` takes where media have features for deeper layers.
         """
-        embedding = self.model.get_input_embeddings()
-        # Placeholder ids may lie outside the vocabulary; their rows are overwritten below.
-        is_known = batch.input_ids < embedding.weight.shape[0]
-        embeds: torch.Tensor = embedding(torch.where(is_known, batch.input_ids, 0))
+        inputs = decoder_inputs(self.model, self.encoder.towers if self.encoder is not None else None, batch.input_ids)
+        embeds = inputs["inputs_embeds"][0]
         hidden_size = embeds.shape[1]
-        is_deep, deep = torch.zeros_like(is_known), []
+        is_deep, deep = torch.zeros_like(batch.input_ids, dtype=torch.bool), []
         for item, first_row in zip(batch.items, batch.starts, strict=True):
             for index, media in enumerate(item.seq.media):
                 start, end = max(media.start, item.start), min(media.end, item.end)
@@ -225,7 +222,7 @@ class ModelRunner:
                         deep.append(rows[:, hidden_size:])
                 if media.end <= item.end:
                     item.seq.media_embeds.pop(index, None)
-        return embeds, (is_deep, torch.cat(deep)) if deep else None
+        return inputs, (is_deep, torch.cat(deep)) if deep else None
 
     def _take_prompt_logprobs(self, batch: Batch, rows: list[int], logits: torch.Tensor) -> None:
         index_of = {row: index for index, row in enumerate(rows)}

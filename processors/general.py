@@ -118,8 +118,9 @@ class GeneralProcessor(Placeholders):
     def _check_heard(self, item: AudioItem, tensors: Mapping[str, torch.Tensor]) -> None:
         """Refuse a clip of which transformers' class would drop the end."""
         extractor: Any = self._parts["audio"]
-        num_chunks, _, num_frames = tensors["input_features"].shape
-        heard_s = num_chunks * (num_frames + 1) * extractor.hop_length / extractor.sampling_rate
+        features = tensors["input_features"]  # [num_chunks, …], mel bins before frames or after them
+        num_frames = features.numel() // extractor.feature_size + len(features)
+        heard_s = num_frames * extractor.hop_length / extractor.sampling_rate
         if item.duration_s > heard_s:
             raise MediaError(f"audio of {item.duration_s:.1f} s is too long: this model hears {heard_s:.0f} s at most")
 

@@ -88,8 +88,8 @@ def _modality_of(content: object) -> Modality:
         if content.ndim == 3:
             return "image"
         raise MediaError(
-            f"a bare array of shape {tuple(content.shape)} is no media: an image is a [height, width, 3] uint8 array, audio "
-            "is (array, sample_rate), and ready embeddings are not taken"
+            f"a bare array of shape {tuple(content.shape)} is no media: an image is a [height, width, 3] uint8 array, "
+            "audio is (array, sample_rate), and ready embeddings are not taken"
         )
     if isinstance(content, tuple | list):
         _check_pair(content)

@@ -6,17 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from mmlora import LLM
 from tests.checkpoints import save_adapter
-from tests.equality import Case, Checkpoint, check_cases, check_equal, greedy, recorded_logits
+from tests.equality import STATISTICS, Case, Checkpoint, check_cases, check_equal, greedy, recorded_logits, run_cases
 from tests.families.reference import FamilyReference
 from tests.families.table import FAMILIES, adapter_of, parts_of, save_family
 from tests.media import clip, picture
 from tests.reference import NUM_TOKENS, Media
 
+HALF_NOISE = 1.25  # few prompts; sums in another order
+TWINS = {  # of one shape, so that a tower encodes them together
+    "image": Media(images=[picture(50, 50, 11), picture(50, 50, 12), picture(50, 50, 13)]),
+    "audio": Media(audios=[clip(0.6, 14), clip(0.6, 15), clip(0.6, 16)]),
+}
 ONE = {"image": Media(images=[picture(60, 44, 2)]), "audio": Media(audios=[clip(0.7, 1)])}
 OTHER = {"image": Media(images=[picture(33, 90, 3)]), "audio": Media(audios=[clip(1.2, 4)])}
 TWO = {
@@ -60,6 +66,8 @@ def cases_of(family: str, adapters: dict[str, Path]) -> list[Case]:
         media = {**vars(ONE[modality]), **{k: v for k, v in vars(TWO[other]).items() if v}}
         cases += [Case(f"both, {adapter}", both, Media(**media), adapter) for adapter in (None, *adapters)]
         cases += [Case(f"other, {adapter}", alone, OTHER[other], adapter) for adapter in (None, *adapters)]
+    three = f"<|user|>{mark}, {mark} or {mark}?<|end|><|assistant|>"
+    cases += [Case(f"twins, {adapter}", three, TWINS[modality], adapter) for adapter in (None, "all")]
     return [*cases, Case("another, base", one, OTHER[modality]), Case("another, all", one, OTHER[modality], "all")]
 
 
@@ -102,6 +110,27 @@ def test_cached_and_preempted(family: str, family_checkpoint: Callable[[str], Ch
     check_cases(llm, checkpoint, cases, prompt_logprobs=None)
     check_cases(llm, checkpoint, cases[::-1], prompt_logprobs=None)
     assert llm.llm_engine.metrics.total_preemptions > 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision(family: str, dtype: str, family_checkpoint: Callable[[str], Checkpoint]) -> None:
+    """The mean error of logits against float32 is that of transformers + PEFT in the same type, but for noise."""
+    checkpoint = family_checkpoint(family)
+    cases = [case for case in cases_of(family, checkpoint.adapters) if case.adapter in (None, "all")]
+    reference = FamilyReference(checkpoint.path, FAMILIES[family], getattr(torch, dtype))
+    ours, theirs = [], []
+    llm = load(checkpoint, dtype=dtype, max_num_batched_tokens=64)
+    for case, (output, logits) in zip(cases, run_cases(llm, checkpoint, cases, max_tokens=1), strict=True):
+        assert output.error is None, case.name
+        exact, length = checkpoint.expected(case).logits, len(output.prompt_token_ids)
+        adapter = checkpoint.adapters[case.adapter] if case.adapter is not None else None
+        in_type = reference.generate(case.prompt, case.media, adapter, max_tokens=1).logits
+        ours.append((torch.stack([logits[i] for i in range(length)]) - exact[:length]).abs())
+        theirs.append((in_type[:length] - exact[:length]).abs())
+    mean, their_mean = float(torch.cat(ours).mean()), float(torch.cat(theirs).mean())
+    STATISTICS.half_errors[f"{dtype} {family}"] = f"engine mean {mean:.3e}, PEFT {their_mean:.3e}"
+    assert mean <= HALF_NOISE * their_mean
 
 
 @pytest.mark.parametrize("family", FAMILIES)

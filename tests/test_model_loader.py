@@ -1,12 +1,17 @@
 """`mmlora.model_loader` and attention: what a model takes, and what is refused instead of being computed wrongly."""
 
+import json
+
 import pytest
 import torch
 from transformers import BloomConfig, LlamaConfig
 
 from mmlora.attention import AttentionMetadata, KVCache, Span, attention_context, paged_attention
+from mmlora.config import EngineArgs
 from mmlora.errors import ConfigError
-from mmlora.model_loader import load_model, resolve_max_model_len
+from mmlora.model_config import check_config
+from mmlora.model_loader import load_tokenizer, resolve_max_model_len
+from tests.families.table import save_family
 
 FACTORS = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 1e4}
 
@@ -33,7 +38,19 @@ def test_attention_sinks_are_refused():
             paged_attention(module, query, query, query, None, s_aux=torch.zeros(1))
 
 
-def test_a_decoder_without_the_attention_interface_is_refused(tmp_path):
+def test_the_template_of_an_older_processor_is_used(tmp_path):
+    path = save_family(tmp_path / "model", "llava")
+    template = "{% for part in messages[0]['content'] %}{{ '[' + part['type'] + ']' }}{% endfor %}"
+    (path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    tokenizer = load_tokenizer(EngineArgs(str(path)), path)
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+    assert tokenizer.apply_chat_template([turn], tokenize=False) == "[image][text]"
+    (path / "chat_template.json").write_text("[]")
+    with pytest.raises(ConfigError, match="tokenizer=.* cannot be loaded"):
+        load_tokenizer(EngineArgs(str(path)), path)
+
+
+def test_a_decoder_without_the_attention_interface_is_refused():
     config = BloomConfig(architectures=["BloomForCausalLM"])
     with pytest.raises(ConfigError, match="attention of BloomForCausalLM cannot be replaced"):
-        load_model(config, tmp_path, dtype=torch.float32, device=torch.device("cpu"))
+        check_config(config)

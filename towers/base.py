@@ -64,6 +64,14 @@ class Towers(Protocol):
         """
         ...
 
+    def decoder_inputs(self, token_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what the model takes for tokens: `inputs_embeds [1, num_tokens, hidden_size]`, and all else by token.
+
+        Args:
+            token_ids: `[num_tokens]`; those of placeholders may lie outside the vocabulary.
+        """
+        ...
+
     def deepstack(self, mask: torch.Tensor, features: torch.Tensor) -> AbstractContextManager[None]:
         """Feed the columns beyond `hidden_size` to the decoder's layers in the forward inside the block.
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mmlora.processors.base import ProcessedMedia
-from mmlora.towers.base import PromptLayout
+from mmlora.towers.base import PromptLayout, Towers
 
 FEATURES = {"image": "get_image_features", "audio": "get_audio_features"}
 CONNECTOR = re.compile(r"merger|projector")  # where a family has it inside a tower
@@ -83,9 +83,25 @@ class GeneralTowers:
         """Return what the model's own function makes of some items."""
         return self._encoders[modality](**tensors)
 
+    def decoder_inputs(self, token_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """See `Towers.decoder_inputs`."""
+        return {"inputs_embeds": embed_tokens(self.model, token_ids)}
+
     def deepstack(self, mask: torch.Tensor, features: torch.Tensor) -> AbstractContextManager[None]:
         """Feed nothing: this model has features of its first layer only."""
         return nullcontext()
+
+
+def decoder_inputs(model: Any, towers: Towers | None, token_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what a model takes for tokens, as of `Towers.decoder_inputs`; a text-only one has no towers."""
+    return {"inputs_embeds": embed_tokens(model, token_ids)} if towers is None else towers.decoder_inputs(token_ids)
+
+
+def embed_tokens(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
+    """Return `[1, num_tokens, hidden_size]` for `token_ids [num_tokens]`; ids that the vocabulary lacks count as 0."""
+    embedding = model.get_input_embeddings()
+    embeds: torch.Tensor = embedding(torch.where(token_ids < embedding.weight.shape[0], token_ids, 0)[None])
+    return embeds
 
 
 def flat(features: Any) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 
 from mmlora.processors.base import ProcessedMedia
 from mmlora.towers.base import PromptLayout
+from mmlora.towers.general import embed_tokens
 
 PREFIX = "model.embed_tokens_extend."
 PARTS = {
@@ -33,6 +34,7 @@ class Phi4MultimodalTowers:
     num_position_rows = 1
 
     def __init__(self, model: Any) -> None:
+        self._model = model
         self._extend = model.model.embed_tokens_extend
         self._image_token_id: int = model.config.vision_config.image_token_id
         self._audio_token_id: int = model.config.audio_config.audio_token_id
@@ -54,6 +56,10 @@ class Phi4MultimodalTowers:
     def layout(self, token_ids: Sequence[int], media: Sequence[tuple[int, ProcessedMedia]]) -> PromptLayout:
         """Return the plain layout: causal, positions from 0."""
         return PromptLayout()
+
+    def decoder_inputs(self, token_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """See `Towers.decoder_inputs`."""
+        return {"inputs_embeds": embed_tokens(self._model, token_ids)}
 
     def deepstack(self, mask: torch.Tensor, features: torch.Tensor) -> AbstractContextManager[None]:
         """Feed nothing: this model has features of its first layer only."""

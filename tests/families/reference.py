@@ -25,13 +25,14 @@ class FamilyReference:
     Args:
         path: of the checkpoint.
         family: whose processor is built as the test table says, not from the checkpoint's files.
+        dtype: of weights, adapters and activations.
     """
 
-    def __init__(self, path: Path, family: Family) -> None:
+    def __init__(self, path: Path, family: Family, dtype: torch.dtype = torch.float32) -> None:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         self._processor = family.processor(self.tokenizer) if family.processor is not None else None
         self._family = family
-        self._base: PreTrainedModel = load_reference(path)
+        self._base: PreTrainedModel = load_reference(path, dtype)
         self._models: dict[Path | None, Any] = {None: self._base}
 
     @torch.inference_mode()
@@ -42,12 +43,18 @@ class FamilyReference:
         if adapter not in self._models:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self._models[adapter] = PeftModel.from_pretrained(copy.deepcopy(self._base), adapter).eval()
+                self._models[adapter] = PeftModel.from_pretrained(
+                    copy.deepcopy(self._base), adapter, autocast_adapter_dtype=False
+                ).eval()
         inputs = self._inputs(prompt, media or Media())
         ids = inputs.pop("input_ids")
         prompt_ids = ids[0].tolist()
         kinds = {name: inputs.pop(name) for name in self._family.token_kinds if name in inputs}
-        tensors = {name: value for name, value in inputs.items() if name not in ("attention_mask", "labels")}
+        tensors = {
+            name: value.to(self._base.dtype) if value.is_floating_point() else value
+            for name, value in inputs.items()
+            if name not in ("attention_mask", "labels")
+        }
         for _ in range(max_tokens):
             logits = self._models[adapter](input_ids=ids, use_cache=False, **tensors, **kinds).logits[0].float()
             ids = torch.cat([ids, logits[-1:].argmax(-1, keepdim=True)], dim=1)

@@ -1,0 +1,46 @@
+"""`mm_processor_kwargs` of the general path: what the model's own processor makes of them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from mmlora.errors import RequestError
+from mmlora.families import get_processor
+from mmlora.processors.base import ProcessedMedia
+from mmlora.processors.items import ImageItem
+from tests.families.table import FAMILIES, save_family
+from tests.media import picture
+
+OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
+    ("qwen2_vl", "<|image_pad|>", {"size": {"shortest_edge": 196 * 9, "longest_edge": 196 * 12}}),
+    ("gemma3", "<start_of_image>", {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 8}),
+    ("internvl", "<IMG_CONTEXT>", {"max_patches": 2}),
+    ("idefics3", "<image>", {"do_image_splitting": False}),
+    ("mistral3", "[IMG]", {"size": {"longest_edge": 28}}),
+]
+
+
+@pytest.mark.parametrize(("family", "mark", "options"), OPTIONS, ids=[family for family, *_ in OPTIONS])
+def test_options_are_the_processors_own(family: str, mark: str, options: dict[str, Any], tmp_path: Path) -> None:
+    path = save_family(tmp_path / "model", family)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    ours, theirs = get_processor(AutoConfig.from_pretrained(path), path, tokenizer), FAMILIES[family].processor
+    assert ours is not None and theirs is not None
+    image = picture(90, 30, 1)
+    found = ours.process(ImageItem.from_rgb(image), options)
+    expected = theirs(tokenizer)(text=mark, images=[image], add_special_tokens=False, return_tensors="pt", **options)
+    assert all_tokens(found, ours) == expected["input_ids"][0].tolist()
+    assert torch.equal(found.tensors["pixel_values"], expected["pixel_values"])
+    plain = ours.process(ImageItem.from_rgb(image))
+    assert plain.content_hash != found.content_hash
+    assert plain.tensors["pixel_values"].shape != found.tensors["pixel_values"].shape
+    with pytest.raises(RequestError, match="unknown processor option banana: allowed are .*do_resize"):
+        ours.process(ImageItem.from_rgb(image), {"banana": 1})
+
+
+def all_tokens(item: ProcessedMedia, processor: Any) -> list[int]:
+    before, after = processor.tokenize(item.text_before), processor.tokenize(item.text_after)
+    return [*before, *(item.token_ids or ()), *after]
