@@ -27,6 +27,7 @@ from mmlora.processors.pretrained import FAILURES, named_class
 from mmlora.processors.voxtral import VoxtralProcessor
 from mmlora.towers.base import Towers
 from mmlora.towers.deepstack import Granite4VisionTowers, Qwen3VLTowers
+from mmlora.towers.gemma3n import Gemma3nTowers
 from mmlora.towers.general import GeneralTowers
 from mmlora.towers.phi4_multimodal import Phi4MultimodalTowers
 from mmlora.towers.qwen2_5_omni import Qwen25OmniTowers
@@ -87,6 +88,7 @@ FAMILIES: Mapping[str, Family] = {
     "internvl": Family("InternVL", ("image",), transformers_since="5.18"),
     "mistral3": Family("Mistral 3", ("image",), partial(GeneralProcessor, load=PixtralProcessor)),
     "gemma3": Family("Gemma 3", ("image",), towers=Gemma3Towers),
+    "gemma3n": Family("Gemma 3n", ("audio", "image"), towers=Gemma3nTowers),
     "paligemma": Family("PaliGemma 1 and 2", ("image",), PaliGemmaProcessor, PaliGemmaTowers),
     "granite4_vision": Family("Granite 4 Vision", ("image",), towers=Granite4VisionTowers),
     "qwen2_5_omni_thinker": Family(

@@ -170,9 +170,6 @@ class ModelRunner:
         """
         rows = [row for item, start in zip(batch.items, batch.starts, strict=True) for row in _logit_rows(item, start)]
         with ExitStack() as stack:
-            inputs, deep = self._embed(batch)
-            if self.encoder is not None and deep is not None:
-                stack.enter_context(self.encoder.towers.deepstack(*deep))
             stack.enter_context(attention_context(batch.attention))
             if self.lora_state is not None and batch.own_slot is not None:
                 stack.enter_context(self.lora_state.uniform(batch.own_slot))
@@ -181,6 +178,9 @@ class ModelRunner:
                     _segments((1, slot) for slot in _slots_of_rows(rows, batch.segments)) if batch.segments else None
                 )
                 stack.enter_context(self.lora_state.rows(batch.segments, logit_segments))
+            inputs, deep = self._embed(batch)
+            if self.encoder is not None and deep is not None:
+                stack.enter_context(self.encoder.towers.deepstack(*deep))
             kept = torch.tensor(rows, dtype=torch.long, device=self.device)
             stack.enter_context(self._keeping(kept))
             output = self.model(**inputs, position_ids=batch.positions, use_cache=False, logits_to_keep=kept)

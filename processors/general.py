@@ -21,6 +21,7 @@ from mmlora.processors.placeholders import Placeholders, placeholder_id
 from mmlora.processors.pretrained import load_processor
 
 TEXT_KEYS: Final = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
+MAX_REST_S: Final = 0.1  # of a clip, that fills no frame of its own
 FAILURES: Final = (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError, AttributeError)
 
 
@@ -119,9 +120,8 @@ class GeneralProcessor(Placeholders):
         """Refuse a clip of which transformers' class would drop the end."""
         extractor: Any = self._parts["audio"]
         features = tensors["input_features"]  # [num_chunks, …], mel bins before frames or after them
-        num_frames = features.numel() // extractor.feature_size + len(features)
-        heard_s = num_frames * extractor.hop_length / extractor.sampling_rate
-        if item.duration_s > heard_s:
+        heard_s = features.numel() / extractor.feature_size * extractor.hop_length / extractor.sampling_rate
+        if item.duration_s > heard_s + MAX_REST_S:
             raise MediaError(f"audio of {item.duration_s:.1f} s is too long: this model hears {heard_s:.0f} s at most")
 
     def _checked_options(self, modality: str, options: Mapping[str, Any]) -> dict[str, Any]:

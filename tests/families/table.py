@@ -14,10 +14,11 @@ from mmlora import families
 from mmlora.lora.adapter import PARTS
 from tests.checkpoints import VOCAB_SIZE, AdapterSpec, _draw_weights, build_tokenizer
 from tests.families.audio import AUDIO_FAMILIES
+from tests.families.gemma3n import GEMMA3N_FAMILIES
 from tests.families.image import IMAGE_FAMILIES
 from tests.families.spec import Family
 
-FAMILIES: Mapping[str, Family] = {**AUDIO_FAMILIES, **IMAGE_FAMILIES}
+FAMILIES: Mapping[str, Family] = {**AUDIO_FAMILIES, **IMAGE_FAMILIES, **GEMMA3N_FAMILIES}
 
 
 def adapter_of(family: str, *parts: str, seed: int, r: int) -> AdapterSpec:
