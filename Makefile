@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.mmlora-installed
 
-.PHONY: setup demo test test-slow check format eval clean
+.PHONY: setup demo test test-slow check format eval models clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,11 @@ format: $(STAMP)
 
 eval: $(STAMP)
 	$(BIN)/python -m mmlora.assets.training.evaluate
+
+# Compares every family with transformers and PEFT, and writes mmlora/parity.json and docs/models.md.
+models: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p tests.parity tests/test_families.py tests/test_equality.py tests/test_longrope.py
+	$(BIN)/python -m tests.models_page
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

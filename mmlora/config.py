@@ -20,6 +20,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 MODALITIES = ("audio", "image")
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class EngineArgs:
         max_lora_rank: largest rank admitted; unset, any rank.
         max_cpu_loras: adapters kept in host memory, by default `4 * max_loras`.
         lora_registry: SQLite file that keeps adapters loaded at run time across restarts.
-        default_mm_loras: modality (`audio`, `image`, `audio+image`) to adapter path or Hub id.
+        default_mm_loras: modality (`audio`, `image`, `audio+image`) to adapter path or Hub id, or `auto`: the adapters
+            that come with the model.
         enable_tower_connector_lora: admit adapters with tower or connector tensors.
         limit_mm_per_prompt: most items of a modality in one prompt.
         mm_processor_kwargs: options of the model's media processor, for every request.
@@ -82,7 +84,7 @@ class EngineArgs:
     max_lora_rank: int | None = None
     max_cpu_loras: int | None = None
     lora_registry: str | None = None
-    default_mm_loras: Mapping[str, str] | None = None
+    default_mm_loras: Mapping[str, str] | str | None = None
     enable_tower_connector_lora: bool = True
     limit_mm_per_prompt: Mapping[str, int] | None = None
     mm_processor_kwargs: Mapping[str, Any] | None = None
@@ -165,8 +167,8 @@ class EngineArgs:
             self._reject("quantization", "only None is supported")
 
     def _check_lora(self) -> None:
-        if self.default_mm_loras is not None and not isinstance(self.default_mm_loras, Mapping):
-            self._reject("default_mm_loras", "must map modalities to adapter paths")
+        if self.default_mm_loras not in (None, AUTO) and not isinstance(self.default_mm_loras, Mapping):
+            self._reject("default_mm_loras", f"must map modalities to adapter paths, or be {AUTO!r}")
         elif self.default_mm_loras and not self.enable_lora:
             self._reject("default_mm_loras", "needs enable_lora=True")
         if self.lora_registry is not None and not (isinstance(self.lora_registry, str) and self.lora_registry):

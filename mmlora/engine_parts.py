@@ -13,10 +13,12 @@ from mmlora.attention import KVCache
 from mmlora.block_manager import BlockManager
 from mmlora.config import EngineArgs
 from mmlora.decoder_check import check_decoder
+from mmlora.default_adapters import choose_default_adapters
 from mmlora.detokenizer import Detokenizer
 from mmlora.errors import ConfigError
 from mmlora.families import find_layout, get_key_mapping, get_processor, get_towers
 from mmlora.inputs import InputProcessor
+from mmlora.kv_memory import kv_cache_bytes, kv_shape, num_kv_blocks
 from mmlora.longrope import replace_longrope
 from mmlora.lora.adapter import Adapter
 from mmlora.lora.files import AdapterFiles
@@ -28,8 +30,8 @@ from mmlora.lora.request import LoRARequest
 from mmlora.lora.slots import LoRASlots
 from mmlora.lora.store import AdapterStore
 from mmlora.lora.stored_adapter import Load
+from mmlora.model_config import load_config
 from mmlora.model_loader import (
-    load_config,
     load_model,
     load_tokenizer,
     resolve_device,
@@ -43,7 +45,6 @@ from mmlora.scheduler import Scheduler
 from mmlora.sequence import Request, Sequence
 from mmlora.towers.encoder import MediaEncoder
 
-DEFAULT_CPU_KV_BYTES = 2**30
 DEFAULT_LORA_IDS = 2**62  # ids of default adapters start here, far from those that callers choose
 GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -107,11 +108,12 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
     max_model_len = resolve_max_model_len(args.max_model_len, config)
     tokenizer = load_tokenizer(args, path)
     processor = get_processor(config, path, tokenizer)
-    default_paths = parse_defaults(args.default_mm_loras, processor.modalities if processor is not None else ())
+    default_paths = choose_default_adapters(args, config, path)
+    default_paths = parse_defaults(default_paths, processor.modalities if processor is not None else ())
     _check_limits(args, processor.modalities if processor is not None else frozenset())
     model = load_model(config, path, dtype=dtype, device=device)
     towers = get_towers(model)
-    check_decoder(model, towers, *_kv_shape(config), max_model_len)
+    check_decoder(model, towers, *kv_shape(config), max_model_len)
     long_length = replace_longrope(model)
     store, slots, lora, defaults = None, None, None, {}
     if args.enable_lora:
@@ -124,12 +126,12 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
         )
         slots = LoRASlots(model, args.max_loras, device)
         lora = LoRAManager(store, slots, [adapter for _, adapter in defaults.values()], registry)
-    num_blocks = _num_blocks(args, config, dtype, device, max_model_len)
+    num_blocks = num_kv_blocks(args, config, dtype, kv_cache_bytes(args, device), max_model_len)
     kv_cache = KVCache(
         config.get_text_config().num_hidden_layers,
         num_blocks,
         args.block_size,
-        *_kv_shape(config),
+        *kv_shape(config),
         dtype=dtype,
         device=device,
     )
@@ -201,48 +203,19 @@ def _load_defaults(
     return defaults
 
 
-def _kv_shape(config: PretrainedConfig) -> tuple[int, int]:
-    """Key-value heads and their size."""
-    text = config.get_text_config()
-    num_heads: int = text.num_attention_heads
-    num_kv_heads = getattr(text, "num_key_value_heads", None) or num_heads
-    return num_kv_heads, getattr(text, "head_dim", None) or text.hidden_size // num_heads
-
-
-def _num_blocks(
-    args: EngineArgs, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, max_model_len: int
-) -> int:
-    """How many KV blocks the memory holds, at most as many as all sequences can use.
-
-    Raises:
-        ConfigError: not even one sequence of `max_model_len` fits.
-    """
-    num_kv_heads, head_dim = _kv_shape(config)
-    num_layers = config.get_text_config().num_hidden_layers
-    block_bytes = 2 * num_layers * args.block_size * num_kv_heads * head_dim * dtype.itemsize
-    num_bytes = args.kv_cache_memory_bytes
-    if num_bytes is None and device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        num_bytes = int(free - (1 - args.gpu_memory_utilization) * total)
-    elif num_bytes is None:
-        num_bytes = DEFAULT_CPU_KV_BYTES
-    blocks_per_seq = -(-max_model_len // args.block_size)
-    num_blocks = num_bytes // block_bytes
-    if num_blocks < blocks_per_seq:
-        raise ConfigError(
-            f"the KV cache of {num_bytes} bytes holds {max(0, num_blocks) * args.block_size} tokens, less than "
-            f"max_model_len={max_model_len}: give kv_cache_memory_bytes={blocks_per_seq * block_bytes} or more, "
-            "or a smaller max_model_len"
-        )
-    return int(min(num_blocks, blocks_per_seq * args.max_num_seqs * 2))
-
-
 def _generation_config(
     args: EngineArgs, path: Path, config: PretrainedConfig, tokenizer: Any
 ) -> tuple[frozenset[int], dict[str, Any]]:
-    """End-of-text tokens, and the sampling defaults of `generation_config.json`."""
+    """End-of-text tokens, and the sampling defaults of `generation_config.json`.
+
+    Raises:
+        ConfigError: the file is no JSON.
+    """
     file = path / "generation_config.json"
-    content = json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} cannot be read as JSON: {error}") from None
     eos = content.get("eos_token_id", config.get_text_config().eos_token_id)
     ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
     defaults = {}

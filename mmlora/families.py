@@ -5,7 +5,7 @@ Nothing else asks for a `model_type` or the name of a class.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from mmlora.processors.granite_speech import GraniteSpeechProcessor
 from mmlora.processors.paligemma import PaliGemmaProcessor
 from mmlora.processors.phi4_multimodal import Phi4MultimodalProcessor
 from mmlora.processors.pixtral import PixtralProcessor
-from mmlora.processors.pretrained import named_class
+from mmlora.processors.pretrained import FAILURES, named_class
 from mmlora.processors.voxtral import VoxtralProcessor
 from mmlora.towers.base import Towers
 from mmlora.towers.deepstack import Granite4VisionTowers, Qwen3VLTowers
@@ -45,6 +45,8 @@ class Family:
         name: what people call it.
         modalities: that it takes beside text.
         processor, towers: of its media.
+        default_adapters: adapters that its models come with: modalities joined with `+`, and the folder that holds the
+            adapter for them; an empty name is the model's own.
         transformers_since: the first version of `transformers` whose processor runs without torchvision.
     """
 
@@ -52,6 +54,7 @@ class Family:
     modalities: tuple[str, ...] = ()
     processor: ProcessorFactory = GeneralProcessor
     towers: Callable[[Any], Towers] = GeneralTowers
+    default_adapters: Mapping[str, str] = field(default_factory=dict)
     transformers_since: str = "5.17"
 
 
@@ -67,8 +70,10 @@ FAMILIES: Mapping[str, Family] = {
     "mixtral": Family("Mixtral"),
     "qwen3_moe": Family("Qwen3-MoE"),
     "granitemoe": Family("GraniteMoE"),
-    "granite_speech": Family("Granite Speech", ("audio",), GraniteSpeechProcessor),
-    "granite_speech_plus": Family("Granite Speech Plus", ("audio",), GraniteSpeechProcessor),
+    "granite_speech": Family("Granite Speech", ("audio",), GraniteSpeechProcessor, default_adapters={"audio": ""}),
+    "granite_speech_plus": Family(
+        "Granite Speech Plus", ("audio",), GraniteSpeechProcessor, default_adapters={"audio": ""}
+    ),
     "voxtral": Family("Voxtral", ("audio",), VoxtralProcessor),
     "qwen2_audio": Family("Qwen2-Audio", ("audio",), towers=Qwen2AudioTowers),
     "qwen3_asr": Family("Qwen3-ASR", ("audio",)),
@@ -89,7 +94,13 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2_5_omni_thinker": Family(
         "Qwen2.5-Omni (thinker)", ("audio", "image"), towers=Qwen25OmniTowers, transformers_since="5.23"
     ),
-    "phi4_multimodal": Family("Phi-4-multimodal", ("audio", "image"), Phi4MultimodalProcessor, Phi4MultimodalTowers),
+    "phi4_multimodal": Family(
+        "Phi-4-multimodal",
+        ("audio", "image"),
+        Phi4MultimodalProcessor,
+        Phi4MultimodalTowers,
+        {"audio": "speech-lora", "image": "vision-lora", "audio+image": "vision-lora"},
+    ),
 }
 # By the class that a checkpoint's files name, whatever its family: LLaVA models with Pixtral's tower name this one.
 STAND_INS: Mapping[str, ProcessorFactory] = {"PixtralProcessor": partial(GeneralProcessor, load=PixtralProcessor)}
@@ -101,7 +112,7 @@ def find_layout(path: Path) -> Layout | None:
     """How the files of a directory are to be read; None for the way of `transformers`."""
     try:
         content = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None  # whoever reads it next says what is wrong
     return LAYOUTS.get(str(content.get("model_type"))) if isinstance(content, dict) else None
 
@@ -110,6 +121,34 @@ def get_key_mapping(path: Path) -> Mapping[str, str] | None:
     """Return how a directory's tensors and modules are renamed (see `Layout`); None for the names of `transformers`."""
     layout = find_layout(path)
     return layout.key_mapping if layout is not None else None
+
+
+def family_key(config: PretrainedConfig) -> str | None:
+    """Return the key of a model's family in the table, None where it has none."""
+    return config.model_type if config.model_type in FAMILIES else None
+
+
+def check_modalities(config: PretrainedConfig, model_class: Any) -> None:
+    """Refuse a model with towers that the table does not have, instead of serving its decoder alone.
+
+    Raises:
+        ConfigError: names what the model takes.
+    """
+    family = FAMILIES.get(config.model_type)
+    takes = model_class.input_modalities
+    media = sorted({takes} if isinstance(takes, str) else set(takes)) if config.sub_configs else []
+    media = [modality for modality in media if modality != "text"]  # a text decoder may inherit them, its config not
+    if media and (family is None or not family.modalities):
+        raise ConfigError(
+            f"{model_class.__name__} takes {' and '.join(media)} beside text, and {config.model_type} is not among the "
+            "families with media that are served (`mmlora models` lists them)"
+        )
+
+
+def get_default_adapters(config: PretrainedConfig) -> Mapping[str, str]:
+    """Return the adapters that models of a configuration's family come with; see `Family`."""
+    family = FAMILIES.get(config.model_type)
+    return family.default_adapters if family is not None else {}
 
 
 def get_processor(config: PretrainedConfig, model_path: str | Path, tokenizer: Any) -> MultiModalProcessor | None:
@@ -131,8 +170,12 @@ def get_processor(config: PretrainedConfig, model_path: str | Path, tokenizer: A
             f"{family.name} needs transformers {family.transformers_since} or newer, whose processor runs without "
             f"torchvision; this is {transformers.__version__}"
         )
-    factory = STAND_INS.get(named_class(Path(model_path)), family.processor)
-    return factory(config, Path(model_path), tokenizer)
+    try:
+        factory = STAND_INS.get(named_class(Path(model_path)), family.processor)
+        return factory(config, Path(model_path), tokenizer)
+    except FAILURES as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"the processor of {str(model_path)!r} cannot be built: {reason}") from error
 
 
 def get_towers(model: Any) -> Towers | None:

@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
-from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoTokenizer, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from mmlora.attention import ATTENTION_NAME
 from mmlora.config import DTYPES, EngineArgs
 from mmlora.errors import ConfigError
 from mmlora.families import find_layout
+from mmlora.model_config import FAILURES, find_model_class
 
 CONFIG_FILES = ["*.json"]
 MODEL_FILES = [*CONFIG_FILES, "*.safetensors", "*.txt", "*.model", "*.jinja"]
-ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def resolve_model_path(model: str, revision: str | None, patterns: Sequence[str] = MODEL_FILES) -> Path:
@@ -48,33 +47,6 @@ def resolve_model_path(model: str, revision: str | None, patterns: Sequence[str]
         ) from None
 
 
-def load_config(path: Path) -> PretrainedConfig:
-    """Read a model's configuration and refuse what this engine cannot run.
-
-    Raises:
-        ConfigError: names what is unknown or unsupported.
-    """
-    layout = find_layout(path)
-    try:
-        config: PretrainedConfig = (
-            layout.load_config(path)
-            if layout is not None
-            else AutoConfig.from_pretrained(path, trust_remote_code=False)
-        )
-    except (ValueError, OSError, KeyError, StrictDataclassError) as error:
-        raise ConfigError(f"model={str(path)!r} has no configuration that transformers understands: {error}") from None
-    text_config = config.get_text_config()
-    if config.is_encoder_decoder:
-        raise ConfigError(f"{config.model_type} is an encoder-decoder model; only decoders are supported")
-    unsupported = set(getattr(text_config, "layer_types", None) or ()) - ATTENTION_LAYERS
-    if unsupported:
-        raise ConfigError(
-            f"{config.model_type} has layers of type {', '.join(sorted(unsupported))}; "
-            f"supported are {', '.join(sorted(ATTENTION_LAYERS))}"
-        )
-    return config
-
-
 def load_tokenizer(args: EngineArgs, path: Path) -> Any:
     """The model's tokenizer, or the one that `tokenizer` names.
 
@@ -92,7 +64,7 @@ def load_tokenizer(args: EngineArgs, path: Path) -> Any:
         file = source / "chat_template.json"  # of older processors; it knows media, the tokenizer's own may not
         if file.is_file():
             tokenizer.chat_template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+    except FAILURES as error:
         raise ConfigError(f"tokenizer={str(source)!r} cannot be loaded: {error}") from None
     return tokenizer
 
@@ -101,13 +73,9 @@ def load_model(config: PretrainedConfig, path: Path, *, dtype: torch.dtype, devi
     """Load the class that the checkpoint names, in eval mode, its decoder on paged attention.
 
     Raises:
-        ConfigError: transformers lacks the class, its attention cannot be replaced, or the weights do not load.
+        ConfigError: the weights do not load.
     """
-    model_class = _model_class(config)
-    name = model_class.__name__
-    decoder_class: Any = MODEL_MAPPING.get(type(config.get_text_config()), model_class)
-    if not getattr(decoder_class, "_supports_attention_backend", False) or getattr(model_class, "_is_stateful", False):
-        raise ConfigError(f"the attention of {name} cannot be replaced, so it cannot run on a paged KV cache")
+    model_class = find_model_class(config)
     layout = find_layout(path)
     options = {"key_mapping": dict(layout.key_mapping)} if layout is not None else {}
     # `check_loaded` tells what does not fit; transformers would warn of all that is left out on purpose.
@@ -116,7 +84,8 @@ def load_model(config: PretrainedConfig, path: Path, *, dtype: torch.dtype, devi
             model, info = model_class.from_pretrained(
                 view, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
             )
-        except (OSError, RuntimeError, ValueError) as error:
+        except FAILURES as error:
+            name = model_class.__name__
             raise ConfigError(f"the weights of {str(path)!r} cannot be loaded as {name}: {error}") from None
     if layout is not None:
         layout.check_loaded(info["missing_keys"], info["unexpected_keys"])
@@ -130,18 +99,14 @@ def load_meta_model(config: PretrainedConfig) -> Any:
     """Build the class that a checkpoint names on the meta device: modules and shapes, no weights.
 
     Raises:
-        ConfigError: transformers lacks the class.
+        ConfigError: transformers lacks the class, or cannot build it.
     """
-    with torch.device("meta"):
-        return _model_class(config)(config)
-
-
-def _model_class(config: PretrainedConfig) -> Any:
-    name = (config.architectures or ["none"])[0]
-    model_class = getattr(transformers, name, None)
-    if model_class is None:
-        raise ConfigError(f"transformers {transformers.__version__} has no model class {name!r}")
-    return model_class
+    model_class = find_model_class(config)
+    try:
+        with torch.device("meta"):
+            return model_class(config)
+    except FAILURES as error:
+        raise ConfigError(f"{model_class.__name__} cannot be built from its configuration: {error}") from None
 
 
 def resolve_device(name: str) -> torch.device:
@@ -175,7 +140,9 @@ def resolve_max_model_len(requested: int | None, config: PretrainedConfig) -> in
         ConfigError: the model takes less than what is asked for.
     """
     text_config = config.get_text_config()
-    limit: int = text_config.max_position_embeddings
+    limit: Any = getattr(text_config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        raise ConfigError(f"{config.model_type} has max_position_embeddings={limit!r}; it must be a positive integer")
     rope = getattr(text_config, "rope_parameters", None) or {}
     for parameters in (value for value in rope.values() if isinstance(value, dict)):  # one set for each layer type
         if parameters.get("rope_type") == "longrope":

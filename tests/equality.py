@@ -1,9 +1,11 @@
 """Comparison of the engine with the reference, as DESIGN.md "Equality, precisely" defines it."""
 
+import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +36,11 @@ class Checkpoint:
     reference: Reference
     _known: dict[tuple[object, ...], ReferenceOutput] = field(default_factory=dict)
 
+    @property
+    def model_type(self) -> str:
+        """What the families' table calls it."""
+        return model_type_of(self.path)
+
     def lora_request(self, name: str | None) -> object:
         """What to pass for an adapter; on purpose `BASE` for none."""
         if name is None:
@@ -51,13 +58,21 @@ class Checkpoint:
 
 @dataclass
 class Statistics:
-    """What all comparisons of a session found."""
+    """What comparisons found."""
 
     num_answers: int = 0
     num_logit_rows: int = 0
     num_near_ties: int = 0
     max_logit_error: float = 0.0
     half_errors: dict[str, str] = field(default_factory=dict)
+    parts: set[str] = field(default_factory=set)  # of the model, that adapters changed
+
+    def add(self, num_logit_rows: int, logit_error: float, is_near_tie: bool = False) -> None:
+        """Count one answer."""
+        self.num_answers += 1
+        self.num_logit_rows += num_logit_rows
+        self.max_logit_error = max(self.max_logit_error, logit_error)
+        self.num_near_ties += is_near_tie
 
     def __str__(self) -> str:
         return (
@@ -66,8 +81,14 @@ class Statistics:
         )
 
 
-STATISTICS = Statistics()
+STATISTICS = Statistics()  # of the session
+FAMILIES: defaultdict[str, Statistics] = defaultdict(Statistics)  # by model_type
 Logits = dict[int, torch.Tensor]
+
+
+def model_type_of(path: Path | str) -> str:
+    """What the configuration of a checkpoint says."""
+    return str(json.loads((Path(path) / "config.json").read_text())["model_type"])
 
 
 @contextmanager
@@ -115,11 +136,25 @@ def check_cases(llm: LLM, checkpoint: Checkpoint, cases: Sequence[Case], **optio
     """Run all cases as one batch and compare tokens and logits of each with the reference."""
     results = run_cases(llm, checkpoint, cases, **options)
     for case, (output, logits) in zip(cases, results, strict=True):
-        check_equal(output, logits, checkpoint.expected(case), case.name)
+        check_equal(output, logits, checkpoint.expected(case), case.name, checkpoint.model_type)
+        FAMILIES[checkpoint.model_type].parts |= _changed_parts(llm, output)
     return [output for output, _ in results]
 
 
-def check_equal(output: RequestOutput, logits: Logits, expected: ReferenceOutput, name: str = "") -> None:
+def _changed_parts(llm: LLM, output: RequestOutput) -> set[str]:
+    store = llm.llm_engine.parts.store
+    if store is None or not isinstance(output.lora_request, LoRARequest):
+        return set()
+    return {part for part, count in store.get(output.lora_request).report.parts.items() if count}
+
+
+def check_equal(
+    output: RequestOutput,
+    logits: Logits,
+    expected: ReferenceOutput,
+    name: str = "",
+    model_type: str | None = None,
+) -> None:
     """Compare an answer with the reference; after a near-tie that fell the other way, there is nothing to compare."""
     assert output.error is None, f"{name}: {output.error}"
     assert output.prompt_token_ids == expected.prompt_ids, name
@@ -130,13 +165,11 @@ def check_equal(output: RequestOutput, logits: Logits, expected: ReferenceOutput
     compared = [position for position in sorted(logits) if position <= last]
     assert compared and compared[-1] == last, name
     error = max(float((logits[position] - expected.logits[position]).abs().max()) for position in compared)
-    STATISTICS.num_answers += 1
-    STATISTICS.num_logit_rows += len(compared)
-    STATISTICS.max_logit_error = max(STATISTICS.max_logit_error, error)
+    for statistics in (STATISTICS, *([FAMILIES[model_type]] if model_type is not None else [])):
+        statistics.add(len(compared), error, num_equal < len(tokens))
     assert error <= LOGIT_TOLERANCE, f"{name}: logits differ by {error:.2e}"
     if num_equal < len(tokens):
         top = expected.logits[last].topk(2).values
-        STATISTICS.num_near_ties += 1
         assert float(top[0] - top[1]) < NEAR_TIE, f"{name}: {tokens} instead of {expected.token_ids}"
 
 

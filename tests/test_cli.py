@@ -20,6 +20,7 @@ import pytest
 from mmlora import cli
 from mmlora.assets.models import assistant_default_mm_loras, assistant_path
 from mmlora.config import EngineArgs
+from mmlora.flags import flags_of
 from mmlora.server import launch
 from mmlora.server.launch import ServerArgs
 from mmlora.server.models import LoRAModule
@@ -126,7 +127,7 @@ def test_the_model_may_come_from_the_environment(
 
 
 def test_every_option_has_a_flag_and_a_help_text() -> None:
-    flags = [*cli._flags(EngineArgs), *cli._flags(ServerArgs)]
+    flags = [*flags_of(EngineArgs), *flags_of(ServerArgs)]
     names = {f.name for cls in (EngineArgs, ServerArgs) for f in dataclasses.fields(cls) if f.init} - {"model"}
     assert {flag.name for flag in flags} == names
     undocumented = {flag.name for flag in flags if not flag.help}

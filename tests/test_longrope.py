@@ -8,7 +8,7 @@ import torch
 
 from mmlora import LLM
 from tests.checkpoints import load_reference, save_text_model
-from tests.equality import LOGIT_TOLERANCE, greedy, recorded_logits
+from tests.equality import FAMILIES, LOGIT_TOLERANCE, greedy, model_type_of, recorded_logits
 
 ORIGINAL = 240
 LENGTHS = {"short": 200, "long": 360, "crossing": ORIGINAL - 3}
@@ -50,15 +50,15 @@ def test_short_long_and_crossing_sequences_in_one_batch(checkpoint: Path, llm: L
     prompts = [prompt(length) for length in LENGTHS.values()]
     with recorded_logits(llm) as logits:
         outputs = llm.generate(prompts, greedy(), use_tqdm=False)
-    errors = []
     for name, output in zip(LENGTHS, outputs, strict=True):
         assert output.error is None
-        ids = list(output.prompt_token_ids)
+        ids, errors = list(output.prompt_token_ids), []
         for token in output.outputs[0].token_ids:
             expected = whole_forward(model, ids)
             errors.append(float((logits[output.request_id][len(ids) - 1] - expected).abs().max()))
             assert errors[-1] <= LOGIT_TOLERANCE, (name, len(ids))
             ids.append(token)
+        FAMILIES[model_type_of(checkpoint)].add(len(errors), max(errors))
     assert llm.llm_engine.scheduler.num_preemptions == 0
 
 

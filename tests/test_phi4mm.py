@@ -5,6 +5,7 @@ The layout is written here from what is public of the Hub repository, name by na
 
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from mmlora import LLM
 from mmlora.chat import render_chat
+from mmlora.default_adapters import find_default_adapters
 from mmlora.errors import ConfigError, MediaError
 from mmlora.layouts import phi4mm
 from mmlora.lora.files import read_adapter
-from mmlora.model_loader import load_config, load_meta_model, resolve_dtype, resolve_max_model_len
+from mmlora.model_config import load_config
+from mmlora.model_loader import load_meta_model, resolve_dtype, resolve_max_model_len
 from tests.checkpoints import AUDIO_ID, IMAGE_ID, AdapterSpec, phi4_targets, save_adapter, save_phi4
 from tests.equality import Case, Checkpoint, check_equal, run_cases
 from tests.media import clip, picture
@@ -301,6 +304,15 @@ def llm(checkpoints: SimpleNamespace) -> LLM:
 def test_every_kind_of_prompt_with_its_default_adapter(llm: LLM, checkpoints: SimpleNamespace) -> None:
     assert not list(checkpoints.path.glob("*-lora"))
     check(llm, checkpoints, CASES, checkpoints.microsoft, is_automatic=True)
+
+
+def test_they_are_found_by_themselves(checkpoints: SimpleNamespace, tmp_path: Path) -> None:
+    found = find_default_adapters(load_config(checkpoints.path), checkpoints.path)
+    assert found == default_adapters(checkpoints.path)
+    path = Path(shutil.copytree(checkpoints.path, tmp_path / "noise"))
+    for file in path.glob("*.safetensors"):
+        file.write_bytes(b"noise")
+    assert find_default_adapters(load_config(path), path) == {}
 
 
 def test_base(llm: LLM, checkpoints: SimpleNamespace) -> None:

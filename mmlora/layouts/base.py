@@ -23,6 +23,8 @@ class Layout:
         key_mapping: regular expressions in the names of its tensors and modules, and what replaces them.
         left_out: matches tensors, named as `key_mapping` gives them, that are no part of the base model.
         load_tokenizer: reads a directory's tokenizer.
+        find_adapters: names the adapters whose tensors lie in the main files of a directory, with the folder that each
+            would have.
         embedded_adapter: reads an adapter that lies in the main files of a directory, by the path that it would have;
             None where there is none.
     """
@@ -32,6 +34,7 @@ class Layout:
     key_mapping: Mapping[str, str]
     left_out: re.Pattern[str]
     load_tokenizer: Callable[[Path], Any] = partial(AutoTokenizer.from_pretrained, trust_remote_code=False)
+    find_adapters: Callable[[Path], Mapping[str, Path]] = lambda source: {}
     embedded_adapter: Callable[[Path, str], AdapterFiles | None] = lambda source, path: None
 
     def check_loaded(self, missing: Collection[str], unexpected: Collection[str]) -> None:

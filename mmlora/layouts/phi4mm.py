@@ -216,5 +216,11 @@ def _value(content: Mapping[str, Any], name: str) -> Any:
 
 
 LAYOUT = Layout(
-    "phi4mm", load_config, KEY_MAPPING, left_out=_LORA, load_tokenizer=load_tokenizer, embedded_adapter=embedded_adapter
+    "phi4mm",
+    load_config,
+    KEY_MAPPING,
+    left_out=_LORA,
+    load_tokenizer=load_tokenizer,
+    find_adapters=find_adapters,
+    embedded_adapter=embedded_adapter,
 )

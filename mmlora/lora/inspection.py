@@ -11,6 +11,7 @@ from mmlora.lora.files import AdapterFiles
 from mmlora.lora.load import load_adapter
 from mmlora.lora.module_index import ModuleIndex
 from mmlora.lora.peft_config import refusals
+from mmlora.printable import printable
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Inspection:
             },
         }
         lines += [f"  {name:<15} {fact}" for name, fact in facts.items()]
-        return "\n".join(map(_printable, lines))
+        return "\n".join(map(printable, lines))
 
 
 def inspect_adapter(files: AdapterFiles, index: ModuleIndex) -> Inspection:
@@ -95,9 +96,7 @@ def inspect_adapter(files: AdapterFiles, index: ModuleIndex) -> Inspection:
         if not any(known in reason for known in reasons):
             reasons.append(reason)
         adapter = _load_what_fits(files, index)
-    counts = dict.fromkeys(PARTS, 0)
-    for name in index.modules:
-        counts[index.part_of(name)] += index.kind_of(name) != "other"
+    counts = count_modules(index)
     changed = adapter.report.parts if adapter is not None else {}
     return Inspection(
         adapter=files.origin,
@@ -109,9 +108,17 @@ def inspect_adapter(files: AdapterFiles, index: ModuleIndex) -> Inspection:
         ranks=_ranks(adapter),
         kinds=_kinds(adapter),
         parts={part: Coverage(changed.get(part, 0), counts[part]) for part in PARTS},
-        unmatched=tuple(map(_printable, adapter.report.unmatched)) if adapter is not None else (),
-        refusals=tuple(map(_printable, reasons)),
+        unmatched=tuple(map(printable, adapter.report.unmatched)) if adapter is not None else (),
+        refusals=tuple(map(printable, reasons)),
     )
+
+
+def count_modules(index: ModuleIndex) -> dict[str, int]:
+    """Return how many modules of each part of a model low-rank matrices could change."""
+    counts = dict.fromkeys(PARTS, 0)
+    for name in index.modules:
+        counts[index.part_of(name)] += index.kind_of(name) != "other"
+    return counts
 
 
 def _load_what_fits(files: AdapterFiles, index: ModuleIndex) -> Adapter | None:
@@ -122,12 +129,7 @@ def _load_what_fits(files: AdapterFiles, index: ModuleIndex) -> Adapter | None:
 
 
 def _text(value: object) -> str | None:
-    return _printable(value) if isinstance(value, str) else None
-
-
-def _printable(text: str) -> str:
-    """Escape what a file could have a terminal do: control characters, line breaks, lone surrogates."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return printable(value) if isinstance(value, str) else None
 
 
 def _ranks(adapter: Adapter | None) -> dict[int, int]:

@@ -1,0 +1,123 @@
+"""Options of dataclasses as flags of the command line and as environment variables.
+
+A flag on the command line wins over its environment variable (`--max-loras` over `MMLORA_MAX_LORAS`).
+"""
+
+import argparse
+import json
+import re
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from mmlora.config import AUTO, EngineArgs
+from mmlora.environment import parse_bool
+from mmlora.errors import ConfigError
+from mmlora.server.launch import ServerArgs
+from mmlora.server.models import LoRAModule
+
+ENV_PREFIX = "MMLORA_"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One option: its field, how its text is read, and what it is for."""
+
+    name: str
+    parse: Callable[[str], Any]
+    help: str
+
+    @property
+    def option(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def env_name(self) -> str:
+        return ENV_PREFIX + self.name.upper()
+
+    def add_to(self, group: argparse._ActionsContainer) -> None:
+        """Let a parser, or a group of its options, take this one."""
+        text = self.help.replace("%", "%%")
+        if self.parse is parse_bool:
+            group.add_argument(self.option, action=argparse.BooleanOptionalAction, default=None, help=text)
+        elif self.name == "lora_modules":
+            read = self._read_argument
+            group.add_argument(self.option, action="extend", nargs="+", type=read, metavar="NAME=PATH", help=text)
+        else:
+            metavar = {int: "N", float: "X", _parse_json: "JSON", _parse_json_or_auto: "JSON|auto"}.get(
+                self.parse, "VALUE"
+            )
+            group.add_argument(self.option, type=self._read_argument, metavar=metavar, help=text)
+
+    def _read_argument(self, text: str) -> Any:
+        try:
+            return self.parse(text)
+        except (ValueError, ConfigError) as error:
+            message = str(error) if isinstance(error, ConfigError) else f"{text!r}: {error}"
+            raise argparse.ArgumentTypeError(message) from None
+
+    def read_env(self, text: str) -> Any:
+        """Read the environment variable.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        try:
+            if self.name == "lora_modules":
+                return [self.parse(entry) for entry in _split_entries(text)]
+            return self.parse(text)
+        except (ValueError, ConfigError) as error:
+            raise ConfigError(f"{self.env_name}={text!r}: {error}") from None
+
+
+def _split_entries(text: str) -> list[str]:
+    """Split `--lora-modules` entries at blanks that are not inside a JSON object."""
+    return re.findall(r"\{[^{}]*\}|[^\s{][^\s]*|\{.*", text)
+
+
+def flags_of(cls: type[EngineArgs] | type[ServerArgs]) -> list[Flag]:
+    """The options of a dataclass, with the help of its docstring."""
+    hints = get_type_hints(cls)
+    helps = _argument_help(cls.__doc__ or "")
+    names = [field.name for field in fields(cls) if field.init]
+    return [Flag(name, _parser_of(name, hints[name]), helps.get(name, "")) for name in names if name != "model"]
+
+
+def _parser_of(name: str, hint: Any) -> Callable[[str], Any]:
+    """How the text of an option becomes its value."""
+    if name == "lora_modules":
+        return LoRAModule.parse
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kinds = [get_origin(member) or member for member in members]
+    if bool in kinds:
+        return parse_bool
+    if any(isinstance(kind, type) and issubclass(kind, Mapping) for kind in kinds):
+        return _parse_json_or_auto if str in kinds else _parse_json
+    return next((kind for kind in (str, int, float) if kind in kinds), str)
+
+
+def _parse_json_or_auto(text: str) -> dict[str, Any] | str:
+    try:
+        return AUTO if text == AUTO else _parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{error}; {AUTO} is allowed, too") from None
+
+
+def _parse_json(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError("must be a JSON object")
+    return value
+
+
+def _argument_help(doc: str) -> dict[str, str]:
+    """The `Args:` of a docstring by name."""
+    section = re.search(r"^ *Args:\n(.*?)(?:\n\s*\n|\Z)", doc, re.DOTALL | re.MULTILINE)
+    if section is None:
+        return {}
+    entries = re.findall(r"^ +(\w+): (.*?)(?=^ +\w+: |\Z)", section[1] + "\n", re.DOTALL | re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
