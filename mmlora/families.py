@@ -26,13 +26,11 @@ from mmlora.processors.pixtral import PixtralProcessor
 from mmlora.processors.pretrained import FAILURES, named_class
 from mmlora.processors.voxtral import VoxtralProcessor
 from mmlora.towers.base import Towers
-from mmlora.towers.deepstack import Granite4VisionTowers, Qwen3VLTowers
 from mmlora.towers.gemma3n import Gemma3nTowers
 from mmlora.towers.general import GeneralTowers
 from mmlora.towers.phi4_multimodal import Phi4MultimodalTowers
 from mmlora.towers.qwen2_5_omni import Qwen25OmniTowers
 from mmlora.towers.qwen2_audio import Qwen2AudioTowers
-from mmlora.towers.two_way import Gemma3Towers, PaliGemmaTowers
 
 ProcessorFactory = Callable[[PretrainedConfig, Path, Any], MultiModalProcessor]
 
@@ -82,15 +80,20 @@ FAMILIES: Mapping[str, Family] = {
     "llava_next": Family("LLaVA-NeXT", ("image",)),
     "qwen2_vl": Family("Qwen2-VL", ("image",)),
     "qwen2_5_vl": Family("Qwen2.5-VL", ("image",)),
-    "qwen3_vl": Family("Qwen3-VL", ("image",), towers=Qwen3VLTowers),
+    "qwen3_vl": Family("Qwen3-VL", ("image",)),
     "idefics3": Family("Idefics3", ("image",), transformers_since="5.18"),
     "smolvlm": Family("SmolVLM", ("image",), transformers_since="5.18"),
     "internvl": Family("InternVL", ("image",), transformers_since="5.18"),
     "mistral3": Family("Mistral 3", ("image",), partial(GeneralProcessor, load=PixtralProcessor)),
-    "gemma3": Family("Gemma 3", ("image",), towers=Gemma3Towers),
+    "gemma3": Family("Gemma 3", ("image",), towers=partial(GeneralTowers, two_way="picture")),
     "gemma3n": Family("Gemma 3n", ("audio", "image"), towers=Gemma3nTowers, transformers_since="5.23"),
-    "paligemma": Family("PaliGemma 1 and 2", ("image",), PaliGemmaProcessor, PaliGemmaTowers),
-    "granite4_vision": Family("Granite 4 Vision", ("image",), towers=Granite4VisionTowers),
+    "paligemma": Family(
+        "PaliGemma 1 and 2",
+        ("image",),
+        PaliGemmaProcessor,
+        partial(GeneralTowers, two_way="prompt", first_position=1),
+    ),
+    "granite4_vision": Family("Granite 4 Vision", ("image",)),
     "qwen2_5_omni_thinker": Family(
         "Qwen2.5-Omni (thinker)", ("audio", "image"), towers=Qwen25OmniTowers, transformers_since="5.23"
     ),

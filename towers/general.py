@@ -2,14 +2,15 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
 from mmlora.processors.base import ProcessedMedia
-from mmlora.towers.base import PromptLayout, Towers
+from mmlora.towers.base import PromptLayout, Towers, TwoWaySpan
+from mmlora.towers.deepstack import added_features, deep_layers
 
 FEATURES = {"image": "get_image_features", "audio": "get_audio_features"}
 CONNECTOR = re.compile(r"merger|projector")  # where a family has it inside a tower
@@ -21,9 +22,13 @@ class GeneralTowers:
 
     Args:
         model: the loaded model.
+        two_way: what sees itself both ways: each `picture`, or a whole `prompt` that holds media; None for nothing.
+        first_position: of every prompt, where the model has no `get_rope_index`.
     """
 
-    def __init__(self, model: Any) -> None:
+    modalities: frozenset[str]
+
+    def __init__(self, model: Any, *, two_way: str | None = None, first_position: int = 0) -> None:
         self.model = model
         inner = getattr(model, "model", model)
         self._encoders = {
@@ -35,6 +40,8 @@ class GeneralTowers:
         self.modalities = frozenset(self._encoders)
         self._rope_index = getattr(inner, "get_rope_index", getattr(model, "get_rope_index", None))
         self.num_position_rows = 3 if self._rope_index is not None else 1
+        self._two_way, self._first_position = two_way, first_position
+        self._deep_layers: tuple[int, ...] = ()
         self._parts = _parts(model)
 
     def part_of(self, module_name: str) -> str:
@@ -51,11 +58,22 @@ class GeneralTowers:
 
     def layout(self, token_ids: Sequence[int], media: Sequence[tuple[int, ProcessedMedia]]) -> PromptLayout:
         """See `Towers.layout`; the positions are the model's own where it has `get_rope_index`."""
-        if self._rope_index is None or not media:
-            return PromptLayout()
+        two_way = self._two_way_spans(len(token_ids), media)
+        if self._rope_index is None:
+            start, end = self._first_position, self._first_position + len(token_ids)
+            return PromptLayout((tuple(range(start, end)),), start, two_way) if start else PromptLayout(two_way=two_way)
+        if not media:
+            return PromptLayout(two_way=two_way)
         positions, _ = self._rope_index(torch.tensor([token_ids]), **self.rope_arguments(token_ids, media))
         shift = int(positions.max()) + 1 - len(token_ids)
-        return PromptLayout(tuple(map(tuple, positions[:, 0].tolist())), shift)
+        return PromptLayout(tuple(map(tuple, positions[:, 0].tolist())), shift, two_way)
+
+    def _two_way_spans(self, num_tokens: int, media: Sequence[tuple[int, ProcessedMedia]]) -> tuple[TwoWaySpan, ...]:
+        if self._two_way is None or not media:
+            return ()
+        if self._two_way == "prompt":
+            return (TwoWaySpan(0, num_tokens, ignores_window=True),)
+        return tuple(TwoWaySpan(*run) for run in _runs([start + i for start, item in media for i in places_of(item)]))
 
     def rope_arguments(
         self, token_ids: Sequence[int], media: Sequence[tuple[int, ProcessedMedia]]
@@ -77,7 +95,14 @@ class GeneralTowers:
 
     def features(self, modality: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the features of all items, one after the other: `[num_embeds, hidden_size]`, or more columns."""
-        return flat(self.encoder_output(modality, tensors).pooler_output)
+        output = self.encoder_output(modality, tensors)
+        deep = {layer: flat(found) for layer, found in deep_layers(output).items()}
+        if not deep:
+            return flat(output.pooler_output)
+        self._deep_layers, rows = tuple(deep), list(deep.values())
+        # A model without features at the entry has zeros there.
+        first = torch.zeros_like(rows[0]) if output.pooler_output is None else flat(output.pooler_output)
+        return torch.cat([first, *rows], dim=-1)
 
     def encoder_output(self, modality: str, tensors: Mapping[str, torch.Tensor]) -> Any:
         """Return what the model's own function makes of some items."""
@@ -88,8 +113,10 @@ class GeneralTowers:
         return {"inputs_embeds": embed_tokens(self.model, token_ids)}
 
     def deepstack(self, mask: torch.Tensor, features: torch.Tensor) -> AbstractContextManager[None]:
-        """Feed nothing: this model has features of its first layer only."""
-        return nullcontext()
+        """See `Towers.deepstack`."""
+        decoder = self.model.get_decoder()
+        rows = features.chunk(len(self._deep_layers), dim=-1)
+        return added_features(decoder, mask, dict(zip(self._deep_layers, rows, strict=True)))
 
 
 def decoder_inputs(model: Any, towers: Towers | None, token_ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -113,6 +140,15 @@ def flat(features: Any) -> torch.Tensor:
 def places_of(item: ProcessedMedia) -> Sequence[int]:
     """Return which of an item's tokens take an embedding."""
     return item.places if item.places is not None else range(item.num_tokens)
+
+
+def _runs(places: Sequence[int]) -> list[tuple[int, int]]:
+    """Join neighbours among ascending places: `[3, 4, 8]` are `[(3, 5), (8, 9)]`."""
+    runs: list[tuple[int, int]] = []
+    for place in places:
+        start = runs.pop()[0] if runs and runs[-1][1] == place else place
+        runs.append((start, place + 1))
+    return runs
 
 
 def _joined(media: Sequence[tuple[int, ProcessedMedia]], name: str) -> dict[str, torch.Tensor]:
