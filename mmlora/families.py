@@ -100,7 +100,7 @@ FAMILIES: Mapping[str, Family] = {
     "phi4_multimodal": Family(
         "Phi-4-multimodal",
         ("audio", "image"),
-        Phi4MultimodalProcessor,
+        partial(GeneralProcessor, load=Phi4MultimodalProcessor),
         Phi4MultimodalTowers,
         {"audio": "speech-lora", "image": "vision-lora", "audio+image": "vision-lora"},
     ),

@@ -52,7 +52,7 @@ class GeneralProcessor(Placeholders):
         modalities = [modality for modality, part in self._parts.items() if part is not None]
         self._embed_ids = {modality: placeholder_id(config, modality) for modality in modalities}
         super().__init__({modality: self.written_id(modality, tokenizer) for modality in modalities}, tokenizer)
-        self._added_ids = frozenset(tokenizer.added_tokens_decoder)
+        self._special_ids = {*tokenizer.added_tokens_decoder, *self._embed_ids.values()}
 
     def written_id(self, modality: str, tokenizer: Any) -> int:
         """Return the token that prompts hold for an item; for most families the one that takes its embeddings."""
@@ -77,15 +77,15 @@ class GeneralProcessor(Placeholders):
             kind = RequestError if chosen else MediaError
             raise kind(f"the {modality} cannot be processed: {error}") from error
         all_ids = output["input_ids"][0].tolist()
-        own = [i for i, token in enumerate(all_ids) if token in self._added_ids]
+        own = [i for i, token in enumerate(all_ids) if token in self._special_ids]
         start, end = (own[0], own[-1] + 1) if own else (0, 0)
         token_ids = all_ids[start:end]
         places = tuple(i for i, token in enumerate(token_ids) if token == self._embed_ids[modality])
         if not places:
             raise MediaError(f"the {modality} gives no embeddings: it is too small or too short")
         tensors = {name: value for name, value in output.items() if name not in TEXT_KEYS and torch.is_tensor(value)}
-        if isinstance(item, AudioItem):
-            self._check_heard(item, tensors)
+        if isinstance(item, AudioItem) and "input_features" in tensors:
+            self._check_heard(item, tensors["input_features"])
         settings = json.dumps({"options": chosen, "resampler": RESAMPLER}, sort_keys=True, default=str)
         digest = hashlib.sha256(f"{item.content_hash}\n{settings}".encode()).hexdigest()
         return ProcessedMedia(
@@ -116,10 +116,9 @@ class GeneralProcessor(Placeholders):
         rate = self._parts["audio"].sampling_rate  # type: ignore[union-attr]
         return {"audio": [resample(item, rate)], "sampling_rate": rate}
 
-    def _check_heard(self, item: AudioItem, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Refuse a clip of which transformers' class would drop the end."""
+    def _check_heard(self, item: AudioItem, features: torch.Tensor) -> None:
+        """Refuse a clip of which transformers' class would drop the end; features have mel bins first, or frames."""
         extractor: Any = self._parts["audio"]
-        features = tensors["input_features"]  # [num_chunks, …], mel bins before frames or after them
         heard_s = features.numel() / extractor.feature_size * extractor.hop_length / extractor.sampling_rate
         if item.duration_s > heard_s + MAX_REST_S:
             raise MediaError(f"audio of {item.duration_s:.1f} s is too long: this model hears {heard_s:.0f} s at most")

@@ -9,6 +9,7 @@ model keeps the rows and columns that hold picture and adds one separator to eac
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar, TypedDict
 
 import numpy as np
 import torch
@@ -19,6 +20,12 @@ from mmlora.errors import MediaError
 
 MIN_SIDE = 10  # px; the model was not trained on thinner pictures and its reference refuses them
 WHITE = 255
+
+
+class ImageOptions(TypedDict, total=False):
+    """Options of a request."""
+
+    dynamic_hd: int
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,7 @@ class ImageSettings:
         global_mode: how the global view is interpolated, `"bicubic"` or `"bilinear"`.
     """
 
+    valid_kwargs: ClassVar[type] = ImageOptions
     crop_size: int
     patch_size: int
     dynamic_hd: int = 36

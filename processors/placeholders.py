@@ -1,5 +1,7 @@
 """Widen the one placeholder token of each media item to the number of embeddings that the item fills."""
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +10,8 @@ from transformers import PretrainedConfig
 
 from mmlora.errors import ConfigError, MediaError
 from mmlora.processors.base import MultiModalProcessor, ProcessedMedia
+
+_NUMBERED = re.compile(r"<\|(image|audio)_(\d{1,9})\|>", re.ASCII)
 
 
 class Placeholders:
@@ -51,8 +55,25 @@ class Placeholders:
         return text
 
     def normalize(self, prompt: str) -> str:
-        """Return the prompt: there is one spelling only."""
-        return prompt
+        """Replace the numbered spelling, `<|image_1|>` and `<|audio_1|>`, by the model's own placeholders.
+
+        Raises:
+            MediaError: the numbers of a modality are not 1, 2 and so on, in this order.
+        """
+        counts: Counter[str] = Counter()
+
+        def replace_one(match: re.Match[str]) -> str:
+            if match[1] not in self.modalities:
+                return match[0]
+            counts[match[1]] += 1
+            if int(match[2]) != counts[match[1]]:
+                raise MediaError(
+                    f"the prompt has {match[0]!r} where {match[1]} {counts[match[1]]} is due: items fill their "
+                    "placeholders in order"
+                )
+            return self.placeholder_token(match[1])
+
+        return _NUMBERED.sub(replace_one, prompt)
 
     def _checked(self, modality: str) -> str:
         if modality not in self._token_ids:
@@ -75,10 +96,12 @@ def placeholder_id(config: PretrainedConfig, modality: str) -> int:
     Raises:
         ConfigError: the configuration names none.
     """
-    for name in (f"{modality}_token_id", f"{modality}_token_index"):
-        value = getattr(config, name, None)
-        if isinstance(value, int):
-            return value
+    tower = getattr(config, {"image": "vision_config"}.get(modality, f"{modality}_config"), None)
+    for owner in (config, tower):
+        for name in (f"{modality}_token_id", f"{modality}_token_index"):
+            value = getattr(owner, name, None)
+            if isinstance(value, int):
+                return value
     raise ConfigError(f"{type(config).__name__} names no {modality} placeholder ({modality}_token_id)")
 
 

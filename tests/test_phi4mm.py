@@ -24,6 +24,7 @@ from mmlora.layouts import phi4mm
 from mmlora.lora.files import read_adapter
 from mmlora.model_config import load_config
 from mmlora.model_loader import load_meta_model, resolve_dtype, resolve_max_model_len
+from mmlora.processors.phi4_multimodal import Phi4MultimodalProcessor
 from tests.checkpoints import AUDIO_ID, IMAGE_ID, AdapterSpec, phi4_targets, save_adapter, save_phi4
 from tests.equality import Case, Checkpoint, check_equal, run_cases
 from tests.media import clip, picture
@@ -476,10 +477,11 @@ def test_tokenizer_splits_as_its_file_says(llm: LLM) -> None:
     assert written["pre_tokenizer"] == DIGITS_FIRST
 
 
-def test_settings_come_from_microsofts_files(llm: LLM) -> None:
+def test_settings_come_from_microsofts_files(llm: LLM, checkpoints: SimpleNamespace) -> None:
     processor = llm.llm_engine.parts.inputs.processor
-    assert processor.image_settings.dynamic_hd == 4
-    assert processor.feature_extractor.audio_compression_rate == 4
+    stand_in = Phi4MultimodalProcessor(load_config(checkpoints.path), checkpoints.path, llm.get_tokenizer())
+    assert stand_in.image_processor.dynamic_hd == 4
+    assert stand_in.feature_extractor.audio_compression_rate == 4
     assert processor.placeholder_token("image") == "<|endoftext10|>"
     assert processor.placeholder_token("audio") == "<|endoftext11|>"
     assert llm.llm_engine.parts.stop_ids == {0, 4}

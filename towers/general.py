@@ -86,12 +86,16 @@ class GeneralTowers:
 
     def encode(self, modality: str, mode: str, items: Sequence[ProcessedMedia]) -> list[torch.Tensor]:
         """See `Towers.encode`."""
-        parameter = next(self.model.parameters())
+        features = self.features(modality, self.joined(items))
+        return list(torch.split(features, [item.num_embeds for item in items]))
+
+    def joined(self, items: Sequence[ProcessedMedia]) -> dict[str, torch.Tensor]:
+        """Return the tensors of all items as a batch, on the model's device and in its type."""
         tensors = {}
         for name in items[0].tensors:
-            joined = torch.cat([item.tensors[name] for item in items]).to(parameter.device)
-            tensors[name] = joined.to(parameter.dtype) if joined.is_floating_point() else joined
-        return list(torch.split(self.features(modality, tensors), [item.num_embeds for item in items]))
+            joined = torch.cat([item.tensors[name] for item in items]).to(self.model.device)
+            tensors[name] = joined.to(self.model.dtype) if joined.is_floating_point() else joined
+        return tensors
 
     def features(self, modality: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the features of all items, one after the other: `[num_embeds, hidden_size]`, or more columns."""

@@ -60,7 +60,10 @@ def encode_image() -> Callable[..., bytes]:
 
 
 class _Tokenizer:
-    names = {_AUDIO: "<|audio|>", _IMAGE: "<|image|>"}
+    names = added_tokens_decoder = {_AUDIO: "<|audio|>", _IMAGE: "<|image|>"}
+
+    def decode(self, token_ids, **_):
+        return "".join(self.names[token_id] for token_id in token_ids)
 
     def convert_ids_to_tokens(self, token_id):
         return self.names.get(token_id)

@@ -1,12 +1,19 @@
-"""Read the processor settings of a Phi-4-multimodal directory and check them against the model's configuration."""
+"""Features of Phi-4-multimodal: settings from a directory, checked against the model's configuration; audio.
+
+Audio features are transformers' own; pictures are `phi4_images.py`.
+"""
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import Phi4MultimodalFeatureExtractor, PretrainedConfig
 
-from mmlora.errors import ConfigError
+from mmlora.errors import ConfigError, MediaError, RequestError
 from mmlora.processors.phi4_images import ImageSettings
 
 _EXTRACTOR_FIELDS = (
@@ -14,6 +21,7 @@ _EXTRACTOR_FIELDS = (
     *("audio_compression_rate", "audio_downsample_rate", "audio_feat_stride"),
     *("mel_min_frequency", "mel_max_frequency"),
 )
+MAX_DYNAMIC_HD = 144  # 12 x 12 crops; at 448 px about 350 MB of float32 for one picture
 _GLOBAL_MODES = {2: "bilinear", 3: "bicubic"}  # numbers of PIL.Image.Resampling
 
 
@@ -40,6 +48,42 @@ def load_feature_extractor(config: PretrainedConfig, model_path: Path) -> Any:
             f"the audio tower has time_reduction {audio.time_reduction} and needs stride 1"
         )
     return extractor
+
+
+def process_audio(samples: np.ndarray, extractor: Any) -> tuple[dict[str, torch.Tensor], int]:
+    """Compute the features of one clip.
+
+    Args:
+        samples: `[num_samples] float32` at the extractor's rate.
+
+    Returns:
+        `audio_input_features [num_frames, feature_size]` and `audio_embed_sizes []`, and the number of tokens.
+
+    Raises:
+        MediaError: the clip is shorter than one window.
+    """
+    if len(samples) < extractor.win_length:
+        rate, window_ms = extractor.sampling_rate, 1000 * extractor.win_length / extractor.sampling_rate
+        raise MediaError(
+            f"audio of {1000 * len(samples) / rate:.1f} ms ({len(samples)} samples at {rate} Hz) is too short: at "
+            f"least {extractor.win_length} samples ({window_ms:g} ms) are needed"
+        )
+    features = extractor(samples, sampling_rate=extractor.sampling_rate, return_tensors="pt")
+    # One clip: the extractor gives no mask, and its features do not depend on any other clip's length.
+    tensors = {name: features[name][0] for name in ("audio_input_features", "audio_embed_sizes")}
+    return tensors, int(tensors["audio_embed_sizes"])
+
+
+def with_options(settings: ImageSettings, options: Mapping[str, Any]) -> ImageSettings:
+    """Return the settings of one picture.
+
+    Raises:
+        RequestError: `dynamic_hd`, the most crops, has a value that is not allowed.
+    """
+    value = options.get("dynamic_hd", settings.dynamic_hd)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_DYNAMIC_HD:
+        raise RequestError(f"dynamic_hd is {value!r}: it must be a whole number of 1 to {MAX_DYNAMIC_HD} crops")
+    return replace(settings, dynamic_hd=value)
 
 
 def load_image_settings(config: PretrainedConfig, model_path: Path) -> ImageSettings:
