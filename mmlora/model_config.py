@@ -55,8 +55,11 @@ def check_config(config: PretrainedConfig) -> None:
     Raises:
         ConfigError: names what is unsupported.
     """
-    text_config = config.get_text_config()
     model_class = find_model_class(config)
+    try:
+        text_config = config.get_text_config()
+    except ValueError as error:
+        raise ConfigError(f"{config.model_type} has more than one decoder: {error}") from None
     name = model_class.__name__
     if config.is_encoder_decoder:
         raise ConfigError(f"{config.model_type} is an encoder-decoder model; only decoders are supported")
@@ -69,13 +72,15 @@ def check_config(config: PretrainedConfig) -> None:
             f"{config.model_type} has layers of type {', '.join(sorted(unsupported))}; "
             f"supported are {', '.join(sorted(ATTENTION_LAYERS))}"
         )
+    if getattr(model_class, "_is_stateful", False):
+        raise ConfigError(f"{name} keeps recurrent state between tokens, which has no place in a paged KV cache")
     for size, limit in (("num_hidden_layers", MAX_LAYERS), ("num_attention_heads", None), ("hidden_size", None)):
         value = getattr(text_config, size, None)
         if not isinstance(value, int) or not 1 <= value <= (limit or value):
             allowed = f"from 1 to {limit}" if limit is not None else "a positive integer"
             raise ConfigError(f"{name} has {size}={value!r}; it must be {allowed}")
     decoder_class: Any = MODEL_MAPPING.get(type(text_config), model_class)
-    if not getattr(decoder_class, "_supports_attention_backend", False) or getattr(model_class, "_is_stateful", False):
+    if not getattr(decoder_class, "_supports_attention_backend", False):
         raise ConfigError(f"the attention of {name} cannot be replaced, so it cannot run on a paged KV cache")
 
 

@@ -1,18 +1,15 @@
 """Every multimodal family equals transformers, and PEFT for adapters of each of its parts, alone and mixed."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
 
 from mmlora import LLM
 from tests.checkpoints import save_adapter
-from tests.equality import STATISTICS, Case, Checkpoint, check_cases, check_equal, greedy, recorded_logits, run_cases
+from tests.equality import STATISTICS, Case, Checkpoint, check_cases, run_cases
 from tests.families.reference import FamilyReference
 from tests.families.table import FAMILIES, adapter_of, parts_of, save_family
 from tests.media import clip, picture
@@ -147,39 +144,3 @@ def test_every_adapter_changes_its_part(family: str, family_checkpoint: Callable
         assert (changed.logits[:length] - base.logits[:length]).abs().max() > 1e-2, name
         parts = store.get(checkpoint.lora_request(name)).report.parts
         assert {part for part, count in parts.items() if count} == ({name} if name != "all" else {*parts_of(family)})
-
-
-def test_the_documents_granite_speech_example(family_checkpoint: Callable[[str], Checkpoint], tmp_path: Path) -> None:
-    """The adapter lies in the model's own directory, its keys without PEFT's prefix; audio alone makes it apply."""
-    checkpoint = family_checkpoint("granite_speech")
-    model_id = str(shutil.copytree(checkpoint.path, tmp_path / "granite-speech"))
-    for file in checkpoint.adapters["all"].iterdir():
-        shutil.copy(file, model_id)
-    weights = Path(model_id) / "adapter_model.safetensors"
-    save_file({key.removeprefix("base_model.model."): t for key, t in load_file(weights).items()}, weights)
-    tokenizer = AutoTokenizer.from_pretrained(model_id)
-
-    def get_prompt(question: str, has_audio: bool) -> str:
-        if has_audio:
-            question = f"<|audio|>{question}"
-        return tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False)
-
-    llm = LLM(
-        model=model_id,
-        enable_lora=True,
-        max_lora_rank=64,
-        max_model_len=512,
-        limit_mm_per_prompt={"audio": 1},
-        default_mm_loras={"audio": model_id},
-        enforce_eager=True,
-        device="cpu",
-    )
-    question, media = "can you transcribe the speech into a written format?", ONE["audio"]
-    for has_audio, adapter in ((True, checkpoint.adapters["all"]), (False, None)):
-        prompt = get_prompt(question, has_audio)
-        inputs = {"prompt": prompt, "multi_modal_data": {"audio": media.audios[0]} if has_audio else {}}
-        with recorded_logits(llm) as logits:
-            (output,) = llm.generate(inputs, greedy(), use_tqdm=False)
-        expected = checkpoint.reference.generate(prompt, media if has_audio else Media(), adapter)
-        check_equal(output, logits[output.request_id], expected, prompt)
-        assert output.lora.reason == ("default:audio" if has_audio else "none")

@@ -1,17 +1,22 @@
 """A model that cannot be served says why in one sentence, before any weight is read; `mmlora serve` ends with 2."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mmlora import cli
 from mmlora.errors import ConfigError
 from mmlora.model_config import check_config, load_config
 from tests.checkpoints import save_text_model
+from tests.families.table import save_family
 
 TEXT = {
     "vocab_size": 99,
@@ -129,6 +134,59 @@ def test_a_file_that_is_no_json(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_bytes(content)
         with pytest.raises(ConfigError, match="no configuration"):
             load_config(tmp_path)
+
+
+RECURRENT = (
+    *(
+        "bailing_hybrid",
+        "bamba",
+        "falcon_h1",
+        "falcon_mamba",
+        "granitemoehybrid",
+        "jamba",
+        "kimi_linear",
+        "lfm3",
+        "mamba",
+    ),
+    *("mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_text", "qwen3_next", "recurrent_gemma"),
+    *("rwkv", "xlstm", "zamba", "zamba2"),
+)
+
+
+@pytest.mark.parametrize("model_type", [name for name in RECURRENT if name in transformers.CONFIG_MAPPING])
+def test_recurrent_state_is_refused_by_name(model_type: str) -> None:
+    config = transformers.CONFIG_MAPPING[model_type]()
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
+    with pytest.raises(ConfigError) as found:
+        check_config(config)
+    message = str(found.value)
+    assert "has layers of type" in message or "keeps recurrent state" in message
+    assert model_type in message or config.architectures[0] in message
+
+
+@pytest.mark.parametrize("model_type", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+def test_every_decoder_of_transformers_is_taken_or_refused_in_words(model_type: str) -> None:
+    """A class that carries state from token to token by itself never passes."""
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    try:
+        config = transformers.CONFIG_MAPPING[model_type]()
+    except (ValueError, ImportError, StrictDataclassError):
+        pytest.skip("its configuration has no defaults")
+    config.architectures = [name]
+    try:
+        check_config(config)
+    except ConfigError:
+        return
+    assert not getattr(transformers, name)._is_stateful
+
+
+def test_gemma3n_without_timm(tmp_path: Path) -> None:
+    path = save_family(tmp_path / "model", "gemma3n")
+    command = [sys.executable, "-m", "mmlora.cli", "serve", str(path), "--port", "0", "--device", "cpu"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    (line,) = result.stderr.strip().splitlines()
+    assert result.returncode == 2
+    assert line.startswith("mmlora serve: error: ") and "requires the timm library" in line
 
 
 @pytest.mark.parametrize("name", ["Gemma3", "Llama4", "Gemma4", "Emu3"])

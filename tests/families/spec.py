@@ -16,7 +16,7 @@ TEXT: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
+    "max_position_embeddings": 2048,
     "bos_token_id": 0,
     "pad_token_id": 0,
     "eos_token_id": 4,
