@@ -5,17 +5,16 @@ It gathers tokens, media embeddings, positions and KV rows into one flattened ba
 
 import inspect
 import logging
-from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as Rows
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from mmlora.attention import AttentionMetadata, KVCache, Span, attention_context
+from mmlora.attention import KVCache, attention_context
+from mmlora.batch import Batch, prompt_positions
 from mmlora.errors import AdapterError, MMLoRAError
-from mmlora.kernels.segments import BASE_SLOT, Segment
 from mmlora.lora.state import LoRAState
 from mmlora.outputs import TokenLogprobs
 from mmlora.sampler import sample, top_logprobs
@@ -43,19 +42,6 @@ class StepResult:
 
     sampled: list[SampledToken] = field(default_factory=list)
     failed: list[tuple[Sequence, MMLoRAError]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The flattened inputs of one forward; rows are grouped by LoRA slot."""
-
-    items: list[ScheduledSequence]
-    input_ids: torch.Tensor  # [num_tokens]
-    positions: torch.Tensor  # [1, num_tokens], or [3, 1, num_tokens]: time, height, width
-    attention: AttentionMetadata
-    segments: list[Segment] | None  # over all rows, None without adapters
-    starts: list[int]  # first row of each item
-    own_slot: int | None  # the slot of all rows, for an adapter that needs a pass of its own
 
 
 class ModelRunner:
@@ -107,7 +93,8 @@ class ModelRunner:
         return result
 
     def _run_pass(self, items: list[ScheduledSequence], own_slot: int | None, result: StepResult) -> None:
-        batch = self._prepare(items, own_slot)
+        num_rows = self.encoder.towers.num_position_rows if self.encoder is not None else 1
+        batch = Batch.build(items, self.kv_cache, num_rows, own_slot)
         rows, logits = self._forward(batch)
         self._take_prompt_logprobs(batch, rows, logits)
         self._sample(batch, logits, rows, result)
@@ -128,56 +115,19 @@ class ModelRunner:
         result.failed.extend(errors.items())
         return [item for item in scheduled if item.seq not in errors]
 
-    def _prepare(self, items: list[ScheduledSequence], own_slot: int | None = None) -> Batch:
-        items = sorted(items, key=_slot_of)
-        token_ids: list[int] = []
-        num_rows = self.encoder.towers.num_position_rows if self.encoder is not None else 1
-        positions: list[list[int]] = [[] for _ in range(num_rows)]
-        starts: list[int] = []
-        for item in items:
-            starts.append(len(token_ids))
-            token_ids += item.seq.token_ids[item.start : item.end]
-            for index, row in enumerate(positions):
-                row += item.seq.positions(item.start, item.end, index)
-        segments = _segments(run for item in items for run in _runs_of(item))
-        return Batch(
-            items,
-            torch.tensor(token_ids, device=self.device),
-            torch.tensor(positions if num_rows == 1 else [[row] for row in positions], device=self.device),
-            AttentionMetadata.build(
-                self.kv_cache,
-                [
-                    Span(
-                        item.seq.block_table,
-                        item.start,
-                        item.end,
-                        item.seq.is_long,
-                        item.seq.two_way_between(item.start, item.end),
-                    )
-                    for item in items
-                ],
-            ),
-            segments if any(slot != BASE_SLOT for _, _, slot in segments) else None,
-            starts,
-            own_slot,
-        )
-
     def _forward(self, batch: Batch) -> tuple[list[int], torch.Tensor]:
         """Run the model.
 
         Returns:
             The rows of the batch whose logits are needed, and these `[num_rows, vocab_size]` in float32.
         """
-        rows = [row for item, start in zip(batch.items, batch.starts, strict=True) for row in _logit_rows(item, start)]
+        rows = batch.logit_rows
         with ExitStack() as stack:
             stack.enter_context(attention_context(batch.attention))
             if self.lora_state is not None and batch.own_slot is not None:
                 stack.enter_context(self.lora_state.uniform(batch.own_slot))
             elif self.lora_state is not None:
-                logit_segments = (
-                    _segments((1, slot) for slot in _slots_of_rows(rows, batch.segments)) if batch.segments else None
-                )
-                stack.enter_context(self.lora_state.rows(batch.segments, logit_segments))
+                stack.enter_context(self.lora_state.rows(batch.segments, batch.segments_of(rows)))
             inputs, deep = self._embed(batch)
             if self.encoder is not None and deep is not None:
                 stack.enter_context(self.encoder.towers.deepstack(*deep))
@@ -234,7 +184,7 @@ class ModelRunner:
             found = request.partial_prompt_logprobs
             if item.start == 0:
                 del found[1:]  # a preempted sequence starts over
-            for position in _prompt_positions(item):
+            for position in prompt_positions(item):
                 logprobs = logits[index_of[first_row + position - item.start]].log_softmax(-1)
                 target = item.seq.token_ids[position + 1]
                 found.append(_prompt_entry(logprobs, target, num_top, self.tokenizer))
@@ -264,10 +214,6 @@ class ModelRunner:
             result.sampled.append(SampledToken(seq, token, top[token].logprob, top))
 
 
-def _slot_of(item: ScheduledSequence) -> int:
-    return BASE_SLOT if item.seq.slot is None else item.seq.slot
-
-
 def _passes(items: list[ScheduledSequence]) -> dict[int | None, list[ScheduledSequence]]:
     """Divide a step: adapters that need a pass of their own under their slots, all other sequences under None."""
     passes: dict[int | None, list[ScheduledSequence]] = {}
@@ -276,38 +222,6 @@ def _passes(items: list[ScheduledSequence]) -> dict[int | None, list[ScheduledSe
         own_slot = item.seq.slot if adapter is not None and adapter.needs_own_pass else None
         passes.setdefault(own_slot, []).append(item)
     return passes
-
-
-def _runs_of(item: ScheduledSequence) -> list[tuple[int, int]]:
-    """How many of the tokens computed take which slot: the base model's for those before the adapter holds."""
-    num_base = min(max(item.seq.adapter_start - item.start, 0), item.num_tokens)
-    return [(num_base, BASE_SLOT), (item.num_tokens - num_base, _slot_of(item))]
-
-
-def _segments(runs: Iterable[tuple[int, int]]) -> list[Segment]:
-    """Lay runs `(num_rows, slot)` one after the other, neighbours of one slot joined."""
-    segments: list[Segment] = []
-    end = 0
-    for num_rows, slot in runs:
-        start, end = end, end + num_rows
-        if num_rows == 0:
-            continue
-        if segments and segments[-1][2] == slot:
-            segments[-1] = (segments[-1][0], end, slot)
-        else:
-            segments.append((start, end, slot))
-    return segments
-
-
-def _slots_of_rows(rows: Rows[int], segments: Rows[Segment]) -> list[int]:
-    """The slot of each of some rows, ascending."""
-    slots, remaining = [], iter(segments)
-    segment = next(remaining)
-    for row in rows:
-        while row >= segment[1]:
-            segment = next(remaining)
-        slots.append(segment[2])
-    return slots
 
 
 def _missing_media(item: ScheduledSequence) -> list[int]:
@@ -331,20 +245,6 @@ def _encoder_job(seq: Sequence, index: int) -> EncoderJob:
     media = seq.media[index]
     has_media_part = seq.adapter is not None and seq.adapter.media_digest is not None
     return EncoderJob(media.media, media.mode, seq.slot if has_media_part else None, media.encoder_key)
-
-
-def _prompt_positions(item: ScheduledSequence) -> range:
-    """Positions of this chunk whose logits predict a token of the prompt."""
-    return range(item.start, min(item.end, item.seq.num_prompt_tokens - 1))
-
-
-def _logit_rows(item: ScheduledSequence, first_row: int) -> Rows[int]:
-    rows = []
-    if item.seq.wants_prompt_logprobs:
-        rows = [first_row + position - item.start for position in _prompt_positions(item)]
-    if item.is_sampled:
-        rows.append(first_row + item.num_tokens - 1)
-    return rows
 
 
 def _prompt_entry(logprobs: torch.Tensor, target: int, num_top: int, tokenizer: Any) -> TokenLogprobs:
