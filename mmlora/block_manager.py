@@ -101,24 +101,34 @@ class BlockManager:
         index = len(seq.block_hashes)
         start, end = index * self.block_size, (index + 1) * self.block_size
         parent = seq.block_hashes[-1] if index else ("long", seq.is_long)
-        adapter = None  # blocks before an activated LoRA holds are the base model's, and shared with it
-        if seq.adapter is not None and end > seq.adapter_start:
+        two_way = seq.two_way_between(start, end)
+        seen_end = max([end, *(span.end for span in two_way)])
+        adapter = None  # blocks that see nothing an activated LoRA holds for are the base model's, and shared with it
+        if seq.adapter is not None and seen_end > seq.adapter_start:
             adapter = ("adapter", seq.adapter.identity, max(0, seq.adapter_start - start))
         media = [
             ("media", item.encoder_key, item.start - start)
             for item in seq.media
             if item.start < end and item.end > start
         ]
-        # Tokens that see beyond the block depend on all that they see.
-        two_way = [
-            ("two-way", seq.token_ids[span.start : span.end], span.start - start, _media_of(seq, span, start))
-            for span in seq.two_way_between(start, end)
-        ]
-        content = (parent, adapter, ("tokens", seq.token_ids[start:end]), media, two_way)
+        content = (
+            parent,
+            adapter,
+            ("tokens", seq.token_ids[start:end]),
+            media,
+            ("positions", [row[start:end] for row in seq.layout.positions or ()]),
+            # Tokens that see beyond the block depend on all that they see.
+            ("two-way", [(span.start - start, _span_digest(seq, span)) for span in two_way]),
+        )
         return hashlib.sha256(repr(content).encode()).digest()
 
 
-def _media_of(seq: Sequence, span: TwoWaySpan, start: int) -> list[object]:
-    return [
-        (item.encoder_key, item.start - start) for item in seq.media if item.start < span.end and item.end > span.start
-    ]
+def _span_digest(seq: Sequence, span: TwoWaySpan) -> bytes:
+    if span not in seq.span_digests:
+        media = [
+            (item.encoder_key, item.start - span.start)
+            for item in seq.media
+            if item.start < span.end and item.end > span.start
+        ]
+        seq.span_digests[span] = hashlib.sha256(repr((seq.token_ids[span.start : span.end], media)).encode()).digest()
+    return seq.span_digests[span]

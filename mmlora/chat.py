@@ -19,6 +19,7 @@ from mmlora.processors.media import check_counts, load_media, why_not_taken
 
 Message = Mapping[str, Any]
 MODALITIES = {"image_url": "image", "input_audio": "audio", "audio_url": "audio", "image": "image", "audio": "audio"}
+SPELLED_LIST = "'type':"  # in the text of a template that wrote a list of parts as Python spells it
 PART_TYPES = ("text", *MODALITIES)
 
 
@@ -128,7 +129,8 @@ def _render_text(conversation: list[tuple[Message, str]], render: Any) -> str:
         with_parts = str(render([_turn(message, _template_parts([content])) for message, content in conversation]))
     except RequestError:
         return text
-    is_kept = all(content in with_parts for content in contents) and "'type':" not in with_parts
+    num_written = "".join(contents).count(SPELLED_LIST)
+    is_kept = all(content in with_parts for content in contents) and with_parts.count(SPELLED_LIST) == num_written
     return with_parts if is_kept else text
 
 
@@ -145,7 +147,7 @@ def _has_placeholders(
         num_items = sum(item.modality == modality for item in media)
         if text.count(token) - written.count(token) != num_items:
             return False
-    return "'type':" not in text
+    return text.count(SPELLED_LIST) == written.count(SPELLED_LIST)
 
 
 def _turn(message: Message, content: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from mmlora.processors.paligemma import PaliGemmaProcessor
 from mmlora.processors.phi4_multimodal import Phi4MultimodalProcessor
 from mmlora.processors.pixtral import PixtralProcessor
 from mmlora.processors.pretrained import FAILURES, named_class
+from mmlora.processors.qwen2_5_omni import Qwen25OmniProcessor
 from mmlora.processors.voxtral import VoxtralProcessor
 from mmlora.towers.base import Towers
 from mmlora.towers.gemma3n import Gemma3nTowers
@@ -95,7 +96,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "granite4_vision": Family("Granite 4 Vision", ("image",)),
     "qwen2_5_omni_thinker": Family(
-        "Qwen2.5-Omni (thinker)", ("audio", "image"), towers=Qwen25OmniTowers, transformers_since="5.23"
+        "Qwen2.5-Omni (thinker)", ("audio", "image"), Qwen25OmniProcessor, Qwen25OmniTowers, transformers_since="5.23"
     ),
     "phi4_multimodal": Family(
         "Phi-4-multimodal",

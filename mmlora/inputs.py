@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmlora.config import EngineArgs
-from mmlora.errors import RequestError
+from mmlora.errors import MediaError, RequestError
 from mmlora.lora.adapter import Adapter
 from mmlora.lora.mix import LoRAMix, MixCache
 from mmlora.lora.request import BASE, LoRARequest
@@ -105,7 +105,10 @@ class InputProcessor:
             media.append(MediaInput(item, place.start, mode, encoder_key(item, mode, media_digest)))
         layout = PromptLayout()
         if self._towers is not None:
-            layout = self._towers.layout(token_ids, [(item.start, item.media) for item in media])
+            try:
+                layout = self._towers.layout(token_ids, [(item.start, item.media) for item in media])
+            except (ValueError, TypeError, RuntimeError, LookupError) as error:
+                raise MediaError(f"the model cannot place the media of this prompt: {error}") from error
         room = self.max_model_len - len(token_ids)
         return EngineInput(
             request_id=request_id,

@@ -102,6 +102,7 @@ class Sequence:
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks, filled by the block manager
+    span_digests: dict[TwoWaySpan, bytes] = field(default_factory=dict)  # likewise
     media_embeds: dict[int, torch.Tensor] = field(default_factory=dict)  # media index: [num_tokens, hidden_size]
     slot: int | None = None  # LoRA slot held while running
     is_long: bool = False  # beyond the length at which longrope changes its factors

@@ -6,11 +6,12 @@ and with the tokens that stand for it in a prompt, whatever these are (rows, sep
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
 from mmlora.errors import MediaError, RequestError
@@ -22,7 +23,12 @@ from mmlora.processors.pretrained import load_processor
 
 TEXT_KEYS: Final = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
 MAX_REST_S: Final = 0.1  # of a clip, that fills no frame of its own
-FAILURES: Final = (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError, AttributeError)
+FAILURES: Final = (
+    *(ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AttributeError, AssertionError, OSError),
+    StrictDataclassError,
+)
+SIZES: Final = ("size", "pixels", "patches", "crops", "pinpoints")  # in names of options that set how much is computed
+MAX_FACTOR, MAX_PIXELS = 2, 2**24
 
 
 class GeneralProcessor(Placeholders):
@@ -52,7 +58,9 @@ class GeneralProcessor(Placeholders):
         modalities = [modality for modality, part in self._parts.items() if part is not None]
         self._embed_ids = {modality: placeholder_id(config, modality) for modality in modalities}
         super().__init__({modality: self.written_id(modality, tokenizer) for modality in modalities}, tokenizer)
-        self._special_ids = {*tokenizer.added_tokens_decoder, *self._embed_ids.values()}
+        # Blanks may be added tokens, too (Gemma has line breaks); they belong to the text around an item.
+        added = {i: str(token).replace("▁", " ") for i, token in tokenizer.added_tokens_decoder.items()}
+        self._own_ids = {i for i, text in added.items() if text.strip()} | set(self._embed_ids.values())
 
     def written_id(self, modality: str, tokenizer: Any) -> int:
         """Return the token that prompts hold for an item; for most families the one that takes its embeddings."""
@@ -77,7 +85,7 @@ class GeneralProcessor(Placeholders):
             kind = RequestError if chosen else MediaError
             raise kind(f"the {modality} cannot be processed: {error}") from error
         all_ids = output["input_ids"][0].tolist()
-        own = [i for i, token in enumerate(all_ids) if token in self._special_ids]
+        own = [i for i, token in enumerate(all_ids) if token in self._own_ids]
         start, end = (own[0], own[-1] + 1) if own else (0, 0)
         token_ids = all_ids[start:end]
         places = tuple(i for i, token in enumerate(token_ids) if token == self._embed_ids[modality])
@@ -130,4 +138,32 @@ class GeneralProcessor(Placeholders):
         if unknown:
             takes = ", ".join(allowed) or "none"
             raise RequestError(f"unknown processor option {', '.join(unknown)}: allowed are {takes}")
-        return dict(options) if modality == "image" else {}
+        if modality != "image":
+            return {}
+        for name, value in options.items():
+            self._check_size(name, value)
+        return dict(options)
+
+    def _check_size(self, name: str, value: Any) -> None:
+        """Refuse an option that makes far more of a picture than the checkpoint's own settings."""
+        if not any(part in name for part in SIZES):
+            return
+        own = list(_numbers(getattr(self._parts["image"], name, None)))
+        limit = MAX_FACTOR * max(own) if own else MAX_PIXELS
+        for number in _numbers(value):
+            if not number <= limit:
+                raise RequestError(f"{name} holds {number}: allowed are numbers up to {limit}")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """Yield the numbers in an option, however they are nested."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+    elif isinstance(value, str):
+        return
+    elif isinstance(value, Mapping) or hasattr(value, "keys"):
+        for key in value.keys():  # noqa: SIM118  SizeDict is no mapping
+            yield from _numbers(value[key])
+    elif isinstance(value, Iterable):
+        for entry in value:
+            yield from _numbers(entry)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -89,10 +89,11 @@ def build_tokenizer(tokens: Mapping[str, str] | None = None) -> PreTrainedTokeni
         tokens: special tokens of a family's own, by attribute; they come last.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("Ċ", "Ċ"), ("ĊĊ", "Ċ")] if tokens else []  # line breaks at the seams of media become one token
-    vocab = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *alphabet, *map("".join, merges)))}
-    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    vocab = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    if tokens:  # as Gemma has them: line breaks at the seams of media become one token, which is added but not special
+        tokenizer.add_tokens([AddedToken("\n" * count, normalized=False) for count in (1, 2, 3, 4)])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(

@@ -10,6 +10,7 @@ from mmlora.detokenizer import Detokenizer
 from mmlora.lora.adapter import Adapter, AdapterReport
 from mmlora.processors.base import ProcessedMedia
 from mmlora.sequence import EngineInput, MediaInput, Request, Sequence
+from mmlora.towers.base import PromptLayout
 from mmlora.towers.encoder import encoder_key
 
 
@@ -28,12 +29,17 @@ def make_sequence(
     media: tuple[MediaInput, ...] = (),
     output: Items[int] = (),
     seed: int = 0,
+    layout: PromptLayout = PromptLayout(),  # noqa: B008  frozen
+    adapter_start: int = 0,
 ) -> Sequence:
     """A sequence of a request of its own, as the engine makes it, with some tokens already generated."""
     params = params or SamplingParams()
     reason = "explicit" if adapter else "none"
     choice = LoRAChoice(adapter.name if adapter else None, adapter.digest if adapter else None, reason)
-    request_input = EngineInput("r", None, list(prompt), params, media, adapter, choice, None, params.max_tokens or 16)
+    limit = params.max_tokens or 16
+    request_input = EngineInput(
+        "r", None, list(prompt), params, media, adapter, choice, None, limit, adapter_start, layout
+    )
     request = Request(request_input, arrival_s=0.0)
     generator = torch.Generator().manual_seed(params.seed if params.seed is not None else seed)
     seq = Sequence(request, 0, [*prompt, *output], Detokenizer(SpellingTokenizer(), list(prompt)), generator)

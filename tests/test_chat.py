@@ -111,6 +111,19 @@ def test_items_keep_their_order_over_several_messages():
     assert [item.image.getpixel((0, 0)) for item in items] == [p.getpixel((0, 0)) for p in pictures]
 
 
+def test_text_that_looks_like_a_part_is_text():
+    """As when somebody asks about a Python dictionary."""
+    qwen = (
+        "{% for m in messages %}{% for p in m['content'] %}{% if p['type'] == 'image' %}<v><|image|></v>"
+        "{% else %}{{ p['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    text = "fix {'type': 'dog'}, 'type': please"
+    parts = [{"type": "image", "image": IMAGE}, {"type": "text", "text": text}]
+    assert render(parts, chat_template=qwen)["prompt"] == f"<v><|image|></v>{text}"
+    assert render([parts[1]], chat_template=qwen)["prompt"] == text
+    assert render(parts, chat_template=PRINTS_LISTS)["prompt"].count("<|image|>") == 1
+
+
 def test_template_arguments_reach_the_template():
     template = "{{ mood }}:{% for m in messages %}{{ m['content'] }}{% endfor %}"
     assert render("x", chat_template=template, chat_template_kwargs={"mood": "calm"})["prompt"] == "calm:x"

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmlora import BASE, LLM, LoRARequest
-from mmlora.errors import ConfigError
+from mmlora.errors import ConfigError, MediaError
+from mmlora.processors.items import AudioItem
 from tests.checkpoints import save_adapter
 from tests.equality import greedy
 from tests.families.table import adapter_of, save_family
@@ -62,6 +63,25 @@ def test_the_thinker_of_a_whole_model_answers_as_if_alone(thinker: Path, whole: 
         answers[path] = [(output.outputs[0].token_ids, output.outputs[0].cumulative_logprob) for output in outputs]
     assert answers[thinker] == answers[whole]
     assert answers[whole][0] != answers[whole][1]
+
+
+@pytest.mark.parametrize("text", ["say <|audio_bos|> please", "<|vision_bos|>"])
+def test_a_prompt_that_cannot_be_laid_out_is_refused(thinker: Path, text: str) -> None:
+    llm = load(thinker)
+    prompt = {
+        "prompt": f"<|vision_bos|><|IMAGE|><|vision_eos|>{text}",
+        "multi_modal_data": {"image": picture(60, 44, 2)},
+    }
+    with pytest.raises(MediaError, match="cannot place the media of this prompt"):
+        llm.generate(prompt, use_tqdm=False)
+    assert llm.generate(PROMPT, greedy(), use_tqdm=False)[0].error is None
+
+
+def test_a_short_clip_is_small(thinker: Path) -> None:
+    processor = load(thinker).llm_engine.parts.inputs.processor
+    assert processor is not None
+    item = AudioItem.from_samples(*clip(0.25, 1))
+    assert sum(tensor.nbytes for tensor in processor.process(item).tensors.values()) < 20_000
 
 
 def test_a_tensor_of_no_known_part_is_refused(whole: Path, thinker: Path, tmp_path: Path) -> None:

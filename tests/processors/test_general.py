@@ -1,5 +1,6 @@
 """`mm_processor_kwargs` of the general path: what the model's own processor makes of them."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from mmlora.errors import RequestError
 from mmlora.families import get_processor
-from mmlora.processors.base import ProcessedMedia
+from mmlora.processors.base import MultiModalProcessor, ProcessedMedia
 from mmlora.processors.items import ImageItem
 from tests.families.table import FAMILIES, save_family
 from tests.media import picture
@@ -39,6 +40,51 @@ def test_options_are_the_processors_own(family: str, mark: str, options: dict[st
     assert plain.tensors["pixel_values"].shape != found.tensors["pixel_values"].shape
     with pytest.raises(RequestError, match="unknown processor option banana: allowed are .*do_resize"):
         ours.process(ImageItem.from_rgb(image), {"banana": 1})
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen2_vl", {"size": {"shortest_edge": 10**6, "longest_edge": 10**6}}),
+        ("qwen2_vl", {"max_pixels": 10**9}),
+        ("gemma3", {"size": {"height": 4000, "width": 4000}}),
+        ("llava", {"size": {"shortest_edge": 4000}}),
+        ("llava", {"size": {"shortest_edge": float("nan")}}),
+        ("llava_next", {"image_grid_pinpoints": [[4000, 4000]]}),
+        ("internvl", {"max_patches": 1000}),
+    ],
+)
+def test_a_small_picture_cannot_be_made_huge(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    processor = build(family, tmp_path)
+    with pytest.raises(RequestError, match="allowed are numbers up to"):
+        processor.process(ImageItem.from_rgb(picture(30, 40, 1)), options)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "idefics3", "qwen2_vl", "internvl", "gemma3", "mistral3"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"size": "x"},
+        {"image_std": 0},
+        {"image_mean": [1, 2]},
+        {"rescale_factor": "a"},
+        {"size": None},
+        {"resample": 99},
+    ],
+    ids=str,
+)
+def test_options_of_wrong_types_end_in_words(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Whether a value is taken is up to transformers."""
+    processor = build(family, tmp_path)
+    with suppress(RequestError):
+        assert processor.process(ImageItem.from_rgb(picture(30, 40, 1)), options).num_tokens > 0
+
+
+def build(family: str, folder: Path) -> MultiModalProcessor:
+    path = save_family(folder / "model", family)
+    processor = get_processor(AutoConfig.from_pretrained(path), path, AutoTokenizer.from_pretrained(path))
+    assert processor is not None
+    return processor
 
 
 def all_tokens(item: ProcessedMedia, processor: Any) -> list[int]:
