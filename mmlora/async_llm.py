@@ -146,7 +146,7 @@ class AsyncLLM:
             EngineDeadError: the engine has stopped.
         """
         add = functools.partial(self.engine.lora.add, lora, path, tensors=tensors, config=config)
-        return await self._change(add)
+        return await self.change_loras(add)
 
     async def reload_lora(
         self,
@@ -162,7 +162,7 @@ class AsyncLLM:
             AdapterError: see there.
             EngineDeadError: the engine has stopped.
         """
-        return await self._change(
+        return await self.change_loras(
             functools.partial(self.engine.lora.reload, lora, path, tensors=tensors, config=config)
         )
 
@@ -173,7 +173,7 @@ class AsyncLLM:
             AdapterNotFound: it is unknown.
             EngineDeadError: the engine has stopped.
         """
-        await self._change(functools.partial(self.engine.lora.remove, lora))
+        await self.change_loras(functools.partial(self.engine.lora.remove, lora))
 
     async def pin_lora(self, lora: str | int, *, is_pinned: bool = True) -> None:
         """Keep an adapter on the host and in a slot, or let it be evicted again, as `LLM.pin_lora` does.
@@ -185,7 +185,24 @@ class AsyncLLM:
         if is_pinned:
             await self.run_in_pool(self.engine.lora.pin, lora, self._run_in_engine, is_load=True)
         else:
-            await self._change(functools.partial(self.engine.lora.unpin, lora))
+            await self.change_loras(functools.partial(self.engine.lora.unpin, lora))
+
+    async def change_loras(self, change: Callable[[], T]) -> T:
+        """Change the host's adapters beside the steps, then have the engine thread bring the slots in line.
+
+        Args:
+            change: calls `engine.lora`. Once begun it ends, whether the caller still waits or not.
+
+        Raises:
+            EngineDeadError: the engine has stopped.
+        """
+
+        def change_and_settle() -> T:
+            result = change()
+            self._run_in_engine(self.engine.lora.settle)
+            return result
+
+        return await self.run_in_pool(change_and_settle, is_load=True)
 
     async def list_loras(self) -> list[LoRAInfo]:
         """The adapters that are known, as `LLM.list_loras` has them."""
@@ -197,16 +214,6 @@ class AsyncLLM:
         self._thread.join()
         self._pool.shutdown()
         self._loaders.shutdown()
-
-    async def _change(self, change: Callable[[], T]) -> T:
-        """Change the host's adapters, then have the engine thread bring the slots in line, whoever still waits."""
-
-        def change_and_settle() -> T:
-            result = change()
-            self._run_in_engine(self.engine.lora.settle)
-            return result
-
-        return await self.run_in_pool(change_and_settle, is_load=True)
 
     def _must_load(self, lora_request: object) -> bool:
         lora, defaults = self.engine.parts.lora, self.engine.default_loras.values()
