@@ -8,7 +8,7 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import torch
 
@@ -49,6 +49,7 @@ class AsyncLLM:
         self._preparing: dict[Stream, str] = {}  # requests in the pool; touched by event loops only
         self._ids = itertools.count()
         self._is_alive = True
+        self._is_stopping = False
         self._lock = threading.Lock()  # no message may slip in behind the last one that is answered
         self._thread = threading.Thread(target=self._serve, name="mmlora-engine", daemon=True)
         self._thread.start()
@@ -67,6 +68,13 @@ class AsyncLLM:
     def is_alive(self) -> bool:
         """Whether requests are served."""
         return self._is_alive and self._thread.is_alive()
+
+    @property
+    def status(self) -> Literal["ready", "shutting down", "dead"]:
+        """Whether new requests are served, and why not."""
+        if self._is_stopping:
+            return "shutting down"
+        return "ready" if self.is_alive else "dead"
 
     async def run_in_pool(self, function: Callable[..., T], *args: Any, is_load: bool = False) -> T:
         """Run blocking work beside the event loop; with `is_load` where it may wait for adapters and nobody for it.
@@ -210,6 +218,7 @@ class AsyncLLM:
 
     def shutdown(self) -> None:
         """Abort what runs and stop the engine thread; waits for both."""
+        self._is_stopping = True
         self._inbox.put(None)
         self._thread.join()
         self._pool.shutdown()
