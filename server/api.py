@@ -15,6 +15,7 @@ from mmlora.server.limits import check_api_key
 from mmlora.server.models import ServedModels
 from mmlora.server.protocol import ChatCompletionRequest
 from mmlora.server.status import add_ready_route, version_routes
+from mmlora.server.tokens import token_routes
 
 DEFAULT_MAX_REQUEST_BYTES = 128 * 2**20
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the access log does
@@ -66,6 +67,7 @@ def build_app(
 
     api.include_router(adapter_routes(llm, models, is_allowed=allow_lora_updates))
     app.include_router(api)
+    app.include_router(token_routes(llm, models, max_request_bytes), dependencies=api.dependencies)
     app.include_router(version_routes(), dependencies=api.dependencies)
     add_ready_route(app, llm)
     _add_error_handlers(app)
