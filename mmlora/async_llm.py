@@ -8,7 +8,7 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import torch
 
@@ -49,6 +49,7 @@ class AsyncLLM:
         self._preparing: dict[Stream, str] = {}  # requests in the pool; touched by event loops only
         self._ids = itertools.count()
         self._is_alive = True
+        self._is_stopping = False
         self._lock = threading.Lock()  # no message may slip in behind the last one that is answered
         self._thread = threading.Thread(target=self._serve, name="mmlora-engine", daemon=True)
         self._thread.start()
@@ -67,6 +68,13 @@ class AsyncLLM:
     def is_alive(self) -> bool:
         """Whether requests are served."""
         return self._is_alive and self._thread.is_alive()
+
+    @property
+    def status(self) -> Literal["ready", "shutting down", "dead"]:
+        """Whether new requests are served, and why not."""
+        if self._is_stopping:
+            return "shutting down"
+        return "ready" if self.is_alive else "dead"
 
     async def run_in_pool(self, function: Callable[..., T], *args: Any, is_load: bool = False) -> T:
         """Run blocking work beside the event loop; with `is_load` where it may wait for adapters and nobody for it.
@@ -146,7 +154,7 @@ class AsyncLLM:
             EngineDeadError: the engine has stopped.
         """
         add = functools.partial(self.engine.lora.add, lora, path, tensors=tensors, config=config)
-        return await self._change(add)
+        return await self.change_loras(add)
 
     async def reload_lora(
         self,
@@ -162,7 +170,7 @@ class AsyncLLM:
             AdapterError: see there.
             EngineDeadError: the engine has stopped.
         """
-        return await self._change(
+        return await self.change_loras(
             functools.partial(self.engine.lora.reload, lora, path, tensors=tensors, config=config)
         )
 
@@ -173,7 +181,7 @@ class AsyncLLM:
             AdapterNotFound: it is unknown.
             EngineDeadError: the engine has stopped.
         """
-        await self._change(functools.partial(self.engine.lora.remove, lora))
+        await self.change_loras(functools.partial(self.engine.lora.remove, lora))
 
     async def pin_lora(self, lora: str | int, *, is_pinned: bool = True) -> None:
         """Keep an adapter on the host and in a slot, or let it be evicted again, as `LLM.pin_lora` does.
@@ -185,21 +193,17 @@ class AsyncLLM:
         if is_pinned:
             await self.run_in_pool(self.engine.lora.pin, lora, self._run_in_engine, is_load=True)
         else:
-            await self._change(functools.partial(self.engine.lora.unpin, lora))
+            await self.change_loras(functools.partial(self.engine.lora.unpin, lora))
 
-    async def list_loras(self) -> list[LoRAInfo]:
-        """The adapters that are known, as `LLM.list_loras` has them."""
-        return self.engine.list_loras()
+    async def change_loras(self, change: Callable[[], T]) -> T:
+        """Change the host's adapters beside the steps, then have the engine thread bring the slots in line.
 
-    def shutdown(self) -> None:
-        """Abort what runs and stop the engine thread; waits for both."""
-        self._inbox.put(None)
-        self._thread.join()
-        self._pool.shutdown()
-        self._loaders.shutdown()
+        Args:
+            change: calls `engine.lora`. Once begun it ends, whether the caller still waits or not.
 
-    async def _change(self, change: Callable[[], T]) -> T:
-        """Change the host's adapters, then have the engine thread bring the slots in line, whoever still waits."""
+        Raises:
+            EngineDeadError: the engine has stopped.
+        """
 
         def change_and_settle() -> T:
             result = change()
@@ -207,6 +211,18 @@ class AsyncLLM:
             return result
 
         return await self.run_in_pool(change_and_settle, is_load=True)
+
+    async def list_loras(self) -> list[LoRAInfo]:
+        """The adapters that are known, as `LLM.list_loras` has them."""
+        return self.engine.list_loras()
+
+    def shutdown(self) -> None:
+        """Abort what runs and stop the engine thread; waits for both."""
+        self._is_stopping = True
+        self._inbox.put(None)
+        self._thread.join()
+        self._pool.shutdown()
+        self._loaders.shutdown()
 
     def _must_load(self, lora_request: object) -> bool:
         lora, defaults = self.engine.parts.lora, self.engine.default_loras.values()

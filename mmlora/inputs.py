@@ -57,7 +57,7 @@ class InputProcessor:
         self.processor = processor
         self.max_model_len = max_model_len
         self._args = args
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._towers = towers
         self._store = store
         self._defaults = defaults
@@ -187,9 +187,9 @@ class InputProcessor:
             if value is not None and bound != -1 and (value > bound or value == -1):
                 raise RequestError(f"{name}={value} exceeds max_logprobs={bound}")
         ids = [*(params.logit_bias or {}), *(params.stop_token_ids or ())]
-        outside = [token for token in ids if token >= self._vocab_size]
+        outside = [token for token in ids if token >= self.vocab_size]
         if outside:
-            raise RequestError(f"token id {outside[0]} is outside the vocabulary of {self._vocab_size}")
+            raise RequestError(f"token id {outside[0]} is outside the vocabulary of {self.vocab_size}")
 
     def _check_tokens(self, token_ids: list[int]) -> None:
         if not token_ids:
@@ -203,8 +203,8 @@ class InputProcessor:
         if self.processor is not None:
             allowed = {self.processor.placeholder_token_id(modality) for modality in self.processor.modalities}
         for token in token_ids:
-            if not isinstance(token, int) or not (0 <= token < self._vocab_size or token in allowed):
-                raise RequestError(f"token id {token!r} is outside the vocabulary of {self._vocab_size}")
+            if not isinstance(token, int) or not (0 <= token < self.vocab_size or token in allowed):
+                raise RequestError(f"token id {token!r} is outside the vocabulary of {self.vocab_size}")
 
 
 def _last_start(token_ids: list[int], wanted: tuple[int, ...]) -> int:

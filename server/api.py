@@ -7,12 +7,15 @@ from starlette.responses import Response
 
 from mmlora.async_llm import AsyncLLM
 from mmlora.errors import MMLoRAError
+from mmlora.server.adapter_updates import adapter_routes
 from mmlora.server.chat import ChatService
 from mmlora.server.errors import Refusal, error_response
 from mmlora.server.json_answer import JSONAnswer
 from mmlora.server.limits import check_api_key
 from mmlora.server.models import ServedModels
 from mmlora.server.protocol import ChatCompletionRequest
+from mmlora.server.status import add_ready_route, version_routes
+from mmlora.server.tokens import token_routes
 
 DEFAULT_MAX_REQUEST_BYTES = 128 * 2**20
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the access log does
@@ -24,6 +27,7 @@ def build_app(
     *,
     api_key: str | None = None,
     max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES,
+    allow_lora_updates: bool = False,
 ) -> FastAPI:
     """Build the application around a running engine.
 
@@ -32,6 +36,7 @@ def build_app(
         models: the names that clients may ask for.
         api_key: what clients must send as bearer token; None lets everyone in.
         max_request_bytes: the largest body of a request.
+        allow_lora_updates: whether clients may load and unload adapters.
     """
     app = FastAPI(title="mmlora", docs_url=None, redoc_url=None)
     service = ChatService(llm, models, max_request_bytes)
@@ -60,7 +65,11 @@ def build_app(
     async def health() -> JSONAnswer:
         return JSONAnswer({"status": "ok"}) if llm.is_alive else JSONAnswer({"status": "dead"}, status_code=503)
 
+    api.include_router(adapter_routes(llm, models, is_allowed=allow_lora_updates))
     app.include_router(api)
+    app.include_router(token_routes(llm, models, max_request_bytes), dependencies=api.dependencies)
+    app.include_router(version_routes(), dependencies=api.dependencies)
+    add_ready_route(app, llm)
     _add_error_handlers(app)
     return app
 
@@ -71,6 +80,10 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(MMLoRAError)
     async def known(_: Request, error: MMLoRAError) -> Response:
         return error_response(error)
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(_: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     @app.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> Response:

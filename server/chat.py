@@ -73,6 +73,7 @@ class ChatService:
                 raise_failure(output)
                 yield output
         except AdapterError as error:  # clients name adapters that are served; what ails their files is not theirs
+            self._models.resolve(chat.model, chat.lora)  # unless one was unloaded meanwhile, which is 404
             logger.exception("an adapter that is served cannot be used")
             message = "the adapter of this request cannot be used now; the server's log says why"
             raise Refusal(500, message, param="model") from error

@@ -9,13 +9,15 @@ import uvicorn
 
 from mmlora.async_llm import AsyncLLM
 from mmlora.config import EngineArgs
+from mmlora.environment import read_bool
 from mmlora.errors import AdapterError, ConfigError
 from mmlora.lora.adapter import AdapterReport
 from mmlora.lora.info import LoRAInfo
 from mmlora.lora.request import LoRARequest
 from mmlora.server.api import DEFAULT_MAX_REQUEST_BYTES, build_app
-from mmlora.server.models import LoRAModule, ServedAdapter, ServedModels
-from mmlora.server.resolved import start_resolution
+from mmlora.server.models import LoRAModule, ServedModels
+from mmlora.server.resolved import ALLOW_VARIABLE, start_resolution
+from mmlora.server.served_adapter import ServedAdapter
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,13 @@ def serve(engine_args: EngineArgs, server_args: ServerArgs) -> None:
         try:
             models = load_served_models(llm, server_args.lora_modules)
             start_resolution(llm, models, os.environ)
-            app = build_app(llm, models, api_key=server_args.api_key, max_request_bytes=server_args.max_request_bytes)
+            app = build_app(
+                llm,
+                models,
+                api_key=server_args.api_key,
+                max_request_bytes=server_args.max_request_bytes,
+                allow_lora_updates=read_bool(ALLOW_VARIABLE),
+            )
             config = uvicorn.Config(app, log_level=server_args.uvicorn_log_level, lifespan="off")
             _Server(config, models.names).run(sockets=[listener])
         finally:

@@ -13,14 +13,15 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeGuard
 
 from mmlora.errors import AdapterNotFound, ConfigError, RequestError
-from mmlora.lora.adapter import AdapterReport
 from mmlora.lora.mix import LoRAMix
 from mmlora.lora.request import BASE, LoRARequest
 from mmlora.lora.resolution import LoRAResolution
 from mmlora.server.cards import Card, model_card
 from mmlora.server.errors import Refusal
 from mmlora.server.lora_field import LoRAField, parse_lora_field
+from mmlora.server.name_locks import NameLocks
 from mmlora.server.protocol import FieldError, shorten
+from mmlora.server.served_adapter import ServedAdapter
 
 
 @dataclass(frozen=True)
@@ -59,33 +60,12 @@ class LoRAModule:
         return cls(**entry)
 
 
-@dataclass(frozen=True)
-class ServedAdapter:
-    """An adapter under the name that clients use for it, with what its card tells.
-
-    It does not refer to the weights, which may leave the host while the name stays.
-
-    Attributes:
-        name: what clients call it.
-        request: what the engine is given for it.
-        digest, report: of the adapter as it was loaded.
-        default_for: the key of a default; None for any other adapter.
-        problem: why requests for it fail; None when they do not.
-    """
-
-    name: str
-    request: LoRARequest
-    digest: str | None
-    report: AdapterReport
-    default_for: str | None = None
-    problem: str | None = None
-
-
 class ServedModels:
     """All names of one server. Safe to use from several threads.
 
     Attributes:
         resolution: asks resolvers for names that are not served; None where there are none to ask.
+        changes: held by whoever loads or unloads an adapter, from before it until its name is served or gone.
 
     Args:
         base_name: what clients call the base model.
@@ -100,6 +80,7 @@ class ServedModels:
         self._max_model_len = max_model_len
         self._created = int(time.time())
         self.resolution: LoRAResolution | None = None
+        self.changes = NameLocks()
         self._lock = threading.Lock()
         # Replaced whole by whoever holds the lock, so that readers need none.
         self._adapters = {adapter.name: adapter for adapter in adapters}
@@ -108,6 +89,11 @@ class ServedModels:
     def names(self) -> list[str]:
         """Every name that `model` may have."""
         return [self.base_name, *self._adapters]
+
+    @property
+    def adapters(self) -> Mapping[str, ServedAdapter]:
+        """The adapters by their names, as of now."""
+        return self._adapters
 
     def add(self, adapter: ServedAdapter, *, replace: bool = False) -> None:
         """Serve an adapter from now on.
@@ -225,17 +211,8 @@ class ServedModels:
         return ", ".join(map(repr, self.names))
 
     def _adapter_card(self, adapter: ServedAdapter) -> Card:
-        request, report = adapter.request, adapter.report
-        info = {
-            "name": request.lora_name,
-            "digest": adapter.digest,
-            "default_for": adapter.default_for,
-            "matched": report.matched,
-            "parts": dict(report.parts),
-            "unmatched": list(report.unmatched),
-            "problem": adapter.problem,
-        }
-        return self._card(adapter.name, request.lora_path, request.base_model_name or self.base_name, info)
+        request = adapter.request
+        return self._card(adapter.name, request.lora_path, request.base_model_name or self.base_name, adapter.facts())
 
     def _card(self, name: str, root: str, parent: str | None, adapter: dict[str, Any] | None) -> Card:
         return model_card(name, root, parent, adapter, self._max_model_len, self._created)

@@ -16,7 +16,8 @@ from mmlora.lora.resolution import LoRAResolution, ResolutionLimits
 from mmlora.lora.resolver import LoRAResolverRegistry
 from mmlora.lora.store import AdapterStore
 from mmlora.plugins import load_general_plugins
-from mmlora.server.models import ServedAdapter, ServedModels
+from mmlora.server.models import ServedModels
+from mmlora.server.served_adapter import ServedAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +59,17 @@ class _Acceptance:
 
     def _load(self, request: LoRARequest) -> None:
         request = _as_directory(request)
-        adapter = self._store.get(request)
-        trained_on = request.base_model_name or _base_model_in(adapter.path)
+        with self._models.changes.hold(request.lora_name):
+            if request.lora_name in self._models.names:
+                return  # a client loaded one of this name meanwhile
+            adapter = self._store.get(request)
+            self._warn_of_other_base(request, adapter.path)
+            self._models.add(ServedAdapter(request.lora_name, request, adapter.digest, adapter.report))
+
+    def _warn_of_other_base(self, request: LoRARequest, directory: Path | None) -> None:
+        trained_on = request.base_model_name or _base_model_in(directory)
         if trained_on not in (None, self._llm.model_name, self._llm.engine.args.model):
             logger.warning("adapter %r says it is for %r; its shapes fit, so it is used", request.lora_name, trained_on)
-        served = ServedAdapter(request.lora_name, request, adapter.digest, adapter.report)
-        self._models.add(served, replace=True)
 
 
 def _as_directory(request: LoRARequest) -> LoRARequest:

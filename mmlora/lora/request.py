@@ -22,6 +22,7 @@ class LoRARequest:
             `org/repo/subfolder`, either with `@revision`.
         base_model_name: the base model that the adapter was trained on, shown to clients.
         load_inplace: read the adapter again, once for this request object, and replace the one of the same name.
+        only_known: take what is loaded under the name, from wherever it came; one that was removed is not loaded again.
 
     Raises:
         AdapterError: a field has the wrong type or range.
@@ -33,6 +34,7 @@ class LoRARequest:
     base_model_name: str | None = None
     _: KW_ONLY
     load_inplace: bool = False
+    only_known: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.lora_name, str) or not self.lora_name:
@@ -48,6 +50,8 @@ class LoRARequest:
             raise AdapterError(f"base_model_name is {self.base_model_name!r}; it must be a string or None")
         if not isinstance(self.load_inplace, bool):
             raise AdapterError(f"load_inplace is {self.load_inplace!r}; it must be True or False")
+        if not isinstance(self.only_known, bool):
+            raise AdapterError(f"only_known is {self.only_known!r}; it must be True or False")
 
     @property
     def name(self) -> str:

@@ -194,6 +194,8 @@ class AdapterStore:
                 return entry
             if entry is None and name in self._draining and not is_added:
                 raise AdapterNotFound(f"adapter {name!r} is being unloaded; add_lora loads it again")
+            if entry is None and request.only_known:
+                raise AdapterNotFound(f"adapter {name!r} is not loaded any more")
             related = entry or self._owner_of_id(request)
             if related is not None:
                 remedy = (

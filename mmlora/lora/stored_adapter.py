@@ -79,7 +79,7 @@ class StoredAdapter:
 
     def serves(self, request: LoRARequest) -> bool:
         """Tell whether a request of its name means this adapter, wherever it is read from or from the same place."""
-        return request.load_inplace or self.is_from(request.lora_path)
+        return request.load_inplace or request.only_known or self.is_from(request.lora_path)
 
     def is_version(self, adapter: Adapter) -> bool:
         """Tell whether this is the version that requests get now."""

@@ -11,7 +11,7 @@ from mmlora.lora.request import BASE, LoRARequest
 def test_fields_and_the_names_that_vllm_scripts_use() -> None:
     request = LoRARequest("sql", 7, "org/sql")
     assert (request.name, request.adapter_id, request.path) == ("sql", 7, "org/sql")
-    assert request.base_model_name is None and not request.load_inplace
+    assert request.base_model_name is None and not request.load_inplace and not request.only_known
     assert request == LoRARequest(lora_name="sql", lora_int_id=7, lora_path="org/sql")
 
 

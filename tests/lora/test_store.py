@@ -4,6 +4,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -419,3 +420,18 @@ def test_home_and_relative_paths(make_store: Any, requests: Any, monkeypatch: py
 def test_a_name_is_never_a_path(make_store: Any, requests: Any) -> None:
     adapters = make_store()
     assert adapters.get(LoRARequest("../../etc/passwd", 5, requests[0].lora_path)).path == Path(requests[0].lora_path)
+
+
+def test_a_request_for_what_is_known_takes_any_version_and_loads_nothing_new(make_store: Any, requests: Any) -> None:
+    adapters = make_store()
+    known = replace(requests[0], only_known=True)
+    with pytest.raises(AdapterNotFound, match="adapter 'a1' is not loaded any more"):
+        adapters.get(known)
+    adapters.get(requests[0])
+    adapters.reload("a1", requests[1].lora_path)
+    assert adapters.get(known).generation == 1
+    adapters.remove("a1")
+    adapters.forget_drained(set())
+    with pytest.raises(AdapterNotFound, match="adapter 'a1' is not loaded any more"):
+        adapters.get(known)
+    assert adapters.entries == []

@@ -30,8 +30,9 @@ from mmlora.lora.resolver import LoRAResolver, LoRAResolverRegistry, derive_lora
 from mmlora.lora.resolver_loop import resolver_loop
 from mmlora.server.api import build_app
 from mmlora.server.launch import load_served_models
-from mmlora.server.models import ServedAdapter, ServedModels
+from mmlora.server.models import ServedModels
 from mmlora.server.resolved import start_resolution
+from mmlora.server.served_adapter import ServedAdapter
 from tests.plugins.s3 import put, run_s3
 from tests.server.conftest import RunningServer, run_app
 

@@ -1,0 +1,58 @@
+"""Bodies of the smaller endpoints: JSON objects of which every field is known."""
+
+import json
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mmlora.server.protocol import FieldError, shorten
+
+MAX_NAMED = 8  # fields in one message
+
+
+class Body(BaseModel):
+    """Fields of a body; any other is refused."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+B = TypeVar("B", bound=Body)
+
+
+def parse_body(kind: type[B], body: bytes) -> B:
+    """Read a body.
+
+    Raises:
+        FieldError: it is not JSON, lacks fields, or has unknown ones or values of the wrong type; these are named.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        raise _error_of(kind, problems[:MAX_NAMED]) from None
+
+
+def body_schema(*kinds: type[Body]) -> dict[str, Any]:
+    """Describe a body for the OpenAPI document; it may be of any of these kinds."""
+    schemas = [kind.model_json_schema() for kind in kinds]
+    schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _error_of(kind: type[Body], problems: list[Any]) -> FieldError:
+    missing = [str(problem["loc"][0]) for problem in problems if problem["type"] == "missing"]
+    unknown = [str(problem["loc"][0]) for problem in problems if problem["type"] == "extra_forbidden"]
+    messages = []
+    if missing:
+        messages.append(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} required")
+    if unknown:
+        fields = ", ".join(kind.model_fields)
+        messages.append(f"unknown field {', '.join(map(shorten, unknown))}; allowed are {fields}")
+    if messages:
+        return FieldError("; ".join(messages), (missing + unknown)[0][:80])
+    problem = problems[0]
+    param = str(problem["loc"][0]) if problem["loc"] else "body"
+    if problem["type"] == "json_invalid":
+        return FieldError(f"the body is not JSON: {problem['ctx']['error']}", param)
+    place = ".".join(map(str, problem["loc"])) or "body"
+    return FieldError(f"{place}: {problem['msg']}; received {shorten(problem['input'], json.dumps)}", param)
