@@ -8,11 +8,11 @@ from starlette.responses import Response
 from mmlora.async_llm import AsyncLLM
 from mmlora.errors import MMLoRAError
 from mmlora.server.chat import ChatService
+from mmlora.server.chat_protocol import ChatCompletionRequest
 from mmlora.server.errors import Refusal, error_response
 from mmlora.server.json_answer import JSONAnswer
 from mmlora.server.limits import check_api_key
 from mmlora.server.models import ServedModels
-from mmlora.server.protocol import ChatCompletionRequest
 
 DEFAULT_MAX_REQUEST_BYTES = 128 * 2**20
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the access log does
