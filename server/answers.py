@@ -85,8 +85,7 @@ class Answer(ABC):
         for output in outputs:
             self._count(output, output.outputs)
             deltas.setdefault(output.request_id, []).append(output)
-        first = outputs[0].lora
-        choices = []
+        first, choices = self.lora(outputs), []
         for parts in sorted(deltas.values(), key=lambda parts: self._index(parts[0], 0)):
             for place in range(len(parts[0].outputs)):
                 choice = self._choice(parts[-1], [part.outputs[place] for part in parts])
@@ -94,6 +93,10 @@ class Answer(ABC):
                 own = {} if parts[-1].lora == first else {"lora": asdict(parts[-1].lora)}
                 choices.append({**choice, **own})
         return {**self._head(self.WHOLE, first), "choices": choices, "usage": self._usage()}
+
+    def lora(self, outputs: Iterable[RequestOutput]) -> LoRAChoice:
+        """What was chosen for the first prompt, which is told of the whole answer."""
+        return min(outputs, key=lambda output: self._index(output, 0)).lora
 
     def chunks(self, output: RequestOutput, *, include_usage: bool) -> Iterator[Json]:
         """What is new since the last output; a choice's first and last chunk name the adapter."""

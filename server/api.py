@@ -1,6 +1,9 @@
 """The routes of the HTTP server."""
 
+from collections.abc import Awaitable
+
 from fastapi import APIRouter, Depends, FastAPI, Request
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -9,6 +12,8 @@ from mmlora.async_llm import AsyncLLM
 from mmlora.errors import MMLoRAError
 from mmlora.server.chat import ChatService
 from mmlora.server.chat_protocol import ChatCompletionRequest
+from mmlora.server.completion_protocol import CompletionRequest
+from mmlora.server.completions import CompletionService
 from mmlora.server.errors import Refusal, error_response
 from mmlora.server.json_answer import JSONAnswer
 from mmlora.server.limits import check_api_key
@@ -34,19 +39,21 @@ def build_app(
         max_request_bytes: the largest body of a request.
     """
     app = FastAPI(title="mmlora", docs_url=None, redoc_url=None)
-    service = ChatService(llm, models, max_request_bytes)
+    chat = ChatService(llm, models, max_request_bytes)
+    completion = CompletionService(llm, models, max_request_bytes)
 
     def authorize(request: Request) -> None:
         check_api_key(request, api_key)
 
     api = APIRouter(prefix="/v1", dependencies=[Depends(authorize)])
 
-    @api.post("/chat/completions", openapi_extra=_body_schema())
+    @api.post("/chat/completions", openapi_extra=_body_schema(ChatCompletionRequest))
     async def chat_completions(request: Request) -> Response:
-        try:
-            return await service.respond(request)
-        except ClientDisconnect:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        return await _answer(chat.respond(request))
+
+    @api.post("/completions", openapi_extra=_body_schema(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        return await _answer(completion.respond(request))
 
     @api.get("/models")
     async def list_models() -> JSONAnswer:
@@ -82,6 +89,13 @@ def _add_error_handlers(app: FastAPI) -> None:
         return error_response(error)
 
 
-def _body_schema() -> dict[str, object]:
-    schema = ChatCompletionRequest.model_json_schema()
+async def _answer(response: Awaitable[Response]) -> Response:
+    try:
+        return await response
+    except ClientDisconnect:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+def _body_schema(body: type[BaseModel]) -> dict[str, object]:
+    schema = body.model_json_schema()
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -1,5 +1,6 @@
 """From the outputs of the engine to an HTTP response: one JSON object, or server-sent events."""
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Iterator
@@ -38,7 +39,8 @@ async def respond_with(
     """
     if not is_stream:
         parts = await until_disconnect(request, _collect(outputs))
-        return JSONAnswer(answer.complete(parts), headers=lora_headers(parts[0].lora))
+        headers = lora_headers(answer.lora(parts))
+        return await asyncio.to_thread(lambda: JSONAnswer(answer.complete(parts), headers=headers))
     # The headers name the adapter and a refusal needs its status: both are known with the first output.
     first = await until_disconnect(request, _next(outputs))
     events = _events(answer, first, outputs, include_usage=include_usage)
