@@ -6,8 +6,9 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import aclosing
 from typing import Any, Final, Literal, TypeVar
 
 import torch
@@ -113,10 +114,35 @@ class AsyncLLM:
         stream = Stream()
         self._preparing[stream] = request_id
         try:
-            process = functools.partial(self.engine.process_input, request_id, prompt, sampling_params, lora_request)
-            ready = await self.run_in_pool(process, is_load=self._must_load(lora_request))
+            ready = await self.prepare(prompt, sampling_params, request_id, lora_request)
         finally:
             del self._preparing[stream]
+        async with aclosing(self._run(ready, stream)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def prepare(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None,
+        request_id: str,
+        lora_request: LoRARequest | object | None,
+    ) -> EngineInput:
+        """Make a request ready for `run`, so that several can be checked before any is started; nothing is queued.
+
+        Raises:
+            RequestError: the request cannot be served.
+            EngineDeadError: the engine has stopped.
+        """
+        process = functools.partial(self.engine.process_input, request_id, prompt, sampling_params, lora_request)
+        return await self.run_in_pool(process, is_load=self._must_load(lora_request))
+
+    def run(self, ready: EngineInput) -> AsyncGenerator[RequestOutput, None]:
+        """Complete what `prepare` made ready, as `generate` does."""
+        return self._run(ready, Stream())
+
+    async def _run(self, ready: EngineInput, stream: Stream) -> AsyncGenerator[RequestOutput, None]:
+        request_id = ready.request_id
         self._send(lambda: self._add(ready, stream))
         if stream.is_aborted:
             self._send(lambda: self._abort(request_id, stream), or_ignore=True)

@@ -10,12 +10,12 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from mmlora.errors import ConfigError, MediaError, RequestError
+from mmlora.errors import ConfigError, RequestError
 from mmlora.inputs import encode_text
 from mmlora.processors.base import MultiModalProcessor
 from mmlora.processors.fetch import load_base64, load_url
 from mmlora.processors.items import DEFAULT_LIMITS, MediaItem, MediaLimits
-from mmlora.processors.media import check_counts, load_media, why_not_taken
+from mmlora.processors.media import check_counts, check_decoded_bytes, load_media, why_not_taken
 
 Message = Mapping[str, Any]
 MODALITIES = {"image_url": "image", "input_audio": "audio", "audio_url": "audio", "image": "image", "audio": "audio"}
@@ -195,11 +195,7 @@ def _load_parts(
         for kind, value in parts:
             loaded.append(value if kind == "text" else _load_part(kind, value, limits))
             num_bytes += 0 if isinstance(loaded[-1], str) else loaded[-1].num_bytes
-            if num_bytes > limits.max_decoded_bytes:
-                raise MediaError(
-                    f"the media of the messages have {num_bytes} bytes or more when decoded; "
-                    f"allowed are {limits.max_decoded_bytes}"
-                )
+            check_decoded_bytes(num_bytes, limits)
         conversation.append((message, loaded))
     return conversation
 

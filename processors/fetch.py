@@ -2,11 +2,13 @@
 
 import base64
 import binascii
+from collections.abc import Collection, Mapping
+from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
 
 from mmlora.errors import MediaError
 from mmlora.processors.items import DEFAULT_LIMITS, MediaItem, MediaLimits
-from mmlora.processors.media import load_media
+from mmlora.processors.media import check_counts, check_decoded_bytes, load_media, why_not_taken
 
 _SHOWN = 48  # characters of a URL in an error message
 _MAX_SCHEME = 32
@@ -37,6 +39,39 @@ def load_url(url: str, limits: MediaLimits = DEFAULT_LIMITS, *, expected: str | 
     return load_media(unquote_to_bytes(url[comma + 1 :]), limits, expected=expected)
 
 
+def load_urls(
+    data: Mapping[str, object],
+    modalities: Collection[str],
+    limit_mm_per_prompt: Mapping[str, int] | None = None,
+    limits: MediaLimits = DEFAULT_LIMITS,
+) -> dict[str, list[MediaItem]]:
+    """Load the `data:` URLs of one prompt, which are counted before any is decoded.
+
+    Args:
+        data: by modality, one URL or a list of them.
+        modalities: what the model takes.
+        limit_mm_per_prompt: most items by modality.
+        limits: of the media.
+
+    Raises:
+        MediaError: too many, of a modality that the model does not take, or see `load_url`.
+    """
+    urls = {name: _as_list(contents) for name, contents in data.items()}
+    for name in urls:
+        if name not in modalities:
+            takes = f"the model takes {', '.join(sorted(modalities)) or 'text only'}"
+            raise MediaError(f"multi_modal_data holds {name[:_SHOWN]!r}; {why_not_taken(name) or takes}")
+    check_counts({name: len(contents) for name, contents in urls.items()}, modalities, limit_mm_per_prompt)
+    items: dict[str, list[MediaItem]] = {name: [] for name in urls}
+    num_bytes = 0
+    for name, contents in urls.items():
+        for url in contents:
+            items[name].append(load_url(url, limits, expected=name))
+            num_bytes += items[name][-1].num_bytes
+            check_decoded_bytes(num_bytes, limits)
+    return items
+
+
 def load_base64(data: str | bytes, limits: MediaLimits = DEFAULT_LIMITS, *, expected: str | None = None) -> MediaItem:
     """Load base64 content; whitespace and missing padding are forgiven, the URL-safe alphabet is accepted.
 
@@ -64,3 +99,9 @@ def _check_base64_claim(text: str, start: int, limits: MediaLimits) -> None:
 def _check_claim(num_bytes: int, limits: MediaLimits) -> None:
     if num_bytes > limits.max_bytes:
         raise MediaError(f"media URL claims about {num_bytes} bytes, more than the allowed {limits.max_bytes} bytes")
+
+
+def _as_list(contents: object) -> list[Any]:
+    if contents is None:
+        return []
+    return contents if isinstance(contents, list) else [contents]

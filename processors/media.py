@@ -13,7 +13,17 @@ from mmlora.processors.image import decode_image, image_from_array, image_from_p
 from mmlora.processors.items import DEFAULT_LIMITS, AudioItem, ImageItem, MediaItem, MediaLimits, Modality
 from mmlora.processors.sniff import describe, sniff
 
-__all__ = ["AudioItem", "ImageItem", "MediaItem", "MediaLimits", "Modality", "check_counts", "load_media", "sniff"]
+__all__ = [
+    "AudioItem",
+    "ImageItem",
+    "MediaItem",
+    "MediaLimits",
+    "Modality",
+    "check_counts",
+    "check_decoded_bytes",
+    "load_media",
+    "sniff",
+]
 
 _SUPPORTED = "supported are WAV, FLAC, OGG and MP3 audio and PNG, JPEG, WebP, GIF and BMP images"
 _FORMS = "bytes, a PIL image, a [height, width, 3] uint8 array, or audio as (array, sample_rate)"
@@ -75,6 +85,19 @@ def check_counts(counts: Mapping[str, int], modalities: Collection[str], limits:
         limit = (limits or {}).get(modality)
         if limit is not None and count > limit:
             raise MediaError(f"the prompt has {count} {modality} items; limit_mm_per_prompt allows {limit}")
+
+
+def check_decoded_bytes(num_bytes: int, limits: MediaLimits) -> None:
+    """Refuse the media of one prompt once they have more bytes than it may hold.
+
+    Raises:
+        MediaError: naming the number and what is allowed.
+    """
+    if num_bytes > limits.max_decoded_bytes:
+        raise MediaError(
+            f"the media of the prompt have {num_bytes} bytes or more when decoded; "
+            f"allowed are {limits.max_decoded_bytes}"
+        )
 
 
 def _modality_of(content: object) -> Modality:

@@ -1,14 +1,15 @@
-"""OpenAI's answer objects, built from `RequestOutput`s: the whole completion, or its chunks."""
+"""OpenAI's answer objects, built from `RequestOutput`s: what all endpoints that generate text have in common."""
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import quote
 
 from mmlora.errors import EngineDeadError, RequestError
-from mmlora.outputs import CompletionOutput, LoRAChoice, RequestOutput, TokenLogprobs
+from mmlora.outputs import CompletionOutput, LoRAChoice, RequestOutput
 
 logger = logging.getLogger(__name__)
 Json = dict[str, Any]
@@ -36,114 +37,121 @@ def raise_failure(output: RequestOutput) -> None:
         raise EngineDeadError("the server is shutting down; the answer is not complete")
 
 
-class Answer:
-    """One chat completion in the making.
+def finite(logprob: float) -> float:
+    """A log probability as JSON has it: it knows no infinity; OpenAI's floor for "impossible" is -9999."""
+    return max(logprob, -9999.0)
+
+
+def count_tokens(outputs: Iterable[RequestOutput], num_completion_tokens: int) -> Json:
+    """The `usage` of an answer.
+
+    Args:
+        outputs: one of each prompt.
+        num_completion_tokens: of all answers.
+    """
+    last = list(outputs)
+    num_prompt_tokens = sum(len(output.prompt_token_ids) for output in last)
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_completion_tokens,
+        "total_tokens": num_prompt_tokens + num_completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(output.num_cached_tokens for output in last)},
+    }
+
+
+class Answer(ABC):
+    """One answer in the making, to one prompt or to several that were sent together.
 
     Args:
         request_id: the answer's id.
         model: what the client asked for.
-        top_logprobs: alternatives to report at each token; None for no log probabilities.
     """
 
-    def __init__(self, request_id: str, model: str, top_logprobs: int | None) -> None:
+    WHOLE: ClassVar[str]
+    CHUNK: ClassVar[str]
+
+    def __init__(self, request_id: str, model: str) -> None:
         self._request_id = request_id
         self._model = model
-        self._top_logprobs = top_logprobs
         self._created = int(time.time())
+        self._begun: set[int] = set()
         self._finished: set[int] = set()
+        self._last: dict[str, RequestOutput] = {}
         self._num_tokens = 0
 
     def complete(self, outputs: list[RequestOutput]) -> Json:
-        """The whole answer from all deltas of its request."""
-        last = outputs[-1]
-        self._num_tokens = sum(len(part.token_ids) for output in outputs for part in output.outputs)
-        return {
-            **self._head("chat.completion", last.lora),
-            "choices": [self._choice([o.outputs[i] for o in outputs]) for i in range(len(last.outputs))],
-            "usage": self._usage(last),
-        }
+        """The whole answer from all deltas of its prompts."""
+        deltas: dict[str, list[RequestOutput]] = {}
+        for output in outputs:
+            self._count(output, output.outputs)
+            deltas.setdefault(output.request_id, []).append(output)
+        first, choices = self.lora(outputs), []
+        for parts in sorted(deltas.values(), key=lambda parts: self._index(parts[0], 0)):
+            for place in range(len(parts[0].outputs)):
+                choice = self._choice(parts[-1], [part.outputs[place] for part in parts])
+                # One answer names one adapter; a prompt for which another one was chosen says so itself.
+                own = {} if parts[-1].lora == first else {"lora": asdict(parts[-1].lora)}
+                choices.append({**choice, **own})
+        return {**self._head(self.WHOLE, first), "choices": choices, "usage": self._usage()}
 
-    def first_chunks(self, output: RequestOutput, *, include_usage: bool) -> Iterator[Json]:
-        """One chunk per choice that says who speaks, and which adapter was applied."""
-        for completion in output.outputs:
-            delta = {"role": "assistant", "content": ""}
-            yield self._chunk(completion.index, delta, None, None, output.lora, include_usage)
+    def lora(self, outputs: Iterable[RequestOutput]) -> LoRAChoice:
+        """What was chosen for the first prompt, which is told of the whole answer."""
+        return min(outputs, key=lambda output: self._index(output, 0)).lora
 
     def chunks(self, output: RequestOutput, *, include_usage: bool) -> Iterator[Json]:
-        """What is new since the last output; a choice's last chunk names the adapter again."""
+        """What is new since the last output; a choice's first and last chunk name the adapter."""
         for completion in output.outputs:
-            if completion.index in self._finished:
-                continue
-            self._num_tokens += len(completion.token_ids)
-            logprobs = self._logprobs([completion])
-            if completion.text or (logprobs and logprobs["content"]):
-                delta = {"content": completion.text}
-                yield self._chunk(completion.index, delta, logprobs, None, None, include_usage)
+            index = self._index(output, completion.index)
+            if index not in self._begun:
+                self._begun.add(index)
+                yield self._chunk(index, self._opening(output), output.lora, include_usage)
+        new = [part for part in output.outputs if self._index(output, part.index) not in self._finished]
+        self._count(output, new)
+        for completion in new:
+            index = self._index(output, completion.index)
+            content = self._news(output, completion)
+            if content is not None:
+                yield self._chunk(index, content, None, include_usage)
             if completion.finish_reason is not None:
-                self._finished.add(completion.index)
-                yield self._chunk(completion.index, {}, None, completion, output.lora, include_usage)
+                self._finished.add(index)
+                yield self._chunk(index, self._closing(completion), output.lora, include_usage)
 
-    def usage_chunk(self, output: RequestOutput) -> Json:
+    def usage_chunk(self) -> Json:
         """The last chunk of a stream that asked for `include_usage`."""
-        return {**self._head("chat.completion.chunk", None), "choices": [], "usage": self._usage(output)}
+        return {**self._head(self.CHUNK, None), "choices": [], "usage": self._usage()}
+
+    @abstractmethod
+    def _choice(self, last: RequestOutput, parts: list[CompletionOutput]) -> Json:
+        """A whole choice from its deltas."""
+
+    @abstractmethod
+    def _opening(self, output: RequestOutput) -> Json:
+        """What a choice's first chunk holds."""
+
+    @abstractmethod
+    def _news(self, output: RequestOutput, completion: CompletionOutput) -> Json | None:
+        """What the chunk of a delta holds; None when there is nothing to tell."""
+
+    @abstractmethod
+    def _closing(self, completion: CompletionOutput) -> Json:
+        """What a choice's last chunk holds."""
+
+    def _index(self, output: RequestOutput, place: int) -> int:
+        """A choice's index from its place among the choices of its prompt."""
+        return place
+
+    def _count(self, output: RequestOutput, new: Iterable[CompletionOutput]) -> None:
+        self._last[output.request_id] = output
+        self._num_tokens += sum(len(completion.token_ids) for completion in new)
+
+    def _usage(self) -> Json:
+        return count_tokens(self._last.values(), self._num_tokens)
 
     def _head(self, kind: str, choice: LoRAChoice | None) -> Json:
         head: Json = {"id": self._request_id, "object": kind, "created": self._created, "model": self._model}
         return head if choice is None else {**head, "lora": asdict(choice)}
 
-    def _choice(self, parts: list[CompletionOutput]) -> Json:
-        return {
-            "index": parts[-1].index,
-            "message": {"role": "assistant", "content": "".join(part.text for part in parts), "refusal": None},
-            "logprobs": self._logprobs(parts),
-            "finish_reason": parts[-1].finish_reason,
-            "stop_reason": parts[-1].stop_reason,
-        }
-
-    def _chunk(
-        self,
-        index: int,
-        delta: Json,
-        logprobs: Json | None,
-        finished: CompletionOutput | None,
-        lora: LoRAChoice | None,
-        include_usage: bool,
-    ) -> Json:
-        choice: Json = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
-        if finished is not None:
-            choice |= {"finish_reason": finished.finish_reason, "stop_reason": finished.stop_reason}
+    def _chunk(self, index: int, content: Json, lora: LoRAChoice | None, include_usage: bool) -> Json:
+        choice: Json = {"index": index, "logprobs": None, "finish_reason": None, **content}
         usage = {"usage": None} if include_usage else {}
-        return {**self._head("chat.completion.chunk", lora), "choices": [choice], **usage}
-
-    def _usage(self, output: RequestOutput) -> Json:
-        num_prompt = len(output.prompt_token_ids)
-        return {
-            "prompt_tokens": num_prompt,
-            "completion_tokens": self._num_tokens,
-            "total_tokens": num_prompt + self._num_tokens,
-            "prompt_tokens_details": {"cached_tokens": output.num_cached_tokens},
-        }
-
-    def _logprobs(self, parts: Iterable[CompletionOutput]) -> Json | None:
-        if self._top_logprobs is None:
-            return None
-        content = [
-            self._token_logprobs(token, top)
-            for part in parts
-            for token, top in zip(part.token_ids, part.logprobs or (), strict=True)
-        ]
-        return {"content": content, "refusal": None}
-
-    def _token_logprobs(self, token_id: int, top: TokenLogprobs) -> Json:
-        ranked = sorted(top.values(), key=lambda entry: entry.rank)[: self._top_logprobs]
-        return {
-            **_token(top[token_id].decoded_token, top[token_id].logprob),
-            "top_logprobs": [_token(entry.decoded_token, entry.logprob) for entry in ranked],
-        }
-
-
-def _token(text: str, logprob: float) -> Json:
-    """A token's entry; the bytes of one that is only part of a character are not known from its text."""
-    is_partial = "\N{REPLACEMENT CHARACTER}" in text
-    # JSON knows no infinity; OpenAI's floor for "impossible" is -9999.
-    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": None if is_partial else list(text.encode())}
+        return {**self._head(self.CHUNK, lora), "choices": [choice], **usage}

@@ -1,6 +1,7 @@
 """The routes of the HTTP server."""
 
 from fastapi import APIRouter, Depends, FastAPI, Request
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -9,11 +10,13 @@ from mmlora.async_llm import AsyncLLM
 from mmlora.errors import MMLoRAError
 from mmlora.server.adapter_updates import adapter_routes
 from mmlora.server.chat import ChatService
+from mmlora.server.chat_protocol import ChatCompletionRequest
+from mmlora.server.completion_protocol import CompletionRequest
+from mmlora.server.completions import CompletionService
 from mmlora.server.errors import Refusal, error_response
 from mmlora.server.json_answer import JSONAnswer
 from mmlora.server.limits import check_api_key
 from mmlora.server.models import ServedModels
-from mmlora.server.protocol import ChatCompletionRequest
 from mmlora.server.status import add_ready_route, version_routes
 from mmlora.server.tokens import token_routes
 
@@ -39,19 +42,21 @@ def build_app(
         allow_lora_updates: whether clients may load and unload adapters.
     """
     app = FastAPI(title="mmlora", docs_url=None, redoc_url=None)
-    service = ChatService(llm, models, max_request_bytes)
+    chat = ChatService(llm, models, max_request_bytes)
+    completion = CompletionService(llm, models, max_request_bytes)
 
     def authorize(request: Request) -> None:
         check_api_key(request, api_key)
 
     api = APIRouter(prefix="/v1", dependencies=[Depends(authorize)])
 
-    @api.post("/chat/completions", openapi_extra=_body_schema())
+    @api.post("/chat/completions", openapi_extra=_body_schema(ChatCompletionRequest))
     async def chat_completions(request: Request) -> Response:
-        try:
-            return await service.respond(request)
-        except ClientDisconnect:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        return await chat.respond(request)
+
+    @api.post("/completions", openapi_extra=_body_schema(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        return await completion.respond(request)
 
     @api.get("/models")
     async def list_models() -> JSONAnswer:
@@ -95,6 +100,6 @@ def _add_error_handlers(app: FastAPI) -> None:
         return error_response(error)
 
 
-def _body_schema() -> dict[str, object]:
-    schema = ChatCompletionRequest.model_json_schema()
+def _body_schema(body: type[BaseModel]) -> dict[str, object]:
+    schema = body.model_json_schema()
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -10,10 +10,11 @@ from mmlora.async_llm import AsyncLLM
 from mmlora.chat import MODALITIES, load_chat_template, render_chat
 from mmlora.inputs import encode_text
 from mmlora.server.bodies import Body, body_schema, parse_body
+from mmlora.server.chat_protocol import check_message
 from mmlora.server.json_answer import JSONAnswer
 from mmlora.server.limits import read_body
 from mmlora.server.models import ServedModels
-from mmlora.server.protocol import FieldError, check_message, shorten
+from mmlora.server.protocol import FieldError, shorten
 
 
 class TokenizeBody(Body):

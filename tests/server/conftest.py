@@ -23,6 +23,7 @@ from PIL import Image
 
 from mmlora.async_llm import AsyncLLM
 from mmlora.config import EngineArgs
+from mmlora.outputs import RequestOutput
 from mmlora.server.api import build_app
 from mmlora.server.launch import load_served_models
 from mmlora.server.models import LoRAModule
@@ -116,6 +117,28 @@ def png() -> bytes:
     pixels = np.random.default_rng(0).integers(0, 255, (42, 42, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+@pytest.fixture
+def aborted(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> list[RequestOutput]:
+    """The terminal outputs of the requests that the engine was told to abort."""
+    outputs: list[RequestOutput] = []
+    abort = server.llm.engine.abort_request
+
+    def record(request_id: str, **options: Any) -> RequestOutput | None:
+        output = abort(request_id, **options)
+        outputs.extend([output] if output else [])
+        return output
+
+    monkeypatch.setattr(server.llm.engine, "abort_request", record)
+    return outputs
+
+
+def wait_until_idle(server: RunningServer) -> None:
+    deadline = time.monotonic() + 60
+    while server.llm.engine.has_unfinished_requests:
+        assert time.monotonic() < deadline, "the request still runs"
+        time.sleep(0.005)
 
 
 def text_part(text: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from openai.types.chat import ChatCompletionChunk
 
 from mmlora.errors import MMLoRAError
 from mmlora.outputs import RequestOutput
-from tests.server.conftest import RunningServer, ServerFactory, input_audio_part, text_part
+from tests.server.conftest import RunningServer, ServerFactory, input_audio_part, text_part, wait_until_idle
 
 LONG = {"max_tokens": 480, "extra_body": {"ignore_eos": True}}
 
@@ -33,28 +33,6 @@ def stream(server: RunningServer, content: Any, **options: Any) -> list[ChatComp
                 **{"temperature": 0, "max_tokens": 12, **options},
             )
         )
-
-
-@pytest.fixture
-def aborted(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> list[RequestOutput]:
-    """The terminal outputs of the requests that the engine was told to abort."""
-    outputs: list[RequestOutput] = []
-    abort = server.llm.engine.abort_request
-
-    def record(request_id: str, **options: Any) -> RequestOutput | None:
-        output = abort(request_id, **options)
-        outputs.extend([output] if output else [])
-        return output
-
-    monkeypatch.setattr(server.llm.engine, "abort_request", record)
-    return outputs
-
-
-def wait_until_idle(server: RunningServer) -> None:
-    deadline = time.monotonic() + 60
-    while server.llm.engine.has_unfinished_requests:
-        assert time.monotonic() < deadline, "the request still runs"
-        time.sleep(0.005)
 
 
 def test_stream_joins_to_the_whole_answer(server: RunningServer, wav: bytes) -> None:

@@ -1,0 +1,67 @@
+"""`ChatAnswer`: OpenAI's chat completion, whole or in chunks."""
+
+from collections.abc import Iterable
+
+from mmlora.outputs import CompletionOutput, RequestOutput, TokenLogprobs
+from mmlora.server.answers import Answer, Json, finite
+
+
+class ChatAnswer(Answer):
+    """One chat completion in the making.
+
+    Args:
+        request_id: the answer's id.
+        model: what the client asked for.
+        top_logprobs: alternatives to report at each token; None for no log probabilities.
+    """
+
+    WHOLE = "chat.completion"
+    CHUNK = "chat.completion.chunk"
+
+    def __init__(self, request_id: str, model: str, top_logprobs: int | None) -> None:
+        super().__init__(request_id, model)
+        self._top_logprobs = top_logprobs
+
+    def _choice(self, last: RequestOutput, parts: list[CompletionOutput]) -> Json:
+        return {
+            "index": parts[-1].index,
+            "message": {"role": "assistant", "content": "".join(part.text for part in parts), "refusal": None},
+            "logprobs": self._logprobs(parts),
+            "finish_reason": parts[-1].finish_reason,
+            "stop_reason": parts[-1].stop_reason,
+        }
+
+    def _opening(self, output: RequestOutput) -> Json:
+        return {"delta": {"role": "assistant", "content": ""}}
+
+    def _news(self, output: RequestOutput, completion: CompletionOutput) -> Json | None:
+        logprobs = self._logprobs([completion])
+        if completion.text or (logprobs and logprobs["content"]):
+            return {"delta": {"content": completion.text}, "logprobs": logprobs}
+        return None
+
+    def _closing(self, completion: CompletionOutput) -> Json:
+        return {"delta": {}, "finish_reason": completion.finish_reason, "stop_reason": completion.stop_reason}
+
+    def _logprobs(self, parts: Iterable[CompletionOutput]) -> Json | None:
+        if self._top_logprobs is None:
+            return None
+        content = [
+            self._token_logprobs(token, top)
+            for part in parts
+            for token, top in zip(part.token_ids, part.logprobs or (), strict=True)
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token_logprobs(self, token_id: int, top: TokenLogprobs) -> Json:
+        ranked = sorted(top.values(), key=lambda entry: entry.rank)[: self._top_logprobs]
+        return {
+            **_token(top[token_id].decoded_token, top[token_id].logprob),
+            "top_logprobs": [_token(entry.decoded_token, entry.logprob) for entry in ranked],
+        }
+
+
+def _token(text: str, logprob: float) -> Json:
+    """A token's entry; the bytes of one that is only part of a character are not known from its text."""
+    is_partial = "\N{REPLACEMENT CHARACTER}" in text
+    return {"token": text, "logprob": finite(logprob), "bytes": None if is_partial else list(text.encode())}

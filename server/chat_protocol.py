@@ -1,0 +1,93 @@
+"""The body of `POST /v1/chat/completions`: parsed, checked, and turned into sampling options.
+
+What `messages` may hold beyond roles and fields is `mmlora.chat`'s matter.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field
+
+from mmlora.server.protocol import FieldError, GenerationRequest, shorten
+
+ROLES = ("system", "developer", "user", "assistant")
+MESSAGE_FIELDS = frozenset({"role", "content", "name", "refusal"})
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """The fields of a chat completion that this server reads."""
+
+    NEUTRAL_VALUES = {
+        "audio": (None,),
+        "function_call": (None, "none"),
+        "functions": (None, []),
+        "modalities": (None, ["text"]),
+        "prediction": (None,),
+        "reasoning_effort": (None,),
+        "response_format": (None, {"type": "text"}),
+        "tool_choice": (None, "none", "auto"),
+        "tools": (None, []),
+        "verbosity": (None,),
+        "web_search_options": (None,),
+    }
+
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def sampling_options(self) -> dict[str, Any]:
+        """The fields of `SamplingParams` that the request sets.
+
+        Raises:
+            FieldError: two fields contradict each other.
+        """
+        limits = {"max_tokens": self._answer_limit(), "logprobs": self._num_logprobs()}
+        return {**self.given_sampling_options(), **limits}
+
+    def _answer_limit(self) -> int | None:
+        limits = {limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None}
+        if len(limits) > 1:
+            raise FieldError(
+                f"max_tokens={self.max_tokens} and max_completion_tokens={self.max_completion_tokens} differ; "
+                "give one of them",
+                "max_completion_tokens",
+            )
+        return limits.pop() if limits else None
+
+    def _num_logprobs(self) -> int | None:
+        if self.logprobs:
+            return self.top_logprobs or 0
+        if self.top_logprobs:
+            raise FieldError(f"top_logprobs={self.top_logprobs} needs logprobs=true", "top_logprobs")
+        return None
+
+
+def parse_chat_request(body: bytes) -> ChatCompletionRequest:
+    """Read a request body.
+
+    Raises:
+        FieldError: the body is not JSON, a field has the wrong type, or is not supported.
+    """
+    request = ChatCompletionRequest.parse(body)
+    for index, message in enumerate(request.messages):
+        check_message(message, f"messages[{index}]")
+    return request
+
+
+def check_message(message: Mapping[str, Any], name: str) -> None:
+    """Refuse a message with an unknown role, without content, or with fields that would change the answer.
+
+    Raises:
+        FieldError: naming the message and what is wrong with it.
+    """
+    role = message.get("role")
+    if role not in ROLES:
+        raise FieldError(f"{name}.role={shorten(role, json.dumps)} must be one of {', '.join(ROLES)}", "messages")
+    for field, value in message.items():
+        if field not in MESSAGE_FIELDS and value not in (None, []):
+            raise FieldError(f"{name} has the field {shorten(field)}, which this server does not support", "messages")
+    if message.get("content") in (None, []) and role != "assistant":
+        raise FieldError(f"{name}.content is missing or empty; it must be text or a list of parts", "messages")

@@ -1,0 +1,121 @@
+"""`CompletionService`: one completion, of one prompt or several, from its body to its answer, whole or streamed."""
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mmlora.async_llm import AsyncLLM
+from mmlora.errors import EngineDeadError, MMLoRAError
+from mmlora.inputs import encode_text
+from mmlora.processors.fetch import load_urls
+from mmlora.sampling_params import SamplingParams
+from mmlora.sequence import EngineInput
+from mmlora.server.answers import raise_failure
+from mmlora.server.completion_answers import CompletionAnswer
+from mmlora.server.completion_protocol import CompletionRequest, TextOrTokens, parse_completion_request
+from mmlora.server.errors import Refusal, error_body, status_of
+from mmlora.server.limits import read_body
+from mmlora.server.merge import merge
+from mmlora.server.models import ServedModels
+from mmlora.server.streaming import Outputs, adapter_faults, close, respond_with
+
+
+class CompletionService:
+    """Answers completions.
+
+    Args:
+        llm: the engine.
+        models: the names that clients may ask for.
+        max_request_bytes: the largest body.
+    """
+
+    def __init__(self, llm: AsyncLLM, models: ServedModels, max_request_bytes: int) -> None:
+        self._llm = llm
+        self._models = models
+        self._max_request_bytes = max_request_bytes
+
+    async def respond(self, request: Request) -> Response:
+        """Serve one HTTP request; when the client leaves, the work stops, of all its prompts.
+
+        Raises:
+            MMLoRAError: the request cannot be served, or failed before the answer began.
+        """
+        body = await read_body(request, self._max_request_bytes)
+        asked = await self._llm.run_in_pool(parse_completion_request, body)
+        model = asked.model or self._models.base_name
+        answer = CompletionAnswer(f"cmpl-{uuid.uuid4().hex}", model, asked, self._llm.tokenizer)
+        outputs = self._generate(asked, answer)
+        return await respond_with(
+            request, answer, outputs, is_stream=bool(asked.stream), include_usage=asked.include_usage
+        )
+
+    async def _generate(self, asked: CompletionRequest, answer: CompletionAnswer) -> Outputs:
+        params: SamplingParams = self._llm.engine.default_sampling_params(**asked.sampling_options())
+        lora_request = await self._models.find(asked.model, asked.lora)
+        prompts = asked.prompts
+        ready = []
+        for index, (prompt, request_id) in enumerate(zip(prompts, answer.request_ids, strict=True)):
+            with _naming_prompt(index, len(prompts)), adapter_faults(self._models, asked.model, asked.lora):
+                fields = await self._llm.run_in_pool(self._load, asked, prompt)
+                ready.append(await self._llm.prepare(fields, params, request_id, lora_request))
+        followed = [self._follow(request, answer, asked, index) for index, request in enumerate(ready)]
+        outputs = merge(followed)
+        try:
+            async for output in outputs:
+                yield output
+        finally:
+            await close(outputs)
+
+    async def _follow(
+        self, ready: EngineInput, answer: CompletionAnswer, asked: CompletionRequest, index: int
+    ) -> Outputs:
+        """The deltas of one prompt."""
+        outputs, is_first = self._llm.run(ready), True
+        try:
+            with _naming_prompt(index, len(asked.prompts)), adapter_faults(self._models, asked.model, asked.lora):
+                async for output in outputs:
+                    raise_failure(output)
+                    if is_first:
+                        await self._llm.run_in_pool(answer.begin, output)
+                        is_first = False
+                    yield output
+        finally:
+            await close(outputs)
+
+    def _load(self, asked: CompletionRequest, prompt: TextOrTokens) -> dict[str, Any]:
+        """A prompt as the engine takes it, its media decoded."""
+        engine = self._llm.engine
+        processor = engine.parts.inputs.processor
+        modalities = processor.modalities if processor is not None else ()
+        media = load_urls(asked.multi_modal_data or {}, modalities, engine.args.limit_mm_per_prompt)
+        fields: dict[str, Any] = {"multi_modal_data": media, "mm_processor_kwargs": asked.mm_processor_kwargs}
+        if not isinstance(prompt, str):
+            return {**fields, "prompt_token_ids": prompt}
+        if asked.add_special_tokens is False:
+            text = processor.normalize(prompt) if processor is not None else prompt
+            ids = encode_text(engine.tokenizer, text, engine.max_model_len, add_special_tokens=False)
+            fields["prompt_token_ids"] = ids
+        return {**fields, "prompt": prompt}
+
+
+@contextmanager
+def _naming_prompt(index: int, num_prompts: int) -> Iterator[None]:
+    """Say which of several prompts an error is about.
+
+    Raises:
+        Refusal: in place of the error, with its status and what clients are told of it.
+    """
+    try:
+        yield
+    except EngineDeadError:  # about all of them
+        raise
+    except MMLoRAError as error:
+        if num_prompts == 1:
+            raise
+        told = error_body(error)["error"]
+        message = f"prompt[{index}]: {told['message']}"
+        raise Refusal(status_of(error), message, param=told["param"], code=told["code"]) from error
