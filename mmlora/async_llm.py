@@ -6,6 +6,7 @@ import itertools
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final, TypeVar
@@ -19,6 +20,7 @@ from mmlora.inputs import Prompt
 from mmlora.lora.info import LoRAInfo
 from mmlora.lora.request import LoRARequest
 from mmlora.outputs import RequestOutput
+from mmlora.request_record import OPEN_RECORDS, RequestHistograms, RequestRecord
 from mmlora.sampling_params import SamplingParams
 from mmlora.sequence import EngineInput
 from mmlora.stream import Stream
@@ -32,6 +34,10 @@ NUM_LOADERS: Final = 16  # many of them only wait: for a load that another one d
 class AsyncLLM:
     """Serve concurrent requests from an event loop.
 
+    Attributes:
+        engine: the engine; see `engine.metrics`.
+        histograms: latencies and lengths of the requests.
+
     Args:
         args: every option of the engine.
         num_workers: threads that tokenize and decode media; adapters are loaded in others.
@@ -42,6 +48,7 @@ class AsyncLLM:
 
     def __init__(self, args: EngineArgs, *, num_workers: int = 4) -> None:
         self.engine = LLMEngine(args)
+        self.histograms = RequestHistograms()
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="mmlora-input")
         self._loaders = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="mmlora-loader")
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -102,13 +109,18 @@ class AsyncLLM:
             EngineDeadError: the engine has stopped.
         """
         request_id = f"request-{next(self._ids)}" if request_id is None else request_id
-        stream = Stream()
+        record = RequestRecord(request_id, time.monotonic())
+        records = OPEN_RECORDS.get()
+        if records is not None:
+            records.append(record)
+        stream = Stream(functools.partial(self.histograms.take, record))
         self._preparing[stream] = request_id
         try:
             process = functools.partial(self.engine.process_input, request_id, prompt, sampling_params, lora_request)
             ready = await self.run_in_pool(process, is_load=self._must_load(lora_request))
         finally:
             del self._preparing[stream]
+        record.queue(ready, time.monotonic())
         self._send(lambda: self._add(ready, stream))
         if stream.is_aborted:
             self._send(lambda: self._abort(request_id, stream), or_ignore=True)
