@@ -12,6 +12,7 @@ from mmlora.server.errors import Refusal, error_response
 from mmlora.server.json_answer import JSONAnswer
 from mmlora.server.limits import check_api_key
 from mmlora.server.models import ServedModels
+from mmlora.server.prometheus import add_metrics
 from mmlora.server.protocol import ChatCompletionRequest
 
 DEFAULT_MAX_REQUEST_BYTES = 128 * 2**20
@@ -24,6 +25,7 @@ def build_app(
     *,
     api_key: str | None = None,
     max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES,
+    log_requests: bool = False,
 ) -> FastAPI:
     """Build the application around a running engine.
 
@@ -32,6 +34,7 @@ def build_app(
         models: the names that clients may ask for.
         api_key: what clients must send as bearer token; None lets everyone in.
         max_request_bytes: the largest body of a request.
+        log_requests: access lines hold prompts and the hashes of media.
     """
     app = FastAPI(title="mmlora", docs_url=None, redoc_url=None)
     service = ChatService(llm, models, max_request_bytes)
@@ -61,6 +64,7 @@ def build_app(
         return JSONAnswer({"status": "ok"}) if llm.is_alive else JSONAnswer({"status": "dead"}, status_code=503)
 
     app.include_router(api)
+    add_metrics(app, llm, [Depends(authorize)], log_requests=log_requests)
     _add_error_handlers(app)
     return app
 
