@@ -6,6 +6,7 @@ import itertools
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
@@ -20,6 +21,7 @@ from mmlora.inputs import Prompt
 from mmlora.lora.info import LoRAInfo
 from mmlora.lora.request import LoRARequest
 from mmlora.outputs import RequestOutput
+from mmlora.request_record import OPEN_RECORDS, ReadyRequest, RequestHistograms, RequestRecord
 from mmlora.sampling_params import SamplingParams
 from mmlora.sequence import EngineInput
 from mmlora.stream import Stream
@@ -33,6 +35,10 @@ NUM_LOADERS: Final = 16  # many of them only wait: for a load that another one d
 class AsyncLLM:
     """Serve concurrent requests from an event loop.
 
+    Attributes:
+        engine: the engine; see `engine.metrics`.
+        histograms: latencies and lengths of the requests.
+
     Args:
         args: every option of the engine.
         num_workers: threads that tokenize and decode media; adapters are loaded in others.
@@ -43,6 +49,7 @@ class AsyncLLM:
 
     def __init__(self, args: EngineArgs, *, num_workers: int = 4) -> None:
         self.engine = LLMEngine(args)
+        self.histograms = RequestHistograms()
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="mmlora-input")
         self._loaders = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="mmlora-loader")
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -110,40 +117,43 @@ class AsyncLLM:
             RequestError: the request cannot be served.
             EngineDeadError: the engine has stopped.
         """
-        request_id = f"request-{next(self._ids)}" if request_id is None else request_id
-        stream = Stream()
-        self._preparing[stream] = request_id
-        try:
-            ready = await self.prepare(prompt, sampling_params, request_id, lora_request)
-        finally:
-            del self._preparing[stream]
-        async with aclosing(self._run(ready, stream)) as outputs:
+        ready = await self.prepare(prompt, sampling_params, request_id, lora_request)
+        async with aclosing(self.run(ready)) as outputs:
             async for output in outputs:
                 yield output
 
     async def prepare(
         self,
         prompt: Prompt,
-        sampling_params: SamplingParams | None,
-        request_id: str,
-        lora_request: LoRARequest | object | None,
-    ) -> EngineInput:
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        lora_request: LoRARequest | object | None = None,
+    ) -> ReadyRequest:
         """Make a request ready for `run`, so that several can be checked before any is started; nothing is queued.
 
         Raises:
             RequestError: the request cannot be served.
             EngineDeadError: the engine has stopped.
         """
+        request_id = f"request-{next(self._ids)}" if request_id is None else request_id
+        record = RequestRecord(request_id, time.monotonic())
+        records = OPEN_RECORDS.get()
+        if records is not None:
+            records.append(record)
+        stream = Stream(functools.partial(self.histograms.take, record))
         process = functools.partial(self.engine.process_input, request_id, prompt, sampling_params, lora_request)
-        return await self.run_in_pool(process, is_load=self._must_load(lora_request))
+        self._preparing[stream] = request_id
+        try:
+            ready = await self.run_in_pool(process, is_load=self._must_load(lora_request))
+        finally:
+            del self._preparing[stream]
+        return ReadyRequest(ready, stream, record)
 
-    def run(self, ready: EngineInput) -> AsyncGenerator[RequestOutput, None]:
+    async def run(self, ready: ReadyRequest) -> AsyncGenerator[RequestOutput, None]:
         """Complete what `prepare` made ready, as `generate` does."""
-        return self._run(ready, Stream())
-
-    async def _run(self, ready: EngineInput, stream: Stream) -> AsyncGenerator[RequestOutput, None]:
-        request_id = ready.request_id
-        self._send(lambda: self._add(ready, stream))
+        request_id, stream = ready.input.request_id, ready.stream
+        ready.record.queue(ready.input, time.monotonic())
+        self._send(lambda: self._add(ready.input, stream))
         if stream.is_aborted:
             self._send(lambda: self._abort(request_id, stream), or_ignore=True)
         is_finished = False

@@ -28,6 +28,10 @@ class BlockManager:
         """Blocks that no sequence holds; some of them still serve as cache."""
         return len(self._free)
 
+    def is_prefix_sought(self, seq: Sequence) -> bool:
+        """Whether the cache is asked for the first tokens of a sequence."""
+        return self.enable_prefix_caching and not seq.wants_prompt_logprobs
+
     def match_prefix(self, seq: Sequence) -> int:
         """Give a sequence without blocks the longest cached prefix of its tokens.
 
@@ -36,7 +40,7 @@ class BlockManager:
         Returns:
             The number of tokens whose KV is reused; a multiple of the block size.
         """
-        if not self.enable_prefix_caching or seq.wants_prompt_logprobs:
+        if not self.is_prefix_sought(seq):
             return 0
         for index in range((len(seq.token_ids) - 1) // self.block_size):
             block = self._block_of.get(self._block_hash(seq, index))

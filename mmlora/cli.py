@@ -25,6 +25,7 @@ from mmlora.model_loader import CONFIG_FILES, load_meta_model, resolve_model_pat
 from mmlora.model_table import as_text, model_rows
 from mmlora.printable import one_line
 from mmlora.server.launch import ServerArgs, serve
+from mmlora.server.logs import TEXT_FORMAT, configure_logging
 from mmlora.server.models import LoRAModule
 
 ASSISTANT_NAME = "assistant"
@@ -51,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _build_parser()
     options = vars(parser.parse_args(arguments))
     command, run = options.pop("command"), options.pop("run")
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    if run is not _serve:
+        logging.basicConfig(format=TEXT_FORMAT, level=logging.WARNING)
     try:
         return run(**options)  # type: ignore[no-any-return]
     except MMLoRAError as error:
@@ -62,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(**options: Any) -> int:
-    serve(*parse_options(options, os.environ))
+    engine_args, server_args = parse_options(options, os.environ)
+    configure_logging(server_args.log_format, server_args.uvicorn_log_level)
+    serve(engine_args, server_args)
     return 0
 
 

@@ -211,7 +211,10 @@ class LLMEngine:
         scheduled = [item for item in scheduled if item.seq.status is Status.RUNNING]  # siblings of those that failed
         now = time.monotonic()
         for item in scheduled:
-            item.seq.request.scheduled_s = item.seq.request.scheduled_s or now
+            if item.seq.request.scheduled_s is None:
+                item.seq.request.scheduled_s = now
+                is_prefix_sought = self.parts.block_manager.is_prefix_sought(item.seq)
+                self._counters.begin(item.seq.request, is_prefix_sought=is_prefix_sought)
         if scheduled:
             touched += self._run(scheduled)
         return list(dict.fromkeys(touched))
@@ -253,6 +256,7 @@ class LLMEngine:
             for sibling in request.sequences[1:]:
                 self.scheduler.add(sibling)
         seq.token_ids.append(token_id)
+        self._counters.num_output_tokens += 1
         if sampled.top is not None:
             seq.logprobs.append(sampled.top)
             seq.cumulative_logprob += sampled.logprob or 0.0

@@ -63,6 +63,7 @@ class EngineParts:
     slots: LoRASlots | None
     lora: LoRAManager | None
     defaults: dict[str, tuple[LoRARequest, Adapter]]
+    default_load_s: dict[str, float]  # by adapter name
     stop_ids: frozenset[int]
     long_length: int | None  # of a sequence, beyond which longrope changes its factors
     sampling_defaults: dict[str, Any]
@@ -115,12 +116,14 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
     towers = get_towers(model)
     check_decoder(model, towers, *kv_shape(config), max_model_len)
     long_length = replace_longrope(model)
-    store, slots, lora, defaults = None, None, None, {}
+    store, slots, lora, defaults, default_load_s = None, None, None, {}, {}
     if args.enable_lora:
         index = ModuleIndex(model, towers.part_of if towers is not None else None, get_key_mapping(path))
         load = _adapter_loader(args, index, dtype)
         registry = AdapterRegistry(args.lora_registry) if args.lora_registry is not None else None
-        defaults = _load_defaults(default_paths, AdapterStore(load), path)
+        default_store = AdapterStore(load)
+        defaults = _load_defaults(default_paths, default_store, path)
+        default_load_s = {entry.name: entry.load_s for entry in default_store.entries}
         store = AdapterStore(
             load, max_cpu_loras=args.num_host_loras, max_pinned=args.max_pinned_loras, registry=registry
         )
@@ -159,6 +162,7 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
         slots=slots,
         lora=lora,
         defaults=defaults,
+        default_load_s=default_load_s,
         stop_ids=stop_ids,
         long_length=long_length,
         sampling_defaults=sampling_defaults,

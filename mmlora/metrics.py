@@ -1,18 +1,22 @@
 """`EngineMetrics`: what the engine counts, as plain numbers. How they are exported is the server's business."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from mmlora.engine_parts import EngineParts
-from mmlora.lora.adapter import Adapter
+from mmlora.lora.adapter import AdapterIdentity
 from mmlora.lora.manager import LoRAManager
+from mmlora.lora.mix import LoRAMix
 from mmlora.sequence import EngineInput, Request, Status
 
 
 @dataclass(frozen=True)
 class AdapterMetrics:
-    """One adapter: how many requests run and wait with any version of it, where it is, and its loads so far."""
+    """One adapter: how many requests run and wait with any version of it, where it is, and its loads so far.
+
+    A `LoRAMix` is here, too, while requests ask for it.
+    """
 
     name: str
     is_default: bool
@@ -22,6 +26,7 @@ class AdapterMetrics:
     is_on_device: bool
     num_loads: int
     load_s: float
+    is_mix: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,10 @@ class EngineMetrics:
         adapters: by name, defaults after those that were added.
         total_requests: by the reason of the adapter choice, such as `explicit` or `default:audio`.
         total_finished: answers by finish reason.
-        total_cached_tokens: prompt tokens of ended requests that the prefix cache held.
+        total_prompt_tokens: of requests that have begun.
+        total_prefix_queries: those of them that were looked for in the prefix cache.
+        total_cached_tokens: those of them that it held.
+        max_loras: slots; 0 without adapters.
         total_encoder_hits, total_encoder_misses: media items found in the encoder cache, or encoded.
         num_host_adapter_bytes: all adapter versions that anybody holds, defaults included.
     """
@@ -43,6 +51,7 @@ class EngineMetrics:
     total_requests: Mapping[str, int]
     total_finished: Mapping[str, int]
     total_prompt_tokens: int
+    total_prefix_queries: int
     total_cached_tokens: int
     total_output_tokens: int
     total_preemptions: int
@@ -51,6 +60,7 @@ class EngineMetrics:
     total_encoder_hits: int
     total_encoder_misses: int
     num_encoder_cache_bytes: int
+    max_loras: int
     num_host_adapter_bytes: int
     num_device_adapter_bytes: int
     total_adapter_loads: int
@@ -65,6 +75,7 @@ class RequestCounters:
     reasons: Counter[str] = field(default_factory=Counter)
     finished: Counter[str] = field(default_factory=Counter)
     num_prompt_tokens: int = 0
+    num_prefix_queries: int = 0
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
 
@@ -72,13 +83,17 @@ class RequestCounters:
         """Count a request that was queued."""
         self.reasons[request.lora.reason] += 1
 
+    def begin(self, request: Request, *, is_prefix_sought: bool) -> None:
+        """Count a request that is scheduled for the first time."""
+        num_tokens = len(request.input.prompt_token_ids)
+        self.num_prompt_tokens += num_tokens
+        self.num_prefix_queries += num_tokens if is_prefix_sought else 0
+        self.num_cached_tokens += request.num_cached_tokens or 0
+
     def finish(self, request: Request) -> None:
         """Count a request that ended."""
-        self.num_prompt_tokens += len(request.input.prompt_token_ids)
-        self.num_cached_tokens += request.num_cached_tokens or 0
         for seq in request.sequences:
             self.finished[seq.finish_reason or "none"] += 1
-            self.num_output_tokens += seq.num_output_tokens
 
 
 def measure(parts: EngineParts, counters: RequestCounters, requests: Iterable[Request]) -> EngineMetrics:
@@ -103,6 +118,7 @@ def measure(parts: EngineParts, counters: RequestCounters, requests: Iterable[Re
         total_requests=dict(counters.reasons),
         total_finished=dict(counters.finished),
         total_prompt_tokens=counters.num_prompt_tokens,
+        total_prefix_queries=counters.num_prefix_queries,
         total_cached_tokens=counters.num_cached_tokens,
         total_output_tokens=counters.num_output_tokens,
         total_preemptions=parts.scheduler.num_preemptions,
@@ -111,6 +127,7 @@ def measure(parts: EngineParts, counters: RequestCounters, requests: Iterable[Re
         total_encoder_hits=encoder.num_hits if encoder is not None else 0,
         total_encoder_misses=encoder.num_encoded if encoder is not None else 0,
         num_encoder_cache_bytes=encoder.num_bytes if encoder is not None else 0,
+        max_loras=parts.slots.max_loras if parts.slots is not None else 0,
         num_host_adapter_bytes=lora.num_host_bytes if lora is not None else 0,
         num_device_adapter_bytes=lora.num_device_bytes if lora is not None else 0,
         total_adapter_loads=num_loads,
@@ -123,21 +140,26 @@ def _adapters(
     parts: EngineParts, lora: LoRAManager, running: list[Request], waiting: list[Request]
 ) -> Iterator[AdapterMetrics]:
     defaults = {adapter.identity: adapter for _, adapter in parts.defaults.values()}
-    num_running, num_waiting = (
-        Counter((adapter.name, adapter.identity in defaults) for adapter in _adapters_of(requests))
-        for requests in (running, waiting)
-    )
+    num_running, num_waiting = (Counter(_kinds_of(requests, defaults)) for requests in (running, waiting))
     infos = {info.name: info for info in lora.infos()}
-    names = dict.fromkeys([*infos, *(name for name, is_default in num_running + num_waiting if not is_default)])
-    for name in names:  # what was removed and still runs is among them
-        key, info = (name, False), infos.get(name)
+    asked = [(name, is_mix) for name, is_default, is_mix in num_running + num_waiting if not is_default]
+    for name, is_mix in dict.fromkeys([*((name, False) for name in infos), *asked]):
+        key = (name, False, is_mix)  # what was removed and still runs is among them
+        info = None if is_mix else infos.get(name)
         is_on_host, is_on_device = (info.is_on_host, info.is_on_device) if info else (False, False)
         num_loads, load_s = (info.num_loads, info.load_s) if info else (0, 0.0)
-        yield AdapterMetrics(*key, num_running[key], num_waiting[key], is_on_host, is_on_device, num_loads, load_s)
+        counts = num_running[key], num_waiting[key]
+        yield AdapterMetrics(name, False, *counts, is_on_host, is_on_device, num_loads, load_s, is_mix)
     for adapter in defaults.values():
-        key = adapter.name, True
-        yield AdapterMetrics(*key, num_running[key], num_waiting[key], True, lora.is_on_device(adapter), 1, 0.0)
+        key = adapter.name, True, False
+        counts = num_running[key], num_waiting[key]
+        load_s = parts.default_load_s[adapter.name]
+        yield AdapterMetrics(adapter.name, True, *counts, True, lora.is_on_device(adapter), 1, load_s)
 
 
-def _adapters_of(requests: list[Request]) -> list[Adapter]:
-    return [request.input.adapter for request in requests if request.input.adapter is not None]
+def _kinds_of(requests: list[Request], defaults: Container[AdapterIdentity]) -> Iterator[tuple[str, bool, bool]]:
+    """For each request with an adapter its name, whether it is a default, and whether it is a mix."""
+    for request in requests:
+        adapter = request.input.adapter
+        if adapter is not None:
+            yield adapter.name, adapter.identity in defaults, isinstance(request.input.lora_request, LoRAMix)

@@ -55,4 +55,5 @@ def _metrics(request: Request) -> RequestMetrics:
         queue_s=scheduled_s - request.arrival_s,
         prefill_s=max(0.0, first_token_s - scheduled_s),
         decode_s=now - first_token_s,
+        arrival_s=request.arrival_s,
     )

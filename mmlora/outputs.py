@@ -47,11 +47,15 @@ class LoRAChoice:
 
 @dataclass
 class RequestMetrics:
-    """Seconds spent waiting, until the first token, and from there to the last."""
+    """Seconds spent waiting, until the first token, and from there to the last.
+
+    `arrival_s` is when the engine took the request, on the monotonic clock.
+    """
 
     queue_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    arrival_s: float = 0.0
 
 
 @dataclass

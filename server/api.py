@@ -17,6 +17,7 @@ from mmlora.server.errors import Refusal, error_response
 from mmlora.server.json_answer import JSONAnswer
 from mmlora.server.limits import check_api_key
 from mmlora.server.models import ServedModels
+from mmlora.server.prometheus import add_metrics
 from mmlora.server.status import add_ready_route, version_routes
 from mmlora.server.tokens import token_routes
 
@@ -31,6 +32,7 @@ def build_app(
     api_key: str | None = None,
     max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES,
     allow_lora_updates: bool = False,
+    log_requests: bool = False,
 ) -> FastAPI:
     """Build the application around a running engine.
 
@@ -40,6 +42,7 @@ def build_app(
         api_key: what clients must send as bearer token; None lets everyone in.
         max_request_bytes: the largest body of a request.
         allow_lora_updates: whether clients may load and unload adapters.
+        log_requests: access lines hold prompts and the hashes of media.
     """
     app = FastAPI(title="mmlora", docs_url=None, redoc_url=None)
     chat = ChatService(llm, models, max_request_bytes)
@@ -75,6 +78,7 @@ def build_app(
     app.include_router(token_routes(llm, models, max_request_bytes), dependencies=api.dependencies)
     app.include_router(version_routes(), dependencies=api.dependencies)
     add_ready_route(app, llm)
+    add_metrics(app, llm, [Depends(authorize)], log_requests=log_requests)
     _add_error_handlers(app)
     return app
 

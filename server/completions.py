@@ -12,8 +12,8 @@ from mmlora.async_llm import AsyncLLM
 from mmlora.errors import EngineDeadError, MMLoRAError
 from mmlora.inputs import encode_text
 from mmlora.processors.fetch import load_urls
+from mmlora.request_record import ReadyRequest
 from mmlora.sampling_params import SamplingParams
-from mmlora.sequence import EngineInput
 from mmlora.server.answers import raise_failure
 from mmlora.server.completion_answers import CompletionAnswer
 from mmlora.server.completion_protocol import CompletionRequest, TextOrTokens, parse_completion_request
@@ -71,7 +71,7 @@ class CompletionService:
             await close(outputs)
 
     async def _follow(
-        self, ready: EngineInput, answer: CompletionAnswer, asked: CompletionRequest, index: int
+        self, ready: ReadyRequest, answer: CompletionAnswer, asked: CompletionRequest, index: int
     ) -> Outputs:
         """The deltas of one prompt."""
         outputs, is_first = self._llm.run(ready), True

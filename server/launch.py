@@ -15,6 +15,7 @@ from mmlora.lora.adapter import AdapterReport
 from mmlora.lora.info import LoRAInfo
 from mmlora.lora.request import LoRARequest
 from mmlora.server.api import DEFAULT_MAX_REQUEST_BYTES, build_app
+from mmlora.server.logs import LOG_FORMATS
 from mmlora.server.models import LoRAModule, ServedModels
 from mmlora.server.resolved import ALLOW_VARIABLE, start_resolution
 from mmlora.server.served_adapter import ServedAdapter
@@ -31,7 +32,9 @@ class ServerArgs:
         lora_modules: adapters to load at start, each `name=path` or a JSON object with `name`, `path` and
             `base_model_name`.
         max_request_bytes: largest body of a request, in bytes.
-        uvicorn_log_level: of uvicorn: critical, error, warning, info, debug or trace.
+        uvicorn_log_level: of uvicorn and the access lines: critical, error, warning, info, debug or trace.
+        log_format: text, or json: one object per line.
+        log_requests: log prompts, and media as hashes and sizes.
 
     Raises:
         ConfigError: an option has a wrong value.
@@ -43,6 +46,8 @@ class ServerArgs:
     lora_modules: Sequence[LoRAModule] = ()
     max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES
     uvicorn_log_level: str = "info"
+    log_format: str = "text"
+    log_requests: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -54,6 +59,8 @@ class ServerArgs:
         if self.uvicorn_log_level not in uvicorn.config.LOG_LEVELS:
             allowed = ", ".join(uvicorn.config.LOG_LEVELS)
             raise ConfigError(f"uvicorn_log_level={self.uvicorn_log_level!r}: must be one of {allowed}")
+        if self.log_format not in LOG_FORMATS:
+            raise ConfigError(f"log_format={self.log_format!r}: must be one of {', '.join(LOG_FORMATS)}")
 
 
 def serve(engine_args: EngineArgs, server_args: ServerArgs) -> None:
@@ -75,8 +82,10 @@ def serve(engine_args: EngineArgs, server_args: ServerArgs) -> None:
                 api_key=server_args.api_key,
                 max_request_bytes=server_args.max_request_bytes,
                 allow_lora_updates=read_bool(ALLOW_VARIABLE),
+                log_requests=server_args.log_requests,
             )
-            config = uvicorn.Config(app, log_level=server_args.uvicorn_log_level, lifespan="off")
+            level = server_args.uvicorn_log_level
+            config = uvicorn.Config(app, log_level=level, log_config=None, access_log=False, lifespan="off")
             _Server(config, models.names).run(sockets=[listener])
         finally:
             llm.shutdown()

@@ -151,6 +151,7 @@ def test_every_option_has_a_flag_and_a_help_text() -> None:
         (["--api-key", " "], "api_key is empty"),
         (["--port", "70000"], "port=70000"),
         (["--uvicorn-log-level", "loud"], "'loud'"),
+        (["--log-format", "xml"], "text, json"),
         (["--dtype", "int3"], "int3"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -69,7 +69,8 @@ print(transformers.__version__)
 def test_engine_core_imports_where_no_server_or_audio_package_is_installed() -> None:
     code = """
 import sys
-sys.modules.update(dict.fromkeys(["fastapi", "pydantic", "uvicorn", "librosa", "soundfile"]))  # None: not importable
+absent = ["fastapi", "pydantic", "uvicorn", "prometheus_client", "librosa", "soundfile"]
+sys.modules.update(dict.fromkeys(absent))  # None: not importable
 import mmlora
 print(mmlora.LLM)
 """

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mmlora import BASE, LLM, LoRARequest, SamplingParams
+from mmlora.histogram import Histogram
 from mmlora.metrics import AdapterMetrics, EngineMetrics
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
@@ -52,6 +53,8 @@ def test_requests_adapters_and_blocks_are_counted_as_they_run(make_llm: Any, tin
     assert [found[name].is_on_device for name in ("a", "b", "audio")] == [True, False, False]
     assert all(adapter.is_on_host for adapter in running.adapters)
     assert running.num_kv_blocks_used == 3 * 5 and running.num_kv_blocks >= 128
+    assert (running.total_prompt_tokens, running.total_output_tokens) == (3 * len("one two three four"), 3), "at once"
+    assert (running.max_loras, found["audio"].num_loads) == (1, 1) and found["audio"].load_s > 0
     engine.remove_lora("a")
     draining = adapters_of(engine.metrics)["a"]
     assert (draining.num_requests_running, draining.is_on_host) == (2, False)
@@ -84,7 +87,13 @@ def test_the_reasons_of_choices_and_both_caches_are_counted(make_llm: Any) -> No
     assert default.is_default and default.is_on_host and default.is_on_device
     assert metrics.num_host_adapter_bytes == metrics.num_device_adapter_bytes > 0
     num_cached = sum(output.num_cached_tokens for output in llm.generate(["plain", prompt], GREEDY, use_tqdm=False))
-    assert llm.llm_engine.metrics.total_cached_tokens == 2 * num_cached > 0
+    metrics = llm.llm_engine.metrics
+    assert metrics.total_cached_tokens == 2 * num_cached > 0
+    assert metrics.total_prefix_queries == metrics.total_prompt_tokens
+    llm.generate("plain", SamplingParams(max_tokens=1, prompt_logprobs=1), use_tqdm=False)
+    after = llm.llm_engine.metrics
+    assert after.total_prefix_queries == metrics.total_prefix_queries, "nothing was looked for"
+    assert after.total_prompt_tokens > metrics.total_prompt_tokens
 
 
 def test_encoder_hits_are_counted_where_the_prefix_cache_is_off(make_llm: Any) -> None:
@@ -94,6 +103,7 @@ def test_encoder_hits_are_counted_where_the_prefix_cache_is_off(make_llm: Any) -
         llm.generate(prompt, GREEDY, use_tqdm=False)
     metrics = llm.llm_engine.metrics
     assert (metrics.total_encoder_hits, metrics.total_encoder_misses, metrics.total_cached_tokens) == (2, 1, 0)
+    assert metrics.total_prefix_queries == 0
 
 
 def test_preemptions_evictions_and_failures_are_counted(
@@ -120,3 +130,13 @@ def test_an_engine_without_adapters_counts_too(tiny_phi4: Path) -> None:
     llm.generate("x", GREEDY, use_tqdm=False)
     metrics = llm.llm_engine.metrics
     assert metrics.adapters == () and metrics.total_requests == {"none": 1} and metrics.num_host_adapter_bytes == 0
+
+
+def test_a_histogram_counts_a_bound_in_its_own_range() -> None:
+    histogram = Histogram((1, 2.5))
+    for value in (0, 1, 1.1, 2.5, 7):
+        histogram.observe(value)
+    counts = histogram.counts()
+    assert (counts.cumulative, counts.count, counts.total) == ((2, 4, 5), 5, 11.6)
+    histogram.observe(0)
+    assert counts.count == 5, "a snapshot does not change"
