@@ -70,6 +70,11 @@ def chat(server: RunningServer, model: str, **fields: Any) -> httpx.Response:
     return httpx.post(f"{server.address}/v1/chat/completions", json=body, timeout=60)
 
 
+def complete(server: RunningServer, model: str) -> httpx.Response:
+    body = {"prompt": ["hi", "ho"], "temperature": 0, "max_tokens": 3, "model": model}
+    return httpx.post(f"{server.address}/v1/completions", json=body, timeout=60)
+
+
 def names(server: RunningServer) -> list[str]:
     return [card["id"] for card in httpx.get(f"{server.address}/v1/models").json()["data"]]
 

@@ -6,7 +6,7 @@ import asyncio
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +24,7 @@ from tests.server.admin import (
     BASE_NAMES,
     card,
     chat,
+    complete,
     error_of,
     leave_nothing,
     load,
@@ -124,9 +125,14 @@ def test_unload_lets_running_requests_finish(
         assert running.result().json()["choices"] == expected
 
 
+@pytest.mark.parametrize("ask", [chat, complete])
 @pytest.mark.parametrize("is_draining", [False, True])
 def test_a_request_that_was_on_its_way_does_not_bring_an_adapter_back(
-    server: RunningServer, adapters: dict[str, str], monkeypatch: pytest.MonkeyPatch, is_draining: bool
+    server: RunningServer,
+    adapters: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    is_draining: bool,
+    ask: Callable[[RunningServer, str], httpx.Response],
 ) -> None:
     load(server, lora_name="sql", lora_path=adapters["words"])
     engine = server.llm.engine
@@ -141,7 +147,7 @@ def test_a_request_that_was_on_its_way_does_not_bring_an_adapter_back(
             running = pool.submit(chat, server, "sql", max_tokens=60, ignore_eos=True)
             wait_until(lambda: engine.has_unfinished_requests)
         monkeypatch.setattr(engine, "process_input", process_late)
-        error = error_of(chat(server, "sql"), 404)
+        error = error_of(ask(server, "sql"), 404)
         assert (error["param"], error["code"]) == ("model", "model_not_found")
         if is_draining:
             assert running.result().status_code == 200

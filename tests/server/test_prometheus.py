@@ -301,3 +301,20 @@ def test_the_dashboard_asks_for_what_there_is(server: RunningServer, wav: bytes)
     assert [variable["type"] for variable in dashboard["templating"]["list"]][0] == "datasource"
     sources = {target["datasource"]["uid"] for panel in dashboard["panels"] for target in panel.get("targets", ())}
     assert sources == {"${datasource}"}
+
+
+def test_each_prompt_of_a_completion_is_a_request(server: RunningServer, wav: bytes) -> None:
+    before = scrape(server)
+    body = {"prompt": ["one", "two", "three"], "max_tokens": 3, "ignore_eos": True}
+    answer = httpx.post(f"{server.address}/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["choices"]) == 3
+    after = scrape(server)
+
+    def grew(name: str, **labels: str) -> float:
+        return (after(name, **labels) or 0) - (before(name, **labels) or 0)
+
+    assert grew("request_success_total", finished_reason="length") == 3
+    assert grew("generation_tokens_total") == 9 == answer.json()["usage"]["completion_tokens"]
+    assert grew("prompt_tokens_total") == answer.json()["usage"]["prompt_tokens"]
+    assert grew("time_to_first_token_seconds_count") == grew("e2e_request_latency_seconds_count") == 3
