@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from mmlora.config import EngineArgs
+from mmlora.config_file import read_config_file
 from mmlora.doctor import OPTIONS, diagnose
 from mmlora.errors import AdapterError, ConfigError, MMLoRAError
 from mmlora.families import get_key_mapping, get_towers
@@ -111,17 +112,19 @@ def _inspect(adapter: str, model: str | None, is_json: bool) -> int:
 
 
 def parse_options(options: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[EngineArgs, ServerArgs]:
-    """Join command line and environment.
+    """Join command line, environment and file.
 
     Args:
-        options: what the command line set, by field name.
-        environment: `MMLORA_…` variables that fill what it left open.
+        options: what the command line set, by field name; `config` is a file that fills what is left open.
+        environment: `MMLORA_…` variables that fill what the command line left open.
 
     Raises:
         ConfigError: a value cannot be read, or does not fit.
     """
-    found: dict[str, Any] = {}
-    for flag in (*flags_of(EngineArgs), *flags_of(ServerArgs)):
+    flags = [*flags_of(EngineArgs), *flags_of(ServerArgs)]
+    file = options.get("config") or environment.get(f"{ENV_PREFIX}CONFIG")
+    found: dict[str, Any] = read_config_file(file, flags) if file else {}
+    for flag in flags:
         if options.get(flag.name) is not None:
             found[flag.name] = options[flag.name]
         elif flag.env_name in environment:
@@ -187,11 +190,13 @@ def _build_parser() -> argparse.ArgumentParser:
 def _add_serve_options(command: argparse.ArgumentParser) -> None:
     command.description = (
         "Serve a model over OpenAI's HTTP API. Every option is also read from the environment: --max-loras from "
-        "MMLORA_MAX_LORAS, and so on; the command line wins."
+        "MMLORA_MAX_LORAS, and so on, and from a file (--config); the command line wins over the environment, and that "
+        "over the file."
     )
     command.add_argument(
         "model", nargs="?", metavar="MODEL", help="directory or Hub id; without it the bundled assistant is served"
     )
+    command.add_argument("--config", metavar="FILE", help="YAML file of options, such as `max-loras: 4`")
     for title, cls in (("server", ServerArgs), ("engine", EngineArgs)):
         group = command.add_argument_group(title)
         for flag in flags_of(cls):

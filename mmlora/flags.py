@@ -57,6 +57,19 @@ class Flag:
             message = str(error) if isinstance(error, ConfigError) else f"{text!r}: {error}"
             raise argparse.ArgumentTypeError(message) from None
 
+    def read_value(self, value: Any) -> Any:
+        """Read a value of a file, which may have a type already.
+
+        Raises:
+            ValueError, ConfigError: it is not allowed.
+        """
+        if self.name == "lora_modules":
+            entries = value if isinstance(value, list) else [value]
+            return [self.parse(entry if isinstance(entry, str) else json.dumps(entry)) for entry in entries]
+        if value is None or isinstance(value, list):
+            raise ValueError(f"{value!r} is not allowed")
+        return self.parse(value if isinstance(value, str) else json.dumps(value))
+
     def read_env(self, text: str) -> Any:
         """Read the environment variable.
 

@@ -126,6 +126,46 @@ def test_the_model_may_come_from_the_environment(
     assert served()[0].model == "theirs" and served("mine")[0].model == "mine"
 
 
+def test_a_file_fills_what_is_left_open(
+    served: Callable[..., Served], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text(
+        "model: theirs\nmax-loras: 3\nseed: 4\nmax_num_seqs: 5\nenable-lora: true\ngpu-memory-utilization: 1\n"
+        "default-mm-loras: {audio: some/where}\nlimit_mm_per_prompt: '{\"image\": 2}'\n"
+        "lora-modules:\n  - a=b\n  - {name: c, path: d}\n"
+    )
+    monkeypatch.setenv("MMLORA_SEED", "6")
+    engine, server = served("--config", str(file), "--max-loras", "7")
+    assert (engine.model, engine.max_loras, engine.seed, engine.max_num_seqs) == ("theirs", 7, 6, 5)
+    assert (engine.enable_lora, engine.gpu_memory_utilization) == (True, 1.0)
+    assert (engine.default_mm_loras, engine.limit_mm_per_prompt) == ({"audio": "some/where"}, {"image": 2})
+    assert server.lora_modules == [LoRAModule("a", "b"), LoRAModule("c", "d")]
+    monkeypatch.setenv("MMLORA_CONFIG", str(file))
+    assert served("mine")[0].model == "mine" and served()[0].max_loras == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("max-lorass: 3\nseed: x\nport: [1]\n", ["max-lorass: there is no such option", "seed: ", "port: [1] is not"]),
+        ("enable-lora: 3\n", ["enable-lora: "]),
+        ("default-mm-loras: [audio]\n", ["default-mm-loras: ['audio'] is not allowed"]),
+        ("max-loras: 3\nmax_loras: 4\n", ["max_loras: it stands twice"]),
+        ("- a\n", ["holds a list; it must map options to values"]),
+        ("a: [", ["cannot be read"]),
+        ("a: !!python/object/apply:os.getcwd []", ["cannot be read"]),
+    ],
+)
+def test_all_that_is_wrong_with_a_file_is_told(
+    text: str, named: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text(text)
+    message = message_of(capsys, "--config", str(file))
+    assert all(part in message for part in named), message
+
+
 def test_every_option_has_a_flag_and_a_help_text() -> None:
     flags = [*flags_of(EngineArgs), *flags_of(ServerArgs)]
     names = {f.name for cls in (EngineArgs, ServerArgs) for f in dataclasses.fields(cls) if f.init} - {"model"}
