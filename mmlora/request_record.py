@@ -47,11 +47,17 @@ class RequestRecord:
     num_output_tokens: int = 0
     finish_reasons: dict[int, str] = field(default_factory=dict)
     last_token_s: dict[int, float] = field(default_factory=dict)  # by answer
+    num_answers: int = 1
+
+    @property
+    def all_finish_reasons(self) -> list[str]:
+        """Why each answer ended; those that did not will be aborted."""
+        return [self.finish_reasons.get(index, "abort") for index in range(self.num_answers)]
 
     def queue(self, ready: EngineInput, now: float) -> None:
         """Note what a request is, once it is ready for the engine. It keeps neither media nor adapter alive."""
         self.queued_s, self.prompt, self.lora = now, ready.prompt, ready.lora
-        self.num_prompt_tokens = len(ready.prompt_token_ids)
+        self.num_prompt_tokens, self.num_answers = len(ready.prompt_token_ids), ready.params.n
         items = [item.media for item in ready.media]
         self.media = tuple(
             MediaRecord(

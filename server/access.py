@@ -68,7 +68,7 @@ def request_fields(records: Sequence[RequestRecord]) -> dict[str, Any]:
     first = records[0]
     # Nobody waits any more for an answer that is still on its way when the HTTP request is over.
     queued = [record for record in records if record.queued_s]
-    reasons = [reason for record in queued for reason in record.finish_reasons.values() or ["abort"]]
+    reasons = [reason for record in queued for reason in record.all_finish_reasons]
     choice = {"adapter": first.lora.adapter, "reason": first.lora.reason} if first.lora is not None else {}
     end = {"finish_reason": "+".join(dict.fromkeys(reasons))} if reasons else {}
     return {

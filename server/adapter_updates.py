@@ -64,7 +64,7 @@ def adapter_routes(llm: AsyncLLM, models: ServedModels, *, is_allowed: bool) -> 
             message = f"{request.url.path} is turned off; {ALLOW_VARIABLE}=true in the server's environment turns it on"
             raise Refusal(404, message)
 
-    routes = APIRouter(dependencies=[Depends(check_allowed)])
+    routes = APIRouter(prefix="/v1", dependencies=[Depends(check_allowed)])
 
     @routes.post("/load_lora_adapter", openapi_extra=body_schema(LoadBody))
     async def load(request: Request) -> PlainTextResponse:

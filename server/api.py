@@ -9,6 +9,7 @@ from starlette.responses import Response
 from mmlora.async_llm import AsyncLLM
 from mmlora.errors import MMLoRAError
 from mmlora.server.adapter_updates import adapter_routes
+from mmlora.server.bodies import inlined_schema
 from mmlora.server.chat import ChatService
 from mmlora.server.chat_protocol import ChatCompletionRequest
 from mmlora.server.completion_protocol import CompletionRequest
@@ -73,8 +74,8 @@ def build_app(
     async def health() -> JSONAnswer:
         return JSONAnswer({"status": "ok"}) if llm.is_alive else JSONAnswer({"status": "dead"}, status_code=503)
 
-    api.include_router(adapter_routes(llm, models, is_allowed=allow_lora_updates))
     app.include_router(api)
+    app.include_router(adapter_routes(llm, models, is_allowed=allow_lora_updates), dependencies=api.dependencies)
     app.include_router(token_routes(llm, models, max_request_bytes), dependencies=api.dependencies)
     app.include_router(version_routes(), dependencies=api.dependencies)
     add_ready_route(app, llm)
@@ -105,5 +106,5 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 def _body_schema(body: type[BaseModel]) -> dict[str, object]:
-    schema = body.model_json_schema()
+    schema = inlined_schema(body)
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

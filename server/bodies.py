@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mmlora.server.protocol import FieldError, shorten
+from mmlora.server.protocol import FieldError, check_fields, shorten
 
 MAX_NAMED = 8  # fields in one message
 
@@ -25,6 +25,7 @@ def parse_body(kind: type[B], body: bytes) -> B:
     Raises:
         FieldError: it is not JSON, lacks fields, or has unknown ones or values of the wrong type; these are named.
     """
+    check_fields(body)
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
@@ -34,9 +35,26 @@ def parse_body(kind: type[B], body: bytes) -> B:
 
 def body_schema(*kinds: type[Body]) -> dict[str, Any]:
     """Describe a body for the OpenAPI document; it may be of any of these kinds."""
-    schemas = [kind.model_json_schema() for kind in kinds]
+    schemas = [inlined_schema(kind) for kind in kinds]
     schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def inlined_schema(kind: type[BaseModel]) -> dict[str, Any]:
+    """Return the JSON schema of a body in one piece: a reference to its own definitions would resolve nowhere."""
+    schema = kind.model_json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def inlined(node: Any) -> Any:
+        if isinstance(node, list):
+            return [inlined(entry) for entry in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            return inlined(definitions[node["$ref"].rpartition("/")[2]])
+        return {name: inlined(value) for name, value in node.items()}
+
+    return dict(inlined(schema))
 
 
 def _error_of(kind: type[Body], problems: list[Any]) -> FieldError:

@@ -5,11 +5,11 @@ What `messages` may hold beyond roles and fields is `mmlora.chat`'s matter.
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from mmlora.server.protocol import FieldError, GenerationRequest, shorten
+from mmlora.server.protocol import FieldError, FirstOnly, GenerationRequest, shorten
 
 ROLES = ("system", "developer", "user", "assistant")
 MESSAGE_FIELDS = frozenset({"role", "content", "name", "refusal"})
@@ -32,7 +32,7 @@ class ChatCompletionRequest(GenerationRequest):
         "web_search_options": (None,),
     }
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: Annotated[FirstOnly[dict[str, Any]], Field(min_length=1)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None

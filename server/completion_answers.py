@@ -17,6 +17,7 @@ class _Front:
 
     text: str = ""
     logprobs: Json | None = None
+    prompt_logprobs: list[Any] | None = None
 
 
 class CompletionAnswer(Answer):
@@ -46,7 +47,12 @@ class CompletionAnswer(Answer):
 
     def begin(self, output: RequestOutput) -> None:
         """Make ready what stands in front of the answers to a prompt; for long prompts this takes a while."""
+        listed = None
+        if self._asked.prompt_logprobs is not None:
+            known = output.prompt_logprobs or ()
+            listed = listed_logprobs(output.prompt_token_ids, known, self._asked.prompt_logprobs)
         if not self._asked.echo:
+            self._fronts[output.request_id] = _Front(prompt_logprobs=listed)
             return
         prompt, token_ids = self._prompts[self._places[output.request_id]], output.prompt_token_ids
         text = prompt if isinstance(prompt, str) else self._spell(prompt)
@@ -55,7 +61,7 @@ class CompletionAnswer(Answer):
             offsets = prompt_offsets(self._tokenizer, token_ids, text)
             known = output.prompt_logprobs or ()
             logprobs = legacy_logprobs(token_ids, known, offsets, self._asked.logprobs, self._tokenizer)
-        self._fronts[output.request_id] = _Front(text, logprobs)
+        self._fronts[output.request_id] = _Front(text, logprobs, listed)
 
     def _index(self, output: RequestOutput, place: int) -> int:
         return self._places[output.request_id] * len(output.outputs) + place
@@ -70,8 +76,7 @@ class CompletionAnswer(Answer):
             "text": front.text + text,
         }
         if self._asked.prompt_logprobs is not None:
-            known, num_top = last.prompt_logprobs or (), self._asked.prompt_logprobs
-            choice["prompt_logprobs"] = listed_logprobs(last.prompt_token_ids, known, num_top)
+            choice["prompt_logprobs"] = front.prompt_logprobs
         return choice
 
     def _opening(self, output: RequestOutput) -> Json:

@@ -9,6 +9,7 @@ from pydantic import WithJsonSchema
 from mmlora.server.protocol import FieldError, GenerationRequest, shorten
 
 MAX_PROMPTS, MAX_CHOICES = 256, 1024  # the engine queues all of them at once
+MAX_FRONT = 500_000  # log probabilities of prompts in one answer
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 PROMPT_FORMS = "text, a list of texts, a list of token ids or a list of such lists"
 TextOrTokens = str | list[int]
@@ -44,6 +45,27 @@ class CompletionRequest(GenerationRequest):
     def is_prompt_only(self) -> bool:
         """Whether the client wants its prompt back, with log probabilities perhaps, and no answer."""
         return bool(self.echo) and self.max_tokens == 0
+
+    def check_front(self, num_prompt_tokens: int, vocab_size: int) -> None:
+        """Refuse to repeat too many log probabilities of prompts, which stand in each of `n` choices.
+
+        Args:
+            num_prompt_tokens: of all prompts.
+            vocab_size: how many log probabilities -1 stands for.
+
+        Raises:
+            FieldError: there would be too many.
+        """
+        num_top = self._num_prompt_logprobs()
+        if num_top is None:
+            return
+        num_entries = num_prompt_tokens * (self.n or 1) * (1 + (num_top if num_top >= 0 else vocab_size))
+        if num_entries > MAX_FRONT:
+            raise FieldError(
+                f"{num_entries} log probabilities of prompt tokens, in n={self.n or 1} choices each, are too many; "
+                f"allowed are {MAX_FRONT}",
+                "n",
+            )
 
     def sampling_options(self) -> dict[str, Any]:
         """The fields of `SamplingParams` that the request sets."""

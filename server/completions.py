@@ -62,6 +62,8 @@ class CompletionService:
             with _naming_prompt(index, len(prompts)), adapter_faults(self._models, asked.model, asked.lora):
                 fields = await self._llm.run_in_pool(self._load, asked, prompt)
                 ready.append(await self._llm.prepare(fields, params, request_id, lora_request))
+        num_tokens = sum(len(request.input.prompt_token_ids) for request in ready)
+        asked.check_front(num_tokens, len(self._llm.tokenizer))
         followed = [self._follow(request, answer, asked, index) for index, request in enumerate(ready)]
         outputs = merge(followed)
         try:

@@ -6,9 +6,10 @@ are accepted. What `model` and `lora` name is `server.models`' matter.
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, JsonValue, ValidationError
+from pydantic_core import from_json
 
 from mmlora.errors import RequestError
 
@@ -24,6 +25,19 @@ HARMLESS_FIELDS = frozenset(
         "user",
     }
 )
+MAX_FIELDS, MAX_BIASES = 256, 65536
+T = TypeVar("T")
+
+
+class _FirstError(FailFast):
+    """Can stand in a union, which wants hashes."""
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+
+# Of a list, the first wrong entry is the only one that is told: a body may hold a million of them.
+FirstOnly = Annotated[list[T], _FirstError()]
 SAMPLING_FIELDS = (
     "n",
     "temperature",
@@ -52,6 +66,26 @@ class FieldError(RequestError):
         self.param = param
 
 
+def _check_biases(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise ValueError(f"it has {len(value)} tokens; allowed are {MAX_BIASES}")
+    return value
+
+
+def check_fields(body: bytes) -> None:
+    """Refuse a body with more fields than any request has, before each of them is looked at.
+
+    Raises:
+        FieldError: saying how many there are.
+    """
+    try:
+        content = from_json(body)
+    except ValueError:
+        return  # whoever reads it next says what is wrong
+    if isinstance(content, dict) and len(content) > MAX_FIELDS:
+        raise FieldError(f"the body has {len(content)} fields; allowed are {MAX_FIELDS}", "body")
+
+
 class StreamOptions(BaseModel):
     """`include_usage` asks for a last chunk with the token counts; obfuscation is never added."""
 
@@ -70,7 +104,7 @@ class GenerationRequest(BaseModel):
     NEUTRAL_VALUES: ClassVar[Mapping[str, tuple[JsonValue, ...]]] = {}
 
     model: str | None = None
-    lora: str | list[dict[str, Any]] | None = None
+    lora: str | FirstOnly[dict[str, Any]] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = None
@@ -82,9 +116,9 @@ class GenerationRequest(BaseModel):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_check_biases)] = None
+    stop: str | FirstOnly[str] | None = None
+    stop_token_ids: FirstOnly[int] | None = None
     include_stop_str_in_output: bool | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
@@ -104,6 +138,7 @@ class GenerationRequest(BaseModel):
         Raises:
             FieldError: the body is not JSON, a field has the wrong type, or is not supported.
         """
+        check_fields(body)
         try:
             request = cls.model_validate_json(body)
         except ValidationError as error:

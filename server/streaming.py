@@ -91,11 +91,10 @@ async def close(iterator: object) -> None:
 async def _events(answer: Answer, first: RequestOutput, outputs: Outputs, *, include_usage: bool) -> AsyncIterator[str]:
     """The chunks of a stream as events. The status is sent by now, so a failure is an event of its own."""
     try:
-        for chunk in answer.chunks(first, include_usage=include_usage):
-            yield _event(chunk)
+        yield "".join(map(_event, answer.chunks(first, include_usage=include_usage)))
         async for output in outputs:
-            for chunk in answer.chunks(output, include_usage=include_usage):
-                yield _event(chunk)
+            if events := "".join(map(_event, answer.chunks(output, include_usage=include_usage))):
+                yield events
         if include_usage:
             yield _event(answer.usage_chunk())
     except Exception as error:

@@ -1,7 +1,7 @@
 """`POST /tokenize` and `POST /detokenize`: the tokens that the engine makes of a text or a chat, and their text."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from pydantic import Field
@@ -14,7 +14,7 @@ from mmlora.server.chat_protocol import check_message
 from mmlora.server.json_answer import JSONAnswer
 from mmlora.server.limits import read_body
 from mmlora.server.models import ServedModels
-from mmlora.server.protocol import FieldError, shorten
+from mmlora.server.protocol import FieldError, FirstOnly, shorten
 
 
 class TokenizeBody(Body):
@@ -23,7 +23,7 @@ class TokenizeBody(Body):
     model: str | None = None
     prompt: str | None = None
     add_special_tokens: bool | None = None
-    messages: list[dict[str, Any]] | None = Field(None, min_length=1)
+    messages: Annotated[FirstOnly[dict[str, Any]] | None, Field(min_length=1)] = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
@@ -33,7 +33,7 @@ class DetokenizeBody(Body):
     """Token ids."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: FirstOnly[int]
 
 
 def token_routes(llm: AsyncLLM, models: ServedModels, max_request_bytes: int) -> APIRouter:

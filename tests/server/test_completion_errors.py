@@ -339,3 +339,16 @@ def test_the_engine_is_asked_for_the_larger_number_of_prompt_logprobs() -> None:
     ):
         options = CompletionRequest(prompt="a", **fields).sampling_options()
         assert SamplingParams(**options).prompt_logprobs == expected
+
+
+@pytest.mark.parametrize(
+    "extra", [{"prompt_logprobs": 5}, {"echo": True, "logprobs": 5}], ids=["prompt_logprobs", "echo"]
+)
+def test_log_probabilities_of_a_prompt_are_not_repeated_without_end(
+    server: RunningServer, extra: dict[str, Any]
+) -> None:
+    body = {"prompt": ["ab" * 200] * 4, "n": 128, "max_tokens": 1, **extra}
+    answer = httpx.post(f"{server.address}/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 400 and "log probabilities of prompt tokens" in answer.json()["error"]["message"]
+    fewer = httpx.post(f"{server.address}/v1/completions", json={**body, "n": 2}, timeout=60)
+    assert fewer.status_code == 200 and len(fewer.json()["choices"]) == 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -136,6 +137,31 @@ def test_values_out_of_range_are_named(server: RunningServer, wav: bytes, body: 
     if "mm_processor_kwargs" in body:
         body = {**message_of(input_audio_part(wav)), "mm_processor_kwargs": body["mm_processor_kwargs"]}
     assert text in refuse(server, body)["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/detokenize", b'{"tokens":[' + b'"",' * 300_000 + b'""]}'),
+        ("/v1/completions", b'{"prompt":"a","stop":[' + b"1," * 300_000 + b"1]}"),
+        ("/v1/completions", b'{"prompt":"a","stop_token_ids":[' + b'"",' * 300_000 + b'""]}'),
+        ("/v1/chat/completions", b'{"messages":[' + b"1," * 300_000 + b"1]}"),
+        ("/v1/chat/completions", b'{"messages":[{"role":"user","content":"a"}],"lora":[' + b"1," * 300_000 + b"1]}"),
+        ("/v1/completions", json.dumps({"prompt": "a", "logit_bias": {str(i): "" for i in range(99_999)}}).encode()),
+        ("/tokenize", json.dumps({str(i): 0 for i in range(99_999)}).encode()),
+    ],
+    ids=["tokens", "stop", "stop_token_ids", "messages", "lora", "logit_bias", "fields"],
+)
+def test_a_body_full_of_mistakes_costs_no_more_than_one(server: RunningServer, path: str, body: bytes) -> None:
+    """Each mistake of a million would take a kilobyte, and all of them the interpreter for seconds."""
+    tracemalloc.start()
+    try:
+        answer = httpx.post(server.address + path, content=body, timeout=60)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert answer.status_code == 400 and len(answer.text) < 1000
+    assert peak < 30 * len(body) + 10_000_000
 
 
 @pytest.mark.parametrize(

@@ -318,3 +318,17 @@ def test_each_prompt_of_a_completion_is_a_request(server: RunningServer, wav: by
     assert grew("generation_tokens_total") == 9 == answer.json()["usage"]["completion_tokens"]
     assert grew("prompt_tokens_total") == answer.json()["usage"]["prompt_tokens"]
     assert grew("time_to_first_token_seconds_count") == grew("e2e_request_latency_seconds_count") == 3
+
+
+def test_routes_are_those_of_the_openapi_document(start_server: ServerFactory) -> None:
+    llm = start_server().llm
+    with run_app(build_app(llm, load_served_models(llm), allow_lora_updates=True)) as address:
+        document = httpx.get(f"{address}/openapi.json").json()
+        for path in document["paths"]:
+            if "{" not in path:
+                httpx.post(address + path, json={})
+                httpx.get(address + path)
+        found = set(scrape(address).by("http_requests_total", "route"))
+    assert {"/v1/load_lora_adapter", "/v1/completions"} <= found
+    assert found <= {*document["paths"], "/openapi.json", "other"}
+    assert "$ref" not in json.dumps(document["paths"]["/v1/chat/completions"]["post"]["requestBody"])
