@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmlora.async_llm import AsyncLLM
 from mmlora.environment import read_bool
-from mmlora.errors import AdapterNotFound
+from mmlora.errors import AdapterNotFound, ResolverError
 from mmlora.lora.files import CONFIG_FILE
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.resolution import LoRAResolution, ResolutionLimits
@@ -62,6 +62,8 @@ class _Acceptance:
         with self._models.changes.hold(request.lora_name):
             if request.lora_name in self._models.names:
                 return  # a client loaded one of this name meanwhile
+            if self._store.is_draining(request.lora_name):  # which passes
+                raise ResolverError(f"adapter {request.lora_name!r} is being unloaded")
             adapter = self._store.get(request)
             self._warn_of_other_base(request, adapter.path)
             self._models.add(ServedAdapter(request.lora_name, request, adapter.digest, adapter.report))

@@ -87,6 +87,11 @@ class AdapterStore:
         """
         return self._get(request)
 
+    def is_draining(self, name: str) -> bool:
+        """Tell whether an adapter of this name was removed and requests still run with it."""
+        with self._lock:
+            return name in self._draining and name not in self._entries
+
     def add(self, request: LoRARequest, files: AdapterFiles | None = None) -> Adapter:
         """Do as `get` for an adapter that is to stay known: in the registry, and though its name is being unloaded.
 

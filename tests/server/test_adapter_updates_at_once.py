@@ -220,6 +220,31 @@ def test_a_resolver_does_not_replace_what_a_client_loaded_meanwhile(
         assert unload(other, lora_name="sql").status_code == 200
 
 
+def test_a_resolver_brings_an_adapter_back_once_it_has_drained(
+    server: RunningServer, adapters: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = load_served_models(server.llm)
+    monkeypatch.setattr(LoRAResolverRegistry, "_resolvers", {})
+    with run_app(build_app(server.llm, models, allow_lora_updates=True)) as address:
+        other = RunningServer(server.llm, address)
+
+        class Ready(LoRAResolver):
+            async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
+                return LoRARequest(lora_name, 78, adapters["words"]) if lora_name == "sql" else None
+
+        LoRAResolverRegistry.register_resolver("ready", Ready())
+        start_resolution(server.llm, models, {"MMLORA_ALLOW_RUNTIME_LORA_UPDATING": "1"})
+        assert chat(other, "sql").status_code == 200
+        with slow_steps(other, monkeypatch, 0.02), ThreadPoolExecutor(1) as pool:
+            running = pool.submit(chat, other, "sql", max_tokens=60, ignore_eos=True)
+            wait_until(lambda: server.llm.engine.has_unfinished_requests)
+            assert unload(other, lora_name="sql").status_code == 200
+            assert chat(other, "sql").status_code == 503
+            assert running.result().status_code == 200
+        wait_until(lambda: chat(other, "sql").status_code == 200)
+        assert unload(other, lora_name="sql").status_code == 200
+
+
 def test_loads_and_unloads_in_any_order_agree_in_the_end(server: RunningServer, adapters: dict[str, str]) -> None:
     """Whatever is served can be used, and the engine knows nothing else."""
     start = threading.Barrier(6)
