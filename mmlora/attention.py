@@ -84,16 +84,21 @@ class QueryGroup:
             return None
         if sliding_window not in self._masks:
             queries, keys = self.positions[:, None, :, None], torch.arange(context_len, device=self.slots.device)
-            seen = keys <= queries
-            for span in self.two_way:
-                seen = seen | (_is_inside(span, queries) & _is_inside(span, keys))
+            seen = _with_spans(keys <= queries, self.two_way, queries, keys)
             if sliding_window is not None:
-                seen = seen & (keys > queries - sliding_window)
-                for span in self.two_way:
-                    if span.ignores_window:
-                        seen = seen | (_is_inside(span, queries) & _is_inside(span, keys))
+                beyond = [span for span in self.two_way if span.ignores_window]
+                seen = _with_spans(seen & (keys > queries - sliding_window), beyond, queries, keys)
             self._masks[sliding_window] = seen
         return self._masks[sliding_window]
+
+
+def _with_spans(
+    seen: torch.Tensor, spans: Sequence[TwoWaySpan], queries: torch.Tensor, keys: torch.Tensor
+) -> torch.Tensor:
+    """Let the tokens of each span see each other, too."""
+    for span in spans:
+        seen = seen | (_is_inside(span, queries) & _is_inside(span, keys))
+    return seen
 
 
 def _is_inside(span: TwoWaySpan, positions: torch.Tensor) -> torch.Tensor:

@@ -129,8 +129,17 @@ class InputProcessor:
         if token_ids is not None:
             return text, list(token_ids)
         assert isinstance(text, str)
+        return text, self.encode(text)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Tokenize a prompt, numbered placeholders written as the model's own; media are not put in.
+
+        Raises:
+            RequestError: it is too long, or no text.
+            MediaError: placeholders are numbered out of turn.
+        """
         normalized = self.processor.normalize(text) if self.processor is not None else text
-        return text, encode_text(self.tokenizer, normalized, self.max_model_len)
+        return encode_text(self.tokenizer, normalized, self.max_model_len, add_special_tokens=add_special_tokens)
 
     def _process_media(self, fields: Mapping[str, Any]) -> list[ProcessedMedia]:
         data = fields.get("multi_modal_data") or {}

@@ -10,7 +10,6 @@ from starlette.responses import Response
 
 from mmlora.async_llm import AsyncLLM
 from mmlora.errors import EngineDeadError, MMLoRAError
-from mmlora.inputs import encode_text
 from mmlora.processors.fetch import load_urls
 from mmlora.request_record import ReadyRequest
 from mmlora.sampling_params import SamplingParams
@@ -98,9 +97,7 @@ class CompletionService:
         if not isinstance(prompt, str):
             return {**fields, "prompt_token_ids": prompt}
         if asked.add_special_tokens is False:
-            text = processor.normalize(prompt) if processor is not None else prompt
-            ids = encode_text(engine.tokenizer, text, engine.max_model_len, add_special_tokens=False)
-            fields["prompt_token_ids"] = ids
+            fields["prompt_token_ids"] = engine.parts.inputs.encode(prompt, add_special_tokens=False)
         return {**fields, "prompt": prompt}
 
 

@@ -1,14 +1,13 @@
 """`POST /tokenize` and `POST /detokenize`: the tokens that the engine makes of a text or a chat, and their text."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Request
 from pydantic import Field
 
 from mmlora.async_llm import AsyncLLM
 from mmlora.chat import MODALITIES, load_chat_template, render_chat
-from mmlora.inputs import encode_text
 from mmlora.server.bodies import Body, body_schema, parse_body
 from mmlora.server.chat_protocol import check_message
 from mmlora.server.json_answer import JSONAnswer
@@ -36,6 +35,9 @@ class DetokenizeBody(Body):
     tokens: FirstOnly[int]
 
 
+B = TypeVar("B", TokenizeBody, DetokenizeBody)
+
+
 def token_routes(llm: AsyncLLM, models: ServedModels, max_request_bytes: int) -> APIRouter:
     """Build the routes.
 
@@ -47,19 +49,19 @@ def token_routes(llm: AsyncLLM, models: ServedModels, max_request_bytes: int) ->
     tokens = TokenService(llm)
     routes = APIRouter()
 
+    async def respond(request: Request, kind: type[B], answer: Callable[[B], dict[str, Any]]) -> JSONAnswer:
+        content = await read_body(request, max_request_bytes)
+        body = await llm.run_in_pool(parse_body, kind, content)
+        await models.find(body.model, None)
+        return JSONAnswer(await llm.run_in_pool(answer, body))
+
     @routes.post("/tokenize", openapi_extra=body_schema(TokenizeBody))
     async def tokenize(request: Request) -> JSONAnswer:
-        content = await read_body(request, max_request_bytes)
-        body = await llm.run_in_pool(parse_body, TokenizeBody, content)
-        await models.find(body.model, None)
-        return JSONAnswer(await llm.run_in_pool(tokens.tokenize, body))
+        return await respond(request, TokenizeBody, tokens.tokenize)
 
     @routes.post("/detokenize", openapi_extra=body_schema(DetokenizeBody))
     async def detokenize(request: Request) -> JSONAnswer:
-        content = await read_body(request, max_request_bytes)
-        body = await llm.run_in_pool(parse_body, DetokenizeBody, content)
-        await models.find(body.model, None)
-        return JSONAnswer(await llm.run_in_pool(tokens.detokenize, body))
+        return await respond(request, DetokenizeBody, tokens.detokenize)
 
     return routes
 
@@ -116,14 +118,7 @@ class TokenService:
         for name in ("add_generation_prompt", "chat_template_kwargs"):
             if getattr(body, name) is not None:
                 raise FieldError(f"{name} needs messages; received a prompt", name)
-        processor = self._engine.parts.inputs.processor
-        text = processor.normalize(prompt) if processor is not None else prompt
-        return encode_text(
-            self._engine.tokenizer,
-            text,
-            self._engine.max_model_len,
-            add_special_tokens=body.add_special_tokens is not False,
-        )
+        return self._engine.parts.inputs.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
 
     def _encode_chat(self, body: TokenizeBody) -> list[int]:
         if body.add_special_tokens:

@@ -18,7 +18,8 @@ Each family was compared as a tiny random checkpoint, on a CPU in float32, with 
 greedy answers must be equal up to near-ties (two logits closer than 1e-3), and every row of logits must be within
 1e-4, for the base and for adapters on each part, alone, in mixed batches and in chunks. A text decoder that is not in
 the table is served all the same if it gives the same logits on the paged cache as by itself, which is checked whenever
-a model is loaded.
+a model is loaded. Where a version of `transformers` stands beside a name, the processor of that family needs it: an
+older one is refused when the model is loaded, and the family's tests skip.
 
 Own lines are those of code that no other kind of family uses, blank lines, comments and docstrings apart; after the
 plus stand those that compute features where no class of `transformers` runs. Of {num_families} families with media,

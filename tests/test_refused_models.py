@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mmlora import cli
@@ -164,14 +163,17 @@ def test_recurrent_state_is_refused_by_name(model_type: str) -> None:
     assert model_type in message or config.architectures[0] in message
 
 
+# Configurations whose own defaults contradict each other.
+WITHOUT_DEFAULTS: Mapping[str, dict[str, Any]] = {
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}
+}
+
+
 @pytest.mark.parametrize("model_type", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 def test_every_decoder_of_transformers_is_taken_or_refused_in_words(model_type: str) -> None:
     """A class that carries state from token to token by itself never passes."""
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
-    try:
-        config = transformers.CONFIG_MAPPING[model_type]()
-    except (ValueError, ImportError, StrictDataclassError):
-        pytest.skip("its configuration has no defaults")
+    config = transformers.CONFIG_MAPPING[model_type](**WITHOUT_DEFAULTS.get(model_type, {}))
     config.architectures = [name]
     try:
         check_config(config)

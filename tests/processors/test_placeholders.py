@@ -18,9 +18,6 @@ class Processor:
     def placeholder_token_id(self, modality):
         return {"audio": AUDIO, "image": IMAGE}[modality]
 
-    def process(self, item, options=None):
-        raise NotImplementedError
-
 
 def media(*sizes):
     return [ProcessedMedia(modality, "", {}, num_tokens) for modality, num_tokens in sizes]

@@ -56,10 +56,6 @@ def normalize(image, mean, std, inplace=False):
     return image.sub(mean).div(std)
 
 
-def _never(*args, **kwargs):
-    raise NotImplementedError("not part of the stand-in")
-
-
 def install() -> None:
     """Put the stand-in into `sys.modules`; call before importing transformers."""
     functional = {
@@ -70,7 +66,7 @@ def install() -> None:
         "InterpolationMode": InterpolationMode,
     }
     _module("torchvision", __version__="0.28.0", __path__=[])
-    _module("torchvision.io", ImageReadMode=None, decode_image=_never)  # imported, not called
+    _module("torchvision.io", ImageReadMode=None, decode_image=None)  # imported, not called
     _module("torchvision.transforms", InterpolationMode=InterpolationMode, __path__=[])
     _module("torchvision.transforms.functional", pil_to_tensor=pil_to_tensor, InterpolationMode=InterpolationMode)
     _module("torchvision.transforms.v2", __path__=[])

@@ -62,7 +62,7 @@ def test_special_tokens_are_added_unless_told_otherwise(server: RunningServer, m
         asked.append(add_special_tokens)
         return [1]
 
-    monkeypatch.setattr("mmlora.server.tokens.encode_text", encode)
+    monkeypatch.setattr("mmlora.inputs.encode_text", encode)
     for fields in ({}, {"add_special_tokens": None}, {"add_special_tokens": True}, {"add_special_tokens": False}):
         tokenize(server, prompt="hi", **fields)
     assert asked == [True, True, True, False]
