@@ -1,5 +1,6 @@
 """OpenAI's answer objects, built from `RequestOutput`s: what all endpoints that generate text have in common."""
 
+import json
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -10,9 +11,11 @@ from urllib.parse import quote
 
 from mmlora.errors import EngineDeadError, RequestError
 from mmlora.outputs import CompletionOutput, LoRAChoice, RequestOutput
+from mmlora.server.errors import error_body
 
 logger = logging.getLogger(__name__)
 Json = dict[str, Any]
+DONE = "data: [DONE]\n\n"
 
 
 def lora_headers(choice: LoRAChoice) -> dict[str, str]:
@@ -60,17 +63,50 @@ def count_tokens(outputs: Iterable[RequestOutput], num_completion_tokens: int) -
 
 
 class Answer(ABC):
-    """One answer in the making, to one prompt or to several that were sent together.
+    """One answer in the making: it takes the outputs of the engine, whole or one by one as a stream brings them."""
+
+    @abstractmethod
+    def complete(self, outputs: list[RequestOutput]) -> Json:
+        """The whole answer from all deltas of its prompts."""
+
+    @abstractmethod
+    def lora(self, outputs: Iterable[RequestOutput]) -> LoRAChoice:
+        """What the headers tell of the adapter."""
+
+    @abstractmethod
+    def events(self, output: RequestOutput) -> Iterator[str]:
+        """What is new since the last output, as server-sent events."""
+
+    @abstractmethod
+    def last_events(self) -> Iterator[str]:
+        """What ends a stream that went well."""
+
+    def failure(self, error: Exception) -> Iterator[str]:
+        """What ends a stream in an error."""
+        yield event(error_body(error))
+        yield DONE
+
+
+def event(data: Json, name: str | None = None) -> str:
+    """Write one server-sent event."""
+    head = f"event: {name}\n" if name is not None else ""
+    return f"{head}data: {json.dumps(data, separators=(',', ':'))}\n\n"
+
+
+class ChoicesAnswer(Answer):
+    """An answer of numbered choices, to one prompt or to several that were sent together.
 
     Args:
         request_id: the answer's id.
         model: what the client asked for.
+        include_usage: a stream ends with the token counts.
     """
 
     WHOLE: ClassVar[str]
     CHUNK: ClassVar[str]
 
-    def __init__(self, request_id: str, model: str) -> None:
+    def __init__(self, request_id: str, model: str, *, include_usage: bool = False) -> None:
+        self._include_usage = include_usage
         self._request_id = request_id
         self._model = model
         self._created = int(time.time())
@@ -98,27 +134,32 @@ class Answer(ABC):
         """What was chosen for the first prompt, which is told of the whole answer."""
         return min(outputs, key=lambda output: self._index(output, 0)).lora
 
-    def chunks(self, output: RequestOutput, *, include_usage: bool) -> Iterator[Json]:
+    def events(self, output: RequestOutput) -> Iterator[str]:
         """What is new since the last output; a choice's first and last chunk name the adapter."""
+        return map(event, self._chunks(output))
+
+    def last_events(self) -> Iterator[str]:
+        """The token counts, if they were asked for, and the end."""
+        if self._include_usage:
+            yield event({**self._head(self.CHUNK, None), "choices": [], "usage": self._usage()})
+        yield DONE
+
+    def _chunks(self, output: RequestOutput) -> Iterator[Json]:
         for completion in output.outputs:
             index = self._index(output, completion.index)
             if index not in self._begun:
                 self._begun.add(index)
-                yield self._chunk(index, self._opening(output), output.lora, include_usage)
+                yield self._chunk(index, self._opening(output), output.lora)
         new = [part for part in output.outputs if self._index(output, part.index) not in self._finished]
         self._count(output, new)
         for completion in new:
             index = self._index(output, completion.index)
             content = self._news(output, completion)
             if content is not None:
-                yield self._chunk(index, content, None, include_usage)
+                yield self._chunk(index, content, None)
             if completion.finish_reason is not None:
                 self._finished.add(index)
-                yield self._chunk(index, self._closing(completion), output.lora, include_usage)
-
-    def usage_chunk(self) -> Json:
-        """The last chunk of a stream that asked for `include_usage`."""
-        return {**self._head(self.CHUNK, None), "choices": [], "usage": self._usage()}
+                yield self._chunk(index, self._closing(completion), output.lora)
 
     @abstractmethod
     def _choice(self, last: RequestOutput, parts: list[CompletionOutput]) -> Json:
@@ -151,7 +192,7 @@ class Answer(ABC):
         head: Json = {"id": self._request_id, "object": kind, "created": self._created, "model": self._model}
         return head if choice is None else {**head, "lora": asdict(choice)}
 
-    def _chunk(self, index: int, content: Json, lora: LoRAChoice | None, include_usage: bool) -> Json:
+    def _chunk(self, index: int, content: Json, lora: LoRAChoice | None) -> Json:
         choice: Json = {"index": index, "logprobs": None, "finish_reason": None, **content}
-        usage = {"usage": None} if include_usage else {}
+        usage = {"usage": None} if self._include_usage else {}
         return {**self._head(self.CHUNK, lora), "choices": [choice], **usage}

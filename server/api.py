@@ -14,6 +14,7 @@ from mmlora.server.chat import ChatService
 from mmlora.server.chat_protocol import ChatCompletionRequest
 from mmlora.server.completion_protocol import CompletionRequest
 from mmlora.server.completions import CompletionService
+from mmlora.server.conversation import Conversations
 from mmlora.server.errors import Refusal, error_response
 from mmlora.server.json_answer import JSONAnswer
 from mmlora.server.limits import check_api_key
@@ -46,7 +47,8 @@ def build_app(
         log_requests: access lines hold prompts and the hashes of media.
     """
     app = FastAPI(title="mmlora", docs_url=None, redoc_url=None)
-    chat = ChatService(llm, models, max_request_bytes)
+    conversations = Conversations(llm, models)
+    chat = ChatService(llm, models, conversations, max_request_bytes)
     completion = CompletionService(llm, models, max_request_bytes)
 
     def authorize(request: Request) -> None:

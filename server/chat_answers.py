@@ -3,23 +3,24 @@
 from collections.abc import Iterable
 
 from mmlora.outputs import CompletionOutput, RequestOutput, TokenLogprobs
-from mmlora.server.answers import Answer, Json, finite
+from mmlora.server.answers import ChoicesAnswer, Json, finite
 
 
-class ChatAnswer(Answer):
+class ChatAnswer(ChoicesAnswer):
     """One chat completion in the making.
 
     Args:
         request_id: the answer's id.
         model: what the client asked for.
         top_logprobs: alternatives to report at each token; None for no log probabilities.
+        include_usage: a stream ends with the token counts.
     """
 
     WHOLE = "chat.completion"
     CHUNK = "chat.completion.chunk"
 
-    def __init__(self, request_id: str, model: str, top_logprobs: int | None) -> None:
-        super().__init__(request_id, model)
+    def __init__(self, request_id: str, model: str, top_logprobs: int | None, *, include_usage: bool) -> None:
+        super().__init__(request_id, model, include_usage=include_usage)
         self._top_logprobs = top_logprobs
 
     def _choice(self, last: RequestOutput, parts: list[CompletionOutput]) -> Json:

@@ -6,7 +6,7 @@ from typing import Any
 
 from mmlora.detokenizer import Detokenizer
 from mmlora.outputs import CompletionOutput, RequestOutput
-from mmlora.server.answers import Answer, Json
+from mmlora.server.answers import ChoicesAnswer, Json
 from mmlora.server.completion_protocol import CompletionRequest
 from mmlora.server.legacy_logprobs import join_logprobs, legacy_logprobs, listed_logprobs, next_offset, prompt_offsets
 
@@ -20,7 +20,7 @@ class _Front:
     prompt_logprobs: list[Any] | None = None
 
 
-class CompletionAnswer(Answer):
+class CompletionAnswer(ChoicesAnswer):
     """One completion in the making.
 
     Attributes:
@@ -36,7 +36,7 @@ class CompletionAnswer(Answer):
     WHOLE = CHUNK = "text_completion"
 
     def __init__(self, request_id: str, model: str, asked: CompletionRequest, tokenizer: Any) -> None:
-        super().__init__(request_id, model)
+        super().__init__(request_id, model, include_usage=asked.include_usage)
         self._asked = asked
         self._prompts = asked.prompts
         self._tokenizer = tokenizer

@@ -48,9 +48,7 @@ class CompletionService:
         model = asked.model or self._models.base_name
         answer = CompletionAnswer(f"cmpl-{uuid.uuid4().hex}", model, asked, self._llm.tokenizer)
         outputs = self._generate(asked, answer)
-        return await respond_with(
-            request, answer, outputs, is_stream=bool(asked.stream), include_usage=asked.include_usage
-        )
+        return await respond_with(request, answer, outputs, is_stream=bool(asked.stream))
 
     async def _generate(self, asked: CompletionRequest, answer: CompletionAnswer) -> Outputs:
         params: SamplingParams = self._llm.engine.default_sampling_params(**asked.sampling_options())

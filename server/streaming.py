@@ -1,7 +1,6 @@
 """From the outputs of the engine to an HTTP response: one JSON object, or server-sent events."""
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -12,8 +11,8 @@ from starlette.types import Receive, Scope, Send
 
 from mmlora.errors import AdapterError, MMLoRAError
 from mmlora.outputs import RequestOutput
-from mmlora.server.answers import Answer, Json, lora_headers
-from mmlora.server.errors import Refusal, error_body
+from mmlora.server.answers import Answer, lora_headers
+from mmlora.server.errors import Refusal
 from mmlora.server.json_answer import JSONAnswer
 from mmlora.server.limits import until_disconnect
 from mmlora.server.lora_field import LoRAField
@@ -23,17 +22,14 @@ logger = logging.getLogger(__name__)
 Outputs = AsyncIterator[RequestOutput]
 
 
-async def respond_with(
-    request: Request, answer: Answer, outputs: Outputs, *, is_stream: bool, include_usage: bool
-) -> Response:
+async def respond_with(request: Request, answer: Answer, outputs: Outputs, *, is_stream: bool) -> Response:
     """Answer with what the engine brings; when the client leaves, `outputs` is closed.
 
     Args:
         request: its body must have been read.
         answer: takes the outputs.
         outputs: every delta of the answer.
-        is_stream: send chunks as they come.
-        include_usage: end a stream with the token counts.
+        is_stream: send events as they come.
 
     Raises:
         MMLoRAError: the request failed before the answer began.
@@ -45,8 +41,7 @@ async def respond_with(
         return await asyncio.to_thread(lambda: JSONAnswer(answer.complete(parts), headers=headers))
     # The headers name the adapter and a refusal needs its status: both are known with the first output.
     first = await until_disconnect(request, _next(outputs))
-    events = _events(answer, first, outputs, include_usage=include_usage)
-    return EventStream(events, headers=lora_headers(first.lora))
+    return EventStream(_events(answer, first, outputs), headers=lora_headers(first.lora))
 
 
 @contextmanager
@@ -88,26 +83,20 @@ async def close(iterator: object) -> None:
         await close_now()
 
 
-async def _events(answer: Answer, first: RequestOutput, outputs: Outputs, *, include_usage: bool) -> AsyncIterator[str]:
-    """The chunks of a stream as events. The status is sent by now, so a failure is an event of its own."""
+async def _events(answer: Answer, first: RequestOutput, outputs: Outputs) -> AsyncIterator[str]:
+    """A stream. The status is sent by now, so a failure is an event of its own."""
     try:
-        yield "".join(map(_event, answer.chunks(first, include_usage=include_usage)))
+        yield "".join(answer.events(first))
         async for output in outputs:
-            if events := "".join(map(_event, answer.chunks(output, include_usage=include_usage))):
+            if events := "".join(answer.events(output)):
                 yield events
-        if include_usage:
-            yield _event(answer.usage_chunk())
+        yield "".join(answer.last_events())
     except Exception as error:
         if not isinstance(error, MMLoRAError):
             logger.exception("a stream failed")
-        yield _event(error_body(error))
+        yield "".join(answer.failure(error))
     finally:
         await close(outputs)
-    yield "data: [DONE]\n\n"
-
-
-def _event(data: Json) -> str:
-    return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
 async def _collect(outputs: Outputs) -> list[RequestOutput]:
