@@ -154,7 +154,7 @@ def _echo(asked: ResponsesRequest, defaults: SamplingParams) -> Json:
         "service_tier": "default",
         "store": False,
         "temperature": defaults.temperature if asked.temperature is None else asked.temperature,
-        "text": {"format": {"type": "text"}, "verbosity": "medium"},
+        "text": {"format": {"type": "text"}, "verbosity": "medium", **_given(asked.text or {})},
         "tool_choice": asked.tool_choice,
         "tools": [],
         "top_logprobs": asked.top_logprobs or 0,
@@ -162,3 +162,7 @@ def _echo(asked: ResponsesRequest, defaults: SamplingParams) -> Json:
         "truncation": "disabled",
         "user": asked.user,
     }
+
+
+def _given(options: Json) -> Json:
+    return {name: value for name, value in options.items() if value is not None}

@@ -3,12 +3,12 @@
 What `input` holds is `server.responses_input`'s matter.
 """
 
-import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, JsonValue, WithJsonSchema
 
-from mmlora.server.protocol import FieldError, FirstOnly, GenerationRequest, shorten
+from mmlora.server.protocol import FieldError, FirstOnly, GenerationRequest, check_other_fields
 
 MAX_METADATA = 16
 _INPUT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": {"type": "object"}}]}
@@ -23,6 +23,10 @@ Includable = Literal[
     "web_search_call.results",
     "message.output_text.logprobs",
 ]
+TEXT_VALUES: Mapping[str, tuple[JsonValue, ...]] = {
+    "text.format": (None, {"type": "text"}),
+    "text.verbosity": (None, "medium"),
+}
 Label = Annotated[str, Field(max_length=512)]  # comes back in the answer, in several events of a stream
 
 
@@ -33,14 +37,6 @@ def _check_metadata(value: Any) -> Any:
 
 
 Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Label], BeforeValidator(_check_metadata)]
-
-
-class TextOptions(BaseModel):
-    """What the text of the answer must look like."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-    format: dict[str, Any] | None = None
-    verbosity: Literal["medium"] | None = None
 
 
 class ResponsesRequest(GenerationRequest):
@@ -66,7 +62,7 @@ class ResponsesRequest(GenerationRequest):
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     include: FirstOnly[Includable] | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
-    text: TextOptions | None = None
+    text: dict[str, Any] | None = None
     metadata: Metadata | None = None
     parallel_tool_calls: bool | None = None
     prompt_cache_key: Label | None = None
@@ -100,10 +96,6 @@ class ResponsesRequest(GenerationRequest):
         return {**self.given_sampling_options(), **limits, **self._constraint()}
 
     def _constraint(self) -> dict[str, Any]:
-        """The sampling option that `text.format` stands for."""
-        wanted = self.text.format if self.text is not None else None
-        if wanted not in (None, {"type": "text"}):
-            shown = shorten(wanted, json.dumps)
-            message = f'text.format={shown} is not supported; allowed: {{"type": "text"}}, or leave it out'
-            raise FieldError(message, "text.format")
+        """The sampling options that `text` stands for."""
+        check_other_fields({f"text.{name}": value for name, value in (self.text or {}).items()}, TEXT_VALUES)
         return {}

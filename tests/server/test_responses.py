@@ -218,7 +218,9 @@ def without_names(response: Response) -> dict[str, Any]:
     content = response.to_dict()
     for name in ("id", "created_at", "completed_at"):
         content.pop(name)
-    del content["output"][0]["id"]  # type: ignore[index]
+    message: Any = content["output"][0]  # type: ignore[index]
+    message.pop("id")
+    message["content"][0].pop("parsed", None)  # the client's own
     return content
 
 
@@ -374,8 +376,9 @@ def refuse(server: RunningServer, body: Any, status: int = 400) -> dict[str, Any
         ({"truncation": "auto"}, "truncation"),
         ({"text": {"format": {"type": "json_object"}}}, "text.format"),
         ({"text": {"format": {"type": "json_schema", "name": "s", "schema": {}}}}, "text.format"),
-        ({"text": {"verbosity": "low"}}, "text"),
-        ({"text": {"style": "plain"}}, "text"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity"),
+        ({"text": {"style": "plain"}}, "text.style"),
+        ({"text": "plain"}, "text"),
         ({"include": ["everything"]}, "include"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"top_logprobs": -1, "include": [LOGPROBS]}, "top_logprobs"),
