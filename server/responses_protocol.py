@@ -59,6 +59,7 @@ class ResponsesRequest(GenerationRequest):
     input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)]
     instructions: str | None = None
     n: Literal[1] | None = None
+    prompt_logprobs: None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     include: FirstOnly[Includable] | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None

@@ -385,6 +385,7 @@ def refuse(server: RunningServer, body: Any, status: int = 400) -> dict[str, Any
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"max_tokens": 4}, "max_tokens"),
         ({"n": 2}, "n"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs"),
         ({"metadata": {"a": 1}}, "metadata"),
         ({"metadata": {str(key): "" for key in range(17)}}, "metadata"),
         ({"user": "x" * 513}, "user"),
