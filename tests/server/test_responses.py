@@ -205,6 +205,16 @@ def test_sampling_fields_reach_the_engine(server: RunningServer) -> None:
     assert respond(server, "a story", extra_body={"top_k": 1}, **hot).output_text == greedy
 
 
+def test_options_reach_the_template_and_the_processor(server: RunningServer, wav: bytes) -> None:
+    usual, short = [
+        respond(server, "hello", extra_body={"chat_template_kwargs": {"add_generation_prompt": is_asked}}).usage
+        for is_asked in (True, False)
+    ]
+    assert usual is not None and short is not None and usual.input_tokens > short.input_tokens
+    body = {"input": user(input_audio_part(wav)), "mm_processor_kwargs": {"unknown_option": 1}}
+    assert "unknown_option" in refuse(server, body)["message"]
+
+
 def checked(events: Sequence[ResponseStreamEvent]) -> list[str]:
     """The types of the events, each of which must be of OpenAI's types to the letter and have the next number."""
     for number, event in enumerate(events):
