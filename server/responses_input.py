@@ -4,7 +4,6 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from mmlora.processors.media import why_not_taken
 from mmlora.server.protocol import FieldError, shorten
 
 Json = dict[str, Any]
@@ -58,7 +57,7 @@ def _part(part: Any, place: str) -> Json:
         raise _must_be(place, part, "an object")
     kind = part.get("type")
     if not isinstance(kind, str) or kind not in PART_FIELDS:
-        raise _must_be(f"{place}.type", kind, why_not_taken(str(kind)) or f"one of {', '.join(PART_FIELDS)}")
+        raise _must_be(f"{place}.type", kind, f"one of {', '.join(PART_FIELDS)}")
     _check_fields(part, PART_FIELDS[kind], place)
     match kind:
         case "input_image":
