@@ -23,6 +23,7 @@ from pydantic import TypeAdapter
 from mmlora.errors import MMLoRAError
 from mmlora.outputs import RequestOutput
 from mmlora.server.models import LoRAModule
+from mmlora.server.protocol import SAMPLING_FIELDS, GenerationRequest
 from tests.server.conftest import (
     RunningServer,
     ServerFactory,
@@ -215,6 +216,12 @@ def test_options_reach_the_template_and_the_processor(server: RunningServer, wav
     assert "unknown_option" in refuse(server, body)["message"]
 
 
+def test_every_field_of_all_endpoints_is_dealt_with() -> None:
+    """One that is new there would be taken and ignored here."""
+    read = {"model", "lora", "stream", "stream_options", "mm_processor_kwargs", *SAMPLING_FIELDS}
+    assert GenerationRequest.model_fields.keys() - read == {"max_tokens"}  # which is refused
+
+
 def checked(events: Sequence[ResponseStreamEvent]) -> list[str]:
     """The types of the events, each of which must be of OpenAI's types to the letter and have the next number."""
     for number, event in enumerate(events):
@@ -396,6 +403,7 @@ def refuse(server: RunningServer, body: Any, status: int = 400) -> dict[str, Any
         ({"max_tokens": 4}, "max_tokens"),
         ({"n": 2}, "n"),
         ({"prompt_logprobs": 1}, "prompt_logprobs"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"metadata": {"a": 1}}, "metadata"),
         ({"metadata": {str(key): "" for key in range(17)}}, "metadata"),
         ({"user": "x" * 513}, "user"),
