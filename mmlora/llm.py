@@ -52,17 +52,20 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         lora_request: LoRARequest | object | Sequence[LoRARequest | object | None] | None = None,
         use_tqdm: bool = True,
+        priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts.
 
         Args:
             prompts: one prompt or a list of them: text, token ids, or a mapping with `prompt` or
-                `prompt_token_ids`, `multi_modal_data` (`{"audio": (array, rate) | [...], "image": PIL | [...]}`)
-                and `mm_processor_kwargs`.
+                `prompt_token_ids`, `multi_modal_data` (`{"audio": (array, rate) | [...], "image": PIL | [...]}`),
+                `mm_processor_kwargs` and `cache_salt` (caches are shared among prompts with the same one).
             sampling_params: one for all, or one per prompt; by default the model's own.
             lora_request: one for all, or one per prompt (`None` and `BASE` allowed). `None` lets the media decide,
                 `BASE` is the base model on purpose.
             use_tqdm: show progress.
+            priority: one for all, or one per prompt, by default 0; lower is served earlier. Needs
+                `scheduling_policy="priority"`.
 
         Returns:
             One output per prompt, in order. A request that failed while it ran has `error` set.
@@ -73,11 +76,12 @@ class LLM:
         batch = _as_prompts(prompts)
         params = _one_per_prompt(sampling_params, len(batch), "sampling_params")
         loras = _one_per_prompt(lora_request, len(batch), "lora_request")
+        priorities = _one_per_prompt(0 if priority is None else priority, len(batch), "priority")
         if self.llm_engine.parts.lora is not None:
             self.llm_engine.parts.lora.prefetch(loras)
         inputs = [
-            self.llm_engine.process_input(str(next(self._ids)), prompt, param, lora)
-            for prompt, param, lora in zip(batch, params, loras, strict=True)
+            self.llm_engine.process_input(str(next(self._ids)), prompt, param, lora, prompt_priority)
+            for prompt, param, lora, prompt_priority in zip(batch, params, loras, priorities, strict=True)
         ]
         for request_input in inputs:
             self.llm_engine.add_input(request_input)

@@ -25,7 +25,7 @@ class MediaInput:
     """One media item of a prompt: its tensors, where it goes, and the identity of its embeddings.
 
     `encoder_key` names everything that the embeddings depend on: content, processor options, projection mode and
-    the tower part of the adapter.
+    the tower part of the adapter; and the salt of the request.
     """
 
     media: ProcessedMedia
@@ -54,6 +54,8 @@ class EngineInput:
     max_tokens: int
     adapter_start: int = 0  # first token that the adapter changes; later than 0 for an activated LoRA
     layout: PromptLayout = PromptLayout()
+    priority: int = 0  # lower is served earlier
+    cache_salt: str | None = None  # prefixes and encoded media are shared among requests with the same one
 
 
 class Status(Enum):
@@ -126,6 +128,11 @@ class Sequence:
     def adapter_start(self) -> int:
         """First token that the adapter changes; all before are the base model's."""
         return self.request.input.adapter_start
+
+    @property
+    def priority(self) -> int:
+        """The request's priority; lower is served earlier."""
+        return self.request.input.priority
 
     @property
     def media(self) -> tuple[MediaInput, ...]:
