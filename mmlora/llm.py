@@ -94,20 +94,24 @@ class LLM:
         use_tqdm: bool = True,
         lora_request: LoRARequest | object | Sequence[LoRARequest | object | None] | None = None,
         chat_template: str | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
+        priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or a list of them.
 
         Args:
             messages: OpenAI-style, with parts `text`, `image_url`, `input_audio`, `audio_url` (data: URLs), `image`
                 (PIL) and `audio` (`(array, rate)`).
-            sampling_params, use_tqdm, lora_request: as in `generate`.
+            sampling_params, use_tqdm, lora_request, priority: as in `generate`.
             chat_template: in place of the model's own.
-            add_generation_prompt: end with the start of the assistant's turn.
+            add_generation_prompt: end with the start of the assistant's turn; by default unless the last message is
+                continued.
             chat_template_kwargs: passed to the template.
             mm_processor_kwargs: options of the media processor.
+            continue_final_message: leave the last message open, so that the answer goes on with it.
 
         Raises:
             RequestError: a conversation cannot be served; none of them was started.
@@ -124,11 +128,12 @@ class LLM:
                 chat_template=load_chat_template(chat_template) or self._chat_template,
                 chat_template_kwargs=chat_template_kwargs,
                 add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
                 limit_mm_per_prompt=self.llm_engine.args.limit_mm_per_prompt,
                 max_model_len=self.llm_engine.max_model_len,
             )
             prompts.append({**prompt, "mm_processor_kwargs": mm_processor_kwargs})
-        return self.generate(prompts, sampling_params, lora_request, use_tqdm)
+        return self.generate(prompts, sampling_params, lora_request, use_tqdm, priority)
 
     def add_lora(
         self,
