@@ -1,5 +1,6 @@
 """What comes back for a request."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mmlora.errors import MMLoRAError
@@ -62,7 +63,8 @@ class RequestMetrics:
 class RequestOutput:
     """The state of a request; from `AsyncLLM`, `outputs` holds what is new since the one before.
 
-    `error` is set when `finished` came from a failure; such a request's outputs have `finish_reason="error"`.
+    `num_media_tokens` are the prompt's tokens that stand for media, by modality. `error` is set when `finished` came
+    from a failure; such a request's outputs have `finish_reason="error"`.
     """
 
     request_id: str
@@ -74,5 +76,6 @@ class RequestOutput:
     lora_request: LoRARequest | LoRAMix | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_cached_tokens: int = 0
+    num_media_tokens: Mapping[str, int] = field(default_factory=dict)
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     error: MMLoRAError | None = None

@@ -3,9 +3,12 @@
 A request has `n` sequences, one per answer. The scheduler moves sequences; the model runner appends tokens.
 """
 
+from collections import Counter
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import cached_property
 
 import torch
 
@@ -56,6 +59,14 @@ class EngineInput:
     layout: PromptLayout = PromptLayout()
     priority: int = 0  # lower is served earlier
     cache_salt: str | None = None  # prefixes and encoded media are shared among requests with the same one
+
+    @cached_property
+    def num_media_tokens(self) -> Mapping[str, int]:
+        """Tokens of the prompt that stand for media, by modality."""
+        counts: Counter[str] = Counter()
+        for item in self.media:
+            counts[item.media.modality] += item.media.num_tokens
+        return counts
 
 
 class Status(Enum):

@@ -58,10 +58,10 @@ class ChatService:
             chat.sampling_options(),
             chat.chat_template_kwargs,
             chat.mm_processor_kwargs,
-            chat.add_generation_prompt,
-            bool(chat.continue_final_message),
-            chat.priority or 0,
-            chat.cache_salt,
+            add_generation_prompt=chat.add_generation_prompt,
+            continue_final_message=bool(chat.continue_final_message),
+            priority=chat.priority or 0,
+            cache_salt=chat.cache_salt,
         )
         outputs = self._conversations.generate(conversation, request_id)
         return await respond_with(request, answer, outputs, is_stream=bool(chat.stream))
