@@ -211,8 +211,8 @@ class InputProcessor:
             raise RequestError(f"token id {outside[0]} is outside the vocabulary of {self.vocab_size}")
 
     def _check_priority(self, priority: int) -> None:
-        if not isinstance(priority, int) or isinstance(priority, bool):
-            raise RequestError(f"priority={priority!r} must be an integer")
+        if not isinstance(priority, int) or isinstance(priority, bool) or not -(2**63) <= priority < 2**63:
+            raise RequestError(f"priority={priority!r:.80} must be an integer of 64 bits")
         if priority != 0 and self._args.scheduling_policy != PRIORITY:
             raise RequestError(
                 f"priority={priority} needs scheduling_policy={PRIORITY!r}; the engine has "

@@ -1,4 +1,4 @@
-"""`Scheduler` by priority: lower first, whatever runs beside it. `tests.test_scheduler` has what stands in for the model."""
+"""`Scheduler` by priority: lower first, whatever runs beside it; `tests.test_scheduler` has the loop."""
 
 import random
 

@@ -72,12 +72,12 @@ def json_bytes(fields: dict[str, Any]) -> bytes:
 
 @pytest.mark.parametrize(("body", "column"), [(ChatCompletionRequest, 1), (CompletionRequest, 2)])
 def test_the_page_has_every_field(body: type[GenerationRequest], column: int) -> None:
-    """Of the table in `docs/http.md`: `yes` is honoured, `accepted` changes nothing, and the rest names what is allowed."""
+    """In `docs/http.md`, `yes` is honoured, `accepted` changes nothing, and the rest names what is allowed."""
     section = PAGE.read_text().partition("## Fields of chat completions and completions")[2].partition("\n## ")[0]
     told: dict[str, str] = {}
     for line in section.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("| `") else []
-        told |= {name: cells[column] for name in re.findall(r"`(\w+)`", cells[0])} if cells else {}
+        told |= dict.fromkeys(re.findall(r"`(\w+)`", cells[0]), cells[column]) if cells else {}
     expected = {
         **dict.fromkeys(body.model_fields, "yes"),
         **dict.fromkeys(HARMLESS_FIELDS, "accepted"),
