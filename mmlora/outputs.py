@@ -50,13 +50,28 @@ class LoRAChoice:
 class RequestMetrics:
     """Seconds spent waiting, until the first token, and from there to the last.
 
-    `arrival_s` is when the engine took the request, on the monotonic clock.
+    `arrival_s` is when the engine took the request, on the monotonic clock; the properties are on that clock, too.
     """
 
     queue_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     arrival_s: float = 0.0
+
+    @property
+    def scheduled_s(self) -> float:
+        """When the request began to run."""
+        return self.arrival_s + self.queue_s
+
+    @property
+    def first_token_s(self) -> float:
+        """When its first token came."""
+        return self.scheduled_s + self.prefill_s
+
+    @property
+    def end_s(self) -> float:
+        """When the output that tells this was made."""
+        return self.first_token_s + self.decode_s
 
 
 @dataclass

@@ -21,23 +21,26 @@ from mmlora.histogram import Histogram
 from mmlora.metrics import AdapterMetrics, EngineMetrics
 from mmlora.request_record import RequestHistograms
 from mmlora.server.access import AccessLog, HttpCounts
+from mmlora.server.tracing import Tracer
 
 PREFIX = "mmlora:"
 FINISH_REASONS = ("stop", "length", "abort", "error")
 Labelled = Mapping[Any, float]  # by the values of the labels, in their order
 
 
-def add_metrics(app: FastAPI, llm: AsyncLLM, guards: Sequence[Depends], *, log_requests: bool = False) -> None:
+def add_metrics(
+    app: FastAPI, llm: AsyncLLM, guards: Sequence[Depends], *, log_requests: bool = False, tracer: Tracer | None = None
+) -> None:
     """Count and log the requests of an application, and serve `/metrics`.
 
     Args:
         app: the application.
         llm: its engine.
         guards: who may read the metrics.
-        log_requests: see `AccessLog`.
+        log_requests, tracer: see `AccessLog`.
     """
     counts: HttpCounts = HttpCounts()
-    app.add_middleware(AccessLog, counts=counts, log_requests=log_requests)
+    app.add_middleware(AccessLog, counts=counts, log_requests=log_requests, tracer=tracer)
     registry = CollectorRegistry()
     registry.register(EngineCollector(llm, counts))
 
