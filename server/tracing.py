@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from starlette.types import Scope
 
 from mmlora.errors import ConfigError
+from mmlora.printable import as_utf8
 from mmlora.request_record import RequestRecord
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Tracer:
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("mmlora")
         self._propagator = TraceContextTextMapPropagator()
-        self._model_name = model_name
+        self._model_name = as_utf8(model_name)
         self._log_requests = log_requests
 
     def trace(
@@ -115,19 +116,16 @@ class Tracer:
 
         operation = "text_completion" if route == "/v1/completions" else "chat"
         end_s = record.times.end_s if record.times is not None else end_s
-        span = self._tracer.start_span(
-            f"{operation} {self._model_name}",
-            parent,
-            attributes={
-                "gen_ai.operation.name": operation,
-                "gen_ai.provider.name": "mmlora",
-                "gen_ai.request.model": self._model_name,
-                **_request_attributes(record),
-                **_answer_attributes(record, end_s),
-                **(_content_attributes(record) if self._log_requests else {}),
-            },
-            start_time=_wall_ns(record.start_s),
-        )
+        attributes = {
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": "mmlora",
+            "gen_ai.request.model": self._model_name,
+            **_request_attributes(record),
+            **_answer_attributes(record, end_s),
+            **(_content_attributes(record) if self._log_requests else {}),
+        }
+        name = f"{operation} {self._model_name}"
+        span = self._tracer.start_span(name, parent, attributes=attributes, start_time=_wall_ns(record.start_s))
         if "error" in record.all_finish_reasons:
             span.set_status(trace.StatusCode.ERROR)
         span.end(_wall_ns(end_s))
@@ -176,7 +174,8 @@ def _request_attributes(record: RequestRecord) -> Attributes:
         **{f"mmlora.lora.{name}": value for name, value in lora.items()},
         **{f"mmlora.media.{modality}": count for modality, count in modalities.items()},
     }
-    return {name: value for name, value in found.items() if value is not None}
+    texts = {name: as_utf8(value) for name, value in found.items() if isinstance(value, str)}
+    return {name: value for name, value in {**found, **texts}.items() if value is not None}
 
 
 def _answer_attributes(record: RequestRecord, end_s: float) -> Attributes:
