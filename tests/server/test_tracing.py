@@ -15,12 +15,16 @@ from typing import Any
 
 import httpx
 import pytest
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from mmlora.errors import ConfigError
+from mmlora.outputs import LoRAChoice
+from mmlora.request_record import RequestRecord
+from mmlora.sampling_params import SamplingParams
 from mmlora.server.api import build_app
 from mmlora.server.launch import load_served_models
 from mmlora.server.tracing import Tracer, tracing
@@ -184,6 +188,17 @@ def test_prompts_are_in_the_spans_where_that_is_wanted(server: RunningServer, wa
     assert request.attributes is not None and SECRET in str(request.attributes["mmlora.request.prompt"])
     assert '"modality": "audio"' in str(request.attributes["mmlora.request.media"])
     assert input_audio_part(wav)["input_audio"]["data"][:40] not in everything([request])
+
+
+def test_a_name_that_is_no_utf8_does_not_spoil_the_batch() -> None:
+    exporter = InMemorySpanExporter()
+    tracer = Tracer(exporter, "ti\udcffny")
+    choice = LoRAChoice("na\udcffme", "digest", "explicit")
+    record = RequestRecord("r", 1.0, queued_s=1.0, params=SamplingParams(), lora=choice)
+    fields = {"method": "POST", "path": "/x", "status": 200}
+    tracer.trace({"type": "http", "headers": []}, "/x", fields, 0.5, [record])
+    tracer.shutdown()
+    assert b"na?me" in encode_spans(exporter.get_finished_spans()).SerializeToString()
 
 
 class Collector(BaseHTTPRequestHandler):
