@@ -19,6 +19,7 @@ from mmlora.server.errors import Refusal, error_response
 from mmlora.server.json_answer import JSONAnswer
 from mmlora.server.limits import check_api_key
 from mmlora.server.models import ServedModels
+from mmlora.server.playground import playground_routes
 from mmlora.server.prometheus import add_metrics
 from mmlora.server.status import add_ready_route, version_routes
 from mmlora.server.tokens import token_routes
@@ -80,6 +81,7 @@ def build_app(
     app.include_router(adapter_routes(llm, models, is_allowed=allow_lora_updates), dependencies=api.dependencies)
     app.include_router(token_routes(llm, models, max_request_bytes), dependencies=api.dependencies)
     app.include_router(version_routes(), dependencies=api.dependencies)
+    app.include_router(playground_routes())
     add_ready_route(app, llm)
     add_metrics(app, llm, [Depends(authorize)], log_requests=log_requests)
     _add_error_handlers(app)
