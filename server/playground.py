@@ -14,7 +14,7 @@ from starlette.responses import FileResponse
 from mmlora.assets.audio import AudioAsset
 from mmlora.assets.image import ImageAsset
 
-_FOLDER: Final = Path(__file__).parent / "playground"
+_FOLDER: Final = Path(__file__).parent / "static"
 # Told here and not guessed: what the system knows of file names differs, and `nosniff` makes a wrong type an error.
 _MEDIA_TYPES: Final = {
     ".css": "text/css",
