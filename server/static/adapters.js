@@ -19,7 +19,7 @@ export function offerAdapters(found) {
 // What people call an adapter: a default is served under its key, such as "audio", but has a folder of its own.
 export function adapterLabel(name) {
   const card = cards.find(({ id }) => id === name);
-  return card?.adapter.default_for ? card.root.split("/").pop() : name;
+  return card?.adapter.default_for ? card.root.split("/").filter(Boolean).pop() : name;
 }
 
 // The `lora` field of a request; undefined leaves the choice to the server.

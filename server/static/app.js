@@ -47,8 +47,8 @@ function sampleButton({ kind, glyph, text, file }) {
   const preview = isPicture ? element("img", { src: `playground/${file}`, alt: "a picture of shapes" }) : icon(glyph);
   const button = element("button", { type: "button" }, preview, element("small", {}, kind), element("span", {}, text));
   button.onclick = async () => {
-    if (isRunning()) return;
-    send(text, file ? [await loadSample(file)] : []);
+    const media = file ? [await loadSample(file)] : [];
+    if (!isRunning()) send(text, media);
     byId("text").focus();
   };
   return button;

@@ -17,13 +17,11 @@ export function setUpComposer(send, maySend) {
     await loading;
     if (!maySend() || !(text.value.trim() || attachments.length)) return;
     const message = [text.value.trim(), attachments];
-    attachments = [];
     text.value = "";
-    say("");
-    update();
+    empty();
     send(...message);
   });
-  text.addEventListener("input", update);
+  text.addEventListener("input", grow);
   text.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
@@ -39,9 +37,14 @@ export function setUpComposer(send, maySend) {
 export function clearComposer() {
   discardRecording();
   release(attachments);
+  empty();
+}
+
+function empty() {
   attachments = [];
+  byId("attachments").replaceChildren();
   say("");
-  update();
+  grow();
 }
 
 // Tells what went wrong with the message; an empty text takes that back.
@@ -95,14 +98,24 @@ function addFiles(files) {
   for (const file of files) {
     loading = loading.then(async () => {
       try {
-        attachments.push(await loadAttachment(file));
+        add(await loadAttachment(file));
       } catch (error) {
         say(error.message);
       }
-      update();
     });
   }
   byId("text").focus();
+}
+
+function add(item) {
+  attachments.push(item);
+  const node = tile(item, () => {
+    attachments = attachments.filter((other) => other !== item);
+    node.remove();
+    release([item]);
+    byId("text").focus();
+  });
+  byId("attachments").append(node);
 }
 
 async function record() {
@@ -139,16 +152,9 @@ function showLevel(peak, seconds) {
   byId("recorded-time").textContent = clock(seconds);
 }
 
-function update() {
-  const text = byId("text");
-  text.style.height = "auto";
-  text.style.height = `${text.scrollHeight}px`;
-  byId("attachments").replaceChildren(...attachments.map((item) => tile(item, () => remove(item))));
-}
-
-function remove(item) {
-  release([item]);
-  attachments = attachments.filter((other) => other !== item);
-  update();
-  byId("text").focus();
+// As high as its text.
+function grow() {
+  const { style } = byId("text");
+  style.height = "auto";
+  style.height = `${byId("text").scrollHeight}px`;
 }

@@ -115,11 +115,11 @@ class Speed {
 
   figures() {
     const figures = [`${this.numTokens} ${this.numTokens === 1 ? "token" : "tokens"}`];
-    const between = this.#last - this.#first;
-    if (this.numTokens > 1 && between > 0) {
-      figures.push(`${((1000 * (this.numTokens - 1)) / between).toPrecision(3)} tokens/s`);
+    if (this.numTokens > 2) { // one step between two tokens says nothing
+      figures.push(`${((1000 * (this.numTokens - 1)) / (this.#last - this.#first)).toPrecision(3)} tokens/s`);
     }
-    figures.push(`first token ${((this.#first - this.#start) / 1000).toPrecision(2)} s`);
+    const wait = this.#first - this.#start;
+    figures.push(`first token ${wait < 1000 ? `${Math.round(wait)} ms` : `${(wait / 1000).toFixed(1)} s`}`);
     return this.isCut ? [...figures, "cut at the limit"] : figures;
   }
 }

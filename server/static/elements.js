@@ -8,15 +8,14 @@ export function element(tag, properties = {}, ...children) {
   return node;
 }
 
-export function icon(name) {
-  const namespace = "http://www.w3.org/2000/svg";
-  const picture = document.createElementNS(namespace, "svg");
-  const use = document.createElementNS(namespace, "use");
-  use.setAttribute("href", `#${name}`);
-  picture.setAttribute("aria-hidden", "true");
-  picture.append(use);
-  return picture;
+export function drawing(tag, attributes, ...children) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  Object.entries(attributes).forEach(([name, value]) => node.setAttribute(name, value));
+  node.append(...children);
+  return node;
 }
+
+export const icon = (name) => drawing("svg", { "aria-hidden": true }, drawing("use", { href: `#${name}` }));
 
 export function iconButton(name, label, onclick) {
   const button = element("button", { type: "button", className: "round", title: label, onclick }, icon(name));

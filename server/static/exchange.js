@@ -10,7 +10,8 @@ export class ExchangeView {
   #retry;
 
   constructor(text, attachments, onRetry) {
-    const message = element("div", { className: "message" }, ...attachments.map((item) => tile(item)));
+    const tiles = element("div", { className: "tiles" }, ...attachments.map((item) => tile(item)));
+    const message = element("div", { className: "message" }, tiles);
     if (text) message.append(element("p", {}, text));
     const answer = element("p", { className: "answer" }, this.#text);
     this.#retry = iconButton("retry", "Ask again, with the adapters chosen now", onRetry);

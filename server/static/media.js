@@ -1,6 +1,6 @@
 // Audio clips and pictures of a message: from a file to a content part of the API, and to what the page shows of it.
 
-import { clock, element, icon, iconButton } from "./elements.js";
+import { clock, drawing, element, icon, iconButton } from "./elements.js";
 import { encodeWav } from "./wav.js";
 
 // What the server reads itself goes there byte by byte; anything else that the browser can play becomes WAV.
@@ -35,23 +35,24 @@ export function tile(attachment, onRemove) {
   if (kind === "image") {
     node.append(element("img", { src: url, alt: name }));
   } else {
-    node.append(playButton(url, name));
-    if (samples) node.append(waveform(samples), element("span", {}, clock(samples.length / RATE_HZ)));
+    node.append(...player(url, name));
+    if (samples) node.append(waveform(samples), element("span", {}, clock(Math.round(samples.length / RATE_HZ))));
     else node.append(element("span", {}, name));
   }
   if (onRemove) node.append(iconButton("remove", `Remove ${name}`, onRemove));
   return node;
 }
 
-function playButton(url, name) {
-  const audio = new Audio(url);
+// The clip is in the page, unseen, so that it falls silent when its tile goes.
+function player(url, name) {
+  const audio = element("audio", { src: url });
   const button = iconButton("play", `Play ${name}`, () => (audio.paused ? audio.play() : audio.pause()));
   audio.onplay = () => button.replaceChildren(icon("stop"));
   audio.onpause = () => {
     audio.currentTime = 0;
     button.replaceChildren(icon("play"));
   };
-  return button;
+  return [audio, button];
 }
 
 function waveform(samples) {
@@ -64,14 +65,8 @@ function waveform(samples) {
     const height = 1 + (10 * peak) / loudest;
     return `M${3 * i + 1.5} ${12 - height}v${2 * height}`;
   });
-  const picture = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
-  path.setAttribute("d", bars.join(""));
-  picture.setAttribute("viewBox", `0 0 ${3 * NUM_BARS} 24`);
-  picture.setAttribute("class", "waveform");
-  picture.setAttribute("aria-hidden", "true");
-  picture.append(path);
-  return picture;
+  const attributes = { class: "waveform", viewBox: `0 0 ${3 * NUM_BARS} 24`, "aria-hidden": true };
+  return drawing("svg", attributes, drawing("path", { d: bars.join("") }));
 }
 
 // Mono samples at RATE_HZ, or null where the browser cannot read the clip.
