@@ -14,6 +14,8 @@ const SAMPLES = [
   { kind: "a picture", text: "describe the picture", file: "shapes.png" },
 ];
 
+const wide = matchMedia("(min-width: 60rem)"); // as in the style sheet: the panel is a column, which cannot be closed
+
 let model; // the base model's name, once it is known
 
 async function findModels() {
@@ -84,7 +86,8 @@ byId("clear").onclick = () => {
   clearComposer();
   byId("text").focus();
 };
-byId("panel").open = matchMedia("(min-width: 60rem)").matches;
+wide.onchange = () => (byId("panel").open = wide.matches);
+wide.onchange();
 onKeyNeeded(askForKey);
 setUpComposer(send, () => !isRunning());
 byId("text").focus();

@@ -49,32 +49,30 @@ async function receive(body, view) {
   const speed = new Speed();
   try {
     for await (const chunk of chat(body, running.signal)) {
-      if (chunk.lora) view.showLora(chunk.lora);
-      if (chunk.usage) speed.numTokens = chunk.usage.completion_tokens;
-      for (const choice of chunk.choices) {
-        speed.note();
-        append(view, choice.delta.content ?? "");
-        if (choice.finish_reason === "length") speed.isCut = true;
-      }
+      speed.note(chunk);
+      follow(() => {
+        if (chunk.lora) view.showLora(chunk.lora);
+        chunk.choices.forEach(({ delta }) => view.append(delta.content ?? ""));
+      });
     }
   } catch (error) {
     if (error.name !== "AbortError") {
-      view.fail(error.message);
+      follow(() => view.fail(error.message));
       return `Failed: ${error.message}`;
     }
-    view.finish(["stopped"]);
+    follow(() => view.finish(["stopped"]));
     return "Stopped.";
   }
-  view.finish(view.answer ? speed.figures() : ["empty answer", ...speed.figures()]);
+  follow(() => view.finish([...(view.answer ? [] : ["empty answer"]), ...speed.figures()]));
   return `Answer: ${view.answer || "empty"}`;
 }
 
-// Follows the end of the answer, unless the reader has scrolled away from it.
-function append(view, text) {
-  const { scrollHeight, scrollTop, clientHeight } = byId("transcript");
-  const isAtEnd = scrollHeight - scrollTop - clientHeight < 80;
-  view.append(text);
-  if (isAtEnd) byId("transcript").scrollTop = scrollHeight;
+// Changes what is shown and keeps its end in view, unless the reader has scrolled away from it.
+function follow(change) {
+  const transcript = byId("transcript");
+  const isAtEnd = transcript.scrollHeight - transcript.scrollTop - transcript.clientHeight < 80;
+  change();
+  if (isAtEnd) transcript.scrollTop = transcript.scrollHeight;
 }
 
 function messages(exchange) {
@@ -105,21 +103,24 @@ class Speed {
   #start = performance.now();
   #first;
   #last;
-  numTokens = 0;
-  isCut = false;
+  #numTokens = 0;
+  #isCut = false;
 
-  note() {
+  note({ choices, usage }) {
+    if (usage) this.#numTokens = usage.completion_tokens;
+    if (!choices.length) return;
     this.#last = performance.now();
     this.#first ??= this.#last;
+    this.#isCut ||= choices[0].finish_reason === "length";
   }
 
   figures() {
-    const figures = [`${this.numTokens} ${this.numTokens === 1 ? "token" : "tokens"}`];
-    if (this.numTokens > 2) { // one step between two tokens says nothing
-      figures.push(`${((1000 * (this.numTokens - 1)) / (this.#last - this.#first)).toPrecision(3)} tokens/s`);
+    const figures = [this.#numTokens === 1 ? "1 token" : `${this.#numTokens} tokens`];
+    if (this.#numTokens > 2) { // one step between two tokens says nothing
+      figures.push(`${((1000 * (this.#numTokens - 1)) / (this.#last - this.#first)).toPrecision(3)} tokens/s`);
     }
     const wait = this.#first - this.#start;
     figures.push(`first token ${wait < 1000 ? `${Math.round(wait)} ms` : `${(wait / 1000).toFixed(1)} s`}`);
-    return this.isCut ? [...figures, "cut at the limit"] : figures;
+    return this.#isCut ? [...figures, "cut at the limit"] : figures;
   }
 }
