@@ -49,9 +49,13 @@ function sampleButton({ kind, glyph, text, file }) {
   const preview = isPicture ? element("img", { src: `playground/${file}`, alt: "a picture of shapes" }) : icon(glyph);
   const button = element("button", { type: "button" }, preview, element("small", {}, kind), element("span", {}, text));
   button.onclick = async () => {
-    const media = file ? [await loadSample(file)] : [];
-    if (!isRunning()) send(text, media);
     byId("text").focus();
+    try {
+      const media = file ? [await loadSample(file)] : [];
+      if (!isRunning()) send(text, media);
+    } catch (error) {
+      say(error.message);
+    }
   };
   return button;
 }
