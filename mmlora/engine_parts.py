@@ -16,7 +16,7 @@ from mmlora.decoder_check import check_decoder
 from mmlora.default_adapters import choose_default_adapters
 from mmlora.detokenizer import Detokenizer
 from mmlora.errors import ConfigError
-from mmlora.families import find_layout, get_key_mapping, get_processor, get_towers
+from mmlora.families import find_layout, get_key_mapping, get_processor, get_towers, get_transcription_prompt
 from mmlora.inputs import InputProcessor
 from mmlora.kv_memory import kv_cache_bytes, kv_shape, num_kv_blocks
 from mmlora.longrope import replace_longrope
@@ -44,6 +44,7 @@ from mmlora.policy import parse_defaults
 from mmlora.scheduler import Scheduler
 from mmlora.sequence import Request, Sequence
 from mmlora.towers.encoder import MediaEncoder
+from mmlora.transcription import OWN_PROMPT, TranscriptionPrompt, read_own_prompt
 
 DEFAULT_LORA_IDS = 2**62  # ids of default adapters start here, far from those that callers choose
 GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -67,6 +68,7 @@ class EngineParts:
     stop_ids: frozenset[int]
     long_length: int | None  # of a sequence, beyond which longrope changes its factors
     sampling_defaults: dict[str, Any]
+    transcription: TranscriptionPrompt | None  # None where no prompt of the model's is known
     seed: int
     _num_seeds: "itertools.count[int]" = field(default_factory=itertools.count)
 
@@ -139,7 +141,8 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
         device=device,
     )
     block_manager = BlockManager(num_blocks, args.block_size, enable_prefix_caching=args.enable_prefix_caching)
-    stop_ids, sampling_defaults = _generation_config(args, path, config, tokenizer)
+    generation = _read_generation_config(path)
+    stop_ids = _stop_ids(generation, config, tokenizer)
     lora_state = slots.state if slots is not None else None
     encoder = MediaEncoder(towers, lora_state, args.encoder_cache_memory_bytes) if towers is not None else None
     return EngineParts(
@@ -165,7 +168,10 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
         default_load_s=default_load_s,
         stop_ids=stop_ids,
         long_length=long_length,
-        sampling_defaults=sampling_defaults,
+        sampling_defaults=_sampling_defaults(generation) if args.generation_config == "auto" else {},
+        transcription=(
+            read_own_prompt(generation[OWN_PROMPT]) if OWN_PROMPT in generation else get_transcription_prompt(config)
+        ),
         seed=args.seed,
     )
 
@@ -207,24 +213,29 @@ def _load_defaults(
     return defaults
 
 
-def _generation_config(
-    args: EngineArgs, path: Path, config: PretrainedConfig, tokenizer: Any
-) -> tuple[frozenset[int], dict[str, Any]]:
-    """End-of-text tokens, and the sampling defaults of `generation_config.json`.
+def _read_generation_config(path: Path) -> dict[str, Any]:
+    """Read `generation_config.json`, where a directory has one.
 
     Raises:
-        ConfigError: the file is no JSON.
+        ConfigError: the file is no JSON object.
     """
     file = path / "generation_config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read as JSON: {error}") from None
-    eos = content.get("eos_token_id", config.get_text_config().eos_token_id)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} holds no JSON object")
+    return content
+
+
+def _stop_ids(generation: dict[str, Any], config: PretrainedConfig, tokenizer: Any) -> frozenset[int]:
+    """End-of-text tokens."""
+    eos = generation.get("eos_token_id", config.get_text_config().eos_token_id)
     ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
-    defaults = {}
-    if args.generation_config == "auto":
-        defaults = {name: content[name] for name in GENERATION_DEFAULTS if content.get(name) is not None}
-        if content.get("do_sample") is False:
-            defaults["temperature"] = 0.0
-    return frozenset(ids - {None}), defaults
+    return frozenset(ids - {None})
+
+
+def _sampling_defaults(generation: dict[str, Any]) -> dict[str, Any]:
+    defaults = {name: generation[name] for name in GENERATION_DEFAULTS if generation.get(name) is not None}
+    return {**defaults, "temperature": 0.0} if generation.get("do_sample") is False else defaults

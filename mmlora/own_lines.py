@@ -16,7 +16,9 @@ from pathlib import Path
 TABLE = "mmlora.families"
 PACKAGES = ("mmlora.processors", "mmlora.towers")
 GENERAL = frozenset(
-    "audio base containers encoder fetch general image items media mp3 placeholders pretrained sniff".split()
+    (
+        "audio base containers encoder fetch general image items media mp3 placeholders pretrained sniff transcription"
+    ).split()
 )
 FEATURE_MODULES = ("_images", "_audio", "_features")
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}

@@ -57,12 +57,12 @@ class ChatAnswer(ChoicesAnswer):
     def _token_logprobs(self, token_id: int, top: TokenLogprobs) -> Json:
         ranked = sorted(top.values(), key=lambda entry: entry.rank)[: self._top_logprobs]
         return {
-            **_token(top[token_id].decoded_token, top[token_id].logprob),
-            "top_logprobs": [_token(entry.decoded_token, entry.logprob) for entry in ranked],
+            **token_entry(top[token_id].decoded_token, top[token_id].logprob),
+            "top_logprobs": [token_entry(entry.decoded_token, entry.logprob) for entry in ranked],
         }
 
 
-def _token(text: str, logprob: float) -> Json:
+def token_entry(text: str, logprob: float) -> Json:
     """A token's entry; the bytes of one that is only part of a character are not known from its text."""
     is_partial = "\N{REPLACEMENT CHARACTER}" in text
     return {"token": text, "logprob": finite(logprob), "bytes": None if is_partial else list(text.encode())}

@@ -22,6 +22,7 @@ class Conversation:
         model, lora: the fields of the request.
         sampling_options: fields of `SamplingParams`, on top of the model's own defaults.
         chat_template_kwargs, mm_processor_kwargs: for the template, and for the processor of media.
+        chat_template: in place of the engine's.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -30,6 +31,7 @@ class Conversation:
     sampling_options: Mapping[str, Any]
     chat_template_kwargs: Mapping[str, Any] | None = None
     mm_processor_kwargs: Mapping[str, Any] | None = None
+    chat_template: str | None = None
 
 
 class Conversations:
@@ -73,7 +75,7 @@ class Conversations:
             conversation.messages,
             engine.tokenizer,
             engine.parts.inputs.processor,
-            chat_template=self._chat_template,
+            chat_template=conversation.chat_template or self._chat_template,
             chat_template_kwargs=conversation.chat_template_kwargs,
             limit_mm_per_prompt=engine.args.limit_mm_per_prompt,
             max_model_len=engine.max_model_len,
