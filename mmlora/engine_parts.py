@@ -68,7 +68,7 @@ class EngineParts:
     stop_ids: frozenset[int]
     long_length: int | None  # of a sequence, beyond which longrope changes its factors
     sampling_defaults: dict[str, Any]
-    transcription: TranscriptionPrompt | None  # None where no prompt of the model's is known
+    transcription: TranscriptionPrompt | None  # None where it is not known how to ask the model
     seed: int
     _num_seeds: "itertools.count[int]" = field(default_factory=itertools.count)
 
@@ -141,8 +141,7 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
         device=device,
     )
     block_manager = BlockManager(num_blocks, args.block_size, enable_prefix_caching=args.enable_prefix_caching)
-    generation = _read_generation_config(path)
-    stop_ids = _stop_ids(generation, config, tokenizer)
+    stop_ids, sampling_defaults, transcription = _generation_config(args, path, config, tokenizer)
     lora_state = slots.state if slots is not None else None
     encoder = MediaEncoder(towers, lora_state, args.encoder_cache_memory_bytes) if towers is not None else None
     return EngineParts(
@@ -168,10 +167,8 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
         default_load_s=default_load_s,
         stop_ids=stop_ids,
         long_length=long_length,
-        sampling_defaults=_sampling_defaults(generation) if args.generation_config == "auto" else {},
-        transcription=(
-            read_own_prompt(generation[OWN_PROMPT]) if OWN_PROMPT in generation else get_transcription_prompt(config)
-        ),
+        sampling_defaults=sampling_defaults,
+        transcription=transcription,
         seed=args.seed,
     )
 
@@ -213,29 +210,26 @@ def _load_defaults(
     return defaults
 
 
-def _read_generation_config(path: Path) -> dict[str, Any]:
-    """Read `generation_config.json`, where a directory has one.
+def _generation_config(
+    args: EngineArgs, path: Path, config: PretrainedConfig, tokenizer: Any
+) -> tuple[frozenset[int], dict[str, Any], TranscriptionPrompt | None]:
+    """End-of-text tokens, sampling defaults and the prompt of transcriptions, as `generation_config.json` has them.
 
     Raises:
-        ConfigError: the file is no JSON object.
+        ConfigError: the file is no JSON, or holds a prompt of another form.
     """
     file = path / "generation_config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file} holds no JSON object")
-    return content
-
-
-def _stop_ids(generation: dict[str, Any], config: PretrainedConfig, tokenizer: Any) -> frozenset[int]:
-    """End-of-text tokens."""
-    eos = generation.get("eos_token_id", config.get_text_config().eos_token_id)
+    eos = content.get("eos_token_id", config.get_text_config().eos_token_id)
     ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
-    return frozenset(ids - {None})
-
-
-def _sampling_defaults(generation: dict[str, Any]) -> dict[str, Any]:
-    defaults = {name: generation[name] for name in GENERATION_DEFAULTS if generation.get(name) is not None}
-    return {**defaults, "temperature": 0.0} if generation.get("do_sample") is False else defaults
+    defaults = {}
+    if args.generation_config == "auto":
+        defaults = {name: content[name] for name in GENERATION_DEFAULTS if content.get(name) is not None}
+        if content.get("do_sample") is False:
+            defaults["temperature"] = 0.0
+    own = content.get(OWN_PROMPT)
+    prompt = get_transcription_prompt(config) if own is None else read_own_prompt(own)
+    return frozenset(ids - {None}), defaults, prompt

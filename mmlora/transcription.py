@@ -25,25 +25,24 @@ class TranscriptionPrompt:
             no such text.
         translate: text that follows the clip to have it in `{to_language}`; None where the model was not taught to.
         languages: codes of those that the model hears, where these are few; empty for all of `LANGUAGES`.
-        context_role: whose turn holds what else a request wants the model to know; None where nobody's does.
-        prefill: what the answer begins with where the request tells which `{language}` is spoken.
-        answer_mark: what stands in an answer between the language heard and the text, unless there is a `prefill`.
-        chat_template: for these prompts, in place of the model's; it may use `language`, a code or none.
-        special_token: that the tokenizer must know.
+        takes_context: a request may tell what else the model should know.
+        chat_template: in place of the model's and of `transcribe`; it is given the `context`, and the `code` and `name`
+            of the `language`, which is None where it is not told.
+        special_token: of the template, that the tokenizer must know.
+        answer_mark: what stands in an answer between the language heard and the text, unless the language was told.
     """
 
     transcribe: str
     transcribe_in: str | None = None
     translate: str | None = None
     languages: tuple[str, ...] = ()
-    context_role: str | None = "user"
-    prefill: str | None = None
-    answer_mark: str | None = None
+    takes_context: bool = True
     chat_template: str | None = None
     special_token: str | None = None
+    answer_mark: str | None = None
 
 
-_OWN_FIELDS: Final = ("transcribe", "transcribe_in", "translate", "languages", "context_role")
+_OWN_FIELDS: Final = ("transcribe", "transcribe_in", "translate", "languages", "takes_context")
 
 PHI4_MULTIMODAL: Final = TranscriptionPrompt(
     "Transcribe the audio clip into text.",
@@ -70,13 +69,23 @@ GEMMA3N: Final = TranscriptionPrompt(
 )
 AUDIO_FLAMINGO3: Final = TranscriptionPrompt("Transcribe the input speech.", languages=("en",))
 QWEN3_ASR: Final = TranscriptionPrompt(
-    "", context_role="system", prefill="language {language}<asr_text>", answer_mark="<asr_text>"
+    "",
+    chat_template=(
+        "<|im_start|>system\n{{ context }}<|im_end|>\n"
+        "<|im_start|>user\n<|audio_start|><|audio_pad|><|audio_end|><|im_end|>\n"
+        "<|im_start|>assistant\n{% if language %}language {{ language.name }}<asr_text>{% endif %}"
+    ),
+    languages=tuple("ar cs da de el en es fa fi fr hi hu id it ja ko mk ms nl pl pt ro ru sv th tr vi yue zh".split()),
+    special_token="<asr_text>",
+    answer_mark="<asr_text>",
 )
 VOXTRAL: Final = TranscriptionPrompt(
     "",
     languages=("en", "es", "fr", "pt", "hi", "de", "nl", "it"),
-    context_role=None,
-    chat_template="<s>[INST][BEGIN_AUDIO][AUDIO][/INST]{% if language %}lang:{{ language }}{% endif %}[TRANSCRIBE]",
+    takes_context=False,
+    chat_template=(
+        "<s>[INST][BEGIN_AUDIO][AUDIO][/INST]{% if language %}lang:{{ language.code }}{% endif %}[TRANSCRIBE]"
+    ),
     special_token="[TRANSCRIBE]",
 )
 
@@ -97,8 +106,8 @@ def read_own_prompt(content: Any) -> TranscriptionPrompt:
             raise ConfigError(f"{OWN_PROMPT} has the unknown field {name!r}; allowed are {', '.join(_OWN_FIELDS)}")
         if name == "languages":
             is_right = isinstance(value, list) and all(isinstance(code, str) and code in LANGUAGES for code in value)
-        elif name == "context_role":
-            is_right = value in (None, "user", "system")
+        elif name == "takes_context":
+            is_right = isinstance(value, bool)
         else:
             is_right = isinstance(value, str) or (value is None and name != "transcribe")
         if not is_right:

@@ -63,7 +63,6 @@ class TranscriptionService:
         instruction, language = _instruction(prompt, asked)
         clip = load_media(asked.file, self._limits, expected="audio")
         assert isinstance(clip, AudioItem)
-        prefill = prompt.prefill if asked.language is not None else None
         answer = TranscriptionAnswer(
             Asked(
                 "translate" if isinstance(asked, TranslationRequest) else "transcribe",
@@ -72,7 +71,7 @@ class TranscriptionService:
                 language,
                 clip.duration_s,
                 placeholder_id,
-                prompt.answer_mark if prefill is None else None,
+                prompt.answer_mark if asked.language is None else None,
             )
         )
         return _conversation(prompt, asked, clip, instruction), answer, asked.stream
@@ -114,7 +113,7 @@ def _instruction(prompt: TranscriptionPrompt, asked: AudioRequest) -> tuple[str,
     if asked.language is not None and asked.language not in heard:
         message = f"language={asked.language!r} is not one that this model hears; allowed are {', '.join(heard)}"
         raise FieldError(message, "language")
-    if asked.prompt and prompt.context_role is None:
+    if asked.prompt and not prompt.takes_context:
         raise FieldError("prompt is not supported: what this model is asked has no place for it", "prompt")
     if isinstance(asked, TranslationRequest):
         if prompt.translate is None:
@@ -130,22 +129,21 @@ def _instruction(prompt: TranscriptionPrompt, asked: AudioRequest) -> tuple[str,
 
 
 def _conversation(prompt: TranscriptionPrompt, asked: AudioRequest, clip: AudioItem, instruction: str) -> Conversation:
-    """The turns: what the model is to know, the clip with the instruction, and how the answer begins."""
-    in_user_turn = asked.prompt if prompt.context_role == "user" else None
-    text = "\n".join(filter(None, (instruction, in_user_turn)))
+    """A user's turn with the clip and, unless a template of its own says it all, the text that goes with it."""
     content: list[dict[str, Any]] = [{"type": "audio", "audio": clip}]
-    messages: list[dict[str, Any]] = [
-        {"role": "user", "content": [*content, {"type": "text", "text": text}] if text else content}
-    ]
-    if asked.prompt and prompt.context_role == "system":
-        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": asked.prompt}]})
     options: dict[str, Any] = {}
     if prompt.chat_template is not None:
-        options["language"] = asked.language
-    if prompt.prefill is not None and asked.language is not None:
-        begun = prompt.prefill.replace("{language}", LANGUAGES[asked.language].title())
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": begun}]})
-        options |= {"continue_final_message": True, "add_generation_prompt": False}
+        code = asked.language
+        language = {"code": code, "name": LANGUAGES[code].title()} if code is not None else None
+        options = {"language": language, "context": asked.prompt or ""}
+    else:
+        text = f"{instruction}\n{asked.prompt}" if asked.prompt else instruction
+        content.append({"type": "text", "text": text})
     return Conversation(
-        messages, asked.model, asked.lora, asked.sampling_options(), options, chat_template=prompt.chat_template
+        [{"role": "user", "content": content}],
+        asked.model,
+        asked.lora,
+        asked.sampling_options(),
+        options,
+        chat_template=prompt.chat_template,
     )

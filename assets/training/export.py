@@ -39,7 +39,7 @@ PREPROCESSOR = {
     "image_std": [0.5, 0.5, 0.5],
     "resample": 3,
 }
-TRANSCRIPTION_PROMPT = {"transcribe": "transcribe the speech", "languages": ["en"], "context_role": None}
+TRANSCRIPTION_PROMPT = {"transcribe": "transcribe the speech", "languages": ["en"], "takes_context": False}
 
 
 def _stage_or_none(name: str) -> dict[str, Any] | None:
