@@ -19,6 +19,7 @@ from mmlora.server.errors import Refusal, error_response
 from mmlora.server.json_answer import JSONAnswer
 from mmlora.server.limits import check_api_key
 from mmlora.server.models import ServedModels
+from mmlora.server.openapi import add_openapi
 from mmlora.server.prometheus import add_metrics
 from mmlora.server.status import add_ready_route, version_routes
 from mmlora.server.tokens import token_routes
@@ -94,6 +95,7 @@ def build_app(
     add_ready_route(app, llm)
     add_metrics(app, llm, [Depends(authorize)], log_requests=log_requests)
     _add_error_handlers(app)
+    add_openapi(app)
     return app
 
 
