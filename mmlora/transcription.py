@@ -1,6 +1,7 @@
 """`TranscriptionPrompt`: how a model is asked for the words of a clip, in the language spoken or in another.
 
-Sources are the model cards, and for Qwen3-ASR, Audio Flamingo 3 and Voxtral the processors of `transformers`.
+The words are those of model cards and cookbooks, for Qwen3-ASR, Audio Flamingo 3 and Voxtral those of the processors of
+`transformers`; Qwen2-Audio and Gemma 3n follow instructions in any words.
 """
 
 from collections.abc import Mapping
@@ -106,10 +107,11 @@ def read_own_prompt(content: Any) -> TranscriptionPrompt:
             raise ConfigError(f"{OWN_PROMPT} has the unknown field {name!r}; allowed are {', '.join(_OWN_FIELDS)}")
         if name == "languages":
             is_right = isinstance(value, list) and all(isinstance(code, str) and code in LANGUAGES for code in value)
+            allowed = "a list of ISO 639-1 codes"
         elif name == "takes_context":
-            is_right = isinstance(value, bool)
+            is_right, allowed = isinstance(value, bool), "true or false"
         else:
-            is_right = isinstance(value, str) or (value is None and name != "transcribe")
+            is_right, allowed = isinstance(value, str) or (value is None and name != "transcribe"), "text"
         if not is_right:
-            raise ConfigError(f"{OWN_PROMPT}: {name}={value!r} is not allowed")
+            raise ConfigError(f"{OWN_PROMPT}: {name}={value!r} must be {allowed}")
     return TranscriptionPrompt(**{**content, "languages": tuple(content.get("languages", ()))})
