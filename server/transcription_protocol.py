@@ -103,7 +103,7 @@ class AudioRequest(BaseModel):
         Raises:
             FieldError: two fields contradict each other.
         """
-        given = {name: getattr(self, name, None) for name in SAMPLING_FIELDS}
+        given = {name: getattr(self, name) for name in SAMPLING_FIELDS if name in type(self).model_fields}
         return {
             **{name: value for name, value in given.items() if value is not None},
             "max_tokens": answer_limit(self.max_tokens, self.max_completion_tokens),

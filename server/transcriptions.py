@@ -82,18 +82,14 @@ class TranscriptionService:
         Raises:
             Refusal: it does not hear, or cannot be asked.
         """
-        parts = self._llm.engine.parts
+        parts, name = self._llm.engine.parts, self._llm.model_name
         processor, prompt = parts.inputs.processor, parts.transcription
-        if processor is None or "audio" not in processor.modalities:
-            takes = ", ".join(sorted(processor.modalities)) if processor is not None else "text only"
-            raise _no_model(f"the model {self._llm.model_name!r} takes no audio; it takes {takes}")
-        if prompt is None:
-            raise _no_model(
-                f"how to ask the model {self._llm.model_name!r} for a transcription is not known; use a chat"
-            )
+        modalities = processor.modalities if processor is not None else frozenset()
+        if processor is None or prompt is None or "audio" not in modalities:
+            takes = ", ".join(sorted(modalities)) or "text only"
+            raise _no_model(f"the model {name!r} cannot be asked for a transcription; it takes {takes}")
         token, tokenizer = prompt.special_token, parts.tokenizer
         if token is not None and tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
-            name = self._llm.model_name
             raise _no_model(f"the tokenizer of {name!r} lacks the token {token!r}, which asks for a transcription")
         return prompt, processor.placeholder_token_id("audio")
 

@@ -48,17 +48,19 @@ def test_an_offline_example_runs(
         assert text in printed
 
 
-def test_the_client_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_client_examples_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     defaults = assistant_default_mm_loras()
     llm = AsyncLLM(
         EngineArgs(assistant_path(), served_model_name="assistant", enable_lora=True, default_mm_loras=defaults)
     )
     try:
         with run_app(build_app(llm, load_served_models(llm))) as address:
-            run_example("chat_client.py", monkeypatch, f"{address}/v1")
+            for name in ("chat_client.py", "transcription_client.py"):
+                run_example(name, monkeypatch, f"{address}/v1")
+                printed = capsys.readouterr().out
+                assert "mary had a little lamb" in printed and "'reason': 'default:audio'" in printed
     finally:
         llm.shutdown()
-    assert "'reason': 'default:audio'" in capsys.readouterr().out
 
 
 def test_the_demo_runs_and_leaves_no_server() -> None:

@@ -83,7 +83,7 @@ def test_a_text_model_cannot_be_asked(tmp_path: Path, wav: bytes, monkeypatch: p
     path = save_text_model(tmp_path / "model", "llama")
     with ExitStack() as stack:
         server = ServerFactory(path, stack)()
-        with pytest.raises(BadRequestError, match="takes no audio; it takes text only") as refused:
+        with pytest.raises(BadRequestError, match="cannot be asked for a transcription; it takes text only") as refused:
             rendered(server, wav, monkeypatch)
     assert (refused.value.param, refused.value.code) == ("model", "transcription_not_supported")
 

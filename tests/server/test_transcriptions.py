@@ -185,8 +185,8 @@ def test_sampling_fields_reach_the_engine(server: RunningServer, wav: bytes) -> 
         assert transcribe(server, wav, extra=fields).usage.output_tokens == 3
 
 
-def test_an_empty_field_counts_as_left_out(server: RunningServer, wav: bytes) -> None:
-    extra = {"lora": "", "temperature": "", "chunking_strategy": "", "max_tokens": str(LIMIT)}
+def test_empty_and_harmless_fields_count_as_left_out(server: RunningServer, wav: bytes) -> None:
+    extra = {"lora": "", "temperature": "", "chunking_strategy": "", "n": 1, "user": "me"}
     found = transcribe(server, wav, language="", prompt="", extra=extra)
     assert found.text == transcribe(server, wav, chunking_strategy="auto").text
 
