@@ -21,6 +21,8 @@ from mmlora.server.limits import check_api_key
 from mmlora.server.models import ServedModels
 from mmlora.server.openapi import add_openapi
 from mmlora.server.prometheus import add_metrics
+from mmlora.server.responses import ResponsesService
+from mmlora.server.responses_protocol import ResponsesRequest
 from mmlora.server.status import add_ready_route, version_routes
 from mmlora.server.tokens import token_routes
 from mmlora.server.transcription_protocol import TranscriptionRequest, TranslationRequest
@@ -53,6 +55,7 @@ def build_app(
     conversations = Conversations(llm, models)
     chat = ChatService(llm, models, conversations, max_request_bytes)
     completion = CompletionService(llm, models, max_request_bytes)
+    response = ResponsesService(llm, models, conversations, max_request_bytes)
     transcription = TranscriptionService(llm, conversations, max_request_bytes)
 
     def authorize(request: Request) -> None:
@@ -67,6 +70,10 @@ def build_app(
     @api.post("/completions", openapi_extra=_body_schema(CompletionRequest))
     async def completions(request: Request) -> Response:
         return await completion.respond(request)
+
+    @api.post("/responses", openapi_extra=_body_schema(ResponsesRequest))
+    async def responses(request: Request) -> Response:
+        return await response.respond(request)
 
     @api.post("/audio/transcriptions", openapi_extra=form_schema(TranscriptionRequest))
     async def transcriptions(request: Request) -> Response:

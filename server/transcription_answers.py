@@ -7,7 +7,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from mmlora.outputs import LoRAChoice, RequestOutput
 from mmlora.server.answers import DONE, Answer, Json, event
-from mmlora.server.chat_answers import token_entry
+from mmlora.server.chat_answers import list_logprobs
 from mmlora.server.transcription_protocol import ResponseFormat
 
 UNKNOWN_LANGUAGE = "unknown"
@@ -103,8 +103,8 @@ class TranscriptionAnswer(Answer):
         elif output.finished:  # the model did not say which language it heard
             self._text = self._raw
         if self._asked.has_logprobs:
-            tokens = zip(completion.token_ids, completion.logprobs or (), strict=True)
-            self._logprobs += [token_entry(top[token].decoded_token, top[token].logprob) for token, top in tokens]
+            entries = list_logprobs(output.outputs, 0)
+            self._logprobs += [{name: entry[name] for name in ("token", "logprob", "bytes")} for entry in entries]
 
     def _heard_language(self) -> str | None:
         """What stands before the mark is `language English`."""

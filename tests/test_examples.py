@@ -55,12 +55,13 @@ def test_the_client_examples_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     )
     try:
         with run_app(build_app(llm, load_served_models(llm))) as address:
-            for name in ("chat_client.py", "transcription_client.py"):
+            for name in ("chat_client.py", "transcription_client.py", "responses_client.py"):
                 run_example(name, monkeypatch, f"{address}/v1")
-                printed = capsys.readouterr().out
-                assert "mary had a little lamb" in printed and "'reason': 'default:audio'" in printed
     finally:
         llm.shutdown()
+    printed = capsys.readouterr().out
+    assert printed.count("mary had a little lamb") == 2 and printed.count("'reason': 'default:audio'") == 2
+    assert "triangle" in printed and "'reason': 'default:image'" in printed
 
 
 def test_the_demo_runs_and_leaves_no_server() -> None:
