@@ -16,7 +16,7 @@ from mmlora.decoder_check import check_decoder
 from mmlora.default_adapters import choose_default_adapters
 from mmlora.detokenizer import Detokenizer
 from mmlora.errors import ConfigError
-from mmlora.families import find_layout, get_key_mapping, get_processor, get_towers
+from mmlora.families import find_layout, get_key_mapping, get_processor, get_towers, get_transcription_prompt
 from mmlora.inputs import InputProcessor
 from mmlora.kv_memory import kv_cache_bytes, kv_shape, num_kv_blocks
 from mmlora.longrope import replace_longrope
@@ -44,6 +44,7 @@ from mmlora.policy import parse_defaults
 from mmlora.scheduler import Scheduler
 from mmlora.sequence import Request, Sequence
 from mmlora.towers.encoder import MediaEncoder
+from mmlora.transcription import OWN_PROMPT, TranscriptionPrompt, read_own_prompt
 
 DEFAULT_LORA_IDS = 2**62  # ids of default adapters start here, far from those that callers choose
 GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -67,6 +68,7 @@ class EngineParts:
     stop_ids: frozenset[int]
     long_length: int | None  # of a sequence, beyond which longrope changes its factors
     sampling_defaults: dict[str, Any]
+    transcription: TranscriptionPrompt | None  # None where it is not known how to ask the model
     seed: int
     _num_seeds: "itertools.count[int]" = field(default_factory=itertools.count)
 
@@ -139,7 +141,7 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
         device=device,
     )
     block_manager = BlockManager(num_blocks, args.block_size, enable_prefix_caching=args.enable_prefix_caching)
-    stop_ids, sampling_defaults = _generation_config(args, path, config, tokenizer)
+    stop_ids, sampling_defaults, transcription = _generation_config(args, path, config, tokenizer)
     lora_state = slots.state if slots is not None else None
     encoder = MediaEncoder(towers, lora_state, args.encoder_cache_memory_bytes) if towers is not None else None
     return EngineParts(
@@ -172,6 +174,7 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
         stop_ids=stop_ids,
         long_length=long_length,
         sampling_defaults=sampling_defaults,
+        transcription=transcription,
         seed=args.seed,
     )
 
@@ -215,11 +218,11 @@ def _load_defaults(
 
 def _generation_config(
     args: EngineArgs, path: Path, config: PretrainedConfig, tokenizer: Any
-) -> tuple[frozenset[int], dict[str, Any]]:
-    """End-of-text tokens, and the sampling defaults of `generation_config.json`.
+) -> tuple[frozenset[int], dict[str, Any], TranscriptionPrompt | None]:
+    """End-of-text tokens, sampling defaults and the prompt of transcriptions, as `generation_config.json` has them.
 
     Raises:
-        ConfigError: the file is no JSON.
+        ConfigError: the file is no JSON, or holds a prompt of another form.
     """
     file = path / "generation_config.json"
     try:
@@ -233,4 +236,6 @@ def _generation_config(
         defaults = {name: content[name] for name in GENERATION_DEFAULTS if content.get(name) is not None}
         if content.get("do_sample") is False:
             defaults["temperature"] = 0.0
-    return frozenset(ids - {None}), defaults
+    own = content.get(OWN_PROMPT)
+    prompt = get_transcription_prompt(config) if own is None else read_own_prompt(own)
+    return frozenset(ids - {None}), defaults, prompt

@@ -14,6 +14,7 @@ import transformers
 from packaging.version import Version
 from transformers import PretrainedConfig
 
+from mmlora import transcription as prompts
 from mmlora.errors import ConfigError
 from mmlora.layouts import phi4mm, qwen2_5_omni
 from mmlora.layouts.base import Layout
@@ -47,6 +48,7 @@ class Family:
         default_adapters: adapters that its models come with: modalities joined with `+`, and the folder that holds the
             adapter for them; an empty name is the model's own.
         transformers_since: the first version of `transformers` whose processor runs without torchvision.
+        transcription: how its models are asked for the words of a clip.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Family:
     towers: Callable[[Any], Towers] = GeneralTowers
     default_adapters: Mapping[str, str] = field(default_factory=dict)
     transformers_since: str = "5.17"
+    transcription: prompts.TranscriptionPrompt | None = None
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -69,14 +72,24 @@ FAMILIES: Mapping[str, Family] = {
     "mixtral": Family("Mixtral"),
     "qwen3_moe": Family("Qwen3-MoE"),
     "granitemoe": Family("GraniteMoE"),
-    "granite_speech": Family("Granite Speech", ("audio",), GraniteSpeechProcessor, default_adapters={"audio": ""}),
-    "granite_speech_plus": Family(
-        "Granite Speech Plus", ("audio",), GraniteSpeechProcessor, default_adapters={"audio": ""}
+    "granite_speech": Family(
+        "Granite Speech",
+        ("audio",),
+        GraniteSpeechProcessor,
+        default_adapters={"audio": ""},
+        transcription=prompts.GRANITE_SPEECH,
     ),
-    "voxtral": Family("Voxtral", ("audio",), VoxtralProcessor),
-    "qwen2_audio": Family("Qwen2-Audio", ("audio",), towers=Qwen2AudioTowers),
-    "qwen3_asr": Family("Qwen3-ASR", ("audio",)),
-    "audioflamingo3": Family("Audio Flamingo 3", ("audio",)),
+    "granite_speech_plus": Family(
+        "Granite Speech Plus",
+        ("audio",),
+        GraniteSpeechProcessor,
+        default_adapters={"audio": ""},
+        transcription=prompts.GRANITE_SPEECH,
+    ),
+    "voxtral": Family("Voxtral", ("audio",), VoxtralProcessor, transcription=prompts.VOXTRAL),
+    "qwen2_audio": Family("Qwen2-Audio", ("audio",), towers=Qwen2AudioTowers, transcription=prompts.QWEN2_AUDIO),
+    "qwen3_asr": Family("Qwen3-ASR", ("audio",), transcription=prompts.QWEN3_ASR),
+    "audioflamingo3": Family("Audio Flamingo 3", ("audio",), transcription=prompts.AUDIO_FLAMINGO3),
     "llava": Family("LLaVA", ("image",)),
     "llava_next": Family("LLaVA-NeXT", ("image",)),
     "qwen2_vl": Family("Qwen2-VL", ("image",)),
@@ -87,7 +100,9 @@ FAMILIES: Mapping[str, Family] = {
     "internvl": Family("InternVL", ("image",), transformers_since="5.18"),
     "mistral3": Family("Mistral 3", ("image",), partial(GeneralProcessor, load=PixtralProcessor)),
     "gemma3": Family("Gemma 3", ("image",), towers=partial(GeneralTowers, two_way="picture")),
-    "gemma3n": Family("Gemma 3n", ("audio", "image"), towers=Gemma3nTowers, transformers_since="5.23"),
+    "gemma3n": Family(
+        "Gemma 3n", ("audio", "image"), towers=Gemma3nTowers, transformers_since="5.23", transcription=prompts.GEMMA3N
+    ),
     "paligemma": Family(
         "PaliGemma 1 and 2",
         ("image",),
@@ -96,7 +111,12 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "granite4_vision": Family("Granite 4 Vision", ("image",)),
     "qwen2_5_omni_thinker": Family(
-        "Qwen2.5-Omni (thinker)", ("audio", "image"), Qwen25OmniProcessor, Qwen25OmniTowers, transformers_since="5.23"
+        "Qwen2.5-Omni (thinker)",
+        ("audio", "image"),
+        Qwen25OmniProcessor,
+        Qwen25OmniTowers,
+        transformers_since="5.23",
+        transcription=prompts.QWEN2_5_OMNI,
     ),
     "phi4_multimodal": Family(
         "Phi-4-multimodal",
@@ -104,6 +124,7 @@ FAMILIES: Mapping[str, Family] = {
         partial(GeneralProcessor, load=Phi4MultimodalProcessor),
         Phi4MultimodalTowers,
         {"audio": "speech-lora", "image": "vision-lora", "audio+image": "vision-lora"},
+        transcription=prompts.PHI4_MULTIMODAL,
     ),
 }
 # By the class that a checkpoint's files name, whatever its family: LLaVA models with Pixtral's tower name this one.
@@ -153,6 +174,12 @@ def get_default_adapters(config: PretrainedConfig) -> Mapping[str, str]:
     """Return the adapters that models of a configuration's family come with; see `Family`."""
     family = FAMILIES.get(config.model_type)
     return family.default_adapters if family is not None else {}
+
+
+def get_transcription_prompt(config: PretrainedConfig) -> prompts.TranscriptionPrompt | None:
+    """Return how models of a configuration's family are asked for the words of a clip; None where none are known."""
+    family = FAMILIES.get(config.model_type)
+    return family.transcription if family is not None else None
 
 
 def get_processor(config: PretrainedConfig, model_path: str | Path, tokenizer: Any) -> MultiModalProcessor | None:

@@ -4,14 +4,17 @@ import json
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, ClassVar
 from urllib.parse import quote
 
+from starlette.responses import Response
+
 from mmlora.errors import EngineDeadError, RequestError
 from mmlora.outputs import CompletionOutput, LoRAChoice, RequestOutput
 from mmlora.server.errors import error_body
+from mmlora.server.json_answer import JSONAnswer
 
 logger = logging.getLogger(__name__)
 Json = dict[str, Any]
@@ -76,6 +79,10 @@ class Answer(ABC):
     @abstractmethod
     def complete(self, outputs: list[RequestOutput]) -> Json:
         """The whole answer from all deltas of its prompts."""
+
+    def response(self, outputs: list[RequestOutput], headers: Mapping[str, str]) -> Response:
+        """The whole answer over HTTP."""
+        return JSONAnswer(self.complete(outputs), headers=headers)
 
     @abstractmethod
     def lora(self, outputs: Iterable[RequestOutput]) -> LoRAChoice:

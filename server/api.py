@@ -9,7 +9,7 @@ from starlette.responses import Response
 from mmlora.async_llm import AsyncLLM
 from mmlora.errors import MMLoRAError
 from mmlora.server.adapter_updates import adapter_routes
-from mmlora.server.bodies import inlined_schema
+from mmlora.server.bodies import form_schema, inlined_schema
 from mmlora.server.chat import ChatService
 from mmlora.server.chat_protocol import ChatCompletionRequest
 from mmlora.server.completion_protocol import CompletionRequest
@@ -27,6 +27,8 @@ from mmlora.server.responses_protocol import ResponsesRequest
 from mmlora.server.status import add_ready_route, version_routes
 from mmlora.server.tokens import token_routes
 from mmlora.server.tracing import Tracer
+from mmlora.server.transcription_protocol import TranscriptionRequest, TranslationRequest
+from mmlora.server.transcriptions import TranscriptionService
 
 DEFAULT_MAX_REQUEST_BYTES = 128 * 2**20
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the access log does
@@ -58,6 +60,7 @@ def build_app(
     chat = ChatService(llm, models, conversations, max_request_bytes)
     completion = CompletionService(llm, models, max_request_bytes)
     response = ResponsesService(llm, models, conversations, max_request_bytes)
+    transcription = TranscriptionService(llm, conversations, max_request_bytes)
 
     def authorize(request: Request) -> None:
         check_api_key(request, api_key)
@@ -75,6 +78,14 @@ def build_app(
     @api.post("/responses", openapi_extra=_body_schema(ResponsesRequest))
     async def responses(request: Request) -> Response:
         return await response.respond(request)
+
+    @api.post("/audio/transcriptions", openapi_extra=form_schema(TranscriptionRequest))
+    async def transcriptions(request: Request) -> Response:
+        return await transcription.respond(request, TranscriptionRequest)
+
+    @api.post("/audio/translations", openapi_extra=form_schema(TranslationRequest))
+    async def translations(request: Request) -> Response:
+        return await transcription.respond(request, TranslationRequest)
 
     @api.get("/models")
     async def list_models() -> JSONAnswer:

@@ -40,6 +40,12 @@ def body_schema(*kinds: type[Body]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
+def form_schema(kind: type[BaseModel]) -> dict[str, Any]:
+    """Describe a form for the OpenAPI document."""
+    content = {"multipart/form-data": {"schema": inlined_schema(kind)}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
 def inlined_schema(kind: type[BaseModel]) -> dict[str, Any]:
     """Return the JSON schema of a body in one piece: a reference to its own definitions would resolve nowhere."""
     schema = kind.model_json_schema()

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from mmlora.server.protocol import FieldError, FirstOnly, GenerationRequest, shorten
+from mmlora.server.protocol import FieldError, FirstOnly, GenerationRequest, answer_limit, shorten
 
 ROLES = ("system", "developer", "user", "assistant")
 MESSAGE_FIELDS = frozenset({"role", "content", "name", "refusal"})
@@ -53,20 +53,10 @@ class ChatCompletionRequest(GenerationRequest):
         """
         return {
             **self.given_sampling_options(),
-            "max_tokens": self._answer_limit(),
+            "max_tokens": answer_limit(self.max_tokens, self.max_completion_tokens),
             "logprobs": self._num_logprobs(),
             "prompt_logprobs": self.prompt_logprobs,
         }
-
-    def _answer_limit(self) -> int | None:
-        limits = {limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None}
-        if len(limits) > 1:
-            raise FieldError(
-                f"max_tokens={self.max_tokens} and max_completion_tokens={self.max_completion_tokens} differ; "
-                "give one of them",
-                "max_completion_tokens",
-            )
-        return limits.pop() if limits else None
 
     def _num_logprobs(self) -> int | None:
         if self.logprobs:

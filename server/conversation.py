@@ -26,6 +26,7 @@ class Conversation:
         add_generation_prompt, continue_final_message: see `mmlora.chat.render_chat`.
         priority: lower is served earlier.
         cache_salt: caches are shared among requests with the same one.
+        chat_template: in place of the engine's.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -38,6 +39,7 @@ class Conversation:
     continue_final_message: bool = False
     priority: int = 0
     cache_salt: str | None = None
+    chat_template: str | None = None
 
 
 class Conversations:
@@ -84,7 +86,7 @@ class Conversations:
             conversation.messages,
             engine.tokenizer,
             engine.parts.inputs.processor,
-            chat_template=self._chat_template,
+            chat_template=conversation.chat_template or self._chat_template,
             chat_template_kwargs=conversation.chat_template_kwargs,
             add_generation_prompt=conversation.add_generation_prompt,
             continue_final_message=conversation.continue_final_message,

@@ -35,9 +35,13 @@ def one_of(*values: str) -> Schema:
     return {"enum": list(values)}
 
 
-def answer(schema: Schema, *, streams: bool = False, media_type: str = "application/json") -> Schema:
-    """What a route answers when all went well."""
+def answer(
+    schema: Schema, *, streams: bool = False, is_text: bool = False, media_type: str = "application/json"
+) -> Schema:
+    """What a route answers when all went well; with `is_text`, text alone where the request asks for it."""
     content = {media_type: {"schema": schema}}
+    if is_text:
+        content["text/plain"] = {"schema": TEXT}
     if streams:
         content["text/event-stream"] = {"schema": TEXT}
     return {"description": "Success", "content": content}
@@ -127,10 +131,23 @@ MODEL: Final = obj(
     permission=array({"type": "object"}),
     adapter=nullable(ADAPTER),
 )
+TRANSCRIPTION: Final = obj(
+    text=TEXT,
+    finish_reason=FINISH_REASON,
+    usage={
+        "anyOf": [
+            obj(type=one_of("tokens"), input_tokens=INTEGER, output_tokens=INTEGER, total_tokens=INTEGER),
+            obj(type=one_of("duration"), seconds=NUMBER),
+        ]
+    },
+    lora=LORA,
+)
 ANSWERS: Final[Mapping[str, Schema]] = {
     "/v1/chat/completions": answer(CHAT, streams=True),
     "/v1/completions": answer(COMPLETION, streams=True),
     "/v1/responses": answer(RESPONSE, streams=True),
+    "/v1/audio/transcriptions": answer(TRANSCRIPTION, streams=True, is_text=True),
+    "/v1/audio/translations": answer(TRANSCRIPTION, streams=True, is_text=True),
     "/v1/models": answer(obj(object=one_of("list"), data=array(MODEL))),
     "/v1/models/{name}": answer(MODEL),
     "/v1/load_lora_adapter": answer(TEXT, media_type="text/plain"),

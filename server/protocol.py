@@ -158,7 +158,7 @@ class GenerationRequest(BaseModel):
         try:
             request = cls.model_validate_json(body)
         except ValidationError as error:
-            raise _first_problem(error) from None
+            raise first_problem(error) from None
         check_other_fields(request.model_extra or {}, {**NEUTRAL_EXTRAS, **cls.NEUTRAL_VALUES})
         if request.stream_options is not None and not request.stream:
             raise FieldError("stream_options needs stream=true", "stream_options")
@@ -168,6 +168,21 @@ class GenerationRequest(BaseModel):
         """The fields of `SamplingParams` that the request sets and all endpoints share."""
         given = {name: getattr(self, name) for name in SAMPLING_FIELDS}
         return {name: value for name, value in given.items() if value is not None}
+
+
+def answer_limit(max_tokens: int | None, max_completion_tokens: int | None) -> int | None:
+    """Return the longest answer in tokens, which has two names.
+
+    Raises:
+        FieldError: they contradict each other.
+    """
+    limits = {limit for limit in (max_tokens, max_completion_tokens) if limit is not None}
+    if len(limits) > 1:
+        raise FieldError(
+            f"max_tokens={max_tokens} and max_completion_tokens={max_completion_tokens} differ; give one of them",
+            "max_completion_tokens",
+        )
+    return limits.pop() if limits else None
 
 
 def check_other_fields(fields: Mapping[str, Any], neutral_values: Mapping[str, tuple[JsonValue, ...]]) -> None:
@@ -187,7 +202,8 @@ def check_other_fields(fields: Mapping[str, Any], neutral_values: Mapping[str, t
         raise FieldError(message, name[:80])
 
 
-def _first_problem(error: ValidationError) -> FieldError:
+def first_problem(error: ValidationError) -> FieldError:
+    """Say what is wrong with the first of the fields that are."""
     problem = error.errors(include_url=False)[0]
     # Pydantic adds the union member it tried (`str`, `list[str]`) after the field's own name.
     param = str(problem["loc"][0]) if problem["loc"] else "body"

@@ -13,7 +13,6 @@ from mmlora.errors import AdapterError, MMLoRAError
 from mmlora.outputs import RequestOutput
 from mmlora.server.answers import Answer, lora_headers
 from mmlora.server.errors import Refusal
-from mmlora.server.json_answer import JSONAnswer
 from mmlora.server.limits import until_disconnect
 from mmlora.server.lora_field import LoRAField
 from mmlora.server.models import ServedModels
@@ -38,7 +37,7 @@ async def respond_with(request: Request, answer: Answer, outputs: Outputs, *, is
     if not is_stream:
         parts = await until_disconnect(request, _collect(outputs))
         headers = lora_headers(answer.lora(parts))
-        return await asyncio.to_thread(lambda: JSONAnswer(answer.complete(parts), headers=headers))
+        return await asyncio.to_thread(answer.response, parts, headers)
     # The headers name the adapter and a refusal needs its status: both are known with the first output.
     first = await until_disconnect(request, _next(outputs))
     return EventStream(_events(answer, first, outputs), headers=lora_headers(first.lora))

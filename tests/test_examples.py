@@ -55,12 +55,12 @@ def test_the_client_examples_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     )
     try:
         with run_app(build_app(llm, load_served_models(llm))) as address:
-            run_example("chat_client.py", monkeypatch, f"{address}/v1")
-            run_example("responses_client.py", monkeypatch, f"{address}/v1")
+            for name in ("chat_client.py", "transcription_client.py", "responses_client.py"):
+                run_example(name, monkeypatch, f"{address}/v1")
     finally:
         llm.shutdown()
     printed = capsys.readouterr().out
-    assert "'reason': 'default:audio'" in printed
+    assert printed.count("mary had a little lamb") == 2 and printed.count("'reason': 'default:audio'") == 2
     assert "triangle" in printed and "'reason': 'default:image'" in printed
 
 

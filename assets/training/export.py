@@ -39,6 +39,7 @@ PREPROCESSOR = {
     "image_std": [0.5, 0.5, 0.5],
     "resample": 3,
 }
+TRANSCRIPTION_PROMPT = {"transcribe": "transcribe the speech", "languages": ["en"], "takes_context": False}
 
 
 def _stage_or_none(name: str) -> dict[str, Any] | None:
@@ -92,6 +93,7 @@ def export(folder: Path) -> None:
         bos_token_id=model.config.bos_token_id,
         eos_token_id=model.config.eos_token_id,
         pad_token_id=model.config.pad_token_id,
+        transcription_prompt=TRANSCRIPTION_PROMPT,
     )
     model.save_pretrained(staging, state_dict=halves)
     tokenizer.save_pretrained(staging)

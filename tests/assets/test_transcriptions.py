@@ -1,0 +1,65 @@
+"""The bundled assistant behind the server transcribes its sample clips, asked with nothing but a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from openai import BadRequestError, OpenAI
+
+from mmlora.assets.audio import AudioAsset
+from mmlora.async_llm import AsyncLLM
+from mmlora.cli import parse_options
+from mmlora.server.api import build_app
+from mmlora.server.launch import load_served_models
+from tests.server.conftest import run_app
+
+SAMPLES = {
+    "mary_had_lamb": "mary had a little lamb its fleece was white as snow",
+    "two_plus_three": "what is two plus three",
+    "what_color_is_the_circle": "what color is the circle",
+}
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[OpenAI]:
+    engine_args, server_args = parse_options({}, {})
+    llm = AsyncLLM(engine_args)
+    try:
+        with (
+            run_app(build_app(llm, load_served_models(llm, server_args.lora_modules))) as address,
+            OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+        ):
+            yield client
+    finally:
+        llm.shutdown()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_sample_is_transcribed_word_for_word(client: OpenAI, name: str) -> None:
+    path = AudioAsset(name).path
+    found = client.audio.transcriptions.create(model="assistant", file=path)
+    assert found.text == SAMPLES[name]
+    assert found.to_dict()["lora"]["reason"] == "default:audio"  # type: ignore[index,call-overload]
+    base = client.audio.transcriptions.create(model="assistant", file=path, extra_body={"lora": "[]"})
+    assert base.text != SAMPLES[name]
+    assert client.audio.transcriptions.create(model="assistant", file=path, response_format="text") == found.text
+    events = list(client.audio.transcriptions.create(model="assistant", file=path, stream=True, language="en"))
+    assert events[-1].type == "transcript.text.done" and events[-1].text == found.text
+
+
+def test_the_language_is_told(client: OpenAI) -> None:
+    path = AudioAsset("mary_had_lamb").path
+    found = client.audio.transcriptions.create(model="assistant", file=path, response_format="verbose_json")
+    samples, rate = AudioAsset("mary_had_lamb").audio_and_sample_rate
+    assert (found.language, found.duration) == ("english", len(samples) / rate)
+
+
+@pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # openai's word on its translations
+def test_what_it_was_not_taught_is_refused(client: OpenAI) -> None:
+    path = AudioAsset("mary_had_lamb").path
+    for options, named in (({"language": "fr"}, "language='fr'"), ({"prompt": "a nursery rhyme"}, "prompt")):
+        with pytest.raises(BadRequestError, match=named):
+            client.audio.transcriptions.create(model="assistant", file=path, **options)
+    with pytest.raises(BadRequestError, match="not taught to translate"):
+        client.audio.translations.create(model="assistant", file=path)
