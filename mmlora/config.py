@@ -70,7 +70,7 @@ class EngineArgs:
         allowed_media_domains: hosts that http(s) URLs may name, `example.org` or `*.example.org`; unset, every one with
             public addresses; an empty text, none.
         allowed_media_networks: addresses that http(s) URLs may lead to beside public ones, such as `10.0.0.0/8`.
-        media_fetch_timeout_s: seconds in which the content of an http(s) URL must have come.
+        media_fetch_timeout: seconds in which an http(s) URL must have been read, redirects included.
         media_cache_memory_bytes: memory of media that clients named by a uuid; 0 keeps none.
         mm_processor_kwargs: options of the model's media processor, for every request.
         chat_template: a Jinja template, or a file that holds one, in place of the tokenizer's.
@@ -113,7 +113,7 @@ class EngineArgs:
     allowed_local_media_path: str | None = None
     allowed_media_domains: Sequence[str] | None = None
     allowed_media_networks: Sequence[str] | None = None
-    media_fetch_timeout_s: float = DEFAULT_TIMEOUT_S
+    media_fetch_timeout: float = DEFAULT_TIMEOUT_S
     media_cache_memory_bytes: int = DEFAULT_CACHE_BYTES
     mm_processor_kwargs: Mapping[str, Any] | None = None
     chat_template: str | None = None
@@ -224,7 +224,7 @@ class EngineArgs:
             value = getattr(self, name)
             if not _is_int(value) or value < 1:
                 self._reject(name, "must be a positive integer")
-        for name in ("max_audio_seconds", "media_fetch_timeout_s"):
+        for name in ("max_audio_seconds", "media_fetch_timeout"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < math.inf:
                 self._reject(name, "must be a positive number of seconds")

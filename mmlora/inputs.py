@@ -64,7 +64,7 @@ class InputProcessor:
             local_path=args.allowed_local_media_path,
             domains=args.allowed_media_domains,
             networks=args.allowed_media_networks or (),
-            timeout_s=args.media_fetch_timeout_s,
+            timeout_s=args.media_fetch_timeout,
             cache_bytes=args.media_cache_memory_bytes,
         )
         self.max_model_len = max_model_len

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mmlora.errors import MediaError
 from mmlora.processors.items import DEFAULT_LIMITS, ImageItem, MediaLimits
@@ -25,6 +25,8 @@ def decode_image(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> ImageItem
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except _BOMB as error:
         raise MediaError(f"image is larger than the allowed {limits.max_pixels} px: {error}") from error
+    except UnidentifiedImageError as error:  # its text tells the address of our buffer
+        raise MediaError(f"cannot decode the image content ({len(data)} bytes): its header is damaged") from error
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged headers
         raise MediaError(f"cannot decode the image content ({len(data)} bytes): {error}") from error
     return image_from_pil(image, limits)

@@ -32,7 +32,7 @@ def server(start_server: ServerFactory, folder: Path) -> RunningServer:
         allowed_media_networks=["127.0.0.1"],
         allowed_local_media_path=str(folder),
         limit_mm_per_prompt={"image": 2},
-        media_fetch_timeout_s=60,
+        media_fetch_timeout=60,
     )
 
 
