@@ -226,7 +226,7 @@ class EngineArgs:
                 self._reject(name, "must be a positive integer")
         for name in ("max_audio_seconds", "media_fetch_timeout"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
                 self._reject(name, "must be a positive number of seconds")
         if not _is_int(self.media_cache_memory_bytes) or self.media_cache_memory_bytes < 0:
             self._reject("media_cache_memory_bytes", "must be an integer of 0 or more")
@@ -245,7 +245,8 @@ class EngineArgs:
     def _check_media_hosts(self) -> None:
         for name in ("allowed_media_domains", "allowed_media_networks"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, str) or not all(isinstance(entry, str) for entry in value)):
+            is_list = isinstance(value, Sequence) and not isinstance(value, str)
+            if value is not None and not (is_list and all(isinstance(entry, str) for entry in value)):
                 self._reject(name, "must be a list of texts")
                 return
         for domain in self.allowed_media_domains or ():

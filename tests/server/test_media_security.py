@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, png: bytes) -> Path:
 @pytest.fixture(scope="module")
 def shared_server(start_server: ServerFactory, folder: Path) -> RunningServer:
     return start_server(
-        allowed_media_networks=["127.0.0.1"], allowed_local_media_path=str(folder), media_fetch_timeout=2.0
+        allowed_media_networks=["127.0.0.1"], allowed_local_media_path=str(folder), media_fetch_timeout=1.0
     )
 
 
@@ -202,11 +202,11 @@ def test_places_in_the_inner_network(
 @pytest.mark.parametrize(
     ("case", "named"),
     [
-        ("endless", "more than the allowed 67108864 bytes|not read within 2 s"),
+        ("endless", "more than the allowed 67108864 bytes|not read within 1 s"),
         ("claim of 1 TB", "claims 1099511627776 bytes"),
         ("gzip", "encoding 'gzip'"),
         ("redirects", "redirected more than 5 times"),
-        ("silent", "not read within 2 s|ReadTimeout"),
+        ("silent", "not read within 1 s|ReadTimeout"),
     ],
 )
 def test_hostile_web_servers(server: RunningServer, case: str, named: str) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 import httpx
 import pytest
 from openai import BadRequestError
+from PIL import Image
 
+from mmlora.errors import MediaError
 from mmlora.llm import LLM
 from tests.server.conftest import RunningServer, ServerFactory, text_part, url_part, wait_until_idle
 from tests.web import WebServer, answer, run_web_server
@@ -216,7 +218,8 @@ def test_slow_servers_do_not_hold_up_other_requests(server: RunningServer, png: 
 
 def test_limits_and_places_are_options(start_server: ServerFactory, web: WebServer, png: bytes, wav: bytes) -> None:
     strict = start_server(
-        max_media_bytes=len(wav), max_image_pixels=42 * 42 - 1, max_audio_seconds=0.1, media_cache_memory_bytes=0,
+        max_media_bytes=len(wav), max_image_pixels=42 * 42 - 1, max_audio_seconds=0.1, max_decoded_media_bytes=3000,
+        media_cache_memory_bytes=0,
         allowed_media_domains=["media.example"], allowed_media_networks=["127.0.0.1"],
     )  # fmt: skip
     cases = [
@@ -232,6 +235,9 @@ def test_limits_and_places_are_options(start_server: ServerFactory, web: WebServ
         response = httpx.post(f"{strict.address}/v1/chat/completions", json=body, timeout=60)
         assert response.status_code == 400 and message in response.json()["error"]["message"]
     prompt = {"prompt": "<|audio|>x", "multi_modal_data": {"audio": wav}}
-    with pytest.raises(Exception, match="more than the allowed 0.1 s"):
+    with pytest.raises(MediaError, match="more than the allowed 0.1 s"):
         strict.llm.engine.process_input("x", prompt)
+    pictures = [Image.new("RGB", (20, 20))] * 5
+    with pytest.raises(MediaError, match="have 3600 bytes or more when decoded; allowed are 3000"):
+        strict.llm.engine.process_input("x", {"prompt": "x", "multi_modal_data": {"image": pictures}})
     assert not web.requests
