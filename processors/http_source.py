@@ -78,7 +78,6 @@ class HTTPSource:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
         return contents
 
     async def _read(self, url: str) -> bytes:

@@ -175,6 +175,6 @@ class PromptMedia:
             return load_base64(content, self._loader.limits, expected=reference.modality)
         if reference.form == "object":
             return load_media(content, self._loader.limits, expected=reference.modality)
-        if content in self._fetched:
+        if reference.http_url in self._fetched:
             return self._loader.decode(content, self._fetched[content], reference.modality)
         return self._loader.load_url(content, expected=reference.modality)

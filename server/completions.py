@@ -61,10 +61,7 @@ class CompletionService:
         ready = []
         for index, (prompt, request_id) in enumerate(zip(prompts, answer.request_ids, strict=True)):
             with _naming_prompt(index, len(prompts)), adapter_faults(self._models, asked.model, asked.lora):
-                media = self._llm.engine.parts.inputs.media.begin(CALLER.get())
-                references = await self._llm.run_in_pool(self._references, asked)
-                await media.fetch([ref for refs in references.values() for ref in refs if ref.http_url])
-                fields = await self._llm.run_in_pool(self._load, asked, prompt, references, media)
+                fields = await self._load(asked, prompt)
                 ready.append(await self._llm.prepare(fields, params, request_id, lora_request))
         num_tokens = sum(len(request.input.prompt_token_ids) for request in ready)
         asked.check_front(num_tokens, len(self._llm.tokenizer))
@@ -92,6 +89,13 @@ class CompletionService:
         finally:
             await close(outputs)
 
+    async def _load(self, asked: CompletionRequest, prompt: TextOrTokens) -> dict[str, Any]:
+        """A prompt as the engine takes it, its media fetched and decoded."""
+        media = self._llm.engine.parts.inputs.media.begin(CALLER.get())
+        references = await self._llm.run_in_pool(self._references, asked)
+        await media.fetch([ref for refs in references.values() for ref in refs if ref.http_url])
+        return await self._llm.run_in_pool(self._decode, asked, prompt, references, media)
+
     def _references(self, asked: CompletionRequest) -> References:
         processor = self._llm.engine.parts.inputs.processor
         return references_of(
@@ -101,10 +105,9 @@ class CompletionService:
             self._llm.engine.args.limit_mm_per_prompt,
         )
 
-    def _load(
+    def _decode(
         self, asked: CompletionRequest, prompt: TextOrTokens, references: References, media: PromptMedia
     ) -> dict[str, Any]:
-        """A prompt as the engine takes it, its media decoded."""
         engine = self._llm.engine
         items = {modality: [media.load(reference) for reference in found] for modality, found in references.items()}
         fields: dict[str, Any] = {"multi_modal_data": items, "mm_processor_kwargs": asked.mm_processor_kwargs}

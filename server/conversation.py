@@ -60,9 +60,7 @@ class Conversations:
         model, lora = conversation.model, conversation.lora
         params: SamplingParams = self._llm.engine.default_sampling_params(**conversation.sampling_options)
         lora_request = await self._models.find(model, lora)
-        media = self._llm.engine.parts.inputs.media.begin(CALLER.get())
-        await media.fetch(await self._llm.run_in_pool(self._find_urls, conversation))
-        prompt = await self._llm.run_in_pool(self._render, conversation, media)
+        prompt = await self._load(conversation)
         outputs = self._llm.generate(prompt, params, request_id, lora_request)
         try:
             with adapter_faults(self._models, model, lora):
@@ -71,6 +69,12 @@ class Conversations:
                     yield output
         finally:
             await close(outputs)
+
+    async def _load(self, conversation: Conversation) -> dict[str, Any]:
+        """The prompt, its media fetched and decoded."""
+        media = self._llm.engine.parts.inputs.media.begin(CALLER.get())
+        await media.fetch(await self._llm.run_in_pool(self._find_urls, conversation))
+        return await self._llm.run_in_pool(self._render, conversation, media)
 
     def _find_urls(self, conversation: Conversation) -> list[MediaReference]:
         engine = self._llm.engine
