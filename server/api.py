@@ -19,7 +19,10 @@ from mmlora.server.errors import Refusal, error_response
 from mmlora.server.json_answer import JSONAnswer
 from mmlora.server.limits import check_api_key
 from mmlora.server.models import ServedModels
+from mmlora.server.openapi import add_openapi
 from mmlora.server.prometheus import add_metrics
+from mmlora.server.responses import ResponsesService
+from mmlora.server.responses_protocol import ResponsesRequest
 from mmlora.server.status import add_ready_route, version_routes
 from mmlora.server.tokens import token_routes
 
@@ -50,6 +53,7 @@ def build_app(
     conversations = Conversations(llm, models)
     chat = ChatService(llm, models, conversations, max_request_bytes)
     completion = CompletionService(llm, models, max_request_bytes)
+    response = ResponsesService(llm, models, conversations, max_request_bytes)
 
     def authorize(request: Request) -> None:
         check_api_key(request, api_key)
@@ -63,6 +67,10 @@ def build_app(
     @api.post("/completions", openapi_extra=_body_schema(CompletionRequest))
     async def completions(request: Request) -> Response:
         return await completion.respond(request)
+
+    @api.post("/responses", openapi_extra=_body_schema(ResponsesRequest))
+    async def responses(request: Request) -> Response:
+        return await response.respond(request)
 
     @api.get("/models")
     async def list_models() -> JSONAnswer:
@@ -83,6 +91,7 @@ def build_app(
     add_ready_route(app, llm)
     add_metrics(app, llm, [Depends(authorize)], log_requests=log_requests)
     _add_error_handlers(app)
+    add_openapi(app)
     return app
 
 

@@ -47,19 +47,24 @@ class ChatAnswer(ChoicesAnswer):
     def _logprobs(self, parts: Iterable[CompletionOutput]) -> Json | None:
         if self._top_logprobs is None:
             return None
-        content = [
-            self._token_logprobs(token, top)
-            for part in parts
-            for token, top in zip(part.token_ids, part.logprobs or (), strict=True)
-        ]
-        return {"content": content, "refusal": None}
+        return {"content": list_logprobs(parts, self._top_logprobs), "refusal": None}
 
-    def _token_logprobs(self, token_id: int, top: TokenLogprobs) -> Json:
-        ranked = sorted(top.values(), key=lambda entry: entry.rank)[: self._top_logprobs]
-        return {
-            **_token(top[token_id].decoded_token, top[token_id].logprob),
-            "top_logprobs": [_token(entry.decoded_token, entry.logprob) for entry in ranked],
-        }
+
+def list_logprobs(parts: Iterable[CompletionOutput], num_top: int) -> list[Json]:
+    """The log probability of each token, with those of the `num_top` likeliest ones."""
+    return [
+        _token_logprobs(token, top, num_top)
+        for part in parts
+        for token, top in zip(part.token_ids, part.logprobs or (), strict=True)
+    ]
+
+
+def _token_logprobs(token_id: int, top: TokenLogprobs, num_top: int) -> Json:
+    ranked = sorted(top.values(), key=lambda entry: entry.rank)[:num_top]
+    return {
+        **_token(top[token_id].decoded_token, top[token_id].logprob),
+        "top_logprobs": [_token(entry.decoded_token, entry.logprob) for entry in ranked],
+    }
 
 
 def _token(text: str, logprob: float) -> Json:

@@ -26,7 +26,7 @@ from mmlora.config import EngineArgs
 from mmlora.outputs import RequestOutput
 from mmlora.server.api import build_app
 from mmlora.server.launch import load_served_models
-from mmlora.server.models import LoRAModule
+from mmlora.server.models import LoRAModule, ServedModels
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class RunningServer:
 
     llm: AsyncLLM
     address: str
+    models: ServedModels | None = None
 
     @property
     def client(self) -> OpenAI:
