@@ -10,7 +10,7 @@ _PROCESS = Path("/proc/self")
 
 
 @contextmanager
-def bounded(name: str, *, max_s: float = 20.0, max_bytes: int = 60 * MIB) -> Iterator[None]:
+def bounded(name: str, *, max_s: float = 60.0, max_bytes: int = 60 * MIB) -> Iterator[None]:
     """Fail if a block takes longer, or if memory grows further meanwhile; both bounds are generous."""
     (_PROCESS / "clear_refs").write_text("5")  # the peak begins anew
     before, start = _resident("VmRSS"), time.monotonic()

@@ -51,12 +51,14 @@ def server(shared_server: RunningServer) -> Iterator[RunningServer]:
 
 
 def refuse(server: RunningServer, kind: str, url: str) -> str:
-    """Send a URL to both endpoints, which must refuse it with one message."""
+    """Send a URL to every endpoint that takes it, all of which must refuse it with one message."""
     part = {"type": f"{kind}_url", f"{kind}_url": {"url": url}}
     bodies = {
         "chat/completions": {"messages": [{"role": "user", "content": [part]}]},
         "completions": {"prompt": f"<|{kind}|>x", "multi_modal_data": {kind: url}},
     }
+    if kind == "image":
+        bodies["responses"] = {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": url}]}]}
     messages = set()
     for path, body in bodies.items():
         response = httpx.post(f"{server.address}/v1/{path}", json=body, timeout=60, verify=False)
@@ -137,7 +139,7 @@ def test_pixel_floods(server: RunningServer, case: str, named: str) -> None:
 )
 def test_audio_claims(server: RunningServer, case: str, named: str) -> None:
     data = _audio(case)
-    with bounded(case):
+    with bounded(case, max_bytes=200 * MIB):
         message = refuse(server, "audio", data_url(data))
     assert any(part in message for part in named.split("|")), message
 

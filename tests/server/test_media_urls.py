@@ -75,7 +75,14 @@ def test_a_url_gives_what_its_content_gives(
             client.completions.create(**options, extra_body={"multi_modal_data": {kind: content}}).choices[0].text
             for content in (url, data_url(data))
         ]
-    assert texts[0] == texts[1]
+        assert texts[0] == texts[1]
+        if kind == "image":
+            answer = client.responses.create(
+                model="tiny",
+                input=[{"role": "user", "content": [{"type": "input_image", "image_url": url, "detail": "auto"}]}],
+                max_output_tokens=4,
+            )
+            assert answer.usage is not None and answer.usage.input_tokens > 4
 
 
 def test_the_library_reads_urls_too(tiny_phi4: Path, web: WebServer, folder: Path, png: bytes) -> None:
