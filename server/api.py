@@ -20,11 +20,13 @@ from mmlora.server.json_answer import JSONAnswer
 from mmlora.server.limits import check_api_key
 from mmlora.server.models import ServedModels
 from mmlora.server.openapi import add_openapi
+from mmlora.server.playground import playground_routes
 from mmlora.server.prometheus import add_metrics
 from mmlora.server.responses import ResponsesService
 from mmlora.server.responses_protocol import ResponsesRequest
 from mmlora.server.status import add_ready_route, version_routes
 from mmlora.server.tokens import token_routes
+from mmlora.server.tracing import Tracer
 
 DEFAULT_MAX_REQUEST_BYTES = 128 * 2**20
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the access log does
@@ -38,6 +40,7 @@ def build_app(
     max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES,
     allow_lora_updates: bool = False,
     log_requests: bool = False,
+    tracer: Tracer | None = None,
 ) -> FastAPI:
     """Build the application around a running engine.
 
@@ -48,6 +51,7 @@ def build_app(
         max_request_bytes: the largest body of a request.
         allow_lora_updates: whether clients may load and unload adapters.
         log_requests: access lines hold prompts and the hashes of media.
+        tracer: traces the requests; who made it shuts it down.
     """
     app = FastAPI(title="mmlora", docs_url=None, redoc_url=None)
     conversations = Conversations(llm, models)
@@ -88,8 +92,9 @@ def build_app(
     app.include_router(adapter_routes(llm, models, is_allowed=allow_lora_updates), dependencies=api.dependencies)
     app.include_router(token_routes(llm, models, max_request_bytes), dependencies=api.dependencies)
     app.include_router(version_routes(), dependencies=api.dependencies)
+    app.include_router(playground_routes())
     add_ready_route(app, llm)
-    add_metrics(app, llm, [Depends(authorize)], log_requests=log_requests)
+    add_metrics(app, llm, [Depends(authorize)], log_requests=log_requests, tracer=tracer)
     _add_error_handlers(app)
     add_openapi(app)
     return app
