@@ -13,9 +13,10 @@ from jinja2 import TemplateError
 from mmlora.errors import ConfigError, RequestError
 from mmlora.inputs import encode_text
 from mmlora.processors.base import MultiModalProcessor
-from mmlora.processors.fetch import load_base64, load_url
-from mmlora.processors.items import DEFAULT_LIMITS, MediaItem, MediaLimits
-from mmlora.processors.media import check_counts, check_decoded_bytes, load_media, why_not_taken
+from mmlora.processors.items import MediaItem
+from mmlora.processors.loader import MediaLoader, PromptMedia
+from mmlora.processors.media import check_counts, why_not_taken
+from mmlora.processors.reference import MediaReference
 
 Message = Mapping[str, Any]
 MODALITIES = {"image_url": "image", "input_audio": "audio", "audio_url": "audio", "image": "image", "audio": "audio"}
@@ -50,7 +51,7 @@ def render_chat(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     add_generation_prompt: bool | None = None,
     continue_final_message: bool = False,
-    limits: MediaLimits = DEFAULT_LIMITS,
+    media: PromptMedia | None = None,
     limit_mm_per_prompt: Mapping[str, int] | None = None,
     max_model_len: int | None = None,
 ) -> dict[str, Any]:
@@ -58,14 +59,14 @@ def render_chat(
 
     Args:
         messages: with `role` and `content`, text or a list of parts: `text`, `image_url`, `input_audio`,
-            `audio_url` (data: URLs), and from Python `image` (PIL) and `audio` (`(array, rate)`).
+            `audio_url`, and from Python `image` (PIL) and `audio` (`(array, rate)`), each with a `uuid` if it likes.
         tokenizer: its template is used unless `chat_template` is given.
         processor: names the placeholders; None for a text-only model.
         chat_template_kwargs: passed to the template.
         add_generation_prompt: end with the start of the assistant's turn; by default unless the last message is
             continued.
         continue_final_message: leave the last message open, so that the answer goes on with it.
-        limits: of the media.
+        media: loads them; by default within `MediaLimits()`, from data: URLs and public servers.
         limit_mm_per_prompt: most items by modality, counted before any is decoded.
         max_model_len: text that cannot fit into so many tokens is refused before it is tokenized.
 
@@ -76,15 +77,15 @@ def render_chat(
         RequestError: a message has the wrong form, or there is no template.
         MediaError: a media item cannot be used.
     """
-    if not isinstance(messages, list | tuple) or not messages:
-        raise RequestError("messages must be a list of at least one message")
     if add_generation_prompt and continue_final_message:
         raise RequestError("add_generation_prompt and continue_final_message exclude each other; give one of them")
-    checked = [_check_message(message) for message in messages]
-    counts = Counter(MODALITIES[kind] for _, parts in checked for kind, _ in parts if kind in MODALITIES)
-    check_counts(counts, processor.modalities if processor is not None else (), limit_mm_per_prompt)
-    conversation = _load_parts(checked, limits)
-    media = [part for _, parts in conversation for part in parts if not isinstance(part, str)]
+    checked = _check_messages(messages, processor, limit_mm_per_prompt)
+    loader = media or MediaLoader().begin()
+    conversation = [
+        (message, [part if isinstance(part, str) else loader.load(part) for part in parts])
+        for message, parts in checked
+    ]
+    items = [part for _, parts in conversation for part in parts if not isinstance(part, str)]
 
     def render(turns: list[dict[str, Any]]) -> str:
         kwargs = {
@@ -101,9 +102,9 @@ def render_chat(
             raise RequestError(f"the chat template cannot render these messages: {reason}") from None
         return text
 
-    text = _render_parts(conversation, media, processor, render)
+    text = _render_parts(conversation, items, processor, render)
     data: dict[str, list[MediaItem]] = {}
-    for item in media:
+    for item in items:
         data.setdefault(item.modality, []).append(item)
     token_ids = encode_text(tokenizer, text, max_model_len, add_special_tokens=False)
     return {"prompt": text, "prompt_token_ids": token_ids, "multi_modal_data": data}
@@ -171,13 +172,40 @@ def _template_parts(parts: list[str | MediaItem]) -> list[dict[str, str]]:
     return [{"type": "text", "text": part} if isinstance(part, str) else {"type": part.modality} for part in parts]
 
 
-def _check_message(message: Message) -> tuple[Message, list[tuple[str, Any]]]:
-    """Return the parts of a message by their type, media not decoded yet."""
+def find_urls(
+    messages: Sequence[Message],
+    processor: MultiModalProcessor | None,
+    limit_mm_per_prompt: Mapping[str, int] | None = None,
+) -> list[MediaReference]:
+    """The media of a conversation that have to be fetched from other servers, for `PromptMedia.fetch`.
+
+    Raises:
+        RequestError: a message has the wrong form.
+        MediaError: there are too many media, or some that the model does not take.
+    """
+    checked = _check_messages(messages, processor, limit_mm_per_prompt)
+    parts = [part for _, parts in checked for part in parts if not isinstance(part, str)]
+    return [part for part in parts if part.http_url is not None]
+
+
+def _check_messages(
+    messages: Sequence[Message], processor: MultiModalProcessor | None, limit_mm_per_prompt: Mapping[str, int] | None
+) -> list[tuple[Message, list[str | MediaReference]]]:
+    """The parts of each message; media are counted, nothing is decoded yet."""
+    if not isinstance(messages, list | tuple) or not messages:
+        raise RequestError("messages must be a list of at least one message")
+    checked = [_check_message(message) for message in messages]
+    counts = Counter(part.modality for _, parts in checked for part in parts if not isinstance(part, str))
+    check_counts(counts, processor.modalities if processor is not None else (), limit_mm_per_prompt)
+    return checked
+
+
+def _check_message(message: Message) -> tuple[Message, list[str | MediaReference]]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise RequestError(f"a message must be a mapping with a 'role' and 'content', got {str(message)[:80]!r}")
     content = message.get("content")
     if content is None or isinstance(content, str):
-        return message, [("text", content or "")]
+        return message, [content or ""]
     if not isinstance(content, Sequence):
         raise RequestError(f"content is a {type(content).__name__}; it must be text or a list of parts")
     return message, [_check_part(part) for part in content]
@@ -189,46 +217,34 @@ def message_text(message: Message) -> str:
     Raises:
         RequestError: it has the wrong form.
     """
-    return "".join(value for kind, value in _check_message(message)[1] if kind == "text")
+    return "".join(part for part in _check_message(message)[1] if isinstance(part, str))
 
 
-def _check_part(part: Any) -> tuple[str, Any]:
+def _check_part(part: Any) -> str | MediaReference:
     if isinstance(part, str):
-        return "text", part
+        return part
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind not in PART_TYPES:
         reason = why_not_taken(str(kind)) or f"allowed: {', '.join(PART_TYPES)}"
         raise RequestError(f"content part of type {kind!r}; {reason}")
-    if kind not in part:
+    value, uuid = part.get(kind), part.get("uuid")
+    if value is None and (kind == "text" or uuid is None):
         raise RequestError(f"content part of type {kind!r} lacks its {kind!r} field")
-    if kind == "text" and not isinstance(part[kind], str):
-        raise RequestError(f"content part of type 'text' holds a {type(part[kind]).__name__}; it must be text")
-    return str(kind), part[kind]
+    if kind != "text":
+        return _reference(str(kind), value, uuid)
+    if not isinstance(value, str):
+        raise RequestError(f"content part of type 'text' holds a {type(value).__name__}; it must be text")
+    return value
 
 
-def _load_parts(
-    checked: list[tuple[Message, list[tuple[str, Any]]]], limits: MediaLimits
-) -> list[tuple[Message, list[str | MediaItem]]]:
-    """Decode the media of a conversation, one by one, until they exceed what it may hold."""
-    num_bytes = 0
-    conversation = []
-    for message, parts in checked:
-        loaded: list[str | MediaItem] = []
-        for kind, value in parts:
-            loaded.append(value if kind == "text" else _load_part(kind, value, limits))
-            num_bytes += 0 if isinstance(loaded[-1], str) else loaded[-1].num_bytes
-            check_decoded_bytes(num_bytes, limits)
-        conversation.append((message, loaded))
-    return conversation
-
-
-def _load_part(kind: str, value: Any, limits: MediaLimits) -> MediaItem:
-    if kind in ("image", "audio"):
-        return load_media(value, limits, expected=kind)
+def _reference(kind: str, value: Any, uuid: Any) -> MediaReference:
+    """What a part says of its media item; without a value it is the one that the uuid stands for."""
+    modality = MODALITIES[kind]
+    if value is None or kind in ("image", "audio"):
+        return MediaReference(modality, value, "object", uuid)
     if kind == "input_audio":
-        return load_base64(_field(value, kind, "data"), limits, expected="audio")
-    url = value if isinstance(value, str) else _field(value, kind, "url")
-    return load_url(url, limits, expected=MODALITIES[kind])
+        return MediaReference(modality, _field(value, kind, "data"), "base64", uuid)
+    return MediaReference(modality, value if isinstance(value, str) else _field(value, kind, "url"), "url", uuid)
 
 
 def _field(value: Any, kind: str, name: str) -> str:

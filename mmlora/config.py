@@ -4,13 +4,19 @@
 modalities, its context length) is checked in `mmlora.engine`.
 """
 
-from collections.abc import Mapping
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeGuard
 
 import torch
 
 from mmlora.errors import ConfigError
+from mmlora.processors.addresses import parse_networks
+from mmlora.processors.items import DEFAULT_LIMITS, MediaLimits
+from mmlora.processors.loader import DEFAULT_CACHE_BYTES, DEFAULT_TIMEOUT_S
 
 DTYPES = {
     "float32": torch.float32,
@@ -21,6 +27,7 @@ DTYPES = {
 }
 MODALITIES = ("audio", "image")
 AUTO = "auto"
+DOMAIN = re.compile(r"(\*\.)?[^\s/:@*]*")
 PRIORITY = "priority"
 SCHEDULING_POLICIES = ("fcfs", PRIORITY)
 
@@ -58,6 +65,17 @@ class EngineArgs:
             that come with the model.
         enable_tower_connector_lora: admit adapters with tower or connector tensors.
         limit_mm_per_prompt: most items of a modality in one prompt.
+        max_media_bytes: largest media item as it is sent or fetched, in bytes.
+        max_image_pixels: largest image, width x height.
+        max_audio_seconds: longest clip in seconds.
+        max_audio_samples: longest clip in samples, whatever their rate.
+        max_decoded_media_bytes: all media of one prompt, decoded.
+        allowed_local_media_path: directory whose files `file:` URLs may name; unset, none.
+        allowed_media_domains: hosts that http(s) URLs may name, `example.org` or `*.example.org`; unset, every one with
+            public addresses; an empty text, none.
+        allowed_media_networks: addresses that http(s) URLs may lead to beside public ones, such as `10.0.0.0/8`.
+        media_fetch_timeout: seconds in which an http(s) URL must have been read, redirects included.
+        media_cache_memory_bytes: memory of media that clients named by a uuid; 0 keeps none.
         mm_processor_kwargs: options of the model's media processor, for every request.
         chat_template: a Jinja template, or a file that holds one, in place of the tokenizer's.
         max_logprobs: most `logprobs` a request may ask for; -1 for no bound.
@@ -92,6 +110,16 @@ class EngineArgs:
     default_mm_loras: Mapping[str, str] | str | None = None
     enable_tower_connector_lora: bool = True
     limit_mm_per_prompt: Mapping[str, int] | None = None
+    max_media_bytes: int = DEFAULT_LIMITS.max_bytes
+    max_image_pixels: int = DEFAULT_LIMITS.max_pixels
+    max_audio_seconds: float = DEFAULT_LIMITS.max_duration_s
+    max_audio_samples: int = DEFAULT_LIMITS.max_samples
+    max_decoded_media_bytes: int = DEFAULT_LIMITS.max_decoded_bytes
+    allowed_local_media_path: str | None = None
+    allowed_media_domains: Sequence[str] | None = None
+    allowed_media_networks: Sequence[str] | None = None
+    media_fetch_timeout: float = DEFAULT_TIMEOUT_S
+    media_cache_memory_bytes: int = DEFAULT_CACHE_BYTES
     mm_processor_kwargs: Mapping[str, Any] | None = None
     chat_template: str | None = None
     max_logprobs: int = 20
@@ -105,6 +133,7 @@ class EngineArgs:
         self._check_numbers()
         self._check_choices()
         self._check_lora()
+        self._check_media()
         if self._problems:
             raise ConfigError("; ".join(self._problems))
 
@@ -125,6 +154,17 @@ class EngineArgs:
     def model_name(self) -> str:
         """What clients call the base model."""
         return self.served_model_name or self.model
+
+    @property
+    def media_limits(self) -> MediaLimits:
+        """What media may cost."""
+        return MediaLimits(
+            self.max_media_bytes,
+            self.max_image_pixels,
+            self.max_audio_seconds,
+            self.max_audio_samples,
+            self.max_decoded_media_bytes,
+        )
 
     @property
     def num_host_loras(self) -> int:
@@ -185,6 +225,22 @@ class EngineArgs:
         counts = self.max_cpu_loras, self.max_loras
         if _is_int(counts[0]) and _is_int(counts[1]) and counts[0] < counts[1]:
             self._reject("max_cpu_loras", f"must be at least max_loras={self.max_loras}")
+
+    def _check_media(self) -> None:
+        for name in ("max_media_bytes", "max_image_pixels", "max_audio_samples", "max_decoded_media_bytes"):
+            value = getattr(self, name)
+            if not _is_int(value) or value < 1:
+                self._reject(name, "must be a positive integer")
+        for name in ("max_audio_seconds", "media_fetch_timeout"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+                self._reject(name, "must be a positive number of seconds")
+        if not _is_int(self.media_cache_memory_bytes) or self.media_cache_memory_bytes < 0:
+            self._reject("media_cache_memory_bytes", "must be an integer of 0 or more")
+        path = self.allowed_local_media_path
+        if path is not None and not (isinstance(path, str) and os.path.isdir(os.path.expanduser(path))):
+            self._reject("allowed_local_media_path", "must be a directory")
+        self._check_media_hosts()
         limits = self.limit_mm_per_prompt if self.limit_mm_per_prompt is not None else {}
         if not isinstance(limits, Mapping) or any(
             key not in MODALITIES or not _is_int(limit) or limit < 0 for key, limit in limits.items()
@@ -192,6 +248,21 @@ class EngineArgs:
             self._reject("limit_mm_per_prompt", f"must map {' or '.join(MODALITIES)} to a count of 0 or more")
         if self.mm_processor_kwargs is not None and not isinstance(self.mm_processor_kwargs, Mapping):
             self._reject("mm_processor_kwargs", "must map options of the processor to values")
+
+    def _check_media_hosts(self) -> None:
+        for name in ("allowed_media_domains", "allowed_media_networks"):
+            value = getattr(self, name)
+            is_list = isinstance(value, Sequence) and not isinstance(value, str)
+            if value is not None and not (is_list and all(isinstance(entry, str) for entry in value)):
+                self._reject(name, "must be a list of texts")
+                return
+        for domain in self.allowed_media_domains or ():
+            if not DOMAIN.fullmatch(domain):
+                self._reject("allowed_media_domains", f"{domain!r} must be a host, or *. before one")
+        try:
+            parse_networks(self.allowed_media_networks or ())
+        except ConfigError as error:
+            self._problems.append(str(error))
 
 
 def _is_int(value: object) -> TypeGuard[int]:

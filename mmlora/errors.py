@@ -21,6 +21,10 @@ class MediaError(RequestError):
     """Audio or image content cannot be used: undecodable, too large, or not matching the prompt."""
 
 
+class MediaNotHeld(MediaError):
+    """A uuid stands for no media item, or for none any more: it has to be sent again."""
+
+
 class AdapterError(RequestError):
     """An adapter cannot be used."""
 

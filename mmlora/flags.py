@@ -7,7 +7,7 @@ import argparse
 import json
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -22,11 +22,12 @@ ENV_PREFIX = "MMLORA_"
 
 @dataclass(frozen=True)
 class Flag:
-    """One option: its field, how its text is read, and what it is for."""
+    """One option: its field, how its text is read, what it is for, and whether it takes several texts."""
 
     name: str
     parse: Callable[[str], Any]
     help: str
+    is_list: bool = False
 
     @property
     def option(self) -> str:
@@ -41,9 +42,9 @@ class Flag:
         text = self.help.replace("%", "%%")
         if self.parse is parse_bool:
             group.add_argument(self.option, action=argparse.BooleanOptionalAction, default=None, help=text)
-        elif self.name == "lora_modules":
-            read = self._read_argument
-            group.add_argument(self.option, action="extend", nargs="+", type=read, metavar="NAME=PATH", help=text)
+        elif self.is_list:
+            read, metavar = self._read_argument, "NAME=PATH" if self.name == "lora_modules" else "VALUE"
+            group.add_argument(self.option, action="extend", nargs="+", type=read, metavar=metavar, help=text)
         else:
             metavar = {int: "N", float: "X", _parse_json: "JSON", _parse_json_or_auto: "JSON|auto"}.get(
                 self.parse, "VALUE"
@@ -63,7 +64,7 @@ class Flag:
         Raises:
             ValueError, ConfigError: it is not allowed.
         """
-        if self.name == "lora_modules":
+        if self.is_list:
             entries = value if isinstance(value, list) else [value]
             return [self.parse(entry if isinstance(entry, str) else json.dumps(entry)) for entry in entries]
         if value is None or isinstance(value, list):
@@ -77,7 +78,7 @@ class Flag:
             ConfigError: it cannot be read.
         """
         try:
-            if self.name == "lora_modules":
+            if self.is_list:
                 return [self.parse(entry) for entry in _split_entries(text)]
             return self.parse(text)
         except (ValueError, ConfigError) as error:
@@ -85,7 +86,7 @@ class Flag:
 
 
 def _split_entries(text: str) -> list[str]:
-    """Split `--lora-modules` entries at blanks that are not inside a JSON object."""
+    """Split the entries of a list at blanks that are not inside a JSON object."""
     return re.findall(r"\{[^{}]*\}|[^\s{][^\s]*|\{.*", text)
 
 
@@ -94,15 +95,24 @@ def flags_of(cls: type[EngineArgs] | type[ServerArgs]) -> list[Flag]:
     hints = get_type_hints(cls)
     helps = _argument_help(cls.__doc__ or "")
     names = [field.name for field in fields(cls) if field.init]
-    return [Flag(name, _parser_of(name, hints[name]), helps.get(name, "")) for name in names if name != "model"]
+    return [
+        Flag(name, _parser_of(name, hints[name]), helps.get(name, ""), Sequence in _kinds(hints[name]))
+        for name in names
+        if name != "model"
+    ]
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """The types that an option may have, without those of their parts."""
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return [get_origin(member) or member for member in members]
 
 
 def _parser_of(name: str, hint: Any) -> Callable[[str], Any]:
     """How the text of an option becomes its value."""
     if name == "lora_modules":
         return LoRAModule.parse
-    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    kinds = [get_origin(member) or member for member in members]
+    kinds = _kinds(hint)
     if bool in kinds:
         return parse_bool
     if any(isinstance(kind, type) and issubclass(kind, Mapping) for kind in kinds):

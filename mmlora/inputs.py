@@ -16,7 +16,8 @@ from mmlora.lora.store import AdapterStore
 from mmlora.outputs import LoRAChoice
 from mmlora.policy import choose_adapter
 from mmlora.processors.base import MultiModalProcessor, ProcessedMedia
-from mmlora.processors.media import check_counts, load_media, why_not_taken
+from mmlora.processors.loader import MediaLoader
+from mmlora.processors.media import check_counts, check_decoded_bytes, load_media, why_not_taken
 from mmlora.processors.placeholders import PlaceholderRange, expand_placeholders
 from mmlora.sampling_params import SamplingParams
 from mmlora.sequence import EngineInput, MediaInput
@@ -30,6 +31,9 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 
 class InputProcessor:
     """Makes requests ready for the engine.
+
+    Attributes:
+        media: reads and decodes what requests carry.
 
     Args:
         args: the engine's options.
@@ -55,6 +59,14 @@ class InputProcessor:
     ) -> None:
         self.tokenizer = tokenizer
         self.processor = processor
+        self.media = MediaLoader(
+            args.media_limits,
+            local_path=args.allowed_local_media_path,
+            domains=args.allowed_media_domains,
+            networks=args.allowed_media_networks or (),
+            timeout_s=args.media_fetch_timeout,
+            cache_bytes=args.media_cache_memory_bytes,
+        )
         self.max_model_len = max_model_len
         self._args = args
         self.vocab_size = vocab_size
@@ -164,11 +176,13 @@ class InputProcessor:
             raise RequestError(f"multi_modal_data holds {', '.join(unknown)}; {reason or takes}")
         check_counts({name: len(contents) for name, contents in items.items()}, allowed, self._args.limit_mm_per_prompt)
         options = {**(self._args.mm_processor_kwargs or {}), **(fields.get("mm_processor_kwargs") or {})}
-        processed = []
+        processed, num_bytes = [], 0
         for modality in allowed:
             for content in items.get(modality, ()):
                 assert self.processor is not None
-                item = load_media(content, expected=modality)
+                item = load_media(content, self.media.limits, expected=modality)
+                num_bytes += item.num_bytes
+                check_decoded_bytes(num_bytes, self.media.limits)
                 processed.append(self.processor.process(item, options))
         return processed
 

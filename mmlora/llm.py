@@ -103,8 +103,8 @@ class LLM:
         """Answer one conversation, or a list of them.
 
         Args:
-            messages: OpenAI-style, with parts `text`, `image_url`, `input_audio`, `audio_url` (data: URLs), `image`
-                (PIL) and `audio` (`(array, rate)`).
+            messages: OpenAI-style, with parts `text`, `image_url`, `input_audio`, `audio_url`, `image` (PIL)
+                and `audio` (`(array, rate)`).
             sampling_params, use_tqdm, lora_request, priority: as in `generate`.
             chat_template: in place of the model's own.
             add_generation_prompt: end with the start of the assistant's turn; by default unless the last message is
@@ -129,6 +129,7 @@ class LLM:
                 chat_template_kwargs=chat_template_kwargs,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
+                media=self.llm_engine.parts.inputs.media.begin(),
                 limit_mm_per_prompt=self.llm_engine.args.limit_mm_per_prompt,
                 max_model_len=self.llm_engine.max_model_len,
             )

@@ -55,7 +55,8 @@ def decode_audio(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> AudioItem
             samples = _read_mono(file, min(int(limits.max_duration_s * rate), limits.max_samples) + 1)
             slack = _MP3_SLACK if file.format == "MP3" else 0
     except (soundfile.SoundFileError, RuntimeError, ValueError, OSError) as error:
-        raise MediaError(f"cannot decode the audio content ({len(data)} bytes): {error}") from error
+        reason = getattr(error, "error_string", error)  # without the address of our buffer, which soundfile tells
+        raise MediaError(f"cannot decode the audio content ({len(data)} bytes): {reason}") from error
     _check_duration(len(samples), rate, limits)
     if len(samples) < claimed - slack:
         raise MediaError(f"truncated audio: its header claims {claimed} samples, {len(samples)} could be decoded")

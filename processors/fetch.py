@@ -2,19 +2,18 @@
 
 import base64
 import binascii
-from collections.abc import Collection, Mapping
-from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
 
 from mmlora.errors import MediaError
 from mmlora.processors.items import DEFAULT_LIMITS, MediaItem, MediaLimits
-from mmlora.processors.media import check_counts, check_decoded_bytes, load_media, why_not_taken
+from mmlora.processors.media import load_media
 
 _SHOWN = 48  # characters of a URL in an error message
 _MAX_SCHEME = 32
+_SCHEMES = "data:, http:, https: and file:"  # `MediaLoader` reads the others
 
 
-def load_url(url: str, limits: MediaLimits = DEFAULT_LIMITS, *, expected: str | None = None) -> MediaItem:
+def load_data_url(url: str, limits: MediaLimits = DEFAULT_LIMITS, *, expected: str | None = None) -> MediaItem:
     """Load a `data:` URL (RFC 2397), base64 or percent-encoded; its MIME type is not trusted.
 
     Raises:
@@ -25,7 +24,7 @@ def load_url(url: str, limits: MediaLimits = DEFAULT_LIMITS, *, expected: str | 
     scheme, colon, _ = url[:_MAX_SCHEME].partition(":")
     if not colon or scheme.lower() != "data":
         named = f"scheme {scheme.lower()!r}" if colon else "no scheme"
-        raise MediaError(f"media URL with {named} ({url[:_SHOWN]!r}): only data: URLs are allowed")
+        raise MediaError(f"media URL with {named} ({url[:_SHOWN]!r}): allowed are {_SCHEMES} URLs")
     comma = url.find(",", 0, 1024)
     if comma < 0:
         raise MediaError(f"malformed data: URL ({url[:_SHOWN]!r}): no comma after the media type")
@@ -37,39 +36,6 @@ def load_url(url: str, limits: MediaLimits = DEFAULT_LIMITS, *, expected: str | 
         return load_base64(unquote(url[comma + 1 :]), limits, expected=expected)
     _check_claim(len(url) - comma - 1 - 2 * url.count("%", comma), limits)
     return load_media(unquote_to_bytes(url[comma + 1 :]), limits, expected=expected)
-
-
-def load_urls(
-    data: Mapping[str, object],
-    modalities: Collection[str],
-    limit_mm_per_prompt: Mapping[str, int] | None = None,
-    limits: MediaLimits = DEFAULT_LIMITS,
-) -> dict[str, list[MediaItem]]:
-    """Load the `data:` URLs of one prompt, which are counted before any is decoded.
-
-    Args:
-        data: by modality, one URL or a list of them.
-        modalities: what the model takes.
-        limit_mm_per_prompt: most items by modality.
-        limits: of the media.
-
-    Raises:
-        MediaError: too many, of a modality that the model does not take, or see `load_url`.
-    """
-    urls = {name: _as_list(contents) for name, contents in data.items()}
-    for name in urls:
-        if name not in modalities:
-            takes = f"the model takes {', '.join(sorted(modalities)) or 'text only'}"
-            raise MediaError(f"multi_modal_data holds {name[:_SHOWN]!r}; {why_not_taken(name) or takes}")
-    check_counts({name: len(contents) for name, contents in urls.items()}, modalities, limit_mm_per_prompt)
-    items: dict[str, list[MediaItem]] = {name: [] for name in urls}
-    num_bytes = 0
-    for name, contents in urls.items():
-        for url in contents:
-            items[name].append(load_url(url, limits, expected=name))
-            num_bytes += items[name][-1].num_bytes
-            check_decoded_bytes(num_bytes, limits)
-    return items
 
 
 def load_base64(data: str | bytes, limits: MediaLimits = DEFAULT_LIMITS, *, expected: str | None = None) -> MediaItem:
@@ -99,9 +65,3 @@ def _check_base64_claim(text: str, start: int, limits: MediaLimits) -> None:
 def _check_claim(num_bytes: int, limits: MediaLimits) -> None:
     if num_bytes > limits.max_bytes:
         raise MediaError(f"media URL claims about {num_bytes} bytes, more than the allowed {limits.max_bytes} bytes")
-
-
-def _as_list(contents: object) -> list[Any]:
-    if contents is None:
-        return []
-    return contents if isinstance(contents, list) else [contents]

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from mmlora.errors import MediaError
-from mmlora.processors.items import DEFAULT_LIMITS, ImageItem, MediaLimits
+from mmlora.processors.items import DEFAULT_LIMITS, ImageItem, MediaLimits, strips
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
@@ -25,6 +25,8 @@ def decode_image(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> ImageItem
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except _BOMB as error:
         raise MediaError(f"image is larger than the allowed {limits.max_pixels} px: {error}") from error
+    except UnidentifiedImageError as error:  # its text tells the address of our buffer
+        raise MediaError(f"cannot decode the image content ({len(data)} bytes): its header is damaged") from error
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged headers
         raise MediaError(f"cannot decode the image content ({len(data)} bytes): {error}") from error
     return image_from_pil(image, limits)
@@ -77,9 +79,11 @@ def _check_complete(data: bytes) -> None:
 
 def _oriented(image: Image.Image) -> Image.Image:
     try:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+            return image  # which `exif_transpose` would copy
         return ImageOps.exif_transpose(image)
     except Exception:  # a damaged EXIF block must not make a good picture unusable
-        return image.copy()
+        return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -88,10 +92,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _sixteen_bit_to_rgb(image)
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
+        return _on_white(image)
     return image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Lay a picture on white, in strips: each step of it would need memory for the whole picture."""
+    rgb = Image.new("RGB", image.size)
+    for box in strips(*image.size):
+        strip = image.crop(box).convert("RGBA")
+        white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
+        rgb.paste(Image.alpha_composite(white, strip).convert("RGB"), box)
+    return rgb
 
 
 def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:

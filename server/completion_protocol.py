@@ -25,6 +25,7 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Annotated[Any, WithJsonSchema(_PROMPT_SCHEMA)]
     multi_modal_data: dict[str, Any] | None = None
+    multi_modal_uuids: dict[str, Any] | None = None
     best_of: int | None = None
     echo: bool | None = None
     logprobs: int | None = None
@@ -74,9 +75,10 @@ def parse_completion_request(body: bytes) -> CompletionRequest:
         raise FieldError(f"prompt holds {num_prompts} prompts; allowed are {MAX_PROMPTS}", "prompt")
     if num_prompts * n > MAX_CHOICES:
         raise FieldError(f"n={shorten(n)} for {num_prompts} prompts; allowed are {MAX_CHOICES // num_prompts}", "n")
-    if num_prompts > 1 and request.multi_modal_data:
-        message = f"multi_modal_data belongs to one prompt, but prompt holds {num_prompts}; send them one by one"
-        raise FieldError(message, "multi_modal_data")
+    for name in ("multi_modal_data", "multi_modal_uuids"):
+        if num_prompts > 1 and getattr(request, name):
+            message = f"{name} belongs to one prompt, but prompt holds {num_prompts}; send them one by one"
+            raise FieldError(message, name)
     if request.best_of not in (None, n):
         message = f"best_of={request.best_of} is not supported; it must be n, which is {n}, or be left out"
         raise FieldError(message, "best_of")

@@ -10,9 +10,11 @@ from starlette.responses import Response
 
 from mmlora.async_llm import AsyncLLM
 from mmlora.errors import EngineDeadError, MMLoRAError
-from mmlora.processors.fetch import load_urls
+from mmlora.processors.loader import PromptMedia
+from mmlora.processors.reference import MediaReference, references_of
 from mmlora.request_record import ReadyRequest
 from mmlora.sampling_params import SamplingParams
+from mmlora.server.access import CALLER
 from mmlora.server.answers import raise_failure
 from mmlora.server.completion_answers import CompletionAnswer
 from mmlora.server.completion_protocol import CompletionRequest, TextOrTokens, parse_completion_request
@@ -22,6 +24,8 @@ from mmlora.server.merge import merge
 from mmlora.server.models import ServedModels
 from mmlora.server.prompt_logprobs import check_prompt_logprobs
 from mmlora.server.streaming import Outputs, adapter_faults, close, respond_with
+
+References = dict[str, list[MediaReference]]
 
 
 class CompletionService:
@@ -58,7 +62,7 @@ class CompletionService:
         ready = []
         for index, (prompt, request_id) in enumerate(zip(prompts, answer.request_ids, strict=True)):
             with _naming_prompt(index, len(prompts)), adapter_faults(self._models, asked.model, asked.lora):
-                fields = await self._llm.run_in_pool(self._load, asked, prompt)
+                fields = await self._load(asked, prompt)
                 ready.append(await self._llm.prepare(fields, params, request_id, lora_request, asked.priority or 0))
         num_tokens = sum(len(request.input.prompt_token_ids) for request in ready)
         check_prompt_logprobs(num_tokens, asked.num_prompt_logprobs, len(self._llm.tokenizer), n=params.n)
@@ -86,14 +90,29 @@ class CompletionService:
         finally:
             await close(outputs)
 
-    def _load(self, asked: CompletionRequest, prompt: TextOrTokens) -> dict[str, Any]:
-        """A prompt as the engine takes it, its media decoded."""
+    async def _load(self, asked: CompletionRequest, prompt: TextOrTokens) -> dict[str, Any]:
+        """A prompt as the engine takes it, its media fetched and decoded."""
+        media = self._llm.engine.parts.inputs.media.begin(CALLER.get())
+        references = await self._llm.run_in_pool(self._references, asked)
+        await media.fetch([ref for refs in references.values() for ref in refs if ref.http_url])
+        return await self._llm.run_in_pool(self._decode, asked, prompt, references, media)
+
+    def _references(self, asked: CompletionRequest) -> References:
+        processor = self._llm.engine.parts.inputs.processor
+        return references_of(
+            asked.multi_modal_data or {},
+            asked.multi_modal_uuids or {},
+            processor.modalities if processor is not None else (),
+            self._llm.engine.args.limit_mm_per_prompt,
+        )
+
+    def _decode(
+        self, asked: CompletionRequest, prompt: TextOrTokens, references: References, media: PromptMedia
+    ) -> dict[str, Any]:
         engine = self._llm.engine
-        processor = engine.parts.inputs.processor
-        modalities = processor.modalities if processor is not None else ()
-        media = load_urls(asked.multi_modal_data or {}, modalities, engine.args.limit_mm_per_prompt)
+        items = {modality: [media.load(reference) for reference in found] for modality, found in references.items()}
         fields: dict[str, Any] = {
-            "multi_modal_data": media,
+            "multi_modal_data": items,
             "mm_processor_kwargs": asked.mm_processor_kwargs,
             "cache_salt": asked.cache_salt,
         }

@@ -5,8 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmlora.async_llm import AsyncLLM
-from mmlora.chat import load_chat_template, render_chat
+from mmlora.chat import find_urls, load_chat_template, render_chat
+from mmlora.processors.loader import PromptMedia
+from mmlora.processors.reference import MediaReference
 from mmlora.sampling_params import SamplingParams
+from mmlora.server.access import CALLER
 from mmlora.server.answers import raise_failure
 from mmlora.server.lora_field import LoRAField
 from mmlora.server.models import ServedModels
@@ -67,7 +70,7 @@ class Conversations:
         model, lora = conversation.model, conversation.lora
         params: SamplingParams = self._llm.engine.default_sampling_params(**conversation.sampling_options)
         lora_request = await self._models.find(model, lora)
-        prompt = await self._llm.run_in_pool(self._render, conversation)
+        prompt = await self._load(conversation)
         with adapter_faults(self._models, model, lora):
             ready = await self._llm.prepare(prompt, params, request_id, lora_request, conversation.priority)
             num_tokens = len(ready.input.prompt_token_ids)
@@ -80,7 +83,17 @@ class Conversations:
             finally:
                 await close(outputs)
 
-    def _render(self, conversation: Conversation) -> dict[str, Any]:
+    async def _load(self, conversation: Conversation) -> dict[str, Any]:
+        """The prompt, its media fetched and decoded."""
+        media = self._llm.engine.parts.inputs.media.begin(CALLER.get())
+        await media.fetch(await self._llm.run_in_pool(self._find_urls, conversation))
+        return await self._llm.run_in_pool(self._render, conversation, media)
+
+    def _find_urls(self, conversation: Conversation) -> list[MediaReference]:
+        engine = self._llm.engine
+        return find_urls(conversation.messages, engine.parts.inputs.processor, engine.args.limit_mm_per_prompt)
+
+    def _render(self, conversation: Conversation, media: PromptMedia) -> dict[str, Any]:
         engine = self._llm.engine
         prompt = render_chat(
             conversation.messages,
@@ -88,6 +101,7 @@ class Conversations:
             engine.parts.inputs.processor,
             chat_template=conversation.chat_template or self._chat_template,
             chat_template_kwargs=conversation.chat_template_kwargs,
+            media=media,
             add_generation_prompt=conversation.add_generation_prompt,
             continue_final_message=conversation.continue_final_message,
             limit_mm_per_prompt=engine.args.limit_mm_per_prompt,

@@ -11,8 +11,8 @@ ROLES = ("system", "developer", "user", "assistant")
 MESSAGE_FIELDS = ("type", "role", "content", "id", "status", "phase")
 PART_FIELDS = {
     "input_text": ("type", "text", "prompt_cache_breakpoint"),
-    "input_image": ("type", "image_url", "detail", "prompt_cache_breakpoint"),
-    "input_audio": ("type", "input_audio"),
+    "input_image": ("type", "image_url", "detail", "uuid", "prompt_cache_breakpoint"),
+    "input_audio": ("type", "input_audio", "uuid"),
     "output_text": ("type", "text", "annotations", "logprobs"),
     "refusal": ("type", "refusal"),
 }
@@ -60,13 +60,19 @@ def _part(part: Any, place: str) -> Json:
         raise _must_be(f"{place}.type", kind, f"one of {', '.join(PART_FIELDS)}")
     _check_fields(part, PART_FIELDS[kind], place)
     match kind:
+        case "input_image" if part.get("image_url") is None and part.get("uuid") is not None:
+            return {"type": "image_url", "uuid": part["uuid"]}
         case "input_image":
-            return {"type": "image_url", "image_url": {"url": _text(part, "image_url", place)}}
+            url = _text(part, "image_url", place)
+            return {"type": "image_url", "image_url": {"url": url}, "uuid": part.get("uuid")}
+        case "input_audio" if part.get("input_audio") is None and part.get("uuid") is not None:
+            return {"type": "input_audio", "uuid": part["uuid"]}
         case "input_audio":
             audio = part.get("input_audio")
             if not isinstance(audio, dict):
                 raise _must_be(f"{place}.input_audio", audio, "an object with data and format")
-            return {"type": "input_audio", "input_audio": {"data": _text(audio, "data", f"{place}.input_audio")}}
+            data = _text(audio, "data", f"{place}.input_audio")
+            return {"type": "input_audio", "input_audio": {"data": data}, "uuid": part.get("uuid")}
         case "refusal":
             return {"type": "text", "text": _text(part, "refusal", place)}
         case _:

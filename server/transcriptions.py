@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mmlora.async_llm import AsyncLLM
-from mmlora.processors.items import DEFAULT_LIMITS, AudioItem, MediaLimits
+from mmlora.processors.items import AudioItem
 from mmlora.processors.media import load_media
 from mmlora.server.conversation import Conversation, Conversations
 from mmlora.server.errors import Refusal
@@ -26,20 +26,12 @@ class TranscriptionService:
         llm: the engine.
         conversations: run by the engine.
         max_request_bytes: the largest body.
-        limits: of the clips.
     """
 
-    def __init__(
-        self,
-        llm: AsyncLLM,
-        conversations: Conversations,
-        max_request_bytes: int,
-        limits: MediaLimits = DEFAULT_LIMITS,
-    ) -> None:
+    def __init__(self, llm: AsyncLLM, conversations: Conversations, max_request_bytes: int) -> None:
         self._llm = llm
         self._conversations = conversations
         self._max_request_bytes = max_request_bytes
-        self._limits = limits
 
     async def respond(self, request: Request, kind: type[TranscriptionRequest] | type[TranslationRequest]) -> Response:
         """Serve one HTTP request; when the client leaves, the work stops.
@@ -61,7 +53,7 @@ class TranscriptionService:
         asked = kind.parse(content_type, body)
         prompt, placeholder_id = self._prompt()
         instruction, language = _instruction(prompt, asked)
-        clip = load_media(asked.file, self._limits, expected="audio")
+        clip = load_media(asked.file, self._llm.engine.parts.inputs.media.limits, expected="audio")
         assert isinstance(clip, AudioItem)
         answer = TranscriptionAnswer(
             Asked(

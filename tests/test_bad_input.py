@@ -98,7 +98,7 @@ PARTS = {
     "text as image": ({"type": "image_url", "image_url": as_url(b"hello there", "image/png")}, "text beginning"),
     "0-byte audio": ({"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}, "0 bytes"),
     "no base64": ({"type": "input_audio", "input_audio": {"data": "%%%", "format": "wav"}}, "malformed base64"),
-    "a file": ({"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}, "scheme 'file'"),
+    "a file": ({"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}, "file: URLs are not allowed"),
 }
 
 

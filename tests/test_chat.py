@@ -10,8 +10,9 @@ from PIL import Image
 
 from mmlora.chat import load_chat_template, render_chat
 from mmlora.errors import ConfigError, MediaError, RequestError
-from mmlora.processors.fetch import load_url
+from mmlora.processors import loader
 from mmlora.processors.items import MediaLimits
+from mmlora.processors.loader import MediaLoader
 from tests.checkpoints import AUDIO_ID, IMAGE_ID, build_tokenizer
 
 TOKENIZER = build_tokenizer()
@@ -163,7 +164,7 @@ def test_a_text_only_model_takes_no_media():
 
 def test_limits_hold_for_parts():
     with pytest.raises(MediaError, match="pixel|px"):
-        render([{"type": "image", "image": IMAGE}], limits=MediaLimits(max_pixels=10))
+        render([{"type": "image", "image": IMAGE}], media=MediaLoader(MediaLimits(max_pixels=10)).begin())
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('roles must alternate') }}", "{{ nothing.here.at.all }}"])
@@ -198,7 +199,7 @@ def test_a_template_that_drops_text_either_way_is_left_alone():
 
 
 def test_media_are_counted_before_any_is_decoded(monkeypatch):
-    monkeypatch.setattr("mmlora.chat.load_url", lambda *_, **__: pytest.fail("decoded before it was counted"))
+    monkeypatch.setattr(loader, "load_data_url", lambda *_, **__: pytest.fail("decoded before it was counted"))
     image = {"type": "image_url", "image_url": {"url": url_of(png(), "image/png")}}
     with pytest.raises(MediaError, match="has 3 image items; limit_mm_per_prompt allows 2"):
         render([image] * 3, limit_mm_per_prompt={"image": 2})
@@ -206,12 +207,13 @@ def test_media_are_counted_before_any_is_decoded(monkeypatch):
 
 def test_decoding_stops_when_the_media_of_a_conversation_are_too_large(monkeypatch):
     decoded = []
-    load = load_url
-    monkeypatch.setattr("mmlora.chat.load_url", lambda *args, **options: decoded.append(1) or load(*args, **options))
+    load = loader.load_data_url
+    monkeypatch.setattr(loader, "load_data_url", lambda *args, **options: decoded.append(1) or load(*args, **options))
     image = {"type": "image_url", "image_url": {"url": url_of(png(), "image/png")}}
     num_bytes = 3 * IMAGE.width * IMAGE.height
-    assert render([image] * 2, limits=MediaLimits(max_decoded_bytes=2 * num_bytes))
+    tight = MediaLoader(MediaLimits(max_decoded_bytes=2 * num_bytes))
+    assert render([image] * 2, media=tight.begin())
     decoded.clear()
     with pytest.raises(MediaError, match=f"have {3 * num_bytes} bytes or more when decoded"):
-        render([image] * 9, limits=MediaLimits(max_decoded_bytes=2 * num_bytes))
+        render([image] * 9, media=tight.begin())
     assert len(decoded) == 3

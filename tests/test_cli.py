@@ -57,6 +57,23 @@ def message_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return lines[0]
 
 
+def test_lists_take_several_values(
+    served: Callable[..., Served], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    networks = ["--allowed-media-networks", "10.0.0.0/8", "--allowed-media-networks", "::1"]
+    engine, _ = served("m", "--allowed-media-domains", "a.example", "*.b.example", *networks)
+    assert engine.allowed_media_domains == ["a.example", "*.b.example"]
+    assert engine.allowed_media_networks == ["10.0.0.0/8", "::1"]
+    assert served("m", "--allowed-media-domains", "")[0].allowed_media_domains == [""]
+    file = tmp_path / "options.yaml"
+    file.write_text("allowed-media-domains: [a.example, b.example]\nallowed-media-networks: 10.0.0.0/8\n")
+    engine, _ = served("m", "--config", str(file))
+    assert engine.allowed_media_domains == ["a.example", "b.example"]
+    assert engine.allowed_media_networks == ["10.0.0.0/8"]
+    monkeypatch.setenv("MMLORA_ALLOWED_MEDIA_DOMAINS", "a.example")
+    assert served("m")[0].allowed_media_domains == ["a.example"]
+
+
 def test_flags_of_the_reference_document(served: Callable[..., Served]) -> None:
     engine, server = served(
         *("some/model", "--max-model-len", "2048", "--enable-lora", "--max-lora-rank", "64", "--max_loras=3"),

@@ -6,7 +6,7 @@ from urllib.parse import quote
 import pytest
 
 from mmlora.errors import MediaError
-from mmlora.processors.fetch import load_base64, load_url
+from mmlora.processors.fetch import load_base64, load_data_url
 from mmlora.processors.media import MediaLimits, load_media
 
 
@@ -20,13 +20,16 @@ def png(picture, encode_image):
     ["data:image/png;base64,", "data:;base64,", "DATA:text/plain;charset=utf-8;BASE64,", "data:audio/wav;base64,"],
 )
 def test_base64_url_is_read_whatever_its_mime_type_says(head, png):
-    assert load_url(head + base64.b64encode(png).decode()).content_hash == load_media(png).content_hash
+    assert load_data_url(head + base64.b64encode(png).decode()).content_hash == load_media(png).content_hash
 
 
 def test_percent_encoded_urls_are_read(png):
     expected = load_media(png).content_hash
-    assert load_url("data:image/png," + quote(png)).content_hash == expected
-    assert load_url("data:image/png;base64," + quote(base64.b64encode(png).decode(), safe="")).content_hash == expected
+    assert load_data_url("data:image/png," + quote(png)).content_hash == expected
+    assert (
+        load_data_url("data:image/png;base64," + quote(base64.b64encode(png).decode(), safe="")).content_hash
+        == expected
+    )
 
 
 def test_base64_is_forgiving_about_form_only(png):
@@ -46,9 +49,7 @@ def test_base64_is_forgiving_about_form_only(png):
 @pytest.mark.parametrize(
     "url, named",
     [
-        ("https://example.com/a.png", "'https'"),
-        ("http://127.0.0.1/a.png", "'http'"),
-        ("file:///etc/passwd", "'file'"),
+        ("ftp://example.com/a.png", "'ftp'"),
         ("/etc/passwd", "no scheme"),
         ("", "no scheme"),
         ("data:image/png;base64", "no comma"),
@@ -59,12 +60,12 @@ def test_base64_is_forgiving_about_form_only(png):
 )
 def test_other_urls_are_refused_by_name(url, named):
     with pytest.raises(MediaError, match=named):
-        load_url(url)
+        load_data_url(url)
 
 
 def test_expected_modality_reaches_the_content(png, encode_audio):
     with pytest.raises(MediaError, match="is audio, but image"):
-        load_url("data:image/png;base64," + base64.b64encode(encode_audio()).decode(), expected="image")
+        load_data_url("data:image/png;base64," + base64.b64encode(encode_audio()).decode(), expected="image")
     with pytest.raises(MediaError, match="is image, but audio"):
         load_base64(base64.b64encode(png).decode(), expected="audio")
 
@@ -81,7 +82,7 @@ def test_three_gigabytes_are_refused_before_decoding(head, monkeypatch):
     for name in ("base64.b64decode", "mmlora.processors.fetch.unquote", "mmlora.processors.fetch.unquote_to_bytes"):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("decoded before the check"))
     with pytest.raises(MediaError, match=r"claims about [234]\d{9} bytes, more than the allowed"):
-        load_url(ClaimedLength(head + "AAAA"))
+        load_data_url(ClaimedLength(head + "AAAA"))
 
 
 @pytest.mark.parametrize("extra", [0, 1])
@@ -92,6 +93,6 @@ def test_the_claim_is_exact_at_the_limit(extra, png):
     for url in urls:
         if extra:
             with pytest.raises(MediaError, match="than the allowed"):
-                load_url(url, limits)
+                load_data_url(url, limits)
         else:
-            assert load_url(url, limits).modality == "image"
+            assert load_data_url(url, limits).modality == "image"

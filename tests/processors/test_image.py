@@ -1,5 +1,6 @@
 """Orientation, alpha, palettes, depths, limits and damage of pictures."""
 
+import hashlib
 import io
 import struct
 import zlib
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from mmlora.errors import MediaError
+from mmlora.processors.items import strips
 from mmlora.processors.media import MediaLimits, load_media
 
 
@@ -136,3 +138,25 @@ def test_a_truncated_lazy_pil_image_is_refused(picture, encode_image):
 def test_an_image_without_pixels_is_refused():
     with pytest.raises(MediaError, match="no pixels"):
         load_media(Image.new("RGB", (0, 5)))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_a_picture_of_several_strips_is_the_same_as_in_one_piece(mode):
+    pixels = np.random.default_rng(0).integers(0, 256, (900, 1500, 4), dtype=np.uint8)
+    rgba = Image.fromarray(pixels)
+    given = rgba.convert(mode) if mode != "P" else rgba.convert("RGB").quantize(64)
+    if mode == "P":
+        given.info["transparency"] = bytes(range(64))
+    white = Image.new("RGBA", given.size, "white")
+    expected = Image.alpha_composite(white, given.convert("RGBA")).convert("RGB")
+    item = load_media(given)
+    assert len(list(strips(*given.size))) == 2 and item.image.tobytes() == expected.tobytes()
+    digest = hashlib.sha256(b"image:1500x900:" + expected.tobytes()).hexdigest()
+    assert item.content_hash == digest
+
+
+def test_strips_make_up_a_picture():
+    for width, height in [(1, 1), (1500, 900), (2**21, 3), (3, 2**20)]:
+        boxes = list(strips(width, height))
+        assert [box[1] for box in boxes] == [0, *[box[3] for box in boxes[:-1]]] and boxes[-1][3] == height
+        assert all(box[0] == 0 and box[2] == width and box[3] > box[1] for box in boxes)

@@ -16,7 +16,7 @@ from openai import APIError
 
 from mmlora.errors import AdapterNotFound, EngineDeadError, MediaError, MMLoRAError, RequestError
 from mmlora.outputs import RequestOutput
-from mmlora.processors.fetch import load_urls
+from mmlora.processors.reference import references_of
 from mmlora.sampling_params import SamplingParams
 from mmlora.server.completion_protocol import MAX_PROMPTS, CompletionRequest
 from mmlora.server.merge import merge
@@ -139,8 +139,8 @@ def test_an_unknown_name_is_404(server: RunningServer, field: str, value: object
         ("truncated", "image"),
         ("empty", "0 bytes"),
         ("audio as image", "audio, but image"),
-        ("web address", "only data: URLs"),
-        ("path", "only data: URLs"),
+        ("web address", "scheme 'ftp'"),
+        ("path", "allowed are data:, http:, https: and file: URLs"),
         ("no text", "must be a string"),
         ("too many", "limit_mm_per_prompt"),
         ("too many, none of them readable", "limit_mm_per_prompt"),
@@ -155,7 +155,7 @@ def test_bad_media_is_refused_by_name(server: RunningServer, wav: bytes, png: by
         "truncated": {"image": url(png[: len(png) // 2])},
         "empty": {"image": "data:;base64,"},
         "audio as image": {"image": url(wav)},
-        "web address": {"image": "https://example.com/cat.png"},
+        "web address": {"image": "ftp://example.com/cat.png"},
         "path": {"image": "/etc/passwd"},
         "no text": {"image": [{"url": url(png)}]},
         "too many": {"image": [url(png)] * 2},
@@ -172,7 +172,7 @@ def test_bad_media_is_refused_by_name(server: RunningServer, wav: bytes, png: by
 
 def test_a_text_model_takes_no_media() -> None:
     with pytest.raises(MediaError, match="text only"):
-        load_urls({"image": "data:,"}, ())
+        references_of({"image": "data:,"}, {}, ())
 
 
 @pytest.mark.parametrize("stream", [False, True])
