@@ -25,6 +25,7 @@ from mmlora.server.responses import ResponsesService
 from mmlora.server.responses_protocol import ResponsesRequest
 from mmlora.server.status import add_ready_route, version_routes
 from mmlora.server.tokens import token_routes
+from mmlora.server.tracing import Tracer
 from mmlora.server.transcription_protocol import TranscriptionRequest, TranslationRequest
 from mmlora.server.transcriptions import TranscriptionService
 
@@ -40,6 +41,7 @@ def build_app(
     max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES,
     allow_lora_updates: bool = False,
     log_requests: bool = False,
+    tracer: Tracer | None = None,
 ) -> FastAPI:
     """Build the application around a running engine.
 
@@ -50,6 +52,7 @@ def build_app(
         max_request_bytes: the largest body of a request.
         allow_lora_updates: whether clients may load and unload adapters.
         log_requests: access lines hold prompts and the hashes of media.
+        tracer: traces the requests; who made it shuts it down.
     """
     app = FastAPI(title="mmlora", docs_url=None, redoc_url=None)
     conversations = Conversations(llm, models)
@@ -100,7 +103,7 @@ def build_app(
     app.include_router(token_routes(llm, models, max_request_bytes), dependencies=api.dependencies)
     app.include_router(version_routes(), dependencies=api.dependencies)
     add_ready_route(app, llm)
-    add_metrics(app, llm, [Depends(authorize)], log_requests=log_requests)
+    add_metrics(app, llm, [Depends(authorize)], log_requests=log_requests, tracer=tracer)
     _add_error_handlers(app)
     add_openapi(app)
     return app

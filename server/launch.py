@@ -19,6 +19,7 @@ from mmlora.server.logs import LOG_FORMATS
 from mmlora.server.models import LoRAModule, ServedModels
 from mmlora.server.resolved import ALLOW_VARIABLE, start_resolution
 from mmlora.server.served_adapter import ServedAdapter
+from mmlora.server.tracing import Tracer, tracing
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class ServerArgs:
         uvicorn_log_level: of uvicorn and the access lines: critical, error, warning, info, debug or trace.
         log_format: text, or json: one object per line.
         log_requests: log prompts, and media as hashes and sizes.
+        otlp_traces_endpoint: URL of a collector that takes OpenTelemetry traces by OTLP over HTTP, such as
+            http://localhost:4318/v1/traces; needs the extra `tracing`.
 
     Raises:
         ConfigError: an option has a wrong value.
@@ -48,6 +51,7 @@ class ServerArgs:
     uvicorn_log_level: str = "info"
     log_format: str = "text"
     log_requests: bool = False
+    otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -70,6 +74,13 @@ def serve(engine_args: EngineArgs, server_args: ServerArgs) -> None:
         ConfigError: the port is taken, or options, model and adapters do not fit together.
         AdapterError: an adapter cannot be loaded.
     """
+    with tracing(
+        server_args.otlp_traces_endpoint, engine_args.model_name, log_requests=server_args.log_requests
+    ) as tracer:
+        _serve(engine_args, server_args, tracer)
+
+
+def _serve(engine_args: EngineArgs, server_args: ServerArgs, tracer: Tracer | None) -> None:
     listener = _listen(server_args.host, server_args.port)  # before the slow part, so that a taken port is told at once
     try:
         llm = AsyncLLM(engine_args)
@@ -83,6 +94,7 @@ def serve(engine_args: EngineArgs, server_args: ServerArgs) -> None:
                 max_request_bytes=server_args.max_request_bytes,
                 allow_lora_updates=read_bool(ALLOW_VARIABLE),
                 log_requests=server_args.log_requests,
+                tracer=tracer,
             )
             level = server_args.uvicorn_log_level
             config = uvicorn.Config(app, log_level=level, log_config=None, access_log=False, lifespan="off")

@@ -91,6 +91,25 @@ COMPLETION: Final = obj(
     ),
     usage=USAGE,
 )
+RESPONSE: Final = obj(
+    id=TEXT,
+    object=one_of("response"),
+    created_at=INTEGER,
+    model=TEXT,
+    status=one_of("completed", "incomplete"),
+    error={"type": "null"},
+    incomplete_details=nullable(obj(reason=one_of("max_output_tokens"))),
+    output=array(obj(id=TEXT, type=TEXT, status=TEXT)),
+    usage=obj(
+        input_tokens=INTEGER,
+        input_tokens_details=obj(cached_tokens=INTEGER),
+        output_tokens=INTEGER,
+        output_tokens_details=obj(reasoning_tokens=INTEGER),
+        total_tokens=INTEGER,
+    ),
+    metadata={"type": "object", "additionalProperties": TEXT},
+    lora=LORA,
+)
 ADAPTER: Final = obj(
     name=TEXT,
     lora_int_id=INTEGER,
@@ -126,6 +145,7 @@ TRANSCRIPTION: Final = obj(
 ANSWERS: Final[Mapping[str, Schema]] = {
     "/v1/chat/completions": answer(CHAT, streams=True),
     "/v1/completions": answer(COMPLETION, streams=True),
+    "/v1/responses": answer(RESPONSE, streams=True),
     "/v1/audio/transcriptions": answer(TRANSCRIPTION, streams=True, is_text=True),
     "/v1/audio/translations": answer(TRANSCRIPTION, streams=True, is_text=True),
     "/v1/models": answer(obj(object=one_of("list"), data=array(MODEL))),

@@ -57,5 +57,7 @@ def _read(body: bytes) -> tuple[ResponsesRequest, Conversation]:
         asked.sampling_options(),
         asked.chat_template_kwargs,
         asked.mm_processor_kwargs,
+        priority=asked.priority or 0,
+        cache_salt=asked.cache_salt,
     )
     return asked, conversation

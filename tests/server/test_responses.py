@@ -218,8 +218,17 @@ def test_options_reach_the_template_and_the_processor(server: RunningServer, wav
 
 def test_every_field_of_all_endpoints_is_dealt_with() -> None:
     """One that is new there would be taken and ignored here."""
-    read = {"model", "lora", "stream", "stream_options", "mm_processor_kwargs", *SAMPLING_FIELDS}
-    assert GenerationRequest.model_fields.keys() - read == {"max_tokens"}  # which is refused
+    read = {
+        "model",
+        "lora",
+        "stream",
+        "stream_options",
+        "mm_processor_kwargs",
+        "priority",
+        "cache_salt",
+        *SAMPLING_FIELDS,
+    }
+    assert GenerationRequest.model_fields.keys() - read == {"max_tokens", "prompt_logprobs"}  # refused
 
 
 def checked(events: Sequence[ResponseStreamEvent]) -> list[str]:
