@@ -20,6 +20,7 @@ from mmlora.server.json_answer import JSONAnswer
 from mmlora.server.limits import check_api_key
 from mmlora.server.models import ServedModels
 from mmlora.server.openapi import add_openapi
+from mmlora.server.playground import playground_routes
 from mmlora.server.prometheus import add_metrics
 from mmlora.server.responses import ResponsesService
 from mmlora.server.responses_protocol import ResponsesRequest
@@ -102,6 +103,7 @@ def build_app(
     app.include_router(adapter_routes(llm, models, is_allowed=allow_lora_updates), dependencies=api.dependencies)
     app.include_router(token_routes(llm, models, max_request_bytes), dependencies=api.dependencies)
     app.include_router(version_routes(), dependencies=api.dependencies)
+    app.include_router(playground_routes())
     add_ready_route(app, llm)
     add_metrics(app, llm, [Depends(authorize)], log_requests=log_requests, tracer=tracer)
     _add_error_handlers(app)

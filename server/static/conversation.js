@@ -1,0 +1,126 @@
+// The conversation: what was said, what is sent of it, and the answer that comes in.
+
+import { chosenLora } from "./adapters.js";
+import { chat } from "./api.js";
+import { byId } from "./elements.js";
+import { ExchangeView } from "./exchange.js";
+import { release } from "./media.js";
+
+let exchanges = []; // { content, attachments, view }, the oldest first
+let running = null; // the AbortController of the answer that comes in
+
+export const isRunning = () => running !== null;
+
+export const stop = () => running?.abort();
+
+export function clear() {
+  stop();
+  exchanges.forEach(({ attachments }) => release(attachments));
+  exchanges = [];
+  byId("exchanges").replaceChildren();
+  byId("welcome").hidden = false;
+}
+
+// Sends a message to the model of this name and shows the answer.
+export function ask(model, text, attachments) {
+  const content = attachments.map(({ part }) => part);
+  if (text) content.push({ type: "text", text });
+  const exchange = { content, attachments };
+  exchange.view = new ExchangeView(text, attachments, () => answer(model, exchange));
+  exchanges.push(exchange);
+  byId("welcome").hidden = true;
+  byId("exchanges").append(exchange.view.node);
+  return answer(model, exchange);
+}
+
+async function answer(model, exchange) {
+  if (running) return;
+  const { view } = exchange;
+  setRunning(new AbortController());
+  view.begin();
+  view.node.scrollIntoView({ block: "end" });
+  const told = await receive({ model, ...options(), messages: messages(exchange) }, view);
+  setRunning(null);
+  byId("status").textContent = told;
+}
+
+// Shows an answer as it comes, and returns what is to be told of it to those who do not see it.
+async function receive(body, view) {
+  const speed = new Speed();
+  try {
+    for await (const chunk of chat(body, running.signal)) {
+      speed.note(chunk);
+      follow(() => {
+        if (chunk.lora) view.showLora(chunk.lora);
+        chunk.choices.forEach(({ delta }) => view.append(delta.content ?? ""));
+      });
+    }
+  } catch (error) {
+    if (error.name !== "AbortError") {
+      follow(() => view.fail(error.message));
+      return `Failed: ${error.message}`;
+    }
+    follow(() => view.finish(["stopped"]));
+    return "Stopped.";
+  }
+  follow(() => view.finish([...(view.answer ? [] : ["empty answer"]), ...speed.figures()]));
+  return `Answer: ${view.answer || "empty"}`;
+}
+
+// Changes what is shown and keeps its end in view, unless the reader has scrolled away from it.
+function follow(change) {
+  const transcript = byId("transcript");
+  const isAtEnd = transcript.scrollHeight - transcript.scrollTop - transcript.clientHeight < 80;
+  change();
+  if (isAtEnd) transcript.scrollTop = transcript.scrollHeight;
+}
+
+function messages(exchange) {
+  const system = byId("system").value.trim();
+  const earlier = byId("memory").checked ? exchanges.slice(0, exchanges.indexOf(exchange)) : [];
+  const turns = earlier
+    .filter(({ view }) => view.answer) // not what brought nothing
+    .flatMap(({ content, view }) => [{ role: "user", content }, { role: "assistant", content: view.answer }]);
+  const start = system ? [{ role: "system", content: system }] : [];
+  return [...start, ...turns, { role: "user", content: exchange.content }];
+}
+
+// What is left empty is left to the server: JSON has no `undefined`.
+function options() {
+  const number = (id) => (byId(id).value === "" ? undefined : byId(id).valueAsNumber);
+  return { lora: chosenLora(), temperature: number("temperature"), max_tokens: number("max-tokens") };
+}
+
+function setRunning(controller) {
+  running = controller;
+  byId("stop-button").hidden = !running;
+  byId("send-button").hidden = Boolean(running);
+  if (running) byId("status").textContent = "Answering…";
+}
+
+// How fast an answer came, as the page saw it.
+class Speed {
+  #start = performance.now();
+  #first;
+  #last;
+  #numTokens = 0;
+  #isCut = false;
+
+  note({ choices, usage }) {
+    if (usage) this.#numTokens = usage.completion_tokens;
+    if (!choices.length) return;
+    this.#last = performance.now();
+    this.#first ??= this.#last;
+    this.#isCut ||= choices[0].finish_reason === "length";
+  }
+
+  figures() {
+    const figures = [this.#numTokens === 1 ? "1 token" : `${this.#numTokens} tokens`];
+    if (this.#numTokens > 2) { // one step between two tokens says nothing
+      figures.push(`${((1000 * (this.#numTokens - 1)) / (this.#last - this.#first)).toPrecision(3)} tokens/s`);
+    }
+    const wait = this.#first - this.#start;
+    figures.push(`first token ${wait < 1000 ? `${Math.round(wait)} ms` : `${(wait / 1000).toFixed(1)} s`}`);
+    return this.#isCut ? [...figures, "cut at the limit"] : figures;
+  }
+}

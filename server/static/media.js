@@ -1,0 +1,91 @@
+// Audio clips and pictures of a message: from a file to a content part of the API, and to what the page shows of it.
+
+import { clock, drawing, element, icon, iconButton } from "./elements.js";
+import { encodeWav } from "./wav.js";
+
+// What the server reads itself goes there byte by byte; anything else that the browser can play becomes WAV.
+const SENT_AS_IT_IS = /^audio\/(wav|wave|x-wav|flac|x-flac|ogg|mpeg|mp3)$/;
+const AUDIO_NAME = /\.(wav|flac|ogg|oga|opus|mp3|m4a|aac|webm)$/i; // some systems know no type for these
+const RATE_HZ = 16000; // of clips that are decoded here; speech models take no more
+const NUM_BARS = 36;
+
+export async function loadAttachment(file) {
+  const kind = AUDIO_NAME.test(file.name) ? "audio" : file.type.split("/")[0];
+  if (kind === "image") return attachment(kind, file, file.name);
+  if (kind !== "audio") throw new Error(`${file.name} is neither audio nor a picture.`);
+  const samples = await decode(file);
+  const blob = SENT_AS_IT_IS.test(file.type) ? file : samples && encodeWav(samples, RATE_HZ);
+  if (!blob) throw new Error(`This browser cannot read ${file.name}.`);
+  return { ...(await attachment(kind, blob, file.name)), samples };
+}
+
+async function attachment(kind, blob, name) {
+  const part = { type: `${kind}_url`, [`${kind}_url`]: { url: await dataUrl(blob) } };
+  return { kind, name, part, url: URL.createObjectURL(blob) };
+}
+
+export function release(attachments) {
+  attachments.forEach(({ url }) => URL.revokeObjectURL(url));
+}
+
+// The tile of an attachment; with a button that removes it when `onRemove` is given.
+export function tile(attachment, onRemove) {
+  const { kind, name, url, samples } = attachment;
+  const node = element("div", { className: `tile ${kind}`, title: name });
+  if (kind === "image") {
+    node.append(element("img", { src: url, alt: name }));
+  } else {
+    node.append(...player(url, name));
+    if (samples) node.append(waveform(samples), element("span", {}, clock(Math.round(samples.length / RATE_HZ))));
+    else node.append(element("span", {}, name));
+  }
+  if (onRemove) node.append(iconButton("remove", `Remove ${name}`, onRemove));
+  return node;
+}
+
+// The clip is in the page, unseen, so that it falls silent when its tile goes.
+function player(url, name) {
+  const audio = element("audio", { src: url });
+  const button = iconButton("play", `Play ${name}`, () => (audio.paused ? audio.play() : audio.pause()));
+  audio.onplay = () => button.replaceChildren(icon("stop"));
+  audio.onpause = () => {
+    audio.currentTime = 0;
+    button.replaceChildren(icon("play"));
+  };
+  return [audio, button];
+}
+
+function waveform(samples) {
+  const peaks = Array.from({ length: NUM_BARS }, (_, i) => {
+    const [start, end] = [i, i + 1].map((bar) => Math.floor((bar * samples.length) / NUM_BARS));
+    return samples.subarray(start, end).reduce((peak, sample) => Math.max(peak, Math.abs(sample)), 0);
+  });
+  const loudest = Math.max(...peaks) || 1;
+  const bars = peaks.map((peak, i) => {
+    const height = 1 + (10 * peak) / loudest;
+    return `M${3 * i + 1.5} ${12 - height}v${2 * height}`;
+  });
+  const attributes = { class: "waveform", viewBox: `0 0 ${3 * NUM_BARS} 24`, "aria-hidden": true };
+  return drawing("svg", attributes, drawing("path", { d: bars.join("") }));
+}
+
+// Mono samples at RATE_HZ, or null where the browser cannot read the clip.
+async function decode(blob) {
+  try {
+    const context = new OfflineAudioContext(1, 1, RATE_HZ);
+    const buffer = await context.decodeAudioData(await blob.arrayBuffer());
+    const channels = Array.from({ length: buffer.numberOfChannels }, (_, i) => buffer.getChannelData(i));
+    return channels[0].map((_, i) => channels.reduce((sum, channel) => sum + channel[i], 0) / channels.length);
+  } catch {
+    return null;
+  }
+}
+
+function dataUrl(blob) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(new Error(`A file cannot be read: ${reader.error.message}`));
+    reader.readAsDataURL(blob);
+  });
+}

@@ -1,0 +1,22 @@
+// Light, dark, or as the system has it. No module, so that it runs before the first paint and nothing flashes.
+"use strict";
+
+const THEMES = ["system", "light", "dark"];
+const root = document.documentElement;
+root.dataset.theme = localStorage.getItem("mmlora-theme") ?? "system";
+
+document.addEventListener("DOMContentLoaded", () => {
+  const toggle = document.getElementById("theme-toggle");
+
+  function tell() {
+    toggle.title = `Theme: ${root.dataset.theme}`;
+    toggle.setAttribute("aria-label", toggle.title);
+  }
+
+  toggle.addEventListener("click", () => {
+    root.dataset.theme = THEMES[(THEMES.indexOf(root.dataset.theme) + 1) % THEMES.length];
+    localStorage.setItem("mmlora-theme", root.dataset.theme);
+    tell();
+  });
+  tell();
+});
