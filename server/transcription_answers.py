@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from starlette.responses import PlainTextResponse, Response
 
 from mmlora.outputs import LoRAChoice, RequestOutput
-from mmlora.server.answers import DONE, Answer, Json, event
+from mmlora.server.answers import DONE, Answer, Json, count_tokens, event
 from mmlora.server.chat_answers import list_logprobs
 from mmlora.server.transcription_protocol import ResponseFormat
 
@@ -23,7 +23,6 @@ class Asked:
         has_logprobs: each token has its log probability.
         language: English name of the text's language, where it is known.
         duration_s: of the clip.
-        placeholder_id: the token that stands for audio in a prompt.
         mark: what stands between the language heard and the text; None where the model gives the text alone.
     """
 
@@ -32,7 +31,6 @@ class Asked:
     has_logprobs: bool
     language: str | None
     duration_s: float
-    placeholder_id: int
     mark: str | None = None
 
 
@@ -116,21 +114,18 @@ class TranscriptionAnswer(Answer):
     def _end(self) -> Json:
         """What a whole answer and the last event of a stream tell beside the text."""
         assert self._last is not None
-        prompt = self._last.prompt_token_ids
-        num_audio_tokens = prompt.count(self._asked.placeholder_id)
+        counts = count_tokens([self._last], self._num_tokens)
+        details = counts["prompt_tokens_details"]
         logprobs = {"logprobs": self._logprobs} if self._asked.has_logprobs else {}
         return {
             **logprobs,
             "finish_reason": self._last.outputs[0].finish_reason,
             "usage": {
                 "type": "tokens",
-                "input_tokens": len(prompt),
-                "output_tokens": self._num_tokens,
-                "total_tokens": len(prompt) + self._num_tokens,
-                "input_token_details": {
-                    "audio_tokens": num_audio_tokens,
-                    "text_tokens": len(prompt) - num_audio_tokens,
-                },
+                "input_tokens": counts["prompt_tokens"],
+                "output_tokens": counts["completion_tokens"],
+                "total_tokens": counts["total_tokens"],
+                "input_token_details": {name: details[name] for name in ("audio_tokens", "text_tokens")},
             },
             "lora": asdict(self._last.lora),
         }

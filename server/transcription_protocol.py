@@ -63,6 +63,8 @@ class AudioRequest(BaseModel):
     max_completion_tokens: int | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
+    priority: int = 0
+    cache_salt: str | None = None
 
     @property
     def has_logprobs(self) -> bool:

@@ -51,7 +51,7 @@ class TranscriptionService:
         self, kind: type[TranscriptionRequest] | type[TranslationRequest], content_type: str | None, body: bytes
     ) -> tuple[Conversation, TranscriptionAnswer, bool]:
         asked = kind.parse(content_type, body)
-        prompt, placeholder_id = self._prompt()
+        prompt = self._prompt()
         instruction, language = _instruction(prompt, asked)
         clip = load_media(asked.file, self._llm.engine.parts.inputs.media.limits, expected="audio")
         assert isinstance(clip, AudioItem)
@@ -62,14 +62,13 @@ class TranscriptionService:
                 asked.has_logprobs,
                 language,
                 clip.duration_s,
-                placeholder_id,
                 prompt.answer_mark if asked.language is None else None,
             )
         )
         return _conversation(prompt, asked, clip, instruction), answer, asked.stream
 
-    def _prompt(self) -> tuple[TranscriptionPrompt, int]:
-        """How the model is asked, and the token that stands for audio.
+    def _prompt(self) -> TranscriptionPrompt:
+        """How the model is asked.
 
         Raises:
             Refusal: it does not hear, or cannot be asked.
@@ -77,13 +76,13 @@ class TranscriptionService:
         parts, name = self._llm.engine.parts, self._llm.model_name
         processor, prompt = parts.inputs.processor, parts.transcription
         modalities = processor.modalities if processor is not None else frozenset()
-        if processor is None or prompt is None or "audio" not in modalities:
+        if prompt is None or "audio" not in modalities:
             takes = ", ".join(sorted(modalities)) or "text only"
             raise _no_model(f"the model {name!r} cannot be asked for a transcription; it takes {takes}")
         token, tokenizer = prompt.special_token, parts.tokenizer
         if token is not None and tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
             raise _no_model(f"the tokenizer of {name!r} lacks the token {token!r}, which asks for a transcription")
-        return prompt, processor.placeholder_token_id("audio")
+        return prompt
 
 
 def _no_model(message: str) -> Refusal:
@@ -134,4 +133,6 @@ def _conversation(prompt: TranscriptionPrompt, asked: AudioRequest, clip: AudioI
         asked.sampling_options(),
         options,
         chat_template=prompt.chat_template,
+        priority=asked.priority,
+        cache_salt=asked.cache_salt,
     )

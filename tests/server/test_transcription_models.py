@@ -115,7 +115,7 @@ def outputs(*texts: str) -> list[RequestOutput]:
     ],
 )
 def test_the_language_heard_is_no_part_of_the_text(texts: tuple[str, ...], deltas: list[str], language: str) -> None:
-    asked = Asked("transcribe", "verbose_json", False, None, 1.0, 5, "<asr_text>")
+    asked = Asked("transcribe", "verbose_json", False, None, 1.0, "<asr_text>")
     whole = TranscriptionAnswer(asked).complete(outputs(*texts))
     assert (whole["text"], whole["language"]) == ("".join(deltas), language)
     answer = TranscriptionAnswer(asked)

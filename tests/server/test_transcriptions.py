@@ -185,6 +185,19 @@ def test_sampling_fields_reach_the_engine(server: RunningServer, wav: bytes) -> 
         assert transcribe(server, wav, extra=fields).usage.output_tokens == 3
 
 
+def test_a_salt_reaches_the_engine(server: RunningServer, wav: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    salts, process = [], server.llm.engine.process_input
+
+    def record(request_id: str, prompt: Any, *rest: Any) -> Any:
+        salts.append(prompt["cache_salt"])
+        return process(request_id, prompt, *rest)
+
+    monkeypatch.setattr(server.llm.engine, "process_input", record)
+    transcribe(server, wav, extra={"cache_salt": "mine", "priority": 0})
+    transcribe(server, wav)
+    assert salts == ["mine", None]
+
+
 def test_empty_and_harmless_fields_count_as_left_out(server: RunningServer, wav: bytes) -> None:
     extra = {"lora": "", "temperature": "", "chunking_strategy": "", "n": 1, "user": "me"}
     found = transcribe(server, wav, language="", prompt="", extra=extra)
@@ -210,6 +223,7 @@ def test_empty_and_harmless_fields_count_as_left_out(server: RunningServer, wav:
         ({"extra": {"seed": "1.5"}}, "seed", "integer"),
         ({"extra": {"max_tokens": 2, "max_completion_tokens": 3}}, "max_completion_tokens", "differ"),
         ({"extra": {"n": 2}}, "n", '"2"'),
+        ({"extra": {"priority": 2}}, None, "priority=2"),
         ({"extra": {"stop": "x"}}, "stop", "does not support"),
         ({"extra": {"to_language": "de"}}, "to_language", "does not support"),
         ({"extra": {"hotwords": "x"}}, "hotwords", "does not support"),
