@@ -80,6 +80,8 @@ def render_chat(
         raise RequestError("messages must be a list of at least one message")
     if add_generation_prompt and continue_final_message:
         raise RequestError("add_generation_prompt and continue_final_message exclude each other; give one of them")
+    if add_generation_prompt is None:
+        add_generation_prompt = not continue_final_message
     checked = [_check_message(message) for message in messages]
     counts = Counter(MODALITIES[kind] for _, parts in checked for kind, _ in parts if kind in MODALITIES)
     check_counts(counts, processor.modalities if processor is not None else (), limit_mm_per_prompt)
@@ -88,9 +90,7 @@ def render_chat(
 
     def render(turns: list[dict[str, Any]]) -> str:
         kwargs = {
-            "add_generation_prompt": not continue_final_message
-            if add_generation_prompt is None
-            else add_generation_prompt,
+            "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
             **(chat_template_kwargs or {}),
         }
