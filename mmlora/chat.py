@@ -79,6 +79,8 @@ def render_chat(
     """
     if add_generation_prompt and continue_final_message:
         raise RequestError("add_generation_prompt and continue_final_message exclude each other; give one of them")
+    if add_generation_prompt is None:
+        add_generation_prompt = not continue_final_message
     checked = _check_messages(messages, processor, limit_mm_per_prompt)
     loader = media or MediaLoader().begin()
     conversation = [
@@ -89,9 +91,7 @@ def render_chat(
 
     def render(turns: list[dict[str, Any]]) -> str:
         kwargs = {
-            "add_generation_prompt": not continue_final_message
-            if add_generation_prompt is None
-            else add_generation_prompt,
+            "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
             **(chat_template_kwargs or {}),
         }

@@ -54,7 +54,7 @@ class EngineArgs:
         kv_cache_memory_bytes: memory of the KV cache; by default 1 GiB on CPU, and on CUDA what
             `gpu_memory_utilization` leaves after the weights.
         encoder_cache_memory_bytes: memory of the cache of encoded media.
-        enable_prefix_caching: reuse KV blocks of equal prefixes (same tokens, media and adapter).
+        enable_prefix_caching: reuse KV blocks of equal prefixes (same tokens, media, adapter and salt).
         enforce_eager: accepted; this version always runs eagerly.
         enable_lora: allow adapters.
         max_loras: most adapters in one step (slots on the device).
