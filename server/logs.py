@@ -9,6 +9,7 @@ from typing import Any, Final
 from mmlora.request_record import OPEN_RECORDS
 from mmlora.server.access import ACCESS_LOGGER
 
+STARTUP_LOGGER: Final = "mmlora.startup"
 TEXT_FORMAT: Final = "%(levelname)s %(name)s: %(message)s"
 LOG_FORMATS: Final = ("text", "json")
 
@@ -52,6 +53,7 @@ def configure_logging(log_format: str, level: str) -> None:
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     # uvicorn calls 5 "trace".
     logging.getLogger(ACCESS_LOGGER).setLevel({"trace": 5}.get(level) or level.upper())
+    logging.getLogger(STARTUP_LOGGER).setLevel(logging.INFO)
     if log_format == "json":
         logging.captureWarnings(True)
         _quieten_libraries()
