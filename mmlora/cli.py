@@ -5,6 +5,7 @@ apart.
 """
 
 import argparse
+import functools
 import json
 import logging
 import os
@@ -142,6 +143,10 @@ def parse_options(options: Mapping[str, Any], environment: Mapping[str, str]) ->
             found, wrong = read_config_file(file, flags)
             problems += wrong
     for flag in flags:
+        if options.get("model") is None and flag.may_hold_model(options.get(flag.name)):
+            problems.append(
+                f"{flag.option}: its last value may be meant as MODEL; put MODEL first, or repeat the option"
+            )
         with _collected(problems):
             if options.get(flag.name) is not None:
                 found[flag.name] = flag.read_argument(options[flag.name])
@@ -219,6 +224,8 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _add_serve_options(command: argparse.ArgumentParser) -> None:
+    command.usage = "mmlora serve [MODEL] [OPTION ...]"
+    command.formatter_class = functools.partial(argparse.HelpFormatter, max_help_position=34)  # type: ignore[assignment]
     command.description = (
         "Serve a model over OpenAI's HTTP API. Every option is also read from the environment: --max-loras from "
         "MMLORA_MAX_LORAS, and so on, and from a file (--config); the command line wins over the environment, and that "

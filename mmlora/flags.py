@@ -52,7 +52,7 @@ class Flag:
             group.add_argument(self.option, action=argparse.BooleanOptionalAction, default=None, help=text)
         elif self.is_list:
             metavar = "NAME=PATH" if self.parse == LoRAModule.parse else "VALUE"
-            group.add_argument(self.option, action="extend", nargs="+", metavar=metavar, help=text)
+            group.add_argument(self.option, action="append", nargs="+", metavar=metavar, help=text)
         else:
             group.add_argument(self.option, metavar=self._metavar, help=text)
 
@@ -68,15 +68,20 @@ class Flag:
         }
         return kinds.get(self.parse, "VALUE")
 
-    def read_argument(self, value: bool | str | list[str]) -> Any:
-        """Read what stood on the command line.
+    def read_argument(self, value: Any) -> Any:
+        """Read what stood on the command line: a boolean, a text, or the texts of each time that a list was given.
 
         Raises:
             ConfigError: it cannot be read.
         """
         if isinstance(value, bool):
             return value
-        return self._read(self.option, value, lambda: self._read_entries(value))
+        texts = [text for given in value for text in given] if self.is_list else value
+        return self._read(self.option, texts, lambda: self._read_entries(texts))
+
+    def may_hold_model(self, value: Any) -> bool:
+        """Whether a list on the command line may have taken the MODEL that was meant to follow it."""
+        return self.is_list and self.parse is str and any(len(given) > 1 for given in value or ())
 
     def read_env(self, text: str) -> Any:
         """Read the environment variable; several values are parted by commas, adapters by blanks, or a JSON list.

@@ -24,6 +24,7 @@ from mmlora.server.json_answer import JSONAnswer
 from mmlora.server.keys import APIKeys
 from mmlora.server.limits import DEFAULT_MAX_REQUEST_BYTES
 from mmlora.server.models import ServedModels
+from mmlora.server.paths import RootPath
 from mmlora.server.prometheus import add_metrics
 from mmlora.server.status import add_ready_route, version_routes
 from mmlora.server.tokens import token_routes
@@ -56,7 +57,7 @@ def build_app(
         cors: which pages of other sites may use the server; by default none.
         root_path: the prefix under which a reverse proxy serves this one.
     """
-    app = FastAPI(title="mmlora", docs_url=None, redoc_url=None, root_path=root_path)
+    app = FastAPI(title="mmlora", docs_url=None, redoc_url=None)
     admission = admission or Admission(llm.engine.args.max_num_seqs)
     conversations = Conversations(llm, models)
     chat = ChatService(llm, models, conversations, max_request_bytes)
@@ -96,6 +97,8 @@ def build_app(
     if cors is not None:
         cors.add_to(app)
     add_metrics(app, llm, admission, log_requests=log_requests)
+    if root_path:
+        app.add_middleware(RootPath, root_path=root_path)
     _add_error_handlers(app)
     return app
 

@@ -20,7 +20,7 @@ from mmlora.server.args import ServerArgs as ServerArgs
 from mmlora.server.connections import ConnectionLimits
 from mmlora.server.cors import CORS
 from mmlora.server.http_server import HTTPServer
-from mmlora.server.listener import address_of, listening, raise_file_limit, tls_context
+from mmlora.server.listener import address_of, listening, raise_file_limit, tls_of
 from mmlora.server.models import LoRAModule, ServedModels
 from mmlora.server.resolved import ALLOW_VARIABLE, start_resolution
 from mmlora.server.served_adapter import ServedAdapter
@@ -35,9 +35,7 @@ def serve(engine_args: EngineArgs, server_args: ServerArgs) -> None:
         AdapterError: an adapter cannot be loaded.
     """
     args = server_args
-    tls = None
-    if args.ssl_certfile is not None:
-        tls = tls_context(args.ssl_certfile, args.ssl_keyfile, args.ssl_ca_certs, args.ssl_cert_reqs)
+    tls = tls_of(args)
     raise_file_limit(args.max_connections)
     # Before the slow part, so that a taken port is told at once.
     with listening(args.host, args.port, args.uds) as listener:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Final
 
 from mmlora.errors import ConfigError
+from mmlora.server.args import ServerArgs
 
 logger = logging.getLogger(__name__)
 NUM_OTHER_FILES: Final = 256  # weights, adapters, the log, and what libraries keep open
@@ -111,31 +112,27 @@ def _remove_stale(path: str) -> None:
     raise ConfigError(f"uds={path!r}: another process listens there")
 
 
-def tls_context(certfile: str, keyfile: str | None, ca_certs: str | None, cert_reqs: int) -> ssl.SSLContext:
-    """Make what TLS connections need.
-
-    Args:
-        certfile: PEM chain of the server, with its key where `keyfile` is None.
-        keyfile: PEM key.
-        ca_certs: PEM certificates of who may vouch for clients.
-        cert_reqs: whether clients need a certificate: 0 no, 1 only a good one if any, 2 yes.
+def tls_of(args: ServerArgs) -> ssl.SSLContext | None:
+    """Make what TLS connections need; None where no certificate is given.
 
     Raises:
         ConfigError: a file cannot be used.
     """
+    if args.ssl_certfile is None:
+        return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        context.load_cert_chain(certfile, keyfile, password=_refuse_encrypted)
+        context.load_cert_chain(args.ssl_certfile, args.ssl_keyfile, password=_refuse_encrypted)
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        told = f"ssl_certfile={certfile!r}" + (f", ssl_keyfile={keyfile!r}" if keyfile else "")
-        raise ConfigError(f"{told}: {_reason(error)}") from None
+        key = f", ssl_keyfile={args.ssl_keyfile!r}" if args.ssl_keyfile else ""
+        raise ConfigError(f"ssl_certfile={args.ssl_certfile!r}{key}: {_reason(error)}") from None
     try:
-        if ca_certs is not None:
-            context.load_verify_locations(ca_certs)
-        context.verify_mode = ssl.VerifyMode(cert_reqs)
+        if args.ssl_ca_certs is not None:
+            context.load_verify_locations(args.ssl_ca_certs)
+        context.verify_mode = ssl.VerifyMode(args.ssl_cert_reqs)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"ssl_ca_certs={ca_certs!r}: {_reason(error)}") from None
+        raise ConfigError(f"ssl_ca_certs={args.ssl_ca_certs!r}: {_reason(error)}") from None
     return context
 
 

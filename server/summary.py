@@ -64,7 +64,10 @@ def summary(llm: AsyncLLM, models: ServedModels, args: ServerArgs, url: str) -> 
 def as_text(facts: dict[str, Any]) -> str:
     """A few lines for people."""
     parameters = ", ".join(f"{part.replace('_', ' ')} {_count_text(num)}" for part, num in facts["parameters"].items())
-    defaults = [f"{path} for {key}" for key, path in facts["default_adapters"].items()]
+    keys_of: dict[str, list[str]] = {}
+    for key, path in facts["default_adapters"].items():
+        keys_of.setdefault(path, []).append(key)
+    defaults = [f"{path} for {' and '.join(keys)}" for path, keys in keys_of.items()]
     slots = f"; {facts['lora_slots']} in one step" if facts["lora_slots"] else " (LoRA is off)"
     encoded = f", encoded media {size_text(facts['encoder_cache_bytes'])}" if facts["encoder_cache_bytes"] else ""
     timeout = f", {facts['request_timeout']:g} s each" if facts["request_timeout"] is not None else ""

@@ -21,8 +21,8 @@ from mmlora import cli
 from mmlora.assets.models import assistant_default_mm_loras, assistant_path
 from mmlora.config import EngineArgs
 from mmlora.flags import flags_of
-from mmlora.server import launch
-from mmlora.server.launch import ServerArgs
+from mmlora.server.args import ServerArgs
+from mmlora.server.listener import listen_tcp
 from mmlora.server.models import LoRAModule
 from tests.checkpoints import AdapterSpec, save_adapter, save_text_model
 
@@ -51,10 +51,14 @@ def message_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         code: object = cli.main(["serve", *arguments])
     except SystemExit as exit_:
         code = exit_.code
+    (line,) = lines_of(capsys, code)
+    return line
+
+
+def lines_of(capsys: pytest.CaptureFixture[str], code: object) -> list[str]:
+    """The lines in which a command told what is wrong."""
     assert code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert len(lines) == 1, lines
-    return lines[0]
+    return [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
 
 
 def test_flags_of_the_reference_document(served: Callable[..., Served]) -> None:
@@ -148,7 +152,10 @@ def test_a_file_fills_what_is_left_open(
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("max-lorass: 3\nseed: x\nport: [1]\n", ["max-lorass: there is no such option", "seed: ", "port: [1] is not"]),
+        (
+            "max-lorass: 3\nseed: x\nport: [1]\n",
+            ["max-lorass: there is no such option; did you mean max-loras?", "seed: ", "port: [1] is not"],
+        ),
         ("enable-lora: 3\n", ["enable-lora: "]),
         ("default-mm-loras: [audio]\n", ["default-mm-loras: ['audio'] is not allowed"]),
         ("max-loras: 3\nmax_loras: 4\n", ["max_loras: it stands twice"]),
@@ -162,8 +169,9 @@ def test_all_that_is_wrong_with_a_file_is_told(
 ) -> None:
     file = tmp_path / "options.yaml"
     file.write_text(text)
-    message = message_of(capsys, "--config", str(file))
-    assert all(part in message for part in named), message
+    lines = lines_of(capsys, cli.main(["serve", "--config", str(file)]))
+    assert len(lines) == len(named)
+    assert all(part in line for part, line in zip(named, lines, strict=True)), lines
 
 
 def test_every_option_has_a_flag_and_a_help_text() -> None:
@@ -279,7 +287,7 @@ def test_a_taken_port_is_told_before_the_model_is_loaded(capsys: pytest.CaptureF
 
 
 def test_a_port_is_claimed_once(capsys: pytest.CaptureFixture[str]) -> None:
-    with launch._listen("127.0.0.1", 0) as listener:
+    with listen_tcp("127.0.0.1", 0) as listener:
         assert "in use" in message_of(capsys, "/no/such/model", "--port", str(listener.getsockname()[1]))
 
 
