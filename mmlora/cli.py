@@ -225,7 +225,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _add_serve_options(command: argparse.ArgumentParser) -> None:
     command.usage = "mmlora serve [MODEL] [OPTION ...]"
-    command.formatter_class = functools.partial(argparse.HelpFormatter, max_help_position=34)  # type: ignore[assignment]
+    command.formatter_class = functools.partial(argparse.HelpFormatter, max_help_position=34)
     command.description = (
         "Serve a model over OpenAI's HTTP API. Every option is also read from the environment: --max-loras from "
         "MMLORA_MAX_LORAS, and so on, and from a file (--config); the command line wins over the environment, and that "

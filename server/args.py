@@ -130,7 +130,7 @@ class ServerArgs:
                 yield f"{name}={getattr(self, name)!r}: needs ssl_certfile"
 
     def _problems_of_security(self) -> Iterator[str]:
-        if not all(key.strip() for key in self.api_keys) or self.api_key == ():
+        if self.api_key is not None and not (self.api_keys and all(key.strip() for key in self.api_keys)):
             yield "api_key is empty; give a key, or leave it out to let everyone in"
         for name in ("allowed_methods", "allowed_headers", "allow_credentials"):
             if getattr(self, name) != getattr(ServerArgs, name) and not self.allowed_origins:
