@@ -1,5 +1,6 @@
 """From options to a running HTTP server: claim the port, load the engine, serve, shut down."""
 
+import gc
 import os
 import ssl
 from collections.abc import Callable, Sequence
@@ -45,6 +46,9 @@ def serve(engine_args: EngineArgs, server_args: ServerArgs) -> None:
             start_resolution(llm, models, os.environ)
             address = address_of(listener, is_tls=tls is not None, root_path=args.root_path)
             server = build_server(llm, models, args, tls=tls, on_ready=lambda: announce(llm, models, args, address))
+            # What was loaded stays: a collection that went through it all would hold every request up.
+            gc.collect()
+            gc.freeze()
             server.run(sockets=[listener])
         finally:
             llm.shutdown()
