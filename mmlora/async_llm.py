@@ -7,18 +7,16 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any, Final, Literal, TypeVar
 
-import torch
-
+from mmlora.async_loras import AsyncLoRAs
 from mmlora.config import EngineArgs
 from mmlora.engine import LLMEngine
 from mmlora.errors import EngineDeadError, MMLoRAError
 from mmlora.inputs import Prompt
-from mmlora.lora.info import LoRAInfo
 from mmlora.lora.request import LoRARequest
 from mmlora.outputs import RequestOutput
 from mmlora.request_record import OPEN_RECORDS, ReadyRequest, RequestHistograms, RequestRecord
@@ -32,7 +30,7 @@ T = TypeVar("T")
 NUM_LOADERS: Final = 16  # many of them only wait: for a load that another one does, or for the end of a step
 
 
-class AsyncLLM:
+class AsyncLLM(AsyncLoRAs):
     """Serve concurrent requests from an event loop.
 
     Attributes:
@@ -103,6 +101,7 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         lora_request: LoRARequest | object | None = None,
+        priority: int = 0,
     ) -> AsyncIterator[RequestOutput]:
         """Complete one prompt, yielding what is new as it comes.
 
@@ -110,14 +109,14 @@ class AsyncLLM:
         cancelling it, aborts the request.
 
         Args:
-            prompt, sampling_params, lora_request: as in `LLM.generate`.
+            prompt, sampling_params, lora_request, priority: as in `LLM.generate`.
             request_id: unique among unfinished requests; made up by default.
 
         Raises:
             RequestError: the request cannot be served.
             EngineDeadError: the engine has stopped.
         """
-        ready = await self.prepare(prompt, sampling_params, request_id, lora_request)
+        ready = await self.prepare(prompt, sampling_params, request_id, lora_request, priority)
         async with aclosing(self.run(ready)) as outputs:
             async for output in outputs:
                 yield output
@@ -128,6 +127,7 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         lora_request: LoRARequest | object | None = None,
+        priority: int = 0,
     ) -> ReadyRequest:
         """Make a request ready for `run`, so that several can be checked before any is started; nothing is queued.
 
@@ -141,7 +141,9 @@ class AsyncLLM:
         if records is not None:
             records.append(record)
         stream = Stream(functools.partial(self.histograms.take, record))
-        process = functools.partial(self.engine.process_input, request_id, prompt, sampling_params, lora_request)
+        process = functools.partial(
+            self.engine.process_input, request_id, prompt, sampling_params, lora_request, priority
+        )
         self._preparing[stream] = request_id
         try:
             ready = await self.run_in_pool(process, is_load=self._must_load(lora_request))
@@ -175,83 +177,6 @@ class AsyncLLM:
             stream.is_aborted |= preparing_id == request_id
         self._send(lambda: self._abort(request_id), or_ignore=True)
 
-    async def add_lora(
-        self,
-        lora: str | LoRARequest,
-        path: str | None = None,
-        *,
-        tensors: Mapping[str, torch.Tensor] | None = None,
-        config: object | None = None,
-    ) -> LoRARequest:
-        """Load an adapter beside the steps, as `LLM.add_lora` does.
-
-        Raises:
-            AdapterError: see there.
-            EngineDeadError: the engine has stopped.
-        """
-        add = functools.partial(self.engine.lora.add, lora, path, tensors=tensors, config=config)
-        return await self.change_loras(add)
-
-    async def reload_lora(
-        self,
-        lora: str | int,
-        path: str | None = None,
-        *,
-        tensors: Mapping[str, torch.Tensor] | None = None,
-        config: object | None = None,
-    ) -> LoRARequest:
-        """Load another version of an adapter beside the steps and swap it in between two, as `LLM.reload_lora` does.
-
-        Raises:
-            AdapterError: see there.
-            EngineDeadError: the engine has stopped.
-        """
-        return await self.change_loras(
-            functools.partial(self.engine.lora.reload, lora, path, tensors=tensors, config=config)
-        )
-
-    async def remove_lora(self, lora: str | int) -> None:
-        """Unload an adapter; returns at once, while the memory is freed when the last request with it ends.
-
-        Raises:
-            AdapterNotFound: it is unknown.
-            EngineDeadError: the engine has stopped.
-        """
-        await self.change_loras(functools.partial(self.engine.lora.remove, lora))
-
-    async def pin_lora(self, lora: str | int, *, is_pinned: bool = True) -> None:
-        """Keep an adapter on the host and in a slot, or let it be evicted again, as `LLM.pin_lora` does.
-
-        Raises:
-            AdapterError: see there.
-            EngineDeadError: the engine has stopped.
-        """
-        if is_pinned:
-            await self.run_in_pool(self.engine.lora.pin, lora, self._run_in_engine, is_load=True)
-        else:
-            await self.change_loras(functools.partial(self.engine.lora.unpin, lora))
-
-    async def change_loras(self, change: Callable[[], T]) -> T:
-        """Change the host's adapters beside the steps, then have the engine thread bring the slots in line.
-
-        Args:
-            change: calls `engine.lora`. Once begun it ends, whether the caller still waits or not.
-
-        Raises:
-            EngineDeadError: the engine has stopped.
-        """
-
-        def change_and_settle() -> T:
-            result = change()
-            self._run_in_engine(self.engine.lora.settle)
-            return result
-
-        return await self.run_in_pool(change_and_settle, is_load=True)
-
-    async def list_loras(self) -> list[LoRAInfo]:
-        """The adapters that are known, as `LLM.list_loras` has them."""
-        return self.engine.list_loras()
-
     def shutdown(self) -> None:
         """Abort what runs and stop the engine thread; waits for both."""
         self._is_stopping = True
@@ -264,25 +189,6 @@ class AsyncLLM:
         lora, defaults = self.engine.parts.lora, self.engine.default_loras.values()
         is_default = any(lora_request is default for default in defaults)
         return lora is not None and not is_default and lora.is_missing(lora_request)
-
-    def _run_in_engine(self, function: Callable[[], None]) -> None:
-        """Run something short between two steps and wait for it, in a loader.
-
-        Raises:
-            EngineDeadError: the engine has stopped.
-        """
-        done: Future[None] = Future()
-
-        def message() -> None:
-            try:
-                function()
-            except BaseException as error:  # whoever waits is told, whatever it is
-                done.set_exception(error)
-            else:
-                done.set_result(None)
-
-        self._send(message)
-        done.result()
 
     def _send(self, message: Callable[[], None], *, or_ignore: bool = False) -> None:
         """Have the engine thread run a message.

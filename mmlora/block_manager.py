@@ -1,7 +1,8 @@
 """`BlockManager`: which KV blocks hold which tokens, and which of them can be shared.
 
 A full block is named by a hash over everything its keys and values depend on: the tokens up to its end, the media
-behind placeholders, and the identity of the adapter. Freed blocks keep their content until they are needed again.
+behind placeholders, and the identity of the adapter; and over the request's salt, so that nobody can tell from the
+time of an answer what others with another salt asked. Freed blocks keep their content until they are needed again.
 """
 
 import hashlib
@@ -104,7 +105,8 @@ class BlockManager:
     def _hash_next(self, seq: Sequence) -> bytes:
         index = len(seq.block_hashes)
         start, end = index * self.block_size, (index + 1) * self.block_size
-        parent = seq.block_hashes[-1] if index else ("long", seq.is_long)
+        root = (("long", seq.is_long), ("salt", seq.request.input.cache_salt))
+        parent = seq.block_hashes[-1] if index else root
         two_way = seq.two_way_between(start, end)
         seen_end = max([end, *(span.end for span in two_way)])
         adapter = None  # blocks that see nothing an activated LoRA holds for are the base model's, and shared with it

@@ -21,6 +21,7 @@ Message = Mapping[str, Any]
 MODALITIES = {"image_url": "image", "input_audio": "audio", "audio_url": "audio", "image": "image", "audio": "audio"}
 SPELLED_LIST = "'type':"  # in the text of a template that wrote a list of parts as Python spells it
 PART_TYPES = ("text", *MODALITIES)
+MAX_REASON_CHARS = 400
 
 
 def load_chat_template(template: str | None) -> str | None:
@@ -47,7 +48,8 @@ def render_chat(
     *,
     chat_template: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-    add_generation_prompt: bool = True,
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool = False,
     limits: MediaLimits = DEFAULT_LIMITS,
     limit_mm_per_prompt: Mapping[str, int] | None = None,
     max_model_len: int | None = None,
@@ -60,7 +62,9 @@ def render_chat(
         tokenizer: its template is used unless `chat_template` is given.
         processor: names the placeholders; None for a text-only model.
         chat_template_kwargs: passed to the template.
-        add_generation_prompt: end with the start of the assistant's turn.
+        add_generation_prompt: end with the start of the assistant's turn; by default unless the last message is
+            continued.
+        continue_final_message: leave the last message open, so that the answer goes on with it.
         limits: of the media.
         limit_mm_per_prompt: most items by modality, counted before any is decoded.
         max_model_len: text that cannot fit into so many tokens is refused before it is tokenized.
@@ -74,6 +78,8 @@ def render_chat(
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise RequestError("messages must be a list of at least one message")
+    if add_generation_prompt and continue_final_message:
+        raise RequestError("add_generation_prompt and continue_final_message exclude each other; give one of them")
     checked = [_check_message(message) for message in messages]
     counts = Counter(MODALITIES[kind] for _, parts in checked for kind, _ in parts if kind in MODALITIES)
     check_counts(counts, processor.modalities if processor is not None else (), limit_mm_per_prompt)
@@ -81,11 +87,18 @@ def render_chat(
     media = [part for _, parts in conversation for part in parts if not isinstance(part, str)]
 
     def render(turns: list[dict[str, Any]]) -> str:
-        kwargs = {"add_generation_prompt": add_generation_prompt, **(chat_template_kwargs or {})}
+        kwargs = {
+            "add_generation_prompt": not continue_final_message
+            if add_generation_prompt is None
+            else add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            **(chat_template_kwargs or {}),
+        }
         try:
             text: str = tokenizer.apply_chat_template(turns, chat_template=chat_template, tokenize=False, **kwargs)
         except (TemplateError, ValueError, TypeError) as error:
-            raise RequestError(f"the chat template cannot render these messages: {error}") from None
+            reason = str(error)[:MAX_REASON_CHARS]  # some repeat the whole conversation
+            raise RequestError(f"the chat template cannot render these messages: {reason}") from None
         return text
 
     text = _render_parts(conversation, media, processor, render)
@@ -168,6 +181,15 @@ def _check_message(message: Message) -> tuple[Message, list[tuple[str, Any]]]:
     if not isinstance(content, Sequence):
         raise RequestError(f"content is a {type(content).__name__}; it must be text or a list of parts")
     return message, [_check_part(part) for part in content]
+
+
+def message_text(message: Message) -> str:
+    """The text of a message, without its media.
+
+    Raises:
+        RequestError: it has the wrong form.
+    """
+    return "".join(value for kind, value in _check_message(message)[1] if kind == "text")
 
 
 def _check_part(part: Any) -> tuple[str, Any]:

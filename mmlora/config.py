@@ -22,6 +22,8 @@ DTYPES = {
 MODALITIES = ("audio", "image")
 AUTO = "auto"
 Groups = Mapping[str, str]  # titles to the names of options, for `--help`
+PRIORITY = "priority"
+SCHEDULING_POLICIES = ("fcfs", PRIORITY)
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class EngineArgs:
         max_model_len: longest prompt plus answer in tokens, by default the model's context length.
         max_num_seqs: most sequences in one step.
         max_num_batched_tokens: most tokens in one step; longer prompts are prefilled in chunks.
+        scheduling_policy: `fcfs` (first come, first served, in fair turns of base and adapters) or `priority` (lowest
+            `priority` of a request first).
         block_size: tokens in one KV block.
         kv_cache_memory_bytes: memory of the KV cache; by default 1 GiB on CPU, and on CUDA what
             `gpu_memory_utilization` leaves after the weights.
@@ -79,6 +83,7 @@ class EngineArgs:
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
+    scheduling_policy: str = "fcfs"
     block_size: int = 16
     kv_cache_memory_bytes: int | None = None
     encoder_cache_memory_bytes: int = 256 * 2**20
@@ -108,7 +113,8 @@ class EngineArgs:
         "media": "limit_mm_per_prompt mm_processor_kwargs",
         "memory": "kv_cache_memory_bytes gpu_memory_utilization block_size enable_prefix_caching "
         "encoder_cache_memory_bytes",
-        "scheduling": "max_num_seqs max_num_batched_tokens max_logprobs enforce_eager tensor_parallel_size",
+        "scheduling": "scheduling_policy max_num_seqs max_num_batched_tokens max_logprobs enforce_eager "
+        "tensor_parallel_size",
     }
 
     _problems: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
@@ -185,6 +191,8 @@ class EngineArgs:
             self._reject("device", "must be auto, cpu or cuda")
         if self.generation_config not in ("auto", "none"):
             self._reject("generation_config", "must be auto or none")
+        if self.scheduling_policy not in SCHEDULING_POLICIES:
+            self._reject("scheduling_policy", f"must be {' or '.join(SCHEDULING_POLICIES)}")
         if self.tensor_parallel_size != 1:
             self._reject("tensor_parallel_size", "only 1 is supported")
         if self.trust_remote_code:

@@ -90,13 +90,15 @@ class LLMEngine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         lora_request: LoRARequest | object | None = None,
+        priority: int = 0,
     ) -> EngineInput:
         """Make a request ready: tokens, media, adapter. Thread-safe; the slow part of `add_request`.
 
         Raises:
             RequestError: the request cannot be served; a subclass says whether media or adapter are at fault.
         """
-        return self.parts.inputs.process(request_id, prompt, params or self.default_sampling_params(), lora_request)
+        params = params or self.default_sampling_params()
+        return self.parts.inputs.process(request_id, prompt, params, lora_request, priority)
 
     def add_request(
         self,
@@ -104,6 +106,7 @@ class LLMEngine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         lora_request: LoRARequest | object | None = None,
+        priority: int = 0,
     ) -> None:
         """Queue a request.
 
@@ -112,11 +115,12 @@ class LLMEngine:
             prompt: text, token ids, or a mapping with `multi_modal_data`.
             params: by default the model's own.
             lora_request: an adapter, `BASE`, or None to let the media decide.
+            priority: lower is served earlier; needs `scheduling_policy="priority"`.
 
         Raises:
             RequestError: the request cannot be served; nothing was queued.
         """
-        self.add_input(self.process_input(request_id, prompt, params, lora_request))
+        self.add_input(self.process_input(request_id, prompt, params, lora_request, priority))
 
     def add_input(self, request_input: EngineInput) -> None:
         """Queue a request that `process_input` made ready.

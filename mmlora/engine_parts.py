@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from mmlora.attention import KVCache
 from mmlora.block_manager import BlockManager
-from mmlora.config import EngineArgs
+from mmlora.config import PRIORITY, EngineArgs
 from mmlora.decoder_check import check_decoder
 from mmlora.default_adapters import choose_default_adapters
 from mmlora.detokenizer import Detokenizer
@@ -157,7 +157,13 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
         ),
         runner=ModelRunner(model, kv_cache, encoder, lora_state, tokenizer, stop_ids),
         block_manager=block_manager,
-        scheduler=Scheduler(block_manager, slots, args.max_num_seqs, args.max_num_batched_tokens),
+        scheduler=Scheduler(
+            block_manager,
+            slots,
+            args.max_num_seqs,
+            args.max_num_batched_tokens,
+            is_by_priority=args.scheduling_policy == PRIORITY,
+        ),
         store=store,
         slots=slots,
         lora=lora,

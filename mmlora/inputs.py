@@ -7,7 +7,7 @@ and may be called from several threads at once; the engine thread never does thi
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmlora.config import EngineArgs
+from mmlora.config import PRIORITY, EngineArgs
 from mmlora.errors import MediaError, RequestError
 from mmlora.lora.adapter import Adapter
 from mmlora.lora.mix import LoRAMix, MixCache
@@ -23,7 +23,7 @@ from mmlora.sequence import EngineInput, MediaInput
 from mmlora.towers.base import PromptLayout, Towers
 from mmlora.towers.encoder import encoder_key
 
-PROMPT_KEYS = ("prompt", "prompt_token_ids", "multi_modal_data", "mm_processor_kwargs")
+PROMPT_KEYS = ("prompt", "prompt_token_ids", "multi_modal_data", "mm_processor_kwargs", "cache_salt")
 MAX_CHARS_PER_TOKEN = 256  # more than the longest token of any vocabulary in use
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
@@ -64,16 +64,22 @@ class InputProcessor:
         self._mixes = MixCache()
 
     def process(
-        self, request_id: str, prompt: Prompt, params: SamplingParams, lora_request: LoRARequest | object | None = None
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        lora_request: LoRARequest | object | None = None,
+        priority: int = 0,
     ) -> EngineInput:
         """Make one request ready.
 
         Args:
             request_id: the caller's.
             prompt: text, token ids, or a mapping with `prompt` or `prompt_token_ids` (which then are the prompt),
-                `multi_modal_data` and `mm_processor_kwargs`.
+                `multi_modal_data`, `mm_processor_kwargs` and `cache_salt`.
             params: sampling parameters.
             lora_request: an adapter or a mix, `BASE` for none on purpose, None to let the media decide.
+            priority: lower is served earlier; only 0 unless `scheduling_policy` is `priority`.
 
         Raises:
             RequestError: the prompt has the wrong form or length, or the parameters do not fit the model.
@@ -82,6 +88,7 @@ class InputProcessor:
         """
         fields = _prompt_fields(prompt)
         self._check_params(params)
+        self._check_priority(priority)
         text, token_ids = self._tokenize(fields)
         processed = self._process_media(fields)
         media_ranges: list[PlaceholderRange] = []
@@ -97,12 +104,13 @@ class InputProcessor:
             if adapter_start == len(token_ids):
                 choice, adapter = _not_invoked(adapter, choice), None
         media_digest = adapter.media_digest if adapter is not None else None
+        salt = fields.get("cache_salt")
         media = []
         for place in media_ranges:
             assert self._towers is not None
             item = processed[place.media_index]
             mode = self._towers.mode(item.modality, modalities)
-            media.append(MediaInput(item, place.start, mode, encoder_key(item, mode, media_digest)))
+            media.append(MediaInput(item, place.start, mode, encoder_key(item, mode, media_digest, salt)))
         layout = PromptLayout()
         if self._towers is not None:
             try:
@@ -122,6 +130,8 @@ class InputProcessor:
             max_tokens=min(params.max_tokens or room, room),
             adapter_start=adapter_start,
             layout=layout,
+            priority=priority,
+            cache_salt=salt,
         )
 
     def _tokenize(self, fields: Mapping[str, Any]) -> tuple[str | None, list[int]]:
@@ -200,6 +210,15 @@ class InputProcessor:
         if outside:
             raise RequestError(f"token id {outside[0]} is outside the vocabulary of {self.vocab_size}")
 
+    def _check_priority(self, priority: int) -> None:
+        if not isinstance(priority, int) or isinstance(priority, bool) or not -(2**63) <= priority < 2**63:
+            raise RequestError(f"priority={priority!r:.80} must be an integer of 64 bits")
+        if priority != 0 and self._args.scheduling_policy != PRIORITY:
+            raise RequestError(
+                f"priority={priority} needs scheduling_policy={PRIORITY!r}; the engine has "
+                f"{self._args.scheduling_policy!r}, and takes 0 only"
+            )
+
     def _check_tokens(self, token_ids: list[int]) -> None:
         if not token_ids:
             raise RequestError("the prompt is empty; at least one token is needed")
@@ -276,6 +295,9 @@ def _check_types(fields: Mapping[str, Any]) -> None:
     options = fields.get("mm_processor_kwargs")
     if options is not None and not isinstance(options, Mapping):
         raise RequestError(f"mm_processor_kwargs is a {type(options).__name__}; it must be a mapping")
+    salt = fields.get("cache_salt")
+    if salt is not None and not (isinstance(salt, str) and salt):
+        raise RequestError(f"cache_salt={salt!r} must be text, and not empty")
 
 
 def _as_items(contents: object) -> list[object]:

@@ -52,17 +52,20 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         lora_request: LoRARequest | object | Sequence[LoRARequest | object | None] | None = None,
         use_tqdm: bool = True,
+        priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts.
 
         Args:
             prompts: one prompt or a list of them: text, token ids, or a mapping with `prompt` or
-                `prompt_token_ids`, `multi_modal_data` (`{"audio": (array, rate) | [...], "image": PIL | [...]}`)
-                and `mm_processor_kwargs`.
+                `prompt_token_ids`, `multi_modal_data` (`{"audio": (array, rate) | [...], "image": PIL | [...]}`),
+                `mm_processor_kwargs` and `cache_salt` (caches are shared among prompts with the same one).
             sampling_params: one for all, or one per prompt; by default the model's own.
             lora_request: one for all, or one per prompt (`None` and `BASE` allowed). `None` lets the media decide,
                 `BASE` is the base model on purpose.
             use_tqdm: show progress.
+            priority: one for all, or one per prompt, by default 0; lower is served earlier. Needs
+                `scheduling_policy="priority"`.
 
         Returns:
             One output per prompt, in order. A request that failed while it ran has `error` set.
@@ -73,11 +76,12 @@ class LLM:
         batch = _as_prompts(prompts)
         params = _one_per_prompt(sampling_params, len(batch), "sampling_params")
         loras = _one_per_prompt(lora_request, len(batch), "lora_request")
+        priorities = _one_per_prompt(0 if priority is None else priority, len(batch), "priority")
         if self.llm_engine.parts.lora is not None:
             self.llm_engine.parts.lora.prefetch(loras)
         inputs = [
-            self.llm_engine.process_input(str(next(self._ids)), prompt, param, lora)
-            for prompt, param, lora in zip(batch, params, loras, strict=True)
+            self.llm_engine.process_input(str(next(self._ids)), prompt, param, lora, prompt_priority)
+            for prompt, param, lora, prompt_priority in zip(batch, params, loras, priorities, strict=True)
         ]
         for request_input in inputs:
             self.llm_engine.add_input(request_input)
@@ -90,20 +94,24 @@ class LLM:
         use_tqdm: bool = True,
         lora_request: LoRARequest | object | Sequence[LoRARequest | object | None] | None = None,
         chat_template: str | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
+        priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or a list of them.
 
         Args:
             messages: OpenAI-style, with parts `text`, `image_url`, `input_audio`, `audio_url` (data: URLs), `image`
                 (PIL) and `audio` (`(array, rate)`).
-            sampling_params, use_tqdm, lora_request: as in `generate`.
+            sampling_params, use_tqdm, lora_request, priority: as in `generate`.
             chat_template: in place of the model's own.
-            add_generation_prompt: end with the start of the assistant's turn.
+            add_generation_prompt: end with the start of the assistant's turn; by default unless the last message is
+                continued.
             chat_template_kwargs: passed to the template.
             mm_processor_kwargs: options of the media processor.
+            continue_final_message: leave the last message open, so that the answer goes on with it.
 
         Raises:
             RequestError: a conversation cannot be served; none of them was started.
@@ -120,11 +128,12 @@ class LLM:
                 chat_template=load_chat_template(chat_template) or self._chat_template,
                 chat_template_kwargs=chat_template_kwargs,
                 add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
                 limit_mm_per_prompt=self.llm_engine.args.limit_mm_per_prompt,
                 max_model_len=self.llm_engine.max_model_len,
             )
             prompts.append({**prompt, "mm_processor_kwargs": mm_processor_kwargs})
-        return self.generate(prompts, sampling_params, lora_request, use_tqdm)
+        return self.generate(prompts, sampling_params, lora_request, use_tqdm, priority)
 
     def add_lora(
         self,

@@ -23,6 +23,7 @@ def build_output(request: Request, *, is_delta: bool) -> RequestOutput:
         lora_request=request.input.lora_request,
         prompt_logprobs=request.prompt_logprobs,
         num_cached_tokens=request.num_cached_tokens or 0,
+        num_media_tokens=request.input.num_media_tokens,
         metrics=_metrics(request),
         error=request.error,
     )

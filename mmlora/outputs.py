@@ -1,5 +1,6 @@
 """What comes back for a request."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mmlora.errors import MMLoRAError
@@ -49,7 +50,7 @@ class LoRAChoice:
 class RequestMetrics:
     """Seconds spent waiting, until the first token, and from there to the last.
 
-    `arrival_s` is when the engine took the request, on the monotonic clock.
+    `arrival_s` is when the engine took the request, on the monotonic clock; the properties are on that clock, too.
     """
 
     queue_s: float = 0.0
@@ -57,12 +58,28 @@ class RequestMetrics:
     decode_s: float = 0.0
     arrival_s: float = 0.0
 
+    @property
+    def scheduled_s(self) -> float:
+        """When the request began to run."""
+        return self.arrival_s + self.queue_s
+
+    @property
+    def first_token_s(self) -> float:
+        """When its first token came."""
+        return self.scheduled_s + self.prefill_s
+
+    @property
+    def end_s(self) -> float:
+        """When the output that tells this was made."""
+        return self.first_token_s + self.decode_s
+
 
 @dataclass
 class RequestOutput:
     """The state of a request; from `AsyncLLM`, `outputs` holds what is new since the one before.
 
-    `error` is set when `finished` came from a failure; such a request's outputs have `finish_reason="error"`.
+    `num_media_tokens` are the prompt's tokens that stand for media, by modality. `error` is set when `finished` came
+    from a failure; such a request's outputs have `finish_reason="error"`.
     """
 
     request_id: str
@@ -74,5 +91,6 @@ class RequestOutput:
     lora_request: LoRARequest | LoRAMix | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_cached_tokens: int = 0
+    num_media_tokens: Mapping[str, int] = field(default_factory=dict)
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     error: MMLoRAError | None = None

@@ -9,3 +9,8 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """Join the lines of a message into one, and escape it."""
     return printable(" ".join(line.strip() for line in text.splitlines()))
+
+
+def as_utf8(text: str) -> str:
+    """A text that can be encoded; a name from a path that is no UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from mmlora.histogram import SECONDS, TOKENS, Histogram
-from mmlora.outputs import LoRAChoice, RequestOutput
+from mmlora.outputs import LoRAChoice, RequestMetrics, RequestOutput
+from mmlora.sampling_params import SamplingParams
 from mmlora.sequence import EngineInput
 from mmlora.stream import Stream
 
@@ -33,6 +34,8 @@ class RequestRecord:
         request_id: the caller's.
         start_s, queued_s: when it was made, and when it was ready for the engine (monotonic).
         prompt: its text; None where only tokens were given, or before it was ready.
+        params: its sampling parameters, once it was ready.
+        times: what the last output told of its stages.
         finish_reasons: by answer, of those that ended.
     """
 
@@ -40,6 +43,8 @@ class RequestRecord:
     start_s: float
     queued_s: float = 0.0
     prompt: str | None = None
+    params: SamplingParams | None = None
+    times: RequestMetrics | None = None
     media: tuple[MediaRecord, ...] = ()
     lora: LoRAChoice | None = None
     num_prompt_tokens: int = 0
@@ -56,7 +61,7 @@ class RequestRecord:
 
     def queue(self, ready: EngineInput, now: float) -> None:
         """Note what a request is, once it is ready for the engine. It keeps neither media nor adapter alive."""
-        self.queued_s, self.prompt, self.lora = now, ready.prompt, ready.lora
+        self.queued_s, self.prompt, self.params, self.lora = now, ready.prompt, ready.params, ready.lora
         self.num_prompt_tokens, self.num_answers = len(ready.prompt_token_ids), ready.params.n
         items = [item.media for item in ready.media]
         self.media = tuple(
@@ -104,12 +109,11 @@ class RequestHistograms:
     def take(self, record: RequestRecord, output: RequestOutput) -> None:
         """Bring the record of a request up to date with an output (a delta), and count what it tells."""
         times = output.metrics
-        first_token_s = times.arrival_s + times.queue_s + times.prefill_s
-        now = first_token_s + times.decode_s
-        record.lora, record.num_cached_tokens = output.lora, output.num_cached_tokens
+        now = times.end_s
+        record.times, record.lora, record.num_cached_tokens = times, output.lora, output.num_cached_tokens
         if record.num_output_tokens == 0 and any(part.token_ids for part in output.outputs):
-            self.first_token.observe(first_token_s - record.start_s)
-            self.queue.observe(times.arrival_s + times.queue_s - record.queued_s)
+            self.first_token.observe(times.first_token_s - record.start_s)
+            self.queue.observe(times.scheduled_s - record.queued_s)
         for part in output.outputs:
             if part.finish_reason is not None:
                 record.finish_reasons[part.index] = part.finish_reason

@@ -73,15 +73,26 @@ class Scheduler:
     it is overdue, and a younger sequence then starts only if it waited already when its adapter got its slot, and was
     among the first `max_num_seqs` to do so. The slots in use thereby drain, and the first that is empty goes to the
     oldest. While all slots are asked for this is a gated round: every adapter is served in turn, with all that it has.
+
+    With `is_by_priority`, base and adapters take no turns and have no shares: what waits starts by (priority, arrival),
+    whatever it runs with, and what runs is preempted in the opposite order. While the first has no slot, nobody of a
+    worse priority starts with another adapter, so that a slot drains for it at once.
     """
 
     def __init__(
-        self, block_manager: BlockManager, slots: LoRASlots | None, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        block_manager: BlockManager,
+        slots: LoRASlots | None,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        *,
+        is_by_priority: bool = False,
     ) -> None:
         self.block_manager = block_manager
         self.slots = slots
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.is_by_priority = is_by_priority
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
         self.failed: list[tuple[Sequence, AdapterError]] = []  # ended: their adapter could not be activated
@@ -104,6 +115,10 @@ class Scheduler:
         self.num_steps += 1
         step = _Step(self.max_num_batched_tokens)
         self._continue(step, [seq for seq in self.running if len(seq.token_ids) - seq.num_computed_tokens == 1])
+        if self.is_by_priority:
+            self._continue(step, [seq for seq in self.running if seq not in step.items])
+            self._start_in_order(step, self.waiting.heads(), self.max_num_seqs)
+            return list(step.items.values())
         is_base_first = self._is_base_turn
         if self._prefill(step, is_base=is_base_first):
             self._is_base_turn = not is_base_first
@@ -123,9 +138,9 @@ class Scheduler:
         seq.finish_reason = reason
 
     def _continue(self, step: _Step, seqs: Iterable[Sequence]) -> int:
-        """Schedule running sequences; return how many."""
+        """Schedule running sequences, those of one priority in the order in which they started; return how many."""
         num_scheduled = 0
-        for seq in seqs:
+        for seq in sorted(seqs, key=lambda seq: seq.priority):
             start = seq.num_computed_tokens
             num_tokens = step.max_tokens(seq, start)
             if num_tokens == 0:
@@ -136,9 +151,12 @@ class Scheduler:
         return num_scheduled
 
     def _make_room(self, step: _Step, seq: Sequence, num_tokens: int) -> bool:
-        """Find blocks for a running sequence, at the cost of those that started last; False if it was the last."""
+        """Find blocks for a running sequence, at the cost of those that rank last; False if it was the last.
+
+        Among equal priorities, those rank last that started last.
+        """
         while not self.block_manager.can_allocate(seq, num_tokens):
-            victim = self.running[-1]
+            victim = max(reversed(self.running), key=lambda running: running.priority)
             self._preempt(step, victim)
             if victim is seq:
                 return False
@@ -180,19 +198,26 @@ class Scheduler:
         return num_started
 
     def _start_adapters(self, step: _Step) -> int:
-        num_started = 0
         max_num_running = self.max_num_seqs - min(self.waiting.num_base, self._num_base_places())
         heads = self.waiting.adapter_heads() if len(self.running) < max_num_running else []
+        return self._start_in_order(step, heads, max_num_running)
+
+    def _start_in_order(self, step: _Step, heads: list[tuple[Place, Sequence]], max_num_running: int) -> int:
+        """Start what waits in some lanes, passing over what has no slot; return how many."""
+        num_started = 0
         heapq.heapify(heads)
+        first_passed: Place | None = None
         is_draining = False
         while heads and step.is_open and len(self.running) < max_num_running:
             place, seq = heapq.heappop(heads)
-            if self._has_slot(seq, place, is_draining):
+            is_outranked = first_passed is not None and first_passed.priority < place.priority
+            if seq.adapter is None or self._has_slot(seq, place, is_draining, is_outranked):
                 num_started += self._start(step, seq)
                 head = self.waiting.head(seq.adapter)
                 if head is not None:
                     heapq.heappush(heads, head)
             else:
+                first_passed = first_passed or place
                 is_draining |= self.num_steps - place.step > MAX_WAIT_STEPS
         return num_started
 
@@ -209,13 +234,18 @@ class Scheduler:
         self._preempt(step, victim)
         return True
 
-    def _has_slot(self, seq: Sequence, place: Place, is_draining: bool) -> bool:
-        """Tell whether an adapter sequence can have a slot; when draining, an older one is overdue for it."""
+    def _has_slot(self, seq: Sequence, place: Place, is_draining: bool, is_outranked: bool) -> bool:
+        """Tell whether an adapter sequence can have a slot.
+
+        When draining, an older one is overdue for it; when outranked, one of a better priority lacks it.
+        """
         assert self.slots is not None and seq.adapter is not None
+        if not (is_draining or is_outranked):
+            return self.slots.can_activate(seq.adapter)
         slot = self.slots.slot_of(seq.adapter.identity)
-        if slot is not None and is_draining:
-            return place.order <= self._gates[slot] or self._is_held(slot)
-        return not is_draining and self.slots.can_activate(seq.adapter)
+        if slot is None:
+            return False
+        return self._is_held(slot) or (not is_outranked and place.order <= self._gates[slot])
 
     def _is_held(self, slot: int) -> bool:
         """Tell whether a slot is in use beside what runs, by a pin: then it drains for nobody."""

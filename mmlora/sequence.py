@@ -3,9 +3,12 @@
 A request has `n` sequences, one per answer. The scheduler moves sequences; the model runner appends tokens.
 """
 
+from collections import Counter
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import cached_property
 
 import torch
 
@@ -25,7 +28,7 @@ class MediaInput:
     """One media item of a prompt: its tensors, where it goes, and the identity of its embeddings.
 
     `encoder_key` names everything that the embeddings depend on: content, processor options, projection mode and
-    the tower part of the adapter.
+    the tower part of the adapter; and the salt of the request.
     """
 
     media: ProcessedMedia
@@ -54,6 +57,16 @@ class EngineInput:
     max_tokens: int
     adapter_start: int = 0  # first token that the adapter changes; later than 0 for an activated LoRA
     layout: PromptLayout = PromptLayout()
+    priority: int = 0  # lower is served earlier
+    cache_salt: str | None = None  # prefixes and encoded media are shared among requests with the same one
+
+    @cached_property
+    def num_media_tokens(self) -> Mapping[str, int]:
+        """Tokens of the prompt that stand for media, by modality."""
+        counts: Counter[str] = Counter()
+        for item in self.media:
+            counts[item.media.modality] += item.media.num_tokens
+        return counts
 
 
 class Status(Enum):
@@ -126,6 +139,11 @@ class Sequence:
     def adapter_start(self) -> int:
         """First token that the adapter changes; all before are the base model's."""
         return self.request.input.adapter_start
+
+    @property
+    def priority(self) -> int:
+        """The request's priority; lower is served earlier."""
+        return self.request.input.priority
 
     @property
     def media(self) -> tuple[MediaInput, ...]:

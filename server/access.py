@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mmlora.printable import printable
 from mmlora.request_record import OPEN_RECORDS, RequestRecord
+from mmlora.server.tracing import Tracer
 
 ACCESS_LOGGER: Final = "mmlora.access"
 NO_ROUTE: Final = "other"
@@ -28,12 +29,16 @@ class AccessLog:
         app: the application.
         counts: by route and status; added to.
         log_requests: prompts and the hashes of media go into the lines, too.
+        tracer: traces the requests.
     """
 
-    def __init__(self, app: ASGIApp, counts: HttpCounts, *, log_requests: bool = False) -> None:
+    def __init__(
+        self, app: ASGIApp, counts: HttpCounts, *, log_requests: bool = False, tracer: Tracer | None = None
+    ) -> None:
         self._app = app
         self._counts = counts
         self._log_requests = log_requests
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -54,11 +59,14 @@ class AccessLog:
         finally:
             OPEN_RECORDS.reset(token)
             # The template and never the path: clients choose paths, and a label must not grow with them.
-            self._counts[getattr(scope.get("route"), "path", NO_ROUTE), status] += 1
+            route = getattr(scope.get("route"), "path", NO_ROUTE)
+            self._counts[route, status] += 1
             fields = {**_http_fields(scope, status, time.monotonic() - start_s), **request_fields(records)}
             if self._log_requests:
                 fields["requests"] = [_content(record) for record in records]
             logger.info("%s", as_line(fields), extra={"fields": fields})
+            if self._tracer is not None:
+                self._tracer.trace(scope, route, fields, start_s, records)
 
 
 def request_fields(records: Sequence[RequestRecord]) -> dict[str, Any]:

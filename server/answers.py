@@ -54,11 +54,19 @@ def count_tokens(outputs: Iterable[RequestOutput], num_completion_tokens: int) -
     """
     last = list(outputs)
     num_prompt_tokens = sum(len(output.prompt_token_ids) for output in last)
+    num_audio_tokens, num_image_tokens = (
+        sum(output.num_media_tokens.get(modality, 0) for output in last) for modality in ("audio", "image")
+    )
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_completion_tokens,
         "total_tokens": num_prompt_tokens + num_completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(output.num_cached_tokens for output in last)},
+        "prompt_tokens_details": {
+            "cached_tokens": sum(output.num_cached_tokens for output in last),
+            "audio_tokens": num_audio_tokens,
+            "image_tokens": num_image_tokens,
+            "text_tokens": num_prompt_tokens - num_audio_tokens - num_image_tokens,
+        },
     }
 
 

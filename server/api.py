@@ -24,10 +24,14 @@ from mmlora.server.json_answer import JSONAnswer
 from mmlora.server.keys import APIKeys
 from mmlora.server.limits import DEFAULT_MAX_REQUEST_BYTES
 from mmlora.server.models import ServedModels
+from mmlora.server.openapi import add_openapi
 from mmlora.server.paths import RootPath
 from mmlora.server.prometheus import add_metrics
+from mmlora.server.responses import ResponsesService
+from mmlora.server.responses_protocol import ResponsesRequest
 from mmlora.server.status import add_ready_route, version_routes
 from mmlora.server.tokens import token_routes
+from mmlora.server.tracing import Tracer
 
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the access log does
 
@@ -43,6 +47,7 @@ def build_app(
     admission: Admission | None = None,
     cors: CORS | None = None,
     root_path: str = "",
+    tracer: Tracer | None = None,
 ) -> FastAPI:
     """Build the application around a running engine.
 
@@ -56,12 +61,14 @@ def build_app(
         admission: how many requests may be open and for how long; by default as `ServerArgs` has it.
         cors: which pages of other sites may use the server; by default none.
         root_path: the prefix under which a reverse proxy serves this one.
+        tracer: traces the requests; who made it shuts it down.
     """
     app = FastAPI(title="mmlora", docs_url=None, redoc_url=None)
     admission = admission or Admission(llm.engine.args.max_num_seqs)
     conversations = Conversations(llm, models)
     chat = ChatService(llm, models, conversations, max_request_bytes)
     completion = CompletionService(llm, models, max_request_bytes)
+    response = ResponsesService(llm, models, conversations, max_request_bytes)
 
     api = APIRouter(prefix="/v1")
 
@@ -72,6 +79,10 @@ def build_app(
     @api.post("/completions", openapi_extra=_body_schema(CompletionRequest))
     async def completions(request: Request) -> Response:
         return await completion.respond(request)
+
+    @api.post("/responses", openapi_extra=_body_schema(ResponsesRequest))
+    async def responses(request: Request) -> Response:
+        return await response.respond(request)
 
     @api.get("/models")
     async def list_models() -> JSONAnswer:
@@ -96,10 +107,11 @@ def build_app(
         app.add_middleware(APIKeys, keys=[api_key] if isinstance(api_key, str) else api_key)
     if cors is not None:
         cors.add_to(app)
-    add_metrics(app, llm, admission, log_requests=log_requests)
+    add_metrics(app, llm, admission, log_requests=log_requests, tracer=tracer)
     if root_path:
         app.add_middleware(RootPath, root_path=root_path)
     _add_error_handlers(app)
+    add_openapi(app)
     return app
 
 

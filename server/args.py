@@ -47,6 +47,8 @@ class ServerArgs:
         uvicorn_log_level: of uvicorn and the access lines: critical, error, warning, info, debug or trace.
         log_format: text, or json: one object per line.
         log_requests: log prompts, and media as hashes and sizes.
+        otlp_traces_endpoint: URL of a collector that takes OpenTelemetry traces by OTLP over HTTP, such as
+            http://localhost:4318/v1/traces; needs the extra `tracing`.
 
     Raises:
         ConfigError: every wrong option is named.
@@ -78,13 +80,14 @@ class ServerArgs:
     uvicorn_log_level: str = "info"
     log_format: str = "text"
     log_requests: bool = False
+    otlp_traces_endpoint: str | None = None
 
     GROUPS: ClassVar[Groups] = {
         "network": "host port uds root_path ssl_certfile ssl_keyfile ssl_ca_certs ssl_cert_reqs",
         "security": "api_key allowed_origins allowed_methods allowed_headers allow_credentials",
         "limits of the server": "max_request_bytes max_queued_requests max_connections header_timeout body_timeout "
         "request_timeout write_timeout keep_alive_timeout drain_timeout",
-        "logging": "uvicorn_log_level log_format log_requests",
+        "logging": "uvicorn_log_level log_format log_requests otlp_traces_endpoint",
         "LoRA": "lora_modules",
     }
 

@@ -6,6 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mmlora.async_llm import AsyncLLM
+from mmlora.chat import message_text
 from mmlora.server.chat_answers import ChatAnswer
 from mmlora.server.chat_protocol import ChatCompletionRequest, parse_chat_request
 from mmlora.server.conversation import Conversation, Conversations
@@ -42,7 +43,14 @@ class ChatService:
         chat = await self._llm.run_in_pool(parse_chat_request, body)
         request_id = f"chatcmpl-{uuid.uuid4().hex}"
         model = chat.model or self._models.base_name
-        answer = ChatAnswer(request_id, model, _top_logprobs(chat), include_usage=chat.include_usage)
+        answer = ChatAnswer(
+            request_id,
+            model,
+            _top_logprobs(chat),
+            chat.prompt_logprobs,
+            front=_repeated(chat),
+            include_usage=chat.include_usage,
+        )
         conversation = Conversation(
             chat.messages,
             chat.model,
@@ -50,9 +58,19 @@ class ChatService:
             chat.sampling_options(),
             chat.chat_template_kwargs,
             chat.mm_processor_kwargs,
+            add_generation_prompt=chat.add_generation_prompt,
+            continue_final_message=bool(chat.continue_final_message),
+            priority=chat.priority or 0,
+            cache_salt=chat.cache_salt,
         )
         outputs = self._conversations.generate(conversation, request_id)
         return await respond_with(request, answer, outputs, is_stream=bool(chat.stream))
+
+
+def _repeated(chat: ChatCompletionRequest) -> str:
+    """What `echo` puts before the answer: the last message, if that is the assistant's too."""
+    last = chat.messages[-1]
+    return message_text(last) if chat.echo and last["role"] == "assistant" else ""
 
 
 def _top_logprobs(chat: ChatCompletionRequest) -> int | None:

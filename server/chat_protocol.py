@@ -19,10 +19,14 @@ class ChatCompletionRequest(GenerationRequest):
     """The fields of a chat completion that this server reads."""
 
     NEUTRAL_VALUES = {
+        "add_special_tokens": (None, False),
         "audio": (None,),
+        "chat_template": (None,),
+        "documents": (None, []),
         "function_call": (None, "none"),
         "functions": (None, []),
         "modalities": (None, ["text"]),
+        "moderation": (None,),
         "prediction": (None,),
         "reasoning_effort": (None,),
         "response_format": (None, {"type": "text"}),
@@ -36,6 +40,9 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    echo: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     def sampling_options(self) -> dict[str, Any]:
@@ -44,8 +51,12 @@ class ChatCompletionRequest(GenerationRequest):
         Raises:
             FieldError: two fields contradict each other.
         """
-        limits = {"max_tokens": self._answer_limit(), "logprobs": self._num_logprobs()}
-        return {**self.given_sampling_options(), **limits}
+        return {
+            **self.given_sampling_options(),
+            "max_tokens": self._answer_limit(),
+            "logprobs": self._num_logprobs(),
+            "prompt_logprobs": self.prompt_logprobs,
+        }
 
     def _answer_limit(self) -> int | None:
         limits = {limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None}
@@ -74,6 +85,8 @@ def parse_chat_request(body: bytes) -> ChatCompletionRequest:
     request = ChatCompletionRequest.parse(body)
     for index, message in enumerate(request.messages):
         check_message(message, f"messages[{index}]")
+    if request.prompt_logprobs is not None and request.stream:
+        raise FieldError(f"prompt_logprobs={request.prompt_logprobs} needs stream=false", "prompt_logprobs")
     return request
 
 

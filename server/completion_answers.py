@@ -8,7 +8,8 @@ from mmlora.detokenizer import Detokenizer
 from mmlora.outputs import CompletionOutput, RequestOutput
 from mmlora.server.answers import ChoicesAnswer, Json
 from mmlora.server.completion_protocol import CompletionRequest
-from mmlora.server.legacy_logprobs import join_logprobs, legacy_logprobs, listed_logprobs, next_offset, prompt_offsets
+from mmlora.server.legacy_logprobs import join_logprobs, legacy_logprobs, next_offset, prompt_offsets
+from mmlora.server.prompt_logprobs import listed_logprobs
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from pydantic import WithJsonSchema
 from mmlora.server.protocol import FieldError, GenerationRequest, shorten
 
 MAX_PROMPTS, MAX_CHOICES = 256, 1024  # the engine queues all of them at once
-MAX_FRONT = 500_000  # log probabilities of prompts in one answer
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 PROMPT_FORMS = "text, a list of texts, a list of token ids or a list of such lists"
 TextOrTokens = str | list[int]
@@ -29,7 +28,6 @@ class CompletionRequest(GenerationRequest):
     best_of: int | None = None
     echo: bool | None = None
     logprobs: int | None = None
-    prompt_logprobs: int | None = None
     add_special_tokens: bool | None = None
 
     @cached_property
@@ -46,26 +44,12 @@ class CompletionRequest(GenerationRequest):
         """Whether the client wants its prompt back, with log probabilities perhaps, and no answer."""
         return bool(self.echo) and self.max_tokens == 0
 
-    def check_front(self, num_prompt_tokens: int, vocab_size: int) -> None:
-        """Refuse to repeat too many log probabilities of prompts, which stand in each of `n` choices.
-
-        Args:
-            num_prompt_tokens: of all prompts.
-            vocab_size: how many log probabilities -1 stands for.
-
-        Raises:
-            FieldError: there would be too many.
-        """
-        num_top = self._num_prompt_logprobs()
-        if num_top is None:
-            return
-        num_entries = num_prompt_tokens * (self.n or 1) * (1 + (num_top if num_top >= 0 else vocab_size))
-        if num_entries > MAX_FRONT:
-            raise FieldError(
-                f"{num_entries} log probabilities of prompt tokens, in n={self.n or 1} choices each, are too many; "
-                f"allowed are {MAX_FRONT}",
-                "n",
-            )
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Alternatives that are wanted at each token of a prompt, or None."""
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        numbers = [number for number in wanted if number is not None]
+        return min(numbers) if -1 in numbers else max(numbers, default=None)  # -1 is the whole vocabulary
 
     def sampling_options(self) -> dict[str, Any]:
         """The fields of `SamplingParams` that the request sets."""
@@ -74,13 +58,8 @@ class CompletionRequest(GenerationRequest):
             **self.given_sampling_options(),
             "max_tokens": 1 if self.is_prompt_only else max_tokens,  # the engine always chooses a token
             "logprobs": self.logprobs,
-            "prompt_logprobs": self._num_prompt_logprobs(),
+            "prompt_logprobs": self.num_prompt_logprobs,
         }
-
-    def _num_prompt_logprobs(self) -> int | None:
-        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
-        numbers = [number for number in wanted if number is not None]
-        return min(numbers) if -1 in numbers else max(numbers, default=None)  # -1 is the whole vocabulary
 
 
 def parse_completion_request(body: bytes) -> CompletionRequest:

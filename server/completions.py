@@ -20,6 +20,7 @@ from mmlora.server.errors import Refusal, error_body, status_of
 from mmlora.server.limits import read_body
 from mmlora.server.merge import merge
 from mmlora.server.models import ServedModels
+from mmlora.server.prompt_logprobs import check_prompt_logprobs
 from mmlora.server.streaming import Outputs, adapter_faults, close, respond_with
 
 
@@ -58,9 +59,9 @@ class CompletionService:
         for index, (prompt, request_id) in enumerate(zip(prompts, answer.request_ids, strict=True)):
             with _naming_prompt(index, len(prompts)), adapter_faults(self._models, asked.model, asked.lora):
                 fields = await self._llm.run_in_pool(self._load, asked, prompt)
-                ready.append(await self._llm.prepare(fields, params, request_id, lora_request))
+                ready.append(await self._llm.prepare(fields, params, request_id, lora_request, asked.priority or 0))
         num_tokens = sum(len(request.input.prompt_token_ids) for request in ready)
-        asked.check_front(num_tokens, len(self._llm.tokenizer))
+        check_prompt_logprobs(num_tokens, asked.num_prompt_logprobs, len(self._llm.tokenizer), n=params.n)
         followed = [self._follow(request, answer, asked, index) for index, request in enumerate(ready)]
         outputs = merge(followed)
         try:
@@ -91,7 +92,11 @@ class CompletionService:
         processor = engine.parts.inputs.processor
         modalities = processor.modalities if processor is not None else ()
         media = load_urls(asked.multi_modal_data or {}, modalities, engine.args.limit_mm_per_prompt)
-        fields: dict[str, Any] = {"multi_modal_data": media, "mm_processor_kwargs": asked.mm_processor_kwargs}
+        fields: dict[str, Any] = {
+            "multi_modal_data": media,
+            "mm_processor_kwargs": asked.mm_processor_kwargs,
+            "cache_salt": asked.cache_salt,
+        }
         if not isinstance(prompt, str):
             return {**fields, "prompt_token_ids": prompt}
         if asked.add_special_tokens is False:

@@ -10,6 +10,7 @@ from mmlora.sampling_params import SamplingParams
 from mmlora.server.answers import raise_failure
 from mmlora.server.lora_field import LoRAField
 from mmlora.server.models import ServedModels
+from mmlora.server.prompt_logprobs import check_prompt_logprobs
 from mmlora.server.streaming import Outputs, adapter_faults, close
 
 
@@ -22,6 +23,9 @@ class Conversation:
         model, lora: the fields of the request.
         sampling_options: fields of `SamplingParams`, on top of the model's own defaults.
         chat_template_kwargs, mm_processor_kwargs: for the template, and for the processor of media.
+        add_generation_prompt, continue_final_message: see `mmlora.chat.render_chat`.
+        priority: lower is served earlier.
+        cache_salt: caches are shared among requests with the same one.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -30,6 +34,10 @@ class Conversation:
     sampling_options: Mapping[str, Any]
     chat_template_kwargs: Mapping[str, Any] | None = None
     mm_processor_kwargs: Mapping[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    priority: int = 0
+    cache_salt: str | None = None
 
 
 class Conversations:
@@ -58,14 +66,17 @@ class Conversations:
         params: SamplingParams = self._llm.engine.default_sampling_params(**conversation.sampling_options)
         lora_request = await self._models.find(model, lora)
         prompt = await self._llm.run_in_pool(self._render, conversation)
-        outputs = self._llm.generate(prompt, params, request_id, lora_request)
-        try:
-            with adapter_faults(self._models, model, lora):
+        with adapter_faults(self._models, model, lora):
+            ready = await self._llm.prepare(prompt, params, request_id, lora_request, conversation.priority)
+            num_tokens = len(ready.input.prompt_token_ids)
+            check_prompt_logprobs(num_tokens, params.prompt_logprobs, len(self._llm.tokenizer))
+            outputs = self._llm.run(ready)
+            try:
                 async for output in outputs:
                     raise_failure(output)
                     yield output
-        finally:
-            await close(outputs)
+            finally:
+                await close(outputs)
 
     def _render(self, conversation: Conversation) -> dict[str, Any]:
         engine = self._llm.engine
@@ -75,7 +86,10 @@ class Conversations:
             engine.parts.inputs.processor,
             chat_template=self._chat_template,
             chat_template_kwargs=conversation.chat_template_kwargs,
+            add_generation_prompt=conversation.add_generation_prompt,
+            continue_final_message=conversation.continue_final_message,
             limit_mm_per_prompt=engine.args.limit_mm_per_prompt,
             max_model_len=engine.max_model_len,
         )
-        return {**prompt, "mm_processor_kwargs": conversation.mm_processor_kwargs}
+        options = {"mm_processor_kwargs": conversation.mm_processor_kwargs, "cache_salt": conversation.cache_salt}
+        return {**prompt, **options}

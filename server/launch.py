@@ -26,6 +26,7 @@ from mmlora.server.models import LoRAModule, ServedModels
 from mmlora.server.resolved import ALLOW_VARIABLE, start_resolution
 from mmlora.server.served_adapter import ServedAdapter
 from mmlora.server.summary import announce
+from mmlora.server.tracing import Tracer, tracing
 
 
 def serve(engine_args: EngineArgs, server_args: ServerArgs) -> None:
@@ -35,9 +36,14 @@ def serve(engine_args: EngineArgs, server_args: ServerArgs) -> None:
         ConfigError: the port is taken, or options, model and adapters do not fit together.
         AdapterError: an adapter cannot be loaded.
     """
-    args = server_args
-    tls = tls_of(args)
-    raise_file_limit(args.max_connections)
+    tls = tls_of(server_args)
+    raise_file_limit(server_args.max_connections)
+    endpoint, is_logged = server_args.otlp_traces_endpoint, server_args.log_requests
+    with tracing(endpoint, engine_args.model_name, log_requests=is_logged) as tracer:
+        _serve(engine_args, server_args, tls, tracer)
+
+
+def _serve(engine_args: EngineArgs, args: ServerArgs, tls: ssl.SSLContext | None, tracer: Tracer | None) -> None:
     # Before the slow part, so that a taken port is told at once.
     with listening(args.host, args.port, args.uds) as listener:
         llm = AsyncLLM(engine_args)
@@ -45,7 +51,11 @@ def serve(engine_args: EngineArgs, server_args: ServerArgs) -> None:
             models = load_served_models(llm, args.lora_modules)
             start_resolution(llm, models, os.environ)
             address = address_of(listener, is_tls=tls is not None, root_path=args.root_path)
-            server = build_server(llm, models, args, tls=tls, on_ready=lambda: announce(llm, models, args, address))
+
+            def tell() -> None:
+                announce(llm, models, args, address)
+
+            server = build_server(llm, models, args, tls=tls, tracer=tracer, on_ready=tell)
             # What was loaded stays: a collection that went through it all would hold every request up.
             gc.collect()
             gc.freeze()
@@ -55,7 +65,13 @@ def serve(engine_args: EngineArgs, server_args: ServerArgs) -> None:
 
 
 def build_server(
-    llm: AsyncLLM, models: ServedModels, args: ServerArgs, *, tls: ssl.SSLContext | None, on_ready: Callable[[], None]
+    llm: AsyncLLM,
+    models: ServedModels,
+    args: ServerArgs,
+    *,
+    tls: ssl.SSLContext | None = None,
+    tracer: Tracer | None = None,
+    on_ready: Callable[[], None],
 ) -> HTTPServer:
     """Build the application and the server around it.
 
@@ -63,6 +79,7 @@ def build_server(
         llm, models: what is served.
         args: options of the server.
         tls: for TLS.
+        tracer: traces the requests.
         on_ready: called when requests are served.
     """
     admission = Admission(
@@ -79,6 +96,7 @@ def build_server(
         max_request_bytes=args.max_request_bytes,
         allow_lora_updates=read_bool(ALLOW_VARIABLE),
         log_requests=args.log_requests,
+        tracer=tracer,
         admission=admission,
         cors=cors if args.allowed_origins else None,
         root_path=args.root_path,

@@ -1,11 +1,12 @@
 """The `logprobs` of OpenAI's legacy completions: four lists, with one entry for each token."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from mmlora.detokenizer import REPLACEMENT, Detokenizer
 from mmlora.outputs import TokenLogprobs
 from mmlora.server.answers import Json, finite
+from mmlora.server.prompt_logprobs import is_reported
 
 COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
@@ -39,19 +40,6 @@ def join_logprobs(first: Json | None, second: Json | None) -> Json | None:
     if first is None or second is None:
         return first if second is None else second
     return {column: first[column] + second[column] for column in COLUMNS}
-
-
-def listed_logprobs(token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None], num_top: int) -> list[Any]:
-    """vLLM's `prompt_logprobs`: for each token what `RequestOutput.prompt_logprobs` has."""
-    return [
-        None if top is None else {str(i): _entry(top, i) for i in top if is_reported(top, i, token_id, num_top)}
-        for token_id, top in zip(token_ids, logprobs, strict=True)
-    ]
-
-
-def is_reported(top: TokenLogprobs, candidate: int, token_id: int, num_top: int) -> bool:
-    """Whether a candidate is the token itself or one of the `num_top` likeliest."""
-    return num_top == -1 or candidate == token_id or top[candidate].rank <= num_top
 
 
 def prompt_offsets(tokenizer: Any, token_ids: Iterable[int], text: str) -> list[int]:
@@ -93,8 +81,3 @@ def _by_text(top: TokenLogprobs, token_id: int, num_top: int) -> dict[str, float
         if is_reported(top, i, token_id, num_top):
             by_text.setdefault(top[i].decoded_token, finite(top[i].logprob))
     return by_text
-
-
-def _entry(top: TokenLogprobs, token_id: int) -> Json:
-    found = top[token_id]
-    return {"logprob": finite(found.logprob), "rank": found.rank, "decoded_token": found.decoded_token}

@@ -18,26 +18,30 @@ from starlette.responses import Response
 from mmlora.async_llm import AsyncLLM
 from mmlora.histogram import Histogram
 from mmlora.metrics import AdapterMetrics, EngineMetrics
+from mmlora.printable import as_utf8
 from mmlora.request_record import RequestHistograms
 from mmlora.server.access import AccessLog, HttpCounts
 from mmlora.server.admission import Admission
+from mmlora.server.tracing import Tracer
 
 PREFIX = "mmlora:"
 FINISH_REASONS = ("stop", "length", "abort", "error")
 Labelled = Mapping[Any, float]  # by the values of the labels, in their order
 
 
-def add_metrics(app: FastAPI, llm: AsyncLLM, admission: Admission, *, log_requests: bool = False) -> None:
+def add_metrics(
+    app: FastAPI, llm: AsyncLLM, admission: Admission, *, log_requests: bool = False, tracer: Tracer | None = None
+) -> None:
     """Count and log the requests of an application, and serve `/metrics`.
 
     Args:
         app: the application.
         llm: its engine.
         admission: of its server.
-        log_requests: see `AccessLog`.
+        log_requests, tracer: see `AccessLog`.
     """
     counts: HttpCounts = HttpCounts()
-    app.add_middleware(AccessLog, counts=counts, log_requests=log_requests)
+    app.add_middleware(AccessLog, counts=counts, log_requests=log_requests, tracer=tracer)
     registry = CollectorRegistry()
     registry.register(EngineCollector(llm, counts, admission))
 
@@ -82,7 +86,7 @@ class _Families:
     """Makes metrics with the prefix, and the model's name as the first label."""
 
     def __init__(self, model_name: str) -> None:
-        self._model_name = _as_utf8(model_name)
+        self._model_name = as_utf8(model_name)
 
     def counter(self, name: str, text: str, values: float | Labelled, labels: Sequence[str] = ()) -> Metric:
         return self._fill(CounterMetricFamily(PREFIX + name, text, labels=["model_name", *labels]), values)
@@ -99,7 +103,7 @@ class _Families:
 
     def _fill(self, family: CounterMetricFamily | GaugeMetricFamily, values: float | Labelled) -> Metric:
         for labels, value in values.items() if isinstance(values, Mapping) else [((), values)]:
-            family.add_metric([self._model_name, *map(_as_utf8, labels)], value)
+            family.add_metric([self._model_name, *map(as_utf8, labels)], value)
         return family
 
 
@@ -180,11 +184,6 @@ def _by_adapter(metrics: EngineMetrics, name: str) -> dict[tuple[str, ...], floa
     for adapter in metrics.adapters:
         counts[_key(adapter)] = counts.get(_key(adapter), 0) + getattr(adapter, name)
     return counts
-
-
-def _as_utf8(label: str) -> str:
-    """A name from a path that is no UTF-8 does not spoil the page."""
-    return label.encode("utf-8", "replace").decode()
 
 
 def _by_one(values: Mapping[str, float]) -> dict[tuple[str, ...], float]:

@@ -18,6 +18,7 @@ HARMLESS_FIELDS = frozenset(
         "metadata",
         "parallel_tool_calls",
         "prompt_cache_key",
+        "prompt_cache_options",
         "prompt_cache_retention",
         "safety_identifier",
         "service_tier",
@@ -25,6 +26,18 @@ HARMLESS_FIELDS = frozenset(
         "user",
     }
 )
+# Fields that others serve, and the values of theirs that change nothing.
+NEUTRAL_EXTRAS: Mapping[str, tuple[JsonValue, ...]] = {
+    "allowed_token_ids": (None,),
+    "bad_words": (None, []),
+    "length_penalty": (None, 1),
+    "logits_processors": (None, []),
+    "return_token_ids": (None, False),
+    "return_tokens_as_token_ids": (None, False),
+    "spaces_between_special_tokens": (None, True),
+    "truncate_prompt_tokens": (None,),
+    "use_beam_search": (None, False),
+}
 MAX_FIELDS, MAX_BIASES = 256, 65536
 T = TypeVar("T")
 
@@ -97,7 +110,7 @@ class StreamOptions(BaseModel):
 class GenerationRequest(BaseModel):
     """The fields that every such endpoint reads; others are in `model_extra` and go through `check_other_fields`.
 
-    `NEUTRAL_VALUES` are the values that fields which are not supported may have.
+    `NEUTRAL_VALUES` are the values that fields which are not supported may have, beside `NEUTRAL_EXTRAS`.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -125,6 +138,9 @@ class GenerationRequest(BaseModel):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
+    prompt_logprobs: int | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -143,7 +159,7 @@ class GenerationRequest(BaseModel):
             request = cls.model_validate_json(body)
         except ValidationError as error:
             raise _first_problem(error) from None
-        check_other_fields(request.model_extra or {}, cls.NEUTRAL_VALUES)
+        check_other_fields(request.model_extra or {}, {**NEUTRAL_EXTRAS, **cls.NEUTRAL_VALUES})
         if request.stream_options is not None and not request.stream:
             raise FieldError("stream_options needs stream=true", "stream_options")
         return request

@@ -94,7 +94,7 @@ async def _events(answer: Answer, first: RequestOutput, outputs: Outputs) -> Asy
         async for output in outputs:
             if events := "".join(answer.events(output)):
                 yield events
-        yield "".join(answer.last_events())
+        yield await asyncio.to_thread(lambda: "".join(answer.last_events()))  # they may repeat the whole answer
     except Exception as error:
         if not isinstance(error, MMLoRAError):
             logger.exception("a stream failed")

@@ -17,13 +17,17 @@ from mmlora.server.protocol import FieldError, FirstOnly, shorten
 
 
 class TokenizeBody(Body):
-    """A text in `prompt`, or a chat in `messages`; `add_special_tokens` goes with a text, the next two with a chat."""
+    """A text in `prompt`, or a chat in `messages`.
+
+    `add_special_tokens` goes with a text, the options of `render_chat` with a chat.
+    """
 
     model: str | None = None
     prompt: str | None = None
     add_special_tokens: bool | None = None
     messages: Annotated[FirstOnly[dict[str, Any]] | None, Field(min_length=1)] = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
@@ -115,7 +119,7 @@ class TokenService:
         return {"prompt": text}
 
     def _encode_prompt(self, body: TokenizeBody, prompt: str) -> list[int]:
-        for name in ("add_generation_prompt", "chat_template_kwargs"):
+        for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
             if getattr(body, name) is not None:
                 raise FieldError(f"{name} needs messages; received a prompt", name)
         return self._engine.parts.inputs.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
@@ -134,7 +138,8 @@ class TokenService:
             self._engine.parts.inputs.processor,
             chat_template=self._chat_template,
             chat_template_kwargs=body.chat_template_kwargs,
-            add_generation_prompt=body.add_generation_prompt is not False,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=bool(body.continue_final_message),
             max_model_len=self._engine.max_model_len,
         )
         ids: list[int] = rendered["prompt_token_ids"]

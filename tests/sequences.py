@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Items
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,14 +32,18 @@ def make_sequence(
     seed: int = 0,
     layout: PromptLayout = PromptLayout(),  # noqa: B008  frozen
     adapter_start: int = 0,
+    **others: Any,
 ) -> Sequence:
-    """A sequence of a request of its own, as the engine makes it, with some tokens already generated."""
+    """A sequence of a request of its own, as the engine makes it, with some tokens already generated.
+
+    `others` are fields of its `EngineInput`.
+    """
     params = params or SamplingParams()
     reason = "explicit" if adapter else "none"
     choice = LoRAChoice(adapter.name if adapter else None, adapter.digest if adapter else None, reason)
     limit = params.max_tokens or 16
     request_input = EngineInput(
-        "r", None, list(prompt), params, media, adapter, choice, None, limit, adapter_start, layout
+        "r", None, list(prompt), params, media, adapter, choice, None, limit, adapter_start, layout, **others
     )
     request = Request(request_input, arrival_s=0.0)
     generator = torch.Generator().manual_seed(params.seed if params.seed is not None else seed)

@@ -79,6 +79,34 @@ def test_concurrent_requests_get_their_own_answers(llm, tiny_adapters):
     run(check())
 
 
+def test_priorities_decide_who_is_next(tiny_phi4):
+    llm, ended = start(tiny_phi4, max_num_seqs=1, scheduling_policy="priority"), []
+
+    async def ask(name, priority, params=SHORT):
+        async for output in llm.generate(name, params, priority=priority):
+            if output.finished:
+                ended.append(name)
+
+    async def check():
+        first = asyncio.create_task(ask("first", 9, LONG))
+        while not llm.engine.scheduler.running:
+            await asyncio.sleep(0.005)
+        await asyncio.gather(first, ask("late", 2), ask("early", 1))
+
+    run_step = llm.engine.parts.runner.run
+
+    def run_slowly(scheduled):
+        time.sleep(0.02 if len(llm.engine.scheduler.waiting) < 2 and not ended else 0)
+        return run_step(scheduled)
+
+    llm.engine.parts.runner.run = run_slowly
+    try:
+        run(check())
+    finally:
+        llm.shutdown()
+    assert ended == ["first", "early", "late"]
+
+
 def test_abort_ends_the_iterator_with_one_terminal_output(llm):
     async def check():
         outputs = []

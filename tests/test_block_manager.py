@@ -75,6 +75,15 @@ def test_the_media_behind_placeholders_are_part_of_the_name(first, second, num_c
     assert num_shared(make_sequence(ids, media=(first,)), make_sequence(ids, media=(second,))) == num_cached
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "num_cached"),
+    [("a", "a", 8), ("a", "b", 0), ("a", None, 0), (None, "a", 0), (None, "None", 0), (None, None, 8)],
+)
+def test_the_salt_is_part_of_the_name(first, second, num_cached):
+    sequences = (make_sequence(range(10), cache_salt=salt) for salt in (first, second))
+    assert num_shared(*sequences) == num_cached
+
+
 def test_two_sequences_hold_one_block_and_it_is_free_only_after_both():
     manager = BlockManager(8, BLOCK)
     first, second = make_sequence(range(9)), make_sequence(range(9))

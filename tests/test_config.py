@@ -44,6 +44,7 @@ WRONG = [
     ("tensor_parallel_size", 2),
     ("trust_remote_code", True),
     ("quantization", "awq"),
+    ("scheduling_policy", "lifo"),
 ]
 
 

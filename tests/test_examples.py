@@ -48,7 +48,7 @@ def test_an_offline_example_runs(
         assert text in printed
 
 
-def test_the_client_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_client_examples_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     defaults = assistant_default_mm_loras()
     llm = AsyncLLM(
         EngineArgs(assistant_path(), served_model_name="assistant", enable_lora=True, default_mm_loras=defaults)
@@ -56,9 +56,12 @@ def test_the_client_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     try:
         with run_app(build_app(llm, load_served_models(llm))) as address:
             run_example("chat_client.py", monkeypatch, f"{address}/v1")
+            run_example("responses_client.py", monkeypatch, f"{address}/v1")
     finally:
         llm.shutdown()
-    assert "'reason': 'default:audio'" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "'reason': 'default:audio'" in printed
+    assert "triangle" in printed and "'reason': 'default:image'" in printed
 
 
 def test_the_demo_runs_and_leaves_no_server() -> None:

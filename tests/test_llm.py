@@ -117,6 +117,12 @@ def test_adapters_are_one_for_all_or_one_per_prompt(llm, adapter_a, adapter_b):
         ({"prompts": {"prompt": "x", "multi_modal_data": [1]}}, "multi_modal_data is a list"),
         ({"prompts": {"prompt": "x", "multi_modal_data": {"video": 1}}}, "holds video; videos are not taken"),
         ({"prompts": {"prompt": "x", "mm_processor_kwargs": 5}}, "mm_processor_kwargs is a int"),
+        ({"prompts": {"prompt": "x", "cache_salt": ""}}, "cache_salt='' must be text"),
+        ({"prompts": {"prompt": "x", "cache_salt": 5}}, "cache_salt=5 must be text"),
+        ({"prompts": "x", "priority": True}, "priority=True must be an integer"),
+        ({"prompts": "x", "priority": 2**63}, "priority=9223372036854775808 must be an integer"),
+        ({"prompts": "x", "priority": -1}, "priority=-1 needs scheduling_policy='priority'; .* 'fcfs'"),
+        ({"prompts": ["x", "y"], "priority": [0]}, "priority has 1 entries for 2 prompts"),
     ],
 )
 def test_a_wrong_argument_is_refused_and_named(llm, arguments, message):
@@ -247,6 +253,32 @@ def test_cached_tokens_are_those_of_the_first_answer(tiny_phi4):
     assert fresh.num_cached_tokens == 0 < again.num_cached_tokens
 
 
+def test_prompts_share_their_prefix_within_a_salt(tiny_phi4):
+    llm = LLM(str(tiny_phi4), max_model_len=256, block_size=4)
+    salts = ["a", None, "b", "a", None]
+    prompts = [{"prompt": "one two three four", "cache_salt": salt} for salt in salts]
+    outputs = [llm.generate(prompt, GREEDY, use_tqdm=False)[0] for prompt in prompts]
+    assert [output.num_cached_tokens > 0 for output in outputs] == [False, False, False, True, True]
+    assert ids(outputs) == [ids(outputs)[0]] * 5
+
+
+def test_priorities_are_one_for_all_or_one_per_prompt(tiny_phi4, monkeypatch):
+    llm = LLM(str(tiny_phi4), max_model_len=256, max_num_seqs=1, scheduling_policy="priority")
+    run, ran = llm.llm_engine.parts.runner.run, []
+
+    def recorded(scheduled):
+        ran.extend(item.seq.request.request_id for item in scheduled)
+        return run(scheduled)
+
+    monkeypatch.setattr(llm.llm_engine.parts.runner, "run", recorded)
+    llm.generate(["a", "b", "c", "d"], GREEDY, use_tqdm=False, priority=[3, 1, 2, 1])
+    assert list(dict.fromkeys(ran)) == ["1", "3", "2", "0"]
+    chats = [[{"role": "user", "content": text}] for text in "ab"]
+    llm.chat(chats, GREEDY, use_tqdm=False, priority=[1, 0])
+    llm.generate(["a", "b"], GREEDY, use_tqdm=False, priority=7)
+    assert list(dict.fromkeys(ran)) == ["1", "3", "2", "0", "5", "4", "6", "7"]
+
+
 def test_penalties_keep_tokens_from_coming_back(llm):
     def num_distinct(**params):
         return len(set(answer(llm, max_tokens=60, **params).token_ids))
@@ -309,6 +341,15 @@ def test_chat_equals_generate_on_the_rendered_prompt(llm, adapter_a):
     assert (chat.prompt_token_ids, chat.outputs[0].token_ids) == (generated.prompt_token_ids, ids([generated])[0])
     two = llm.chat([messages, [{"role": "user", "content": "hi"}]], GREEDY, use_tqdm=False)
     assert [output.prompt for output in two][1] == "<|user|>hi<|end|><|assistant|>"
+
+
+def test_a_chat_goes_on_with_its_last_message(llm):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well, I"}]
+    (output,) = llm.chat(messages, GREEDY, use_tqdm=False, continue_final_message=True)
+    assert output.prompt == "<|user|>hi<|end|><|assistant|>Well, I"
+    assert ids([output]) == ids(llm.generate(output.prompt, GREEDY, use_tqdm=False))
+    with pytest.raises(RequestError, match="add_generation_prompt and continue_final_message exclude each other"):
+        llm.chat(messages, use_tqdm=False, continue_final_message=True, add_generation_prompt=True)
 
 
 def test_an_interrupted_call_leaves_nothing_behind(llm, monkeypatch):

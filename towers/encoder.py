@@ -31,13 +31,19 @@ class EncoderJob:
     key: EncoderKey
 
 
-def encoder_key(media: ProcessedMedia, mode: str, media_digest: str | None) -> EncoderKey:
-    """Identity of a media item's embeddings: content and processor options, mode, tower part of the adapter."""
+def encoder_key(
+    media: ProcessedMedia, mode: str, media_digest: str | None, cache_salt: str | None = None
+) -> EncoderKey:
+    """Identity of a media item's embeddings: content and processor options, mode, tower part of the adapter.
+
+    With a salt they are found only by requests with the same one.
+    """
     return (
         ("modality", media.modality),
         ("content", media.content_hash),
         ("mode", mode),
         ("adapter", media_digest),
+        ("salt", cache_salt),
     )
 
 

@@ -1,5 +1,6 @@
 """Find an adapter's directory and read it, or take its tensors from memory: local paths, the Hub, safetensors only."""
 
+import errno
 import json
 import re
 from collections.abc import Mapping
@@ -11,11 +12,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
-from mmlora.errors import AdapterError, AdapterMismatch, AdapterNotFound
+from mmlora.errors import AdapterError, AdapterMismatch, AdapterNotFound, ResolverError
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 MAX_CONFIG_BYTES: Final = 2**24
+DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 # No segment begins with a dot, so that neither the folder nor the revision can leave the Hub's cache.
 _SEGMENT: Final = r"[A-Za-z0-9_][\w.+-]*"
@@ -112,6 +114,7 @@ def resolve_adapter_path(path: str | Path) -> Path:
 
     Raises:
         AdapterNotFound: neither exists; the message names what was tried.
+        ResolverError: the disk cannot take what the Hub has.
     """
     try:
         directory = Path(path).expanduser()
@@ -143,6 +146,8 @@ def _download(match: re.Match[str], tried: Path) -> Path:
     try:
         snapshot = snapshot_download(match["repo"], revision=match["revision"], allow_patterns=patterns)
     except Exception as error:  # the hub's errors share no base class: HTTP, validation, cache, connection
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise ResolverError(f"adapter {match[0]!r} cannot be downloaded: {error.strerror}") from error
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise AdapterNotFound(f"adapter {match[0]!r}: no directory {tried}, and not on the Hub ({reason})") from error
     directory = Path(snapshot) / folder

@@ -27,7 +27,7 @@ def run_updatable(tiny_phi4: Path, adapters: dict[str, str]) -> Iterator[Running
     llm = AsyncLLM(EngineArgs(str(tiny_phi4), default_mm_loras={"audio": adapters["speech"]}, **options))
     models = load_served_models(llm, [LoRAModule("started", adapters["vision"], "parent-model")])
     with run_app(build_app(llm, models, allow_lora_updates=True)) as address:
-        yield RunningServer(llm, address)
+        yield RunningServer(llm, address, models)
     llm.shutdown()
 
 

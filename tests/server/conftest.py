@@ -30,7 +30,7 @@ from mmlora.server.args import ServerArgs
 from mmlora.server.http_server import HTTPServer
 from mmlora.server.launch import build_server, load_served_models
 from mmlora.server.listener import address_of, listening, tls_of
-from mmlora.server.models import LoRAModule
+from mmlora.server.models import LoRAModule, ServedModels
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class RunningServer:
 
     llm: AsyncLLM
     address: str
+    models: ServedModels | None = None
 
     @property
     def client(self) -> OpenAI:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from typing import Any
@@ -88,6 +90,28 @@ def test_a_client_that_leaves_a_stream_aborts_its_request(server: RunningServer,
         response.close()
     wait_until_idle(server)
     assert [output.outputs[0].finish_reason for output in aborted] == ["abort"]
+
+
+def test_a_client_that_is_killed_in_a_stream_aborts_its_request(
+    server: RunningServer, aborted: list[RequestOutput]
+) -> None:
+    """Its kernel closes the connection, without a word of the client itself."""
+    script = (
+        "import httpx, json, sys\n"
+        "body = {'messages': [{'role': 'user', 'content': 'a story'}], 'stream': True, 'max_tokens': 480,"
+        " 'ignore_eos': True}\n"
+        "with httpx.stream('POST', sys.argv[1] + '/v1/chat/completions', json=body, timeout=60) as response:\n"
+        "    for line in response.iter_lines():\n"
+        "        print(line, flush=True)\n"
+    )
+    before = server.ask(text_part("who is there?"))
+    command = [sys.executable, "-c", script, server.address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
+        assert client.stdout is not None and client.stdout.readline().startswith("data: ")
+        client.kill()
+    wait_until_idle(server)
+    assert [output.outputs[0].finish_reason for output in aborted] == ["abort"]
+    assert server.ask(text_part("who is there?"))["choices"] == before["choices"]
 
 
 def test_a_client_that_leaves_before_the_answer_aborts_its_request(

@@ -149,8 +149,11 @@ def test_values_out_of_range_are_named(server: RunningServer, wav: bytes, body: 
         ("/v1/chat/completions", b'{"messages":[{"role":"user","content":"a"}],"lora":[' + b"1," * 300_000 + b"1]}"),
         ("/v1/completions", json.dumps({"prompt": "a", "logit_bias": {str(i): "" for i in range(99_999)}}).encode()),
         ("/tokenize", json.dumps({str(i): 0 for i in range(99_999)}).encode()),
+        ("/v1/responses", b'{"input":[' + b"1," * 300_000 + b"1]}"),
+        ("/v1/responses", json.dumps({"input": "a", "metadata": {str(i): 0 for i in range(99_999)}}).encode()),
+        ("/v1/responses", json.dumps({"input": "a", "text": {str(i): 0 for i in range(99_999)}}).encode()),
     ],
-    ids=["tokens", "stop", "stop_token_ids", "messages", "lora", "logit_bias", "fields"],
+    ids=["tokens", "stop", "stop_token_ids", "messages", "lora", "logit_bias", "fields", "input", "metadata", "text"],
 )
 def test_a_body_full_of_mistakes_costs_no_more_than_one(server: RunningServer, path: str, body: bytes) -> None:
     """Each mistake of a million would take a kilobyte, and all of them the interpreter for seconds."""

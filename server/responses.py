@@ -1,0 +1,63 @@
+"""`ResponsesService`: one response of OpenAI's Responses API from its body to its answer, whole or streamed."""
+
+import uuid
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mmlora.async_llm import AsyncLLM
+from mmlora.server.conversation import Conversation, Conversations
+from mmlora.server.limits import read_body
+from mmlora.server.models import ServedModels
+from mmlora.server.responses_answers import ResponsesAnswer
+from mmlora.server.responses_input import as_messages
+from mmlora.server.responses_protocol import ResponsesRequest
+from mmlora.server.streaming import respond_with
+
+
+class ResponsesService:
+    """Answers requests for responses; none is kept.
+
+    Args:
+        llm: the engine.
+        models: the names that clients may ask for.
+        conversations: run by the engine.
+        max_request_bytes: the largest body.
+    """
+
+    def __init__(
+        self, llm: AsyncLLM, models: ServedModels, conversations: Conversations, max_request_bytes: int
+    ) -> None:
+        self._llm = llm
+        self._models = models
+        self._conversations = conversations
+        self._max_request_bytes = max_request_bytes
+        self._defaults = llm.engine.default_sampling_params()
+
+    async def respond(self, request: Request) -> Response:
+        """Serve one HTTP request; when the client leaves, the work stops.
+
+        Raises:
+            MMLoRAError: the request cannot be served, or failed before the answer began.
+        """
+        body = await read_body(request, self._max_request_bytes)
+        asked, conversation = await self._llm.run_in_pool(_read, body)
+        request_id = f"resp_{uuid.uuid4().hex}"
+        answer = ResponsesAnswer(request_id, asked.model or self._models.base_name, asked, self._defaults)
+        outputs = self._conversations.generate(conversation, request_id)
+        return await respond_with(request, answer, outputs, is_stream=bool(asked.stream))
+
+
+def _read(body: bytes) -> tuple[ResponsesRequest, Conversation]:
+    asked = ResponsesRequest.parse(body)
+    conversation = Conversation(
+        as_messages(asked.instructions, asked.input),
+        asked.model,
+        asked.lora,
+        asked.sampling_options(),
+        asked.chat_template_kwargs,
+        asked.mm_processor_kwargs,
+        priority=asked.priority or 0,
+        cache_salt=asked.cache_salt,
+    )
+    return asked, conversation

@@ -1,0 +1,102 @@
+"""The body of `POST /v1/responses`: parsed, checked, and turned into sampling options.
+
+What `input` holds is `server.responses_input`'s matter.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, JsonValue, WithJsonSchema
+
+from mmlora.server.protocol import FieldError, FirstOnly, GenerationRequest, check_other_fields
+
+MAX_METADATA = 16
+_INPUT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": {"type": "object"}}]}
+# The last is what this server can include. The others belong to tools and to reasoning, which no response has here.
+Includable = Literal[
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "reasoning.encrypted_content",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+    "message.output_text.logprobs",
+]
+TEXT_VALUES: Mapping[str, tuple[JsonValue, ...]] = {
+    "text.format": (None, {"type": "text"}),
+    "text.verbosity": (None, "medium"),
+}
+Label = Annotated[str, Field(max_length=512)]  # comes back in the answer, in several events of a stream
+
+
+def _check_metadata(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_METADATA:
+        raise ValueError(f"it has {len(value)} keys; allowed are {MAX_METADATA}")
+    return value
+
+
+Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Label], BeforeValidator(_check_metadata)]
+
+
+class ResponsesRequest(GenerationRequest):
+    """The fields of a request for a response that this server reads."""
+
+    NEUTRAL_VALUES = {
+        "background": (None, False),
+        "context_management": (None, []),
+        "conversation": (None,),
+        "max_tool_calls": (None,),
+        "moderation": (None,),
+        "previous_response_id": (None,),
+        "prompt": (None,),
+        "reasoning": (None, {}, {"effort": None, "summary": None}),
+        "tool_choice": (None, "none", "auto"),
+        "tools": (None, []),
+        "truncation": (None, "disabled"),
+    }
+
+    input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)]
+    instructions: str | None = None
+    n: Literal[1] | None = None
+    prompt_logprobs: None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    include: FirstOnly[Includable] | None = None
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    text: dict[str, Any] | None = None
+    metadata: Metadata | None = None
+    parallel_tool_calls: bool | None = None
+    prompt_cache_key: Label | None = None
+    safety_identifier: Label | None = None
+    user: Label | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to report at each token; None for no log probabilities."""
+        return self.top_logprobs or 0 if "message.output_text.logprobs" in (self.include or ()) else None
+
+    @property
+    def tool_choice(self) -> str:
+        """What the client said of tools, of which there are none."""
+        return (self.model_extra or {}).get("tool_choice") or "auto"
+
+    def sampling_options(self) -> dict[str, Any]:
+        """The fields of `SamplingParams` that the request sets.
+
+        Raises:
+            FieldError: a field needs another one or is not supported.
+        """
+        if self.max_tokens is not None:
+            message = f"max_tokens={self.max_tokens} is not supported here; use max_output_tokens"
+            raise FieldError(message, "max_tokens")
+        if self.top_logprobs and self.num_logprobs is None:
+            message = f'top_logprobs={self.top_logprobs} needs include=["message.output_text.logprobs"]'
+            raise FieldError(message, "top_logprobs")
+        limits = {"max_tokens": self.max_output_tokens, "logprobs": self.num_logprobs}
+        return {**self.given_sampling_options(), **limits, **self._constraint()}
+
+    def _constraint(self) -> dict[str, Any]:
+        """The sampling options that `text` stands for."""
+        check_other_fields({f"text.{name}": value for name, value in (self.text or {}).items()}, TEXT_VALUES)
+        return {}

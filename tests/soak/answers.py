@@ -1,0 +1,151 @@
+"""Questions of a storm, and their answers: computed beforehand by an engine that serves one request at a time."""
+
+from __future__ import annotations
+
+import base64
+import io
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import soundfile
+
+from mmlora import BASE, LLM, LoRAMix, LoRARequest, RequestOutput, SamplingParams
+from tests.checkpoints import PHI4_ADAPTERS, randomize_adapter, save_adapter, save_phi4
+from tests.media import clip, picture
+
+MIN_GAP = 2e-3  # between the two likeliest tokens: rows of a batch differ by up to 1e-4 from those computed alone
+MIX = {"fixed": 0.5, "other": 0.5}  # weights of the served mix
+
+
+@dataclass(frozen=True)
+class Question:
+    """A request without its adapter: for chats, completions and the other endpoints."""
+
+    name: str
+    endpoint: str
+    body: Mapping[str, Any]
+    kinds: frozenset[str]
+
+
+@dataclass
+class Answers:
+    """What the server must answer.
+
+    Attributes:
+        by_digest: text of each question by the digest of its adapter; None is the base model.
+        digests: of each version of an adapter, by its name here.
+        paths: their directories.
+    """
+
+    model: Path
+    questions: list[Question] = field(default_factory=list)
+    by_digest: dict[tuple[str, str | None], str] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    paths: dict[str, Path] = field(default_factory=dict)
+
+    def expected(self, question: Question, digest: str | None) -> str | None:
+        """The text, None for a digest that no adapter of this storm has."""
+        return self.by_digest.get((question.name, digest))
+
+
+def prepare(folder: Path, seed: int = 0) -> Answers:
+    """Make a model, its adapters, and questions whose answers have no near-ties under any of them."""
+    model = save_phi4(folder / "model")
+    answers = Answers(model)
+    for name, spec, own_seed in (
+        ("audio", PHI4_ADAPTERS["everything"], 11),
+        ("fixed", PHI4_ADAPTERS["text"], 12),
+        ("other", PHI4_ADAPTERS["text"], 13),
+        ("v0", PHI4_ADAPTERS["text"], 14),
+        ("v1", PHI4_ADAPTERS["everything"], 15),
+        ("v2", PHI4_ADAPTERS["text"], 16),
+        ("v3", PHI4_ADAPTERS["everything"], 17),
+    ):
+        answers.paths[name] = save_adapter(model, folder / name, spec)
+        randomize_adapter(answers.paths[name], own_seed)
+    llm = LLM(
+        model=str(model),
+        enable_lora=True,
+        max_loras=len(answers.paths) + 1,
+        enable_prefix_caching=False,
+        max_num_seqs=1,
+        device="cpu",
+    )
+    requests: dict[str, Any] = {name: llm.add_lora(name, str(path)) for name, path in answers.paths.items()}
+    mix = LoRAMix([(requests[name], scale) for name, scale in MIX.items()])
+    candidates = _candidates(random.Random(seed))
+    wanted = {"text": 6, "audio": 3, "image": 3, "audio+image": 2, "completion": 4}
+    for kind, count in wanted.items():
+        while count:
+            question = candidates(kind)
+            found = _answers_of(llm, question, [*requests.values(), mix])
+            if found is not None:
+                answers.questions.append(question)
+                for name, (digest, text) in found.items():
+                    answers.by_digest[question.name, digest] = text
+                    if name is not None and digest is not None:
+                        answers.digests[name] = digest
+                count -= 1
+    return answers
+
+
+def _answers_of(
+    llm: LLM, question: Question, loras: list[LoRARequest | LoRAMix]
+) -> dict[str | None, tuple[str | None, str]] | None:
+    """Digest and text by adapter; None if any of these answers has a near-tie."""
+    found: dict[str | None, tuple[str | None, str]] = {}
+    for lora in (BASE, *loras):
+        output = _ask(llm, question, lora)
+        for top in output.outputs[0].logprobs or ():
+            first, second = sorted((entry.logprob for entry in top.values()), reverse=True)[:2]
+            if first - second < MIN_GAP:
+                return None
+        name = lora.lora_name if isinstance(lora, LoRARequest) else None if lora is BASE else "mix"
+        found[name] = output.lora.digest, output.outputs[0].text
+    return found
+
+
+def _ask(llm: LLM, question: Question, lora: Any) -> RequestOutput:
+    params = SamplingParams(temperature=0, max_tokens=question.body["max_tokens"], logprobs=2)
+    if question.endpoint == "chat/completions":
+        return llm.chat(question.body["messages"], params, use_tqdm=False, lora_request=lora)[0]
+    return llm.generate(question.body["prompt"], params, lora_request=lora, use_tqdm=False)[0]
+
+
+def _candidates(rng: random.Random) -> Any:
+    """A function from a kind to the next question of that kind."""
+
+    def words() -> str:
+        return " ".join("".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(rng.randint(2, 30)))
+
+    def make(kind: str) -> Question:
+        name = f"{kind}-{rng.getrandbits(48):x}"
+        num_tokens = rng.randint(4, 12)
+        if kind == "completion":
+            body: dict[str, Any] = {"prompt": words(), "temperature": 0, "max_tokens": num_tokens}
+            return Question(name, "completions", body, frozenset())
+        kinds = frozenset() if kind == "text" else frozenset(kind.split("+"))
+        content = [*_parts(kinds, rng.getrandbits(30)), {"type": "text", "text": words()}]
+        body = {"messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": num_tokens}
+        return Question(name, "chat/completions", body, kinds)
+
+    return make
+
+
+def _parts(kinds: frozenset[str], seed: int) -> Iterator[dict[str, Any]]:
+    if "audio" in kinds:
+        buffer = io.BytesIO()
+        samples, rate = clip(0.4 + seed % 7 / 10, seed)
+        soundfile.write(buffer, samples, rate, format="WAV")
+        yield {"type": "input_audio", "input_audio": {"data": _base64(buffer), "format": "wav"}}
+    if "image" in kinds:
+        buffer = io.BytesIO()
+        picture(42 + seed % 3 * 21, 42, seed).save(buffer, "PNG")
+        yield {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_base64(buffer)}"}}
+
+
+def _base64(buffer: io.BytesIO) -> str:
+    return base64.b64encode(buffer.getvalue()).decode()

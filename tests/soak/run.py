@@ -1,0 +1,196 @@
+"""`soak`: a server in a process of its own, a storm on it, and what was seen."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import platform
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.soak.answers import Answers, prepare
+from tests.soak.churn import Churn
+from tests.soak.storm import Storm
+
+QUIET_S = 30.0  # for what the storm left behind to end
+MiB = 2**20
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a storm brought.
+
+    Attributes:
+        wrong: answers and statuses that nothing justifies.
+        left: what the server still held when it was over.
+        memory: resident set of the server, [(s since its start, bytes)].
+    """
+
+    seconds: float
+    num_clients: int
+    counts: dict[str, int]
+    changes: dict[str, int]
+    latencies_s: list[float]
+    wrong: list[str]
+    left: list[str]
+    memory: list[tuple[float, int]]
+
+    @property
+    def problems(self) -> list[str]:
+        """All that must not be."""
+        return [*self.wrong, *self.left]
+
+    @property
+    def slope_mib_per_min(self) -> float:
+        """Growth of the resident set over the second half."""
+        half = [(at, size) for at, size in self.memory if at > self.seconds / 2]
+        times, sizes = zip(*half, strict=True)
+        return statistics.linear_regression(times, sizes).slope * 60 / MiB
+
+    def as_dict(self) -> dict[str, Any]:
+        """Figures for a human."""
+        cuts = statistics.quantiles(self.latencies_s, n=100)
+        sizes = [size for _, size in self.memory]
+        return {
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+            "seconds": round(self.seconds),
+            "clients": self.num_clients,
+            "requests": self.counts,
+            "adapter changes": self.changes,
+            "p50 and p99 of whole answers, s": [round(cuts[49], 3), round(cuts[98], 3)],
+            "resident set at start, middle, end, MiB": [
+                size // MiB for size in (sizes[0], sizes[len(sizes) // 2], sizes[-1])
+            ],
+            "growth in the second half, MiB/min": round(self.slope_mib_per_min, 3),
+            "problems": self.problems[:50],
+            "number of problems": len(self.problems),
+        }
+
+
+def soak(folder: Path, seconds: float, num_clients: int, seed: int = 0) -> Report:
+    """Run a storm.
+
+    Args:
+        folder: for the model and its adapters.
+        seconds: of the storm.
+        num_clients: at once.
+        seed: of all choices.
+    """
+    answers = prepare(folder, seed)
+    with _serve(answers) as (address, process):
+        return asyncio.run(_soak(answers, address, process.pid, seconds, num_clients, seed))
+
+
+async def _soak(answers: Answers, address: str, pid: int, seconds: float, num_clients: int, seed: int) -> Report:
+    # Idle connections end here before they end there, so that no request meets one that is just being closed.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=num_clients, keepalive_expiry=2)
+    async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits, trust_env=False) as client:
+        before = await _held(client)
+        versions = [(str(answers.paths[name]), answers.digests[name]) for name in ("v0", "v1", "v2", "v3")]
+        churn = Churn(client, versions, ["come", "and", "go"], random.Random(seed))
+        storm = Storm(client, answers, churn, seed)
+        memory: list[tuple[float, int]] = []
+        watch = asyncio.create_task(_watch(pid, memory))
+        await storm.run(num_clients, seconds)
+        watch.cancel()
+        await churn.unload_all()
+        left = await _left(client, before)
+        counts = {**storm.counts, "aborted": int(await _num_aborted(client))}
+    return Report(
+        seconds,
+        num_clients,
+        counts,
+        churn.num_done,
+        storm.latencies_s,
+        [*storm.wrong, *churn.problems],
+        left,
+        memory,
+    )
+
+
+@contextmanager
+def _serve(answers: Answers) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`mmlora serve` with little room for everything, so that all of it is fought over."""
+    modules = [f"{name}={answers.paths[name]}" for name in ("fixed", "other")]
+    options = {
+        "--served-model-name": "storm",
+        "--default-mm-loras": json.dumps({"audio": str(answers.paths["audio"])}),
+        "--max-loras": "3",
+        "--max-cpu-loras": "6",
+        "--max-num-seqs": "24",
+        "--max-num-batched-tokens": "512",
+        "--kv-cache-memory-bytes": str(12 * MiB),
+        "--encoder-cache-memory-bytes": str(1 * MiB),
+        "--uvicorn-log-level": "warning",
+        "--port": "0",
+    }
+    command = [sys.executable, "-m", "mmlora.cli", "serve", str(answers.model), "--enable-lora"]
+    command += [part for option in options.items() for part in option] + ["--lora-modules", *modules]
+    environment = {**os.environ, "MMLORA_ALLOW_RUNTIME_LORA_UPDATING": "true", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                if line.startswith("mmlora is ready: "):
+                    yield line.split()[3].removesuffix("/v1"), process
+                    break
+            else:
+                raise RuntimeError(f"the server did not start: exit code {process.wait()}")
+        finally:
+            process.terminate()
+
+
+async def _num_aborted(client: httpx.AsyncClient) -> float:
+    """Answers that ended because their client had left."""
+    found = re.search(r'^mmlora:request_success_total\{finished_reason="abort".*\} (.*)$', await _metrics(client), re.M)
+    return float(found[1]) if found else 0.0
+
+
+async def _metrics(client: httpx.AsyncClient) -> str:
+    return (await client.get("/metrics")).text
+
+
+async def _held(client: httpx.AsyncClient) -> dict[str, float]:
+    """What the server holds, by its metrics."""
+    names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "lora_bytes")
+    samples = [
+        line.rsplit(" ", 1) for line in (await _metrics(client)).splitlines() if line and not line.startswith("#")
+    ]
+    return {
+        name: float(value)
+        for name, value in samples
+        if any(name.startswith(f"mmlora:{known}") for known in names) and 'place="slot"' not in name
+    }
+
+
+async def _left(client: httpx.AsyncClient, before: dict[str, float]) -> list[str]:
+    """What it still holds once nobody asks for anything, beyond what it held before."""
+    deadline = time.monotonic() + QUIET_S
+    while True:
+        held = await _held(client)
+        left = [
+            f"{name} is {value}, was {before.get(name)}" for name, value in held.items() if value != before.get(name)
+        ]
+        if not left or time.monotonic() > deadline:
+            return left
+        await asyncio.sleep(0.2)
+
+
+async def _watch(pid: int, memory: list[tuple[float, int]]) -> None:
+    start_s = time.monotonic()
+    while True:
+        fields = Path(f"/proc/{pid}/statm").read_text().split()
+        memory.append((time.monotonic() - start_s, int(fields[1]) * os.sysconf("SC_PAGE_SIZE")))
+        await asyncio.sleep(1)

@@ -1,0 +1,212 @@
+"""`Storm`: many clients at once, of which some leave early and some send nonsense; every answer is judged."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from tests.soak.answers import MIX, Answers, Question
+from tests.soak.churn import Churn, Possible
+
+Json = dict[str, Any]
+MALFORMED: list[tuple[str, bytes, int]] = [
+    ("chat/completions", b"{", 400),
+    ("chat/completions", b'{"messages": []}', 400),
+    ("chat/completions", b'{"messages": [{"role": "user", "content": "x"}], "model": "no-such-model"}', 404),
+    ("chat/completions", b'{"messages": [{"role": "user", "content": "x"}], "lora": "no-such-adapter"}', 404),
+    ("chat/completions", b'{"messages": [{"role": "user", "content": "x"}], "temperature": -1}', 400),
+    ("chat/completions", b'{"messages": [{"role": "user", "content": "x"}], "unknown_field": 1}', 400),
+    (
+        "chat/completions",
+        b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": '
+        b'{"url": "data:image/png;base64,AAAA"}}]}]}',
+        400,
+    ),
+    (
+        "chat/completions",
+        b'{"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": '
+        b'{"data": "UklGRgAAAABXQVZF", "format": "wav"}}]}]}',
+        400,
+    ),
+    ("completions", b'{"prompt": []}', 400),
+    ("completions", b'{"prompt": [999999], "max_tokens": 1}', 400),
+    ("completions", b'{"prompt": "x", "max_tokens": 100000000, "n": 100000}', 400),
+    ("load_lora_adapter", b'{"lora_name": "x"}', 400),
+    ("no/such/route", b"{}", 404),
+]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a request asks for its adapter, and what it may meet."""
+
+    fields: Json
+    reason: str
+    allowed: Callable[[float, float], Possible]
+
+
+class Storm:
+    """Sends requests until it is told to stop.
+
+    Args:
+        client: of the server.
+        answers: what it must say.
+        churn: adapters that come and go meanwhile.
+        seed: of all choices.
+
+    Attributes:
+        wrong: answers that differ, statuses that nothing justifies.
+        counts: of requests by kind, and of statuses.
+        latencies_s: of whole answers that were asked for without a stream.
+    """
+
+    def __init__(self, client: httpx.AsyncClient, answers: Answers, churn: Churn, seed: int) -> None:
+        self._client = client
+        self._answers = answers
+        self._churn = churn
+        self._seed = seed
+        self._started_s: dict[int, float] = {}  # by client: when its request began
+        self.wrong: list[str] = []
+        self.counts: Counter[str] = Counter()
+        self.latencies_s: list[float] = []
+
+    async def run(self, num_clients: int, seconds: float) -> None:
+        """Keep `num_clients` clients busy."""
+        end_s = time.monotonic() + seconds
+        await asyncio.gather(self._run_churn(end_s), *(self._run_client(i, end_s) for i in range(num_clients)))
+
+    async def _run_churn(self, end_s: float) -> None:
+        rng = random.Random(self._seed)
+        while time.monotonic() < end_s:
+            await self._churn.step()
+            oldest_s = min(self._started_s.values(), default=time.monotonic())
+            for served in self._churn.names.values():
+                served.forget_before(oldest_s)
+            await asyncio.sleep(rng.uniform(0.02, 0.4))
+
+    async def _run_client(self, index: int, end_s: float) -> None:
+        rng = random.Random(f"{self._seed}-{index}")
+        while time.monotonic() < end_s:
+            self._started_s[index] = time.monotonic()
+            dice = rng.random()
+            try:
+                if dice < 0.05:
+                    await self._send_nonsense(rng)
+                elif dice < 0.15:
+                    await self._leave_early(rng)
+                else:
+                    await self._ask(rng)
+            except httpx.HTTPError as error:
+                self.wrong.append(f"connection: {error!r}")
+            await asyncio.sleep(rng.uniform(0, 0.05))
+
+    async def _send_nonsense(self, rng: random.Random) -> None:
+        route, body, status = rng.choice(MALFORMED)
+        response = await self._client.post(f"/v1/{route}", content=body, headers={"content-type": "application/json"})
+        self._count("nonsense", response.status_code)
+        if response.status_code == 429:
+            self._judge_refusal(response, None)
+        elif response.status_code != status or "message" not in response.json()["error"]:
+            self.wrong.append(f"nonsense {body!r}: {response.status_code} instead of {status}: {response.text[:200]}")
+
+    async def _leave_early(self, rng: random.Random) -> None:
+        question, choice = rng.choice(self._answers.questions), self._choose(rng, frozenset())
+        body = {**question.body, **choice.fields, "stream": rng.random() < 0.7, "max_tokens": 200, "ignore_eos": True}
+        wait_s = rng.uniform(0, 0.3)
+        self.counts["left early"] += 1
+        try:
+            async with asyncio.timeout(wait_s), self._client.stream("POST", f"/v1/{question.endpoint}", json=body) as r:
+                async for _ in r.aiter_lines():
+                    pass
+        except TimeoutError:
+            pass
+
+    async def _ask(self, rng: random.Random) -> None:
+        question = rng.choice(self._answers.questions)
+        choice = self._choose(rng, question.kinds)
+        is_stream = rng.random() < 0.5
+        body = {**question.body, **choice.fields, "stream": is_stream}
+        start_s = time.monotonic()
+        if is_stream:
+            async with self._client.stream("POST", f"/v1/{question.endpoint}", json=body) as response:
+                await response.aread()
+        else:
+            response = await self._client.post(f"/v1/{question.endpoint}", json=body)
+            self.latencies_s.append(time.monotonic() - start_s)
+        kind = "+".join(sorted(question.kinds)) or "text"
+        self._count(f"{kind}{' stream' if is_stream else ''}", response.status_code)
+        allowed = choice.allowed(start_s, time.monotonic())
+        if response.status_code != 200:
+            return self._judge_refusal(response, allowed)
+        text, lora = _read_stream(response.text) if is_stream else _read(response.json())
+        self._judge(question, choice, allowed, text, lora)
+
+    def _judge(self, question: Question, choice: Choice, allowed: Possible, text: str, lora: Json) -> None:
+        told = f"{question.name} with {choice.fields}: {lora}"
+        if lora.get("digest") not in allowed:
+            self.wrong.append(f"{told}: the digest is none of {allowed}")
+        elif lora.get("reason") != choice.reason:
+            self.wrong.append(f"{told}: the reason is not {choice.reason}")
+        elif text != self._answers.expected(question, lora["digest"]):
+            self.wrong.append(f"{told}: {text!r} is not {self._answers.expected(question, lora['digest'])!r}")
+
+    def _judge_refusal(self, response: httpx.Response, allowed: Possible | None) -> None:
+        is_gone = response.status_code == 404 and allowed is not None and None in allowed
+        is_busy = response.status_code == 429 and response.headers.get("retry-after", "").isdecimal()
+        if not (is_gone or is_busy):
+            self.wrong.append(f"{response.status_code}: {response.text[:300]}")
+
+    def _choose(self, rng: random.Random, kinds: frozenset[str]) -> Choice:
+        digests = self._answers.digests
+        automatic, reason = (digests["audio"], "default:audio") if "audio" in kinds else (None, "none")
+
+        def only(digest: str | None) -> Callable[[float, float], Possible]:
+            return lambda start_s, end_s: frozenset({digest})
+
+        served = self._churn.names[rng.choice(list(self._churn.names))]
+        return rng.choice(
+            [
+                Choice({}, reason, only(automatic)),
+                Choice({"model": "storm"}, reason, only(automatic)),
+                Choice({"lora": []}, "explicit:base", only(None)),
+                Choice({"model": "fixed"}, "explicit", only(digests["fixed"])),
+                Choice({"model": "audio"}, "explicit", only(digests["audio"])),
+                Choice(
+                    {"lora": [{"name": name, "scale": scale} for name, scale in MIX.items()]},
+                    "explicit",
+                    only(digests["mix"]),
+                ),
+                Choice({"model": served.name}, "explicit", served.between),
+                Choice({"lora": served.name}, "explicit", served.between),
+            ]
+        )
+
+    def _count(self, kind: str, status: int) -> None:
+        self.counts[kind] += 1
+        self.counts[f"status {status}"] += 1
+
+
+def _read(answer: Json) -> tuple[str, Json]:
+    choice = answer["choices"][0]
+    return choice["message"]["content"] if "message" in choice else choice["text"], answer["lora"]
+
+
+def _read_stream(content: str) -> tuple[str, Json]:
+    """The text of a stream and what its first chunk says of the adapter."""
+    lines = [line.removeprefix("data: ") for line in content.split("\n\n") if line]
+    if not lines or lines[-1] != "[DONE]":
+        return f"<a stream without an end: {content[-200:]!r}>", {}
+    chunks = [json.loads(line) for line in lines[:-1]]
+    if any("error" in chunk for chunk in chunks):
+        return f"<{chunks[-1]}>", {}
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    text = "".join(c["delta"].get("content") or "" if "delta" in c else c["text"] for c in choices)
+    return text, chunks[0]["lora"]

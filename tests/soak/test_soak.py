@@ -1,0 +1,19 @@
+"""Two minutes of the storm that `python -m tests.soak` runs for half an hour."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.soak.run import soak
+
+
+def test_two_minutes_with_64_clients(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = soak(tmp_path, 120, 64)
+    with capsys.disabled():
+        print(f"\nsoak: {json.dumps(report.as_dict())}")
+    assert report.problems == []
+    assert all(report.changes.values()) and report.counts["nonsense"] > 50 and report.counts["aborted"] > 50
+    assert report.slope_mib_per_min < 20  # a request that stays costs more: there are thousands a minute
