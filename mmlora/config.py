@@ -182,8 +182,8 @@ class EngineArgs:
     def _check_choices(self) -> None:
         if not isinstance(self.model, str) or not self.model:
             self._reject("model", "must be a directory or a Hub id")
-        names = self.model_names
-        if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
+        names = (self.served_model_name,) if isinstance(self.served_model_name, str) else self.served_model_name or ()
+        if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
             self._reject("served_model_name", "must be one name, or several different ones")
         if not any(self.dtype == known for known in ("auto", *DTYPES, *DTYPES.values())):
             self._reject("dtype", f"must be auto, {', '.join(DTYPES)}")
