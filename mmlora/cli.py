@@ -5,11 +5,13 @@ apart.
 """
 
 import argparse
+import functools
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from mmlora.config import EngineArgs
@@ -17,7 +19,7 @@ from mmlora.config_file import read_config_file
 from mmlora.doctor import OPTIONS, diagnose
 from mmlora.errors import AdapterError, ConfigError, MMLoRAError
 from mmlora.families import get_key_mapping, get_towers
-from mmlora.flags import ENV_PREFIX, flags_of
+from mmlora.flags import ENV_PREFIX, Flag, flags_of, unknown_options
 from mmlora.lora.files import read_adapter, resolve_adapter_path
 from mmlora.lora.inspection import inspect_adapter
 from mmlora.lora.module_index import ModuleIndex
@@ -25,7 +27,8 @@ from mmlora.model_config import FAILURES, load_config
 from mmlora.model_loader import CONFIG_FILES, load_meta_model, resolve_model_path
 from mmlora.model_table import as_text, model_rows
 from mmlora.printable import one_line
-from mmlora.server.launch import ServerArgs, serve
+from mmlora.server.args import ServerArgs
+from mmlora.server.launch import serve
 from mmlora.server.logs import TEXT_FORMAT, configure_logging
 from mmlora.server.models import LoRAModule
 
@@ -51,14 +54,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = [_with_dashes(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     parser = _build_parser()
-    options = vars(parser.parse_args(arguments))
+    parsed, unknown = parser.parse_known_args(arguments)
+    options = vars(parsed)
     command, run = options.pop("command"), options.pop("run")
-    if run is not _serve:
+    if run is _serve:
+        options["unknown"] = unknown  # told together with all else that is wrong
+    elif unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    else:
         logging.basicConfig(format=TEXT_FORMAT, level=logging.WARNING)
     try:
         return run(**options)  # type: ignore[no-any-return]
     except MMLoRAError as error:
-        print(f"mmlora {command}: error: {one_line(str(error))}", file=sys.stderr)
+        for problem in error.problems if isinstance(error, ConfigError) else [str(error)]:
+            print(f"mmlora {command}: error: {one_line(problem)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -82,7 +91,8 @@ def _doctor(model: str | None, is_json: bool, **options: Any) -> int:
     """Print what this build would do with a model; its weights are never read."""
     from mmlora.assets.models import assistant_path
 
-    given = {name: value for name, value in options.items() if value is not None}
+    by_name = {flag.name: flag for flag in flags_of(EngineArgs)}
+    given = {name: by_name[name].read_argument(value) for name, value in options.items() if value is not None}
     args = EngineArgs(model or assistant_path(), **given)
     try:
         found = diagnose(args)
@@ -115,29 +125,55 @@ def parse_options(options: Mapping[str, Any], environment: Mapping[str, str]) ->
     """Join command line, environment and file.
 
     Args:
-        options: what the command line set, by field name; `config` is a file that fills what is left open.
+        options: what stood on the command line, by field name; `config` is a file that fills what is left open, and
+            `unknown` what no option took.
         environment: `MMLORA_…` variables that fill what the command line left open.
 
     Raises:
-        ConfigError: a value cannot be read, or does not fit.
+        ConfigError: all that is wrong: options that there are not, values that cannot be read, or do not fit.
     """
-    flags = [*flags_of(EngineArgs), *flags_of(ServerArgs)]
+    server_flags = flags_of(ServerArgs)
+    flags = [*flags_of(EngineArgs), *server_flags]
+    known = ["--config", *(flag.option for flag in flags)]
+    problems = list(unknown_options(options.get("unknown", ()), known))
+    found: dict[str, Any] = {}
     file = options.get("config") or environment.get(f"{ENV_PREFIX}CONFIG")
-    found: dict[str, Any] = read_config_file(file, flags) if file else {}
+    if file:
+        with _collected(problems):
+            found, wrong = read_config_file(file, flags)
+            problems += wrong
     for flag in flags:
-        if options.get(flag.name) is not None:
-            found[flag.name] = options[flag.name]
-        elif flag.env_name in environment:
-            found[flag.name] = flag.read_env(environment[flag.env_name])
+        if options.get("model") is None and flag.may_hold_model(options.get(flag.name)):
+            problems.append(
+                f"{flag.option}: its last value may be meant as MODEL; put MODEL first, or repeat the option"
+            )
+        with _collected(problems):
+            if options.get(flag.name) is not None:
+                found[flag.name] = flag.read_argument(options[flag.name])
+            elif flag.env_name in environment:
+                found[flag.name] = flag.read_env(environment[flag.env_name])
     model = options.get("model") or environment.get(f"{ENV_PREFIX}MODEL")
     if model:
         found["model"] = model
     if "model" not in found:
         _add_assistant(found)
-    server_names = {flag.name for flag in flags_of(ServerArgs)}
-    engine = {name: value for name, value in found.items() if name not in server_names}
-    server = {name: value for name, value in found.items() if name in server_names}
-    return EngineArgs.from_kwargs(**engine), ServerArgs(**server)
+    of_server = {flag.name: found.pop(flag.name) for flag in server_flags if flag.name in found}
+    with _collected(problems):
+        engine_args = EngineArgs(**found)
+    with _collected(problems):
+        server_args = ServerArgs(**of_server)
+    if problems:
+        raise ConfigError(*problems)
+    return engine_args, server_args
+
+
+@contextmanager
+def _collected(problems: list[str]) -> Iterator[None]:
+    """Go on after what is wrong with options."""
+    try:
+        yield
+    except ConfigError as error:
+        problems += error.problems
 
 
 def _add_assistant(found: dict[str, Any]) -> None:
@@ -188,6 +224,8 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _add_serve_options(command: argparse.ArgumentParser) -> None:
+    command.usage = "mmlora serve [MODEL] [OPTION ...]"
+    command.formatter_class = functools.partial(argparse.HelpFormatter, max_help_position=34)
     command.description = (
         "Serve a model over OpenAI's HTTP API. Every option is also read from the environment: --max-loras from "
         "MMLORA_MAX_LORAS, and so on, and from a file (--config); the command line wins over the environment, and that "
@@ -197,9 +235,12 @@ def _add_serve_options(command: argparse.ArgumentParser) -> None:
         "model", nargs="?", metavar="MODEL", help="directory or Hub id; without it the bundled assistant is served"
     )
     command.add_argument("--config", metavar="FILE", help="YAML file of options, such as `max-loras: 4`")
-    for title, cls in (("server", ServerArgs), ("engine", EngineArgs)):
+    groups: dict[str, list[Flag]] = {title: [] for cls in (ServerArgs, EngineArgs) for title in cls.GROUPS}
+    for flag in (*flags_of(EngineArgs), *flags_of(ServerArgs)):
+        groups.setdefault(flag.group, []).append(flag)
+    for title, flags in groups.items():
         group = command.add_argument_group(title)
-        for flag in flags_of(cls):
+        for flag in flags:
             flag.add_to(group)
 
 

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 
@@ -28,6 +28,7 @@ DTYPES = {
 MODALITIES = ("audio", "image")
 AUTO = "auto"
 DOMAIN = re.compile(r"(\*\.)?[^\s/:@*]*")
+Groups = Mapping[str, str]  # titles to the names of options, for `--help`
 PRIORITY = "priority"
 SCHEDULING_POLICIES = ("fcfs", PRIORITY)
 
@@ -40,7 +41,8 @@ class EngineArgs:
         model: directory or Hub id of a `transformers` checkpoint.
         tokenizer: directory or Hub id, by default the model's.
         revision: Hub revision of model and tokenizer.
-        served_model_name: name that clients use for the base model, by default `model`.
+        served_model_name: name that clients use for the base model, by default `model`; of several, answers bear the
+            one that was asked for, metrics the first.
         dtype: `auto` (the checkpoint's; float32 for half-precision checkpoints on CPU), `float32`, `float16` or
             `bfloat16`.
         device: `auto` (CUDA where there is one), `cpu` or `cuda`.
@@ -53,6 +55,7 @@ class EngineArgs:
         block_size: tokens in one KV block.
         kv_cache_memory_bytes: memory of the KV cache; by default 1 GiB on CPU, and on CUDA what
             `gpu_memory_utilization` leaves after the weights.
+        gpu_memory_utilization: share of the GPU's memory for weights and KV cache.
         encoder_cache_memory_bytes: memory of the cache of encoded media.
         enable_prefix_caching: reuse KV blocks of equal prefixes (same tokens, media, adapter and salt).
         enforce_eager: accepted; this version always runs eagerly.
@@ -80,6 +83,9 @@ class EngineArgs:
         chat_template: a Jinja template, or a file that holds one, in place of the tokenizer's.
         max_logprobs: most `logprobs` a request may ask for; -1 for no bound.
         generation_config: `auto` (the model's `generation_config.json` gives sampling defaults) or `none`.
+        tensor_parallel_size: only 1 is supported.
+        trust_remote_code: only false is supported; code of checkpoints is never run.
+        quantization: not supported.
 
     Raises:
         ConfigError: every wrong option is named, all in one message.
@@ -88,7 +94,7 @@ class EngineArgs:
     model: str
     tokenizer: str | None = None
     revision: str | None = None
-    served_model_name: str | None = None
+    served_model_name: str | Sequence[str] | None = None
     dtype: str | torch.dtype = "auto"
     device: str = "auto"
     seed: int = 0
@@ -127,6 +133,20 @@ class EngineArgs:
     tensor_parallel_size: int = 1
     trust_remote_code: bool = False
     quantization: str | None = None
+    GROUPS: ClassVar[Groups] = {
+        "model": "tokenizer revision served_model_name dtype device seed max_model_len chat_template generation_config "
+        "quantization trust_remote_code",
+        "LoRA": "enable_lora default_mm_loras max_loras max_lora_rank max_cpu_loras lora_registry "
+        "enable_tower_connector_lora",
+        "media": "limit_mm_per_prompt mm_processor_kwargs max_media_bytes max_image_pixels max_audio_seconds "
+        "max_audio_samples max_decoded_media_bytes allowed_local_media_path allowed_media_domains "
+        "allowed_media_networks media_fetch_timeout media_cache_memory_bytes",
+        "memory": "kv_cache_memory_bytes gpu_memory_utilization block_size enable_prefix_caching "
+        "encoder_cache_memory_bytes",
+        "scheduling": "scheduling_policy max_num_seqs max_num_batched_tokens max_logprobs enforce_eager "
+        "tensor_parallel_size",
+    }
+
     _problems: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -135,7 +155,7 @@ class EngineArgs:
         self._check_lora()
         self._check_media()
         if self._problems:
-            raise ConfigError("; ".join(self._problems))
+            raise ConfigError(*self._problems)
 
     @classmethod
     def from_kwargs(cls, model: str, **options: Any) -> "EngineArgs":
@@ -153,7 +173,13 @@ class EngineArgs:
     @property
     def model_name(self) -> str:
         """What clients call the base model."""
-        return self.served_model_name or self.model
+        return self.model_names[0]
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """All that clients may call the base model, the one that metrics bear first."""
+        names = self.served_model_name or self.model
+        return (names,) if isinstance(names, str) else tuple(names)
 
     @property
     def media_limits(self) -> MediaLimits:
@@ -198,6 +224,9 @@ class EngineArgs:
     def _check_choices(self) -> None:
         if not isinstance(self.model, str) or not self.model:
             self._reject("model", "must be a directory or a Hub id")
+        names = (self.served_model_name,) if isinstance(self.served_model_name, str) else self.served_model_name or ()
+        if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+            self._reject("served_model_name", "must be one name, or several different ones")
         if not any(self.dtype == known for known in ("auto", *DTYPES, *DTYPES.values())):
             self._reject("dtype", f"must be auto, {', '.join(DTYPES)}")
         if self.device not in ("auto", "cpu", "cuda") and not str(self.device).startswith("cuda:"):

@@ -7,10 +7,10 @@ from typing import Any
 import yaml
 
 from mmlora.errors import ConfigError
-from mmlora.flags import Flag
+from mmlora.flags import Flag, no_such_option
 
 
-def read_config_file(path: str, flags: Sequence[Flag]) -> dict[str, Any]:
+def read_config_file(path: str, flags: Sequence[Flag]) -> tuple[dict[str, Any], list[str]]:
     """Read a file of options.
 
     Args:
@@ -18,10 +18,10 @@ def read_config_file(path: str, flags: Sequence[Flag]) -> dict[str, Any]:
         flags: the options that there are, `model` apart.
 
     Returns:
-        Values by field name.
+        Values by field name, and all that is wrong with others.
 
     Raises:
-        ConfigError: the file cannot be read, or all that is wrong with its options.
+        ConfigError: the file cannot be read.
     """
     try:
         content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
@@ -39,9 +39,7 @@ def read_config_file(path: str, flags: Sequence[Flag]) -> dict[str, Any]:
                 raise ConfigError("it stands twice")
             found[name] = str(value) if name == "model" else by_name[name].read_value(value)
         except KeyError:
-            problems.append(f"{key}: there is no such option")
+            problems.append(no_such_option(str(key), [flag.option.removeprefix("--") for flag in flags]))
         except (ValueError, TypeError, ConfigError) as error:
             problems.append(f"{key}: {error}")
-    if problems:
-        raise ConfigError(f"config={path!r}: {'; '.join(problems)}")
-    return found
+    return found, [f"config={path!r}: {problem}" for problem in problems]

@@ -94,7 +94,7 @@ class Diagnosis:
         """Say everything but the verdict, by its name; None for what is not known."""
         parts = [f"{name.replace('_', ' ')} {count} modules" for name, count in (self.parts or {}).items() if count]
         adapters = [name + (f" (for {', '.join(keys)})" if keys else "") for name, keys in self.adapters.items()]
-        stored = ", ".join(f"{_size(count)} of {dtype}" for dtype, count in (self.stored_bytes or {}).items())
+        stored = ", ".join(f"{size_text(count)} of {dtype}" for dtype, count in (self.stored_bytes or {}).items())
         takes = ", ".join(("text", *self.modalities))
         return {
             "class": f"{self.model_class}, {self.family or 'not in the table of families'}",
@@ -104,13 +104,16 @@ class Diagnosis:
             "adapters": ", ".join(adapters) or "none in the directory",
             "context": f"{self.max_model_len} of {self.context_length} tokens" if self.max_model_len else None,
             "on disk": stored,
-            "weights": f"{_size(self.weight_bytes)} in {self.dtype}" if self.weight_bytes is not None else None,
-            "KV cache": f"{_size(self.kv_token_bytes)} a token, {_size(self.kv_bytes)} for {self.max_model_len} tokens"
-            if self.kv_token_bytes is not None and self.kv_bytes is not None
-            else None,
-            "an adapter": f"{_size(self.rank_bytes)} a rank on every linear module" if self.rank_bytes else None,
+            "weights": f"{size_text(self.weight_bytes)} in {self.dtype}" if self.weight_bytes is not None else None,
+            "KV cache": self._kv_text(),
+            "an adapter": f"{size_text(self.rank_bytes)} a rank on every linear module" if self.rank_bytes else None,
             "serve it with": self.command,
         }
+
+    def _kv_text(self) -> str | None:
+        if self.kv_token_bytes is None or self.kv_bytes is None:
+            return None
+        return f"{size_text(self.kv_token_bytes)} a token, {size_text(self.kv_bytes)} for {self.max_model_len} tokens"
 
 
 def diagnose(args: EngineArgs) -> Diagnosis:
@@ -214,7 +217,7 @@ def _command(args: EngineArgs, defaults: dict[str, str]) -> str:
     return shlex.join(words)
 
 
-def _size(num_bytes: int) -> str:
+def size_text(num_bytes: int) -> str:
     """Write bytes for people."""
     units = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
     return next((f"{num_bytes / unit:.1f} {name}" for unit, name in units if num_bytes >= unit), f"{num_bytes} bytes")

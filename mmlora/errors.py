@@ -10,7 +10,15 @@ class MMLoRAError(Exception):
 
 
 class ConfigError(MMLoRAError):
-    """The engine cannot start with these options."""
+    """The engine cannot start with these options.
+
+    Attributes:
+        problems: all that is wrong, one by one.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
 
 
 class RequestError(MMLoRAError):

@@ -151,7 +151,7 @@ class AdapterUpdates:
 
     def _check_name(self, name: str, *, may_replace: bool) -> ServedAdapter | None:
         """The adapter that has the name already."""
-        if name == self._models.base_name:
+        if self._models.is_base(name):
             raise FieldError(f"lora_name {shorten(name)} is the name of the base model; choose another", "lora_name")
         served = self._models.adapters.get(name)
         if served is not None and served.default_for is not None:
@@ -166,7 +166,7 @@ class AdapterUpdates:
         return served
 
     def _unload(self, name: str, lora_int_id: int | None, store: AdapterStore) -> None:
-        if name == self._models.base_name:
+        if self._models.is_base(name):
             raise FieldError(f"{shorten(name)} is the base model, which cannot be unloaded", "lora_name")
         with self._models.changes.hold(name):
             served = self._models.adapters.get(name)

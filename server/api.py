@@ -1,6 +1,8 @@
 """The routes of the HTTP server."""
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from collections.abc import Sequence
+
+from fastapi import APIRouter, FastAPI, Request
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -9,17 +11,21 @@ from starlette.responses import Response
 from mmlora.async_llm import AsyncLLM
 from mmlora.errors import MMLoRAError
 from mmlora.server.adapter_updates import adapter_routes
+from mmlora.server.admission import Admission, AdmissionGate
 from mmlora.server.bodies import form_schema, inlined_schema
 from mmlora.server.chat import ChatService
 from mmlora.server.chat_protocol import ChatCompletionRequest
 from mmlora.server.completion_protocol import CompletionRequest
 from mmlora.server.completions import CompletionService
 from mmlora.server.conversation import Conversations
+from mmlora.server.cors import CORS
 from mmlora.server.errors import Refusal, error_response
 from mmlora.server.json_answer import JSONAnswer
-from mmlora.server.limits import check_api_key
+from mmlora.server.keys import APIKeys
+from mmlora.server.limits import DEFAULT_MAX_REQUEST_BYTES
 from mmlora.server.models import ServedModels
 from mmlora.server.openapi import add_openapi
+from mmlora.server.paths import RootPath
 from mmlora.server.playground import playground_routes
 from mmlora.server.prometheus import add_metrics
 from mmlora.server.responses import ResponsesService
@@ -30,7 +36,6 @@ from mmlora.server.tracing import Tracer
 from mmlora.server.transcription_protocol import TranscriptionRequest, TranslationRequest
 from mmlora.server.transcriptions import TranscriptionService
 
-DEFAULT_MAX_REQUEST_BYTES = 128 * 2**20
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the access log does
 
 
@@ -38,10 +43,13 @@ def build_app(
     llm: AsyncLLM,
     models: ServedModels,
     *,
-    api_key: str | None = None,
+    api_key: str | Sequence[str] | None = None,
     max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES,
     allow_lora_updates: bool = False,
     log_requests: bool = False,
+    admission: Admission | None = None,
+    cors: CORS | None = None,
+    root_path: str = "",
     tracer: Tracer | None = None,
 ) -> FastAPI:
     """Build the application around a running engine.
@@ -49,23 +57,24 @@ def build_app(
     Args:
         llm: the engine; who made it shuts it down.
         models: the names that clients may ask for.
-        api_key: what clients must send as bearer token; None lets everyone in.
+        api_key: what clients must send as bearer token, or several that will do; without one everyone is let in.
         max_request_bytes: the largest body of a request.
         allow_lora_updates: whether clients may load and unload adapters.
         log_requests: access lines hold prompts and the hashes of media.
+        admission: how many requests may be open and for how long; by default as `ServerArgs` has it.
+        cors: which pages of other sites may use the server; by default none.
+        root_path: the prefix under which a reverse proxy serves this one.
         tracer: traces the requests; who made it shuts it down.
     """
     app = FastAPI(title="mmlora", docs_url=None, redoc_url=None)
+    admission = admission or Admission(llm.engine.args.max_num_seqs)
     conversations = Conversations(llm, models)
     chat = ChatService(llm, models, conversations, max_request_bytes)
     completion = CompletionService(llm, models, max_request_bytes)
     response = ResponsesService(llm, models, conversations, max_request_bytes)
     transcription = TranscriptionService(llm, conversations, max_request_bytes)
 
-    def authorize(request: Request) -> None:
-        check_api_key(request, api_key)
-
-    api = APIRouter(prefix="/v1", dependencies=[Depends(authorize)])
+    api = APIRouter(prefix="/v1")
 
     @api.post("/chat/completions", openapi_extra=_body_schema(ChatCompletionRequest))
     async def chat_completions(request: Request) -> Response:
@@ -100,12 +109,20 @@ def build_app(
         return JSONAnswer({"status": "ok"}) if llm.is_alive else JSONAnswer({"status": "dead"}, status_code=503)
 
     app.include_router(api)
-    app.include_router(adapter_routes(llm, models, is_allowed=allow_lora_updates), dependencies=api.dependencies)
-    app.include_router(token_routes(llm, models, max_request_bytes), dependencies=api.dependencies)
-    app.include_router(version_routes(), dependencies=api.dependencies)
+    app.include_router(adapter_routes(llm, models, is_allowed=allow_lora_updates))
+    app.include_router(token_routes(llm, models, max_request_bytes))
+    app.include_router(version_routes())
     app.include_router(playground_routes())
-    add_ready_route(app, llm)
-    add_metrics(app, llm, [Depends(authorize)], log_requests=log_requests, tracer=tracer)
+    add_ready_route(app, llm, admission)
+    # The last is the outermost: refusals are logged, and pages of other sites can read them.
+    app.add_middleware(AdmissionGate, admission=admission)
+    if api_key is not None:
+        app.add_middleware(APIKeys, keys=[api_key] if isinstance(api_key, str) else api_key)
+    if cors is not None:
+        cors.add_to(app)
+    add_metrics(app, llm, admission, log_requests=log_requests, tracer=tracer)
+    if root_path:
+        app.add_middleware(RootPath, root_path=root_path)
     _add_error_handlers(app)
     add_openapi(app)
     return app

@@ -1,20 +1,38 @@
 """Errors as HTTP answers: OpenAI's error body, 4xx for what the client did, 5xx for what the server did."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from mmlora.errors import AdapterNotFound, EngineDeadError, MMLoRAError, RequestError, ResolverError
 from mmlora.server.json_answer import JSONAnswer
 
+KINDS: Final = {
+    401: "authentication_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
+
 
 class Refusal(MMLoRAError):
-    """A refusal that has a status of its own."""
+    """A refusal that has a status of its own, and headers where that calls for them."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
         self.code = code
+        self.headers = headers
 
 
 def status_of(error: Exception) -> int:
@@ -35,8 +53,7 @@ def error_body(error: Exception) -> dict[str, Any]:
     """
     status = status_of(error)
     is_told = status != 500 or isinstance(error, Refusal)
-    kinds = {401: "authentication_error", 404: "not_found_error", 503: "service_unavailable_error"}
-    kind = kinds.get(status, "invalid_request_error" if status < 500 else "internal_server_error")
+    kind = KINDS.get(status, "invalid_request_error" if status < 500 else "internal_server_error")
     return {
         "error": {
             "message": str(error) if is_told else "internal server error",
@@ -49,6 +66,7 @@ def error_body(error: Exception) -> dict[str, Any]:
 
 def error_response(error: Exception, headers: Mapping[str, str] | None = None) -> JSONAnswer:
     """Answer with an error."""
+    headers = headers if headers is not None else getattr(error, "headers", None)
     return JSONAnswer(error_body(error), status_code=status_of(error), headers=headers)
 
 

@@ -1,11 +1,12 @@
 """From options to a running HTTP server: claim the port, load the engine, serve, shut down."""
 
+import gc
 import os
-import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
+import ssl
+from collections.abc import Callable, Sequence
 
 import uvicorn
+from tqdm import tqdm
 
 from mmlora.async_llm import AsyncLLM
 from mmlora.config import EngineArgs
@@ -14,57 +15,18 @@ from mmlora.errors import AdapterError, ConfigError
 from mmlora.lora.adapter import AdapterReport
 from mmlora.lora.info import LoRAInfo
 from mmlora.lora.request import LoRARequest
-from mmlora.server.api import DEFAULT_MAX_REQUEST_BYTES, build_app
-from mmlora.server.logs import LOG_FORMATS
+from mmlora.server.admission import Admission
+from mmlora.server.api import build_app
+from mmlora.server.args import ServerArgs as ServerArgs
+from mmlora.server.connections import ConnectionLimits
+from mmlora.server.cors import CORS
+from mmlora.server.http_server import HTTPServer
+from mmlora.server.listener import address_of, listening, raise_file_limit, tls_of
 from mmlora.server.models import LoRAModule, ServedModels
 from mmlora.server.resolved import ALLOW_VARIABLE, start_resolution
 from mmlora.server.served_adapter import ServedAdapter
+from mmlora.server.summary import announce
 from mmlora.server.tracing import Tracer, tracing
-
-
-@dataclass(frozen=True)
-class ServerArgs:
-    """Options of the server that are not the engine's.
-
-    Args:
-        host: address to listen on.
-        port: port to listen on; 0 takes a free one.
-        api_key: what clients must send as bearer token; without it everyone is let in.
-        lora_modules: adapters to load at start, each `name=path` or a JSON object with `name`, `path` and
-            `base_model_name`.
-        max_request_bytes: largest body of a request, in bytes.
-        uvicorn_log_level: of uvicorn and the access lines: critical, error, warning, info, debug or trace.
-        log_format: text, or json: one object per line.
-        log_requests: log prompts, and media as hashes and sizes.
-        otlp_traces_endpoint: URL of a collector that takes OpenTelemetry traces by OTLP over HTTP, such as
-            http://localhost:4318/v1/traces; needs the extra `tracing`.
-
-    Raises:
-        ConfigError: an option has a wrong value.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str | None = None
-    lora_modules: Sequence[LoRAModule] = ()
-    max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES
-    uvicorn_log_level: str = "info"
-    log_format: str = "text"
-    log_requests: bool = False
-    otlp_traces_endpoint: str | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port={self.port}: must be from 0 to 65535")
-        if self.api_key is not None and not self.api_key.strip():
-            raise ConfigError("api_key is empty; give a key, or leave it out to let everyone in")
-        if self.max_request_bytes < 1:
-            raise ConfigError(f"max_request_bytes={self.max_request_bytes}: must be a positive integer")
-        if self.uvicorn_log_level not in uvicorn.config.LOG_LEVELS:
-            allowed = ", ".join(uvicorn.config.LOG_LEVELS)
-            raise ConfigError(f"uvicorn_log_level={self.uvicorn_log_level!r}: must be one of {allowed}")
-        if self.log_format not in LOG_FORMATS:
-            raise ConfigError(f"log_format={self.log_format!r}: must be one of {', '.join(LOG_FORMATS)}")
 
 
 def serve(engine_args: EngineArgs, server_args: ServerArgs) -> None:
@@ -74,35 +36,82 @@ def serve(engine_args: EngineArgs, server_args: ServerArgs) -> None:
         ConfigError: the port is taken, or options, model and adapters do not fit together.
         AdapterError: an adapter cannot be loaded.
     """
-    with tracing(
-        server_args.otlp_traces_endpoint, engine_args.model_name, log_requests=server_args.log_requests
-    ) as tracer:
-        _serve(engine_args, server_args, tracer)
+    tls = tls_of(server_args)
+    raise_file_limit(server_args.max_connections)
+    endpoint, is_logged = server_args.otlp_traces_endpoint, server_args.log_requests
+    with tracing(endpoint, engine_args.model_name, log_requests=is_logged) as tracer:
+        _serve(engine_args, server_args, tls, tracer)
 
 
-def _serve(engine_args: EngineArgs, server_args: ServerArgs, tracer: Tracer | None) -> None:
-    listener = _listen(server_args.host, server_args.port)  # before the slow part, so that a taken port is told at once
-    try:
+def _serve(engine_args: EngineArgs, args: ServerArgs, tls: ssl.SSLContext | None, tracer: Tracer | None) -> None:
+    # Before the slow part, so that a taken port is told at once.
+    with listening(args.host, args.port, args.uds) as listener:
         llm = AsyncLLM(engine_args)
         try:
-            models = load_served_models(llm, server_args.lora_modules)
+            models = load_served_models(llm, args.lora_modules)
             start_resolution(llm, models, os.environ)
-            app = build_app(
-                llm,
-                models,
-                api_key=server_args.api_key,
-                max_request_bytes=server_args.max_request_bytes,
-                allow_lora_updates=read_bool(ALLOW_VARIABLE),
-                log_requests=server_args.log_requests,
-                tracer=tracer,
-            )
-            level = server_args.uvicorn_log_level
-            config = uvicorn.Config(app, log_level=level, log_config=None, access_log=False, lifespan="off")
-            _Server(config, models.names).run(sockets=[listener])
+            address = address_of(listener, is_tls=tls is not None, root_path=args.root_path)
+
+            def tell() -> None:
+                announce(llm, models, args, address)
+
+            server = build_server(llm, models, args, tls=tls, tracer=tracer, on_ready=tell)
+            # What was loaded stays: a collection that went through it all would hold every request up.
+            gc.collect()
+            gc.freeze()
+            server.run(sockets=[listener])
         finally:
             llm.shutdown()
-    finally:
-        listener.close()
+
+
+def build_server(
+    llm: AsyncLLM,
+    models: ServedModels,
+    args: ServerArgs,
+    *,
+    tls: ssl.SSLContext | None = None,
+    tracer: Tracer | None = None,
+    on_ready: Callable[[], None],
+) -> HTTPServer:
+    """Build the application and the server around it.
+
+    Args:
+        llm, models: what is served.
+        args: options of the server.
+        tls: for TLS.
+        tracer: traces the requests.
+        on_ready: called when requests are served.
+    """
+    admission = Admission(
+        llm.engine.args.max_num_seqs,
+        args.max_queued_requests,
+        request_timeout=args.request_timeout,
+        body_timeout=args.body_timeout,
+    )
+    cors = CORS(args.allowed_origins, args.allowed_methods, args.allowed_headers, args.allow_credentials)
+    app = build_app(
+        llm,
+        models,
+        api_key=args.api_keys or None,
+        max_request_bytes=args.max_request_bytes,
+        allow_lora_updates=read_bool(ALLOW_VARIABLE),
+        log_requests=args.log_requests,
+        tracer=tracer,
+        admission=admission,
+        cors=cors if args.allowed_origins else None,
+        root_path=args.root_path,
+    )
+    config = uvicorn.Config(
+        app,
+        log_level=args.uvicorn_log_level,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        timeout_keep_alive=args.keep_alive_timeout,  # type: ignore[arg-type]  # it takes fractions, too
+    )
+    limits = ConnectionLimits(args.max_connections, args.header_timeout, args.write_timeout)
+    return HTTPServer(config, llm, admission, limits, tls=tls, drain_timeout=args.drain_timeout, on_ready=on_ready)
 
 
 def load_served_models(llm: AsyncLLM, lora_modules: Sequence[LoRAModule] = ()) -> ServedModels:
@@ -119,10 +128,12 @@ def load_served_models(llm: AsyncLLM, lora_modules: Sequence[LoRAModule] = ()) -
     ]
     if lora_modules and parts.store is None:
         raise ConfigError(f"lora_modules: {lora_modules[0].name!r} needs enable_lora=True")
-    if llm.model_name in parts.defaults:
-        raise ConfigError(f"served_model_name={llm.model_name!r} is the key of a default adapter; choose another name")
-    names = [llm.model_name, *parts.defaults]
-    for lora_int_id, module in enumerate(lora_modules, start=1):
+    for name in args.model_names:
+        if name in parts.defaults:
+            raise ConfigError(f"served_model_name={name!r} is the key of a default adapter; choose another name")
+    names = [*args.model_names, *parts.defaults]
+    # The bar is drawn only where standard error is a terminal.
+    for lora_int_id, module in enumerate(tqdm(lora_modules, "Loading adapters", disable=None, leave=False), start=1):
         if module.name in names:
             raise ConfigError(f"lora_modules: the name {module.name!r} is taken; taken are {', '.join(names)}")
         names.append(module.name)
@@ -132,7 +143,8 @@ def load_served_models(llm: AsyncLLM, lora_modules: Sequence[LoRAModule] = ()) -
         adapters.append(ServedAdapter(module.name, request, adapter.digest, adapter.report))
     restored = llm.engine.list_loras() if parts.store is not None else []
     adapters += [_restored(llm, info) for info in restored if info.name not in names]
-    return ServedModels(llm.model_name, args.model, llm.engine.max_model_len, adapters)
+    base_name, *aliases = args.model_names
+    return ServedModels(base_name, args.model, llm.engine.max_model_len, adapters, aliases)
 
 
 def _restored(llm: AsyncLLM, info: LoRAInfo) -> ServedAdapter:
@@ -146,34 +158,3 @@ def _restored(llm: AsyncLLM, info: LoRAInfo) -> ServedAdapter:
         except AdapterError as error:
             problem = str(error)
     return ServedAdapter(info.name, info.request, info.digest, AdapterReport(0, {}), problem=problem)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
-        raise ConfigError(f"host={host!r}: {error.strerror or error}") from None
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-        listener.listen()  # two sockets may be bound to a port, but only one listens
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
-    return listener
-
-
-class _Server(uvicorn.Server):
-    """Says in one line when it is ready, and under which names it serves."""
-
-    def __init__(self, config: uvicorn.Config, names: Sequence[str]) -> None:
-        super().__init__(config)
-        self._names = names
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=sockets)
-        if not self.should_exit and sockets:
-            host, port = sockets[0].getsockname()[:2]
-            host = f"[{host}]" if ":" in host else host
-            print(f"mmlora is ready: http://{host}:{port}/v1 serves {', '.join(self._names)}", flush=True)

@@ -1,15 +1,15 @@
 """What a client may do to the connection: how much it may send, and that leaving early stops the work."""
 
 import asyncio
-import hmac
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
 from mmlora.server.errors import Refusal
 
 T = TypeVar("T")
+DEFAULT_MAX_REQUEST_BYTES: Final = 128 * 2**20
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
@@ -30,19 +30,6 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
             raise _too_large(f"at least {size} bytes", max_bytes)
         chunks.append(chunk)
     return b"".join(chunks)
-
-
-def check_api_key(request: Request, api_key: str | None) -> None:
-    """Compare the bearer token in constant time; without a key every client is welcome.
-
-    Raises:
-        Refusal: 401, the token is missing or wrong.
-    """
-    if api_key is None:
-        return
-    kind, _, token = request.headers.get("authorization", "").partition(" ")
-    if kind.lower() != "bearer" or not hmac.compare_digest(token.strip().encode("latin-1"), api_key.encode()):
-        raise Refusal(401, "a valid API key is needed as 'Authorization: Bearer <key>'", code="invalid_api_key")
 
 
 async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:

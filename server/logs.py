@@ -9,6 +9,7 @@ from typing import Any, Final
 from mmlora.request_record import OPEN_RECORDS
 from mmlora.server.access import ACCESS_LOGGER
 
+STARTUP_LOGGER: Final = "mmlora.startup"
 TEXT_FORMAT: Final = "%(levelname)s %(name)s: %(message)s"
 LOG_FORMATS: Final = ("text", "json")
 
@@ -52,15 +53,23 @@ def configure_logging(log_format: str, level: str) -> None:
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     # uvicorn calls 5 "trace".
     logging.getLogger(ACCESS_LOGGER).setLevel({"trace": 5}.get(level) or level.upper())
+    logging.getLogger(STARTUP_LOGGER).setLevel(logging.INFO)
+    if log_format == "json" or not sys.stderr.isatty():
+        _draw_no_progress_bars()
     if log_format == "json":
         logging.captureWarnings(True)
         _quieten_libraries()
 
 
-def _quieten_libraries() -> None:
-    """Have libraries that write to standard error by themselves use the log, and draw no progress bars."""
+def _draw_no_progress_bars() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of huggingface_hub, too
+
+
+def _quieten_libraries() -> None:
+    """Have libraries that write to standard error by themselves use the log."""
+    from transformers.utils import logging as transformers_logging
+
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()

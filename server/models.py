@@ -72,10 +72,19 @@ class ServedModels:
         root: where the base model came from.
         max_model_len: tokens of prompt and answer.
         adapters: named adapters and defaults, no two of one name; a default's name is its key, such as `audio`.
+        aliases: other names of the base model.
     """
 
-    def __init__(self, base_name: str, root: str, max_model_len: int, adapters: Iterable[ServedAdapter] = ()) -> None:
+    def __init__(
+        self,
+        base_name: str,
+        root: str,
+        max_model_len: int,
+        adapters: Iterable[ServedAdapter] = (),
+        aliases: Iterable[str] = (),
+    ) -> None:
         self.base_name = base_name
+        self._base_names = (base_name, *aliases)
         self._root = root
         self._max_model_len = max_model_len
         self._created = int(time.time())
@@ -88,12 +97,16 @@ class ServedModels:
     @property
     def names(self) -> list[str]:
         """Every name that `model` may have."""
-        return [self.base_name, *self._adapters]
+        return [*self._base_names, *self._adapters]
 
     @property
     def adapters(self) -> Mapping[str, ServedAdapter]:
         """The adapters by their names, as of now."""
         return self._adapters
+
+    def is_base(self, name: str) -> bool:
+        """Whether a name is the base model's."""
+        return name in self._base_names
 
     def add(self, adapter: ServedAdapter, *, replace: bool = False) -> None:
         """Serve an adapter from now on.
@@ -108,7 +121,7 @@ class ServedModels:
         with self._lock:
             taken = self._adapters.get(adapter.name)
             may_replace = replace and taken is not None and taken.default_for is None
-            if adapter.name == self.base_name or (taken is not None and not may_replace):
+            if self.is_base(adapter.name) or (taken is not None and not may_replace):
                 raise RequestError(f"the name {shorten(adapter.name)} is taken; served are {self._listed()}")
             self._adapters = {**self._adapters, adapter.name: adapter}
 
@@ -181,7 +194,7 @@ class ServedModels:
 
     def _is_other(self, model: str | None) -> TypeGuard[str]:
         """Whether `model` names something else than the base model."""
-        return model is not None and model != self.base_name
+        return model is not None and not self.is_base(model)
 
     def _chosen(self, adapters: Mapping[str, ServedAdapter], name: str) -> ServedAdapter:
         chosen = adapters.get(name)
@@ -193,8 +206,8 @@ class ServedModels:
 
     def cards(self) -> list[Card]:
         """The entries of `/v1/models`, the base model first."""
-        base = self._card(self.base_name, self._root, None, None)
-        return [base, *(self._adapter_card(adapter) for adapter in self._adapters.values())]
+        bases = [self._card(name, self._root, None, None) for name in self._base_names]
+        return [*bases, *(self._adapter_card(adapter) for adapter in self._adapters.values())]
 
     def card(self, name: str) -> Card:
         """The entry of one model.

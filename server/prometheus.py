@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.params import Depends
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
@@ -22,6 +21,7 @@ from mmlora.metrics import AdapterMetrics, EngineMetrics
 from mmlora.printable import as_utf8
 from mmlora.request_record import RequestHistograms
 from mmlora.server.access import AccessLog, HttpCounts
+from mmlora.server.admission import Admission
 from mmlora.server.tracing import Tracer
 
 PREFIX = "mmlora:"
@@ -30,22 +30,22 @@ Labelled = Mapping[Any, float]  # by the values of the labels, in their order
 
 
 def add_metrics(
-    app: FastAPI, llm: AsyncLLM, guards: Sequence[Depends], *, log_requests: bool = False, tracer: Tracer | None = None
+    app: FastAPI, llm: AsyncLLM, admission: Admission, *, log_requests: bool = False, tracer: Tracer | None = None
 ) -> None:
     """Count and log the requests of an application, and serve `/metrics`.
 
     Args:
         app: the application.
         llm: its engine.
-        guards: who may read the metrics.
+        admission: of its server.
         log_requests, tracer: see `AccessLog`.
     """
     counts: HttpCounts = HttpCounts()
     app.add_middleware(AccessLog, counts=counts, log_requests=log_requests, tracer=tracer)
     registry = CollectorRegistry()
-    registry.register(EngineCollector(llm, counts))
+    registry.register(EngineCollector(llm, counts, admission))
 
-    @app.get("/metrics", dependencies=guards)
+    @app.get("/metrics")
     def metrics(request: Request) -> Response:  # no coroutine, so that the event loop goes on meanwhile
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(registry), headers={"content-type": content_type})
@@ -57,11 +57,13 @@ class EngineCollector(Collector):
     Args:
         llm: the engine.
         counts: HTTP requests by route and status.
+        admission: of the server.
     """
 
-    def __init__(self, llm: AsyncLLM, counts: HttpCounts) -> None:
+    def __init__(self, llm: AsyncLLM, counts: HttpCounts, admission: Admission) -> None:
         self._llm = llm
         self._counts = counts
+        self._admission = admission
         self._families = _Families(llm.model_name)
 
     def collect(self) -> Iterator[Metric]:
@@ -71,6 +73,11 @@ class EngineCollector(Collector):
         yield from _caches(make, metrics)
         yield from _adapters(make, metrics)
         yield from _histograms(make, self._llm.histograms)
+        refused = _by_one(self._admission.num_refused.copy())
+        yield make.gauge(
+            "num_requests_open", "Requests being read, made ready, waiting or running", self._admission.num_open
+        )
+        yield make.counter("requests_refused", "Requests that were not let in, by reason", refused, ["reason"])
         http = {(route, str(status)): count for (route, status), count in self._counts.copy().items()}
         yield make.counter("http_requests", "HTTP requests by route and status", http, ("route", "status"))
 

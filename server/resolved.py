@@ -70,7 +70,7 @@ class _Acceptance:
 
     def _warn_of_other_base(self, request: LoRARequest, directory: Path | None) -> None:
         trained_on = request.base_model_name or _base_model_in(directory)
-        if trained_on not in (None, self._llm.model_name, self._llm.engine.args.model):
+        if trained_on not in (None, *self._llm.engine.args.model_names, self._llm.engine.args.model):
             logger.warning("adapter %r says it is for %r; its shapes fit, so it is used", request.lora_name, trained_on)
 
 

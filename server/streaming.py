@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from mmlora.errors import AdapterError, MMLoRAError
 from mmlora.outputs import RequestOutput
+from mmlora.server.admission import Deadline
 from mmlora.server.answers import Answer, lora_headers
 from mmlora.server.errors import Refusal
 from mmlora.server.limits import until_disconnect
@@ -31,9 +32,12 @@ async def respond_with(request: Request, answer: Answer, outputs: Outputs, *, is
         is_stream: send events as they come.
 
     Raises:
-        MMLoRAError: the request failed before the answer began.
+        MMLoRAError: the request failed before the answer began, or took too long.
         ClientDisconnect: the client left before that.
     """
+    deadline = getattr(request.state, "deadline", None)
+    if deadline is not None:
+        outputs = _until(deadline, outputs)
     if not is_stream:
         parts = await until_disconnect(request, _collect(outputs))
         headers = lora_headers(answer.lora(parts))
@@ -94,6 +98,25 @@ async def _events(answer: Answer, first: RequestOutput, outputs: Outputs) -> Asy
         if not isinstance(error, MMLoRAError):
             logger.exception("a stream failed")
         yield "".join(answer.failure(error))
+    finally:
+        await close(outputs)
+
+
+async def _until(deadline: Deadline, outputs: Outputs) -> Outputs:
+    """The outputs as long as there is time.
+
+    Raises:
+        Refusal: there is no more; the request is aborted.
+    """
+    try:
+        while True:
+            async with asyncio.timeout_at(deadline.end):
+                output = await anext(outputs, None)
+            if output is None:
+                return
+            yield output
+    except TimeoutError:
+        raise deadline.refusal() from None
     finally:
         await close(outputs)
 

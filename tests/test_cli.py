@@ -21,8 +21,8 @@ from mmlora import cli
 from mmlora.assets.models import assistant_default_mm_loras, assistant_path
 from mmlora.config import EngineArgs
 from mmlora.flags import flags_of
-from mmlora.server import launch
-from mmlora.server.launch import ServerArgs
+from mmlora.server.args import ServerArgs
+from mmlora.server.listener import listen_tcp
 from mmlora.server.models import LoRAModule
 from tests.checkpoints import AdapterSpec, save_adapter, save_text_model
 
@@ -51,10 +51,14 @@ def message_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         code: object = cli.main(["serve", *arguments])
     except SystemExit as exit_:
         code = exit_.code
+    (line,) = lines_of(capsys, code)
+    return line
+
+
+def lines_of(capsys: pytest.CaptureFixture[str], code: object) -> list[str]:
+    """The lines in which a command told what is wrong."""
     assert code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert len(lines) == 1, lines
-    return lines[0]
+    return [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
 
 
 def test_lists_take_several_values(
@@ -165,7 +169,10 @@ def test_a_file_fills_what_is_left_open(
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("max-lorass: 3\nseed: x\nport: [1]\n", ["max-lorass: there is no such option", "seed: ", "port: [1] is not"]),
+        (
+            "max-lorass: 3\nseed: x\nport: [1]\n",
+            ["max-lorass: there is no such option; did you mean max-loras?", "seed: ", "port: [1] is not"],
+        ),
         ("enable-lora: 3\n", ["enable-lora: "]),
         ("default-mm-loras: [audio]\n", ["default-mm-loras: ['audio'] is not allowed"]),
         ("max-loras: 3\nmax_loras: 4\n", ["max_loras: it stands twice"]),
@@ -179,8 +186,9 @@ def test_all_that_is_wrong_with_a_file_is_told(
 ) -> None:
     file = tmp_path / "options.yaml"
     file.write_text(text)
-    message = message_of(capsys, "--config", str(file))
-    assert all(part in message for part in named), message
+    lines = lines_of(capsys, cli.main(["serve", "--config", str(file)]))
+    assert len(lines) == len(named)
+    assert all(part in line for part, line in zip(named, lines, strict=True)), lines
 
 
 def test_every_option_has_a_flag_and_a_help_text() -> None:
@@ -210,6 +218,21 @@ def test_every_option_has_a_flag_and_a_help_text() -> None:
         (["--uvicorn-log-level", "loud"], "'loud'"),
         (["--log-format", "xml"], "text, json"),
         (["--dtype", "int3"], "int3"),
+        (["--request-timeout", "0"], "request_timeout=0: must be a positive number of seconds"),
+        (["--body-timeout", "nan"], "body_timeout=nan"),
+        (["--max-queued-requests", "-1"], "max_queued_requests=-1"),
+        (["--max-connections", "0"], "max_connections=0"),
+        (["--api-key", "a", "--api-key", ""], "api_key is empty"),
+        (["--api-key", "[]"], "api_key is empty"),
+        (["--api-key", "[1]"], "must be a list of strings"),
+        (["--allow-credentials"], "allow_credentials=True: needs allowed_origins"),
+        (["--allowed-origins", "*", "--allow-credentials"], "needs origins by name"),
+        (["--allowed-methods", "GET"], "needs allowed_origins"),
+        (["--uds", "s", "--port", "80"], "leave these out"),
+        (["--root-path", "llm"], "must begin with a slash"),
+        (["--ssl-cert-reqs", "3"], "must be 0, 1 or 2"),
+        (["--ssl-certfile", "c", "--ssl-cert-reqs", "2"], "needs ssl_ca_certs"),
+        (["m", "--served-model-name", "x", "x"], "several different ones"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -217,6 +240,73 @@ def test_a_bad_option_is_one_line_and_exit_code_2(
     capsys: pytest.CaptureFixture[str], arguments: list[str], text: str
 ) -> None:
     assert text in message_of(capsys, *arguments)
+
+
+def test_all_that_is_wrong_is_told_at_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("max-num-seq: 3\nblock-size: 0\n")
+    monkeypatch.setenv("MMLORA_MAX_LORAS", "many")
+    arguments = ["some/model", "--max-lora", "3", "--hots=x", "stray", "--port", "70000", "--dtype", "int3"]
+    arguments += ["--seed", "x", "--ssl-keyfile", "key", "--default-mm-loras", "[]", "--config", str(file)]
+    lines = lines_of(capsys, cli.main(["serve", *arguments]))
+    told = [
+        "--max-lora: there is no such option; did you mean --max-loras?",
+        "--hots: there is no such option; did you mean --host?",
+        "'stray': there is no place for it",
+        "max-num-seq: there is no such option; did you mean max-num-seqs?",
+        "--seed='x': must be a whole number",
+        "MMLORA_MAX_LORAS='many': must be a whole number",
+        "--default-mm-loras='[]': must be a JSON object",
+        "dtype='int3'",
+        "block_size=0",
+        "port=70000",
+        "ssl_keyfile='key': needs ssl_certfile",
+    ]
+    assert all(any(part in line for line in lines) for part in told), lines
+    assert len(lines) == len(told)
+    assert all(line.startswith("mmlora serve: error: ") for line in lines)
+
+
+def test_options_of_several_values(
+    served: Callable[..., Served], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    engine, server = served("m", "--api-key", "a", "b,c", "--api-key", "d", "--served-model-name", "x", "y")
+    assert (server.api_keys, engine.model_names) == (("a", "b,c", "d"), ("x", "y"))
+    origins = '["https://a.example", "https://b.example"]'
+    _, server = served("m", "--allowed-origins", origins, "--allowed-methods", "GET", "POST")
+    assert server.allowed_origins == ["https://a.example", "https://b.example"]
+    assert server.allowed_methods == ["GET", "POST"]
+    monkeypatch.setenv("MMLORA_API_KEY", "e, f")
+    assert served("m")[1].api_keys == ("e", "f")
+    monkeypatch.setenv("MMLORA_API_KEY", '["g,h", "i"]')
+    assert served("m")[1].api_keys == ("g,h", "i")
+    monkeypatch.delenv("MMLORA_API_KEY")
+    (tmp_path / "options.yaml").write_text("api-key: [j, 5]\nserved-model-name: z\n")
+    engine, server = served("m", "--config", str(tmp_path / "options.yaml"))
+    assert (server.api_keys, engine.model_name) == (("j", "5"), "z")
+
+
+def test_a_list_does_not_swallow_the_model(capsys: pytest.CaptureFixture[str], served: Callable[..., Served]) -> None:
+    assert "--served-model-name: its last value may be meant as MODEL" in message_of(
+        capsys, "--served-model-name", "m", "some/model"
+    )
+    assert served("--api-key", "a", "--api-key", "b")[1].api_keys == ("a", "b")
+
+
+def test_the_help_has_a_group_for_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    for cls in (EngineArgs, ServerArgs):
+        listed = [name for names in cls.GROUPS.values() for name in names.split()]
+        flags = {flag.name for flag in flags_of(cls)}
+        assert sorted(listed) == sorted(flags), "each option stands in one group"
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    page = capsys.readouterr().out
+    titles = [line.removesuffix(":") for line in page.splitlines() if line.endswith(":") and line[0] != " "]
+    of_server = ["network", "security", "limits of the server", "logging"]
+    assert titles[2:] == [*of_server, "LoRA", "model", "media", "memory", "scheduling"]
+    assert "--request-timeout SECONDS" in page and page.startswith("usage: mmlora serve [MODEL] [OPTION ...]\n")
 
 
 def test_a_bad_environment_variable_is_named(
@@ -296,7 +386,7 @@ def test_a_taken_port_is_told_before_the_model_is_loaded(capsys: pytest.CaptureF
 
 
 def test_a_port_is_claimed_once(capsys: pytest.CaptureFixture[str]) -> None:
-    with launch._listen("127.0.0.1", 0) as listener:
+    with listen_tcp("127.0.0.1", 0) as listener:
         assert "in use" in message_of(capsys, "/no/such/model", "--port", str(listener.getsockname()[1]))
 
 

@@ -7,11 +7,12 @@ import io
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -25,7 +26,10 @@ from mmlora.async_llm import AsyncLLM
 from mmlora.config import EngineArgs
 from mmlora.outputs import RequestOutput
 from mmlora.server.api import build_app
-from mmlora.server.launch import load_served_models
+from mmlora.server.args import ServerArgs
+from mmlora.server.http_server import HTTPServer
+from mmlora.server.launch import build_server, load_served_models
+from mmlora.server.listener import address_of, listening, tls_of
 from mmlora.server.models import LoRAModule, ServedModels
 
 
@@ -153,3 +157,70 @@ def input_audio_part(data: bytes, audio_format: str = "wav") -> dict[str, Any]:
 def url_part(kind: str, data: bytes, mime: str) -> dict[str, Any]:
     """An `audio_url` or `image_url` part with a data: URL."""
     return {"type": kind, kind: {"url": f"data:{mime};base64,{base64.b64encode(data).decode()}"}}
+
+
+@contextmanager
+def run_server(llm: AsyncLLM, **options: Any) -> Iterator[tuple[HTTPServer, str]]:
+    """Serve as `mmlora serve` does with these `ServerArgs`, and give the server and its address; ends the engine."""
+    args = ServerArgs(**({} if "uds" in options else {"port": 0}), **options)
+    tls = tls_of(args)
+    is_ready = threading.Event()
+    server = build_server(llm, load_served_models(llm), args, tls=tls, on_ready=is_ready.set)
+    with listening(args.host, args.port, args.uds) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            assert is_ready.wait(30), "the server did not start"
+            yield server, address_of(listener, is_tls=tls is not None, root_path=args.root_path)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def connect(address: str) -> socket.socket:
+    """A connection on which nothing has been sent."""
+    parts = urlsplit(address)
+    return socket.create_connection((parts.hostname or "", parts.port or 0), timeout=60)
+
+
+def read_answer(connection: socket.socket) -> bytes:
+    """The head and the body of one answer that tells its length."""
+    answer = b""
+    while b"\r\n\r\n" not in answer:
+        answer += connection.recv(65536) or pytest.fail(f"closed after {answer!r}")
+    head, _, body = answer.partition(b"\r\n\r\n")
+    length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+    while len(body) < length:
+        body += connection.recv(65536) or pytest.fail(f"closed after {answer!r}")
+    return head + b"\r\n\r\n" + body
+
+
+@contextmanager
+def paused(llm: AsyncLLM) -> Iterator[None]:
+    """Have the engine stand still between two steps."""
+    may_go_on, stands = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        stands.set()
+        assert may_go_on.wait(60)
+
+    llm._send(wait)
+    assert stands.wait(60)
+    try:
+        yield
+    finally:
+        may_go_on.set()
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+def in_thread(function: Any, *arguments: Any, **options: Any) -> tuple[threading.Thread, list[Any]]:
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(function(*arguments, **options)))
+    thread.start()
+    return thread, results

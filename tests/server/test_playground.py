@@ -186,7 +186,8 @@ def test_the_page_needs_no_key_and_may_load_nothing_from_elsewhere(assistant: tu
         assert script.status_code == 200 and script.headers["content-type"].startswith("text/javascript")
         for name in ("nothing.js", "..%2Fapi.py", "..%2F..%2Fpyproject.toml", "%2Fetc%2Fpasswd"):
             assert httpx.get(f"{address}/playground/{name}").status_code == 404, name
-        described = httpx.get(f"{address}/openapi.json").json()["paths"]
+        headers = {"Authorization": "Bearer secret"}
+        described = httpx.get(f"{address}/openapi.json", headers=headers).json()["paths"]
         assert "/health" in described and not {"/", "/playground/{name}"} & set(described)
 
 

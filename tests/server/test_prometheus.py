@@ -276,7 +276,7 @@ def test_the_api_key_guards_the_page(server: RunningServer) -> None:
     with run_app(build_app(server.llm, load_served_models(server.llm), api_key="key")) as address:
         assert httpx.get(f"{address}/metrics").status_code == 401
         page = httpx.get(f"{address}/metrics", headers={"authorization": "Bearer key"})
-        assert 'http_requests_total{model_name="tiny",route="/metrics",status="401"} 1.0' in page.text
+        assert 'http_requests_total{model_name="tiny",route="other",status="401"} 1.0' in page.text
         assert "mmlora:num_requests_running" in page.text
 
 

@@ -1,0 +1,109 @@
+"""The end of a server: what is open may finish, within a bound, and the process ends with exit code 0."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from mmlora.async_llm import AsyncLLM
+from mmlora.config import EngineArgs
+from tests.server.conftest import in_thread, paused, run_server, wait_for
+
+CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "ignore_eos": True}
+
+
+@pytest.fixture
+def start_llm(tiny_phi4: Path) -> Callable[[], AsyncLLM]:
+    return lambda: AsyncLLM(EngineArgs(str(tiny_phi4), served_model_name="tiny", max_model_len=512, device="cpu"))
+
+
+def test_open_requests_finish_and_new_ones_are_refused(start_llm: Callable[[], AsyncLLM]) -> None:
+    llm = start_llm()
+    with run_server(llm, drain_timeout=60, uvicorn_log_level="error") as (server, address), httpx.Client() as idle:
+        url = f"{address}/v1/chat/completions"
+        assert idle.get(f"{address}/ready").status_code == 200
+        with paused(llm):
+            thread, answers = in_thread(httpx.post, url, json=CHAT, timeout=60)
+            wait_for(lambda: server._admission.num_open == 1)
+            server.handle_exit(signal.SIGTERM, None)
+            assert httpx.get(f"{address}/ready").json() == {"status": "shutting down"}
+            refused = idle.post(url, json=CHAT)  # on a connection that was kept, or on a new one
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+            assert httpx.post(url, json=CHAT).status_code == 503
+        thread.join(60)
+        assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 4
+        wait_for(lambda: not llm.is_alive)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{address}/ready")
+
+
+def test_what_does_not_finish_in_time_ends_in_an_error(
+    start_llm: Callable[[], AsyncLLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = start_llm()
+    step = llm.engine.step
+
+    def step_slowly(**options: Any) -> Any:
+        time.sleep(0.03)
+        return step(**options)
+
+    monkeypatch.setattr(llm.engine, "step", step_slowly)
+    with run_server(llm, drain_timeout=0.3, uvicorn_log_level="error") as (server, address):
+        url, long = f"{address}/v1/chat/completions", {**CHAT, "max_tokens": 480}
+        thread, answers = in_thread(httpx.post, url, json=long, timeout=60)
+        with httpx.stream("POST", url, json={**long, "stream": True}, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            wait_for(lambda: server._admission.num_open == 2)
+            start = time.monotonic()
+            server.drain()
+            events = [line.removeprefix("data: ") for line in lines if line]
+        thread.join(60)
+        assert events[-1] == "[DONE]" and "shutting down" in json.loads(events[-2])["error"]["message"]
+        assert answers[0].status_code == 503
+        assert 0.3 <= time.monotonic() - start < 12
+
+
+def test_a_second_signal_ends_the_process_at_once(
+    start_llm: Callable[[], AsyncLLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm, ended = start_llm(), []
+    monkeypatch.setattr("mmlora.server.http_server.signal.signal", lambda *_: None)
+    monkeypatch.setattr("mmlora.server.http_server.os.kill", lambda _, sig: ended.append(sig))
+    with run_server(llm, uvicorn_log_level="error") as (server, address):
+        with paused(llm):
+            thread, _ = in_thread(httpx.post, f"{address}/v1/chat/completions", json=CHAT, timeout=60)
+            wait_for(lambda: server._admission.num_open == 1)
+            server.handle_exit(signal.SIGTERM, None)
+            assert not ended
+            server.handle_exit(signal.SIGINT, None)
+            assert ended == [signal.SIGINT]
+        thread.join(60)
+
+
+def test_a_process_that_is_told_to_stop_ends_its_streams_and_exits_with_0(tiny_phi4: Path) -> None:
+    command = [sys.executable, "-m", "mmlora.cli", "serve", str(tiny_phi4), "--port", "0", "--device", "cpu"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen([*command, "--drain-timeout", "0.2"], **pipes) as process:
+        assert process.stdout is not None
+        try:
+            url = f"{process.stdout.readline().split()[3]}/chat/completions"
+            body = {**CHAT, "n": 64, "max_tokens": 400, "stream": True}  # 25,600 tokens
+            with httpx.stream("POST", url, json=body, timeout=60) as response:
+                lines = response.iter_lines()
+                next(lines)
+                process.send_signal(signal.SIGTERM)
+                events = [line.removeprefix("data: ") for line in lines if line]
+            assert events[-1] == "[DONE]" and "shutting down" in json.loads(events[-2])["error"]["message"]
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
