@@ -43,6 +43,7 @@ from mmlora.model_runner import ModelRunner
 from mmlora.policy import parse_defaults
 from mmlora.scheduler import Scheduler
 from mmlora.sequence import Request, Sequence
+from mmlora.structured_outputs import ConstraintCompiler
 from mmlora.towers.encoder import MediaEncoder
 
 DEFAULT_LORA_IDS = 2**62  # ids of default adapters start here, far from those that callers choose
@@ -88,6 +89,8 @@ class EngineParts:
         )
         seq = Sequence(request, index, list(request.input.prompt_token_ids), detokenizer, generator)
         seq.is_long = self.is_too_long(seq)
+        if request.input.constraint is not None:
+            seq.matcher = request.input.constraint.new_matcher()
         return seq
 
     def is_too_long(self, seq: Sequence) -> bool:
@@ -154,6 +157,7 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
             towers=towers,
             store=store,
             defaults=defaults,
+            constraints=ConstraintCompiler(tokenizer, stop_ids),
         ),
         runner=ModelRunner(model, kv_cache, encoder, lora_state, tokenizer, stop_ids),
         block_manager=block_manager,

@@ -21,6 +21,14 @@ class MediaError(RequestError):
     """Audio or image content cannot be used: undecodable, too large, or not matching the prompt."""
 
 
+class ConstraintError(RequestError):
+    """A constraint on the answer is malformed, or too large or complex; `param` names it."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
 class AdapterError(RequestError):
     """An adapter cannot be used."""
 

@@ -20,6 +20,7 @@ from mmlora.processors.media import check_counts, load_media, why_not_taken
 from mmlora.processors.placeholders import PlaceholderRange, expand_placeholders
 from mmlora.sampling_params import SamplingParams
 from mmlora.sequence import EngineInput, MediaInput
+from mmlora.structured_outputs import Constraint, ConstraintCompiler
 from mmlora.towers.base import PromptLayout, Towers
 from mmlora.towers.encoder import encoder_key
 
@@ -39,6 +40,7 @@ class InputProcessor:
         processor, towers: None for a text-only model.
         store: loads adapters; None without LoRA.
         defaults: adapters of `default_mm_loras`, under canonical keys, with the request that names them.
+        constraints: compiles what answers must look like.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class InputProcessor:
         towers: Towers | None,
         store: AdapterStore | None,
         defaults: Mapping[str, tuple[LoRARequest, Adapter]],
+        constraints: ConstraintCompiler,
     ) -> None:
         self.tokenizer = tokenizer
         self.processor = processor
@@ -61,6 +64,7 @@ class InputProcessor:
         self._towers = towers
         self._store = store
         self._defaults = defaults
+        self._constraints = constraints
         self._mixes = MixCache()
 
     def process(
@@ -77,6 +81,7 @@ class InputProcessor:
 
         Raises:
             RequestError: the prompt has the wrong form or length, or the parameters do not fit the model.
+            ConstraintError: the answer cannot be made to look like what `structured_outputs` wants.
             MediaError: a media item cannot be used, or does not match the placeholders.
             AdapterError: the adapter cannot be loaded.
         """
@@ -122,6 +127,7 @@ class InputProcessor:
             max_tokens=min(params.max_tokens or room, room),
             adapter_start=adapter_start,
             layout=layout,
+            constraint=self._compile(params),
         )
 
     def _tokenize(self, fields: Mapping[str, Any]) -> tuple[str | None, list[int]]:
@@ -186,6 +192,10 @@ class InputProcessor:
                 return adapter
         assert self._store is not None
         return self._store.get(request)
+
+    def _compile(self, params: SamplingParams) -> Constraint | None:
+        wanted = params.structured_outputs
+        return self._constraints.compile(wanted) if wanted is not None else None
 
     def _check_params(self, params: SamplingParams) -> None:
         if not isinstance(params, SamplingParams):

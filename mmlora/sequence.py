@@ -17,6 +17,7 @@ from mmlora.lora.request import LoRARequest
 from mmlora.outputs import LoRAChoice, TokenLogprobs
 from mmlora.processors.base import ProcessedMedia
 from mmlora.sampling_params import SamplingParams
+from mmlora.structured_outputs import Constraint, Matcher
 from mmlora.towers.base import PromptLayout, TwoWaySpan
 
 
@@ -54,6 +55,7 @@ class EngineInput:
     max_tokens: int
     adapter_start: int = 0  # first token that the adapter changes; later than 0 for an activated LoRA
     layout: PromptLayout = PromptLayout()
+    constraint: Constraint | None = None
 
 
 class Status(Enum):
@@ -111,6 +113,7 @@ class Sequence:
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     cumulative_logprob: float = 0.0
+    matcher: Matcher | None = None  # of the tokens generated so far, for an answer under a constraint
 
     @property
     def params(self) -> SamplingParams:
