@@ -25,7 +25,6 @@ class ChatCompletionRequest(GenerationRequest):
         "modalities": (None, ["text"]),
         "prediction": (None,),
         "reasoning_effort": (None,),
-        "response_format": (None, {"type": "text"}),
         "tool_choice": (None, "none", "auto"),
         "tools": (None, []),
         "verbosity": (None,),

@@ -125,6 +125,12 @@ class GenerationRequest(BaseModel):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: FirstOnly[str] | None = None
+    guided_grammar: str | None = None
 
     @property
     def include_usage(self) -> bool:
