@@ -3,6 +3,7 @@
 Some templates take content as a list of parts, others only strings; which one is found out by rendering.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from mmlora.chat_tools import PHI4_MARKS, Message, Tools, check_tools, render_with_tools, with_read_calls
 from mmlora.errors import ConfigError, RequestError
 from mmlora.inputs import encode_text
 from mmlora.processors.base import MultiModalProcessor
@@ -17,7 +19,6 @@ from mmlora.processors.fetch import load_base64, load_url
 from mmlora.processors.items import DEFAULT_LIMITS, MediaItem, MediaLimits
 from mmlora.processors.media import check_counts, check_decoded_bytes, load_media, why_not_taken
 
-Message = Mapping[str, Any]
 MODALITIES = {"image_url": "image", "input_audio": "audio", "audio_url": "audio", "image": "image", "audio": "audio"}
 SPELLED_LIST = "'type':"  # in the text of a template that wrote a list of parts as Python spells it
 PART_TYPES = ("text", *MODALITIES)
@@ -51,12 +52,14 @@ def render_chat(
     limits: MediaLimits = DEFAULT_LIMITS,
     limit_mm_per_prompt: Mapping[str, int] | None = None,
     max_model_len: int | None = None,
+    tools: Tools | None = None,
 ) -> dict[str, Any]:
     """Render a conversation to a prompt for `LLM.generate`.
 
     Args:
         messages: with `role` and `content`, text or a list of parts: `text`, `image_url`, `input_audio`,
-            `audio_url` (data: URLs), and from Python `image` (PIL) and `audio` (`(array, rate)`).
+            `audio_url` (data: URLs), and from Python `image` (PIL) and `audio` (`(array, rate)`); an assistant's may
+            have `tool_calls`.
         tokenizer: its template is used unless `chat_template` is given.
         processor: names the placeholders; None for a text-only model.
         chat_template_kwargs: passed to the template.
@@ -64,31 +67,39 @@ def render_chat(
         limits: of the media.
         limit_mm_per_prompt: most items by modality, counted before any is decoded.
         max_model_len: text that cannot fit into so many tokens is refused before it is tokenized.
+        tools: OpenAI's, passed to the template.
 
     Returns:
         `{"prompt_token_ids", "prompt", "multi_modal_data"}`; the prompt is the rendered text.
 
     Raises:
-        RequestError: a message has the wrong form, or there is no template.
+        RequestError: a message has the wrong form, or there is no template, or it leaves out tools or calls.
         MediaError: a media item cannot be used.
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise RequestError("messages must be a list of at least one message")
-    checked = [_check_message(message) for message in messages]
+    check_tools(tools or ())
+    checked = [_check_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
     counts = Counter(MODALITIES[kind] for _, parts in checked for kind, _ in parts if kind in MODALITIES)
     check_counts(counts, processor.modalities if processor is not None else (), limit_mm_per_prompt)
     conversation = _load_parts(checked, limits)
     media = [part for _, parts in conversation for part in parts if not isinstance(part, str)]
 
-    def render(turns: list[dict[str, Any]]) -> str:
+    def render(turns: list[dict[str, Any]], tools: Tools | None) -> str:
         kwargs = {"add_generation_prompt": add_generation_prompt, **(chat_template_kwargs or {})}
+        kwargs |= {"tools": tools} if tools else {}
         try:
             text: str = tokenizer.apply_chat_template(turns, chat_template=chat_template, tokenize=False, **kwargs)
         except (TemplateError, ValueError, TypeError) as error:
             raise RequestError(f"the chat template cannot render these messages: {error}") from None
         return text
 
-    text = _render_parts(conversation, media, processor, render)
+    text = render_with_tools(
+        conversation,
+        tools,
+        lambda turns, tools: _render_parts(turns, media, processor, functools.partial(render, tools=tools)),
+        knows_phi4_marks=tokenizer.convert_tokens_to_ids(PHI4_MARKS[0]) not in (None, tokenizer.unk_token_id),
+    )
     data: dict[str, list[MediaItem]] = {}
     for item in media:
         data.setdefault(item.modality, []).append(item)
@@ -158,10 +169,11 @@ def _template_parts(parts: list[str | MediaItem]) -> list[dict[str, str]]:
     return [{"type": "text", "text": part} if isinstance(part, str) else {"type": part.modality} for part in parts]
 
 
-def _check_message(message: Message) -> tuple[Message, list[tuple[str, Any]]]:
+def _check_message(message: Message, name: str) -> tuple[Message, list[tuple[str, Any]]]:
     """Return the parts of a message by their type, media not decoded yet."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise RequestError(f"a message must be a mapping with a 'role' and 'content', got {str(message)[:80]!r}")
+    message = with_read_calls(message, name)
     content = message.get("content")
     if content is None or isinstance(content, str):
         return message, [("text", content or "")]

@@ -35,6 +35,7 @@ def build_app(
     max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES,
     allow_lora_updates: bool = False,
     log_requests: bool = False,
+    tool_call_parser: str | None = "auto",
 ) -> FastAPI:
     """Build the application around a running engine.
 
@@ -45,10 +46,11 @@ def build_app(
         max_request_bytes: the largest body of a request.
         allow_lora_updates: whether clients may load and unload adapters.
         log_requests: access lines hold prompts and the hashes of media.
+        tool_call_parser: see `ChatService`.
     """
     app = FastAPI(title="mmlora", docs_url=None, redoc_url=None)
     conversations = Conversations(llm, models)
-    chat = ChatService(llm, models, conversations, max_request_bytes)
+    chat = ChatService(llm, models, conversations, max_request_bytes, tool_call_parser)
     completion = CompletionService(llm, models, max_request_bytes)
 
     def authorize(request: Request) -> None:

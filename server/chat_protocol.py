@@ -5,14 +5,18 @@ What `messages` may hold beyond roles and fields is `mmlora.chat`'s matter.
 
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any
 
 from pydantic import Field
 
+from mmlora.server.constraint_fields import read_constraint
 from mmlora.server.protocol import FieldError, FirstOnly, GenerationRequest, shorten
+from mmlora.server.tool_choice import ToolChoice, read_tool_choice
+from mmlora.structured_outputs import StructuredOutputsParams
 
-ROLES = ("system", "developer", "user", "assistant")
-MESSAGE_FIELDS = frozenset({"role", "content", "name", "refusal"})
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MESSAGE_FIELDS = frozenset({"role", "content", "name", "refusal", "tool_calls", "tool_call_id"})
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -25,8 +29,6 @@ class ChatCompletionRequest(GenerationRequest):
         "modalities": (None, ["text"]),
         "prediction": (None,),
         "reasoning_effort": (None,),
-        "tool_choice": (None, "none", "auto"),
-        "tools": (None, []),
         "verbosity": (None,),
         "web_search_options": (None,),
     }
@@ -36,6 +38,18 @@ class ChatCompletionRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: FirstOnly[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | str | None = None
+    parallel_tool_calls: bool | None = None
+
+    @cached_property
+    def tooling(self) -> ToolChoice:
+        """The tools and how they may be called.
+
+        Raises:
+            FieldError: a field has another form.
+        """
+        return read_tool_choice(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     def sampling_options(self) -> dict[str, Any]:
         """The fields of `SamplingParams` that the request sets.
@@ -44,7 +58,14 @@ class ChatCompletionRequest(GenerationRequest):
             FieldError: two fields contradict each other.
         """
         limits = {"max_tokens": self._answer_limit(), "logprobs": self._num_logprobs()}
-        return {**self.given_sampling_options(), **limits}
+        return {**self.given_sampling_options(), **limits, "structured_outputs": self._constraint()}
+
+    def _constraint(self) -> StructuredOutputsParams | None:
+        constraint = read_constraint(self)
+        if constraint is not None and self.tooling.tools:
+            text = f"{constraint.name} goes with tools only where tool_choice is 'none'; the answer may call a tool"
+            raise FieldError(text, constraint.name)
+        return constraint or self.tooling.constraint
 
     def _answer_limit(self) -> int | None:
         limits = {limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None}
@@ -71,6 +92,7 @@ def parse_chat_request(body: bytes) -> ChatCompletionRequest:
         FieldError: the body is not JSON, a field has the wrong type, or is not supported.
     """
     request = ChatCompletionRequest.parse(body)
+    _ = request.tooling
     for index, message in enumerate(request.messages):
         check_message(message, f"messages[{index}]")
     return request
@@ -88,5 +110,7 @@ def check_message(message: Mapping[str, Any], name: str) -> None:
     for field, value in message.items():
         if field not in MESSAGE_FIELDS and value not in (None, []):
             raise FieldError(f"{name} has the field {shorten(field)}, which this server does not support", "messages")
+    if message.get("tool_calls") and role != "assistant":
+        raise FieldError(f"{name} has tool_calls; only messages of the assistant may have them", "messages")
     if message.get("content") in (None, []) and role != "assistant":
         raise FieldError(f"{name}.content is missing or empty; it must be text or a list of parts", "messages")

@@ -22,6 +22,7 @@ class Conversation:
         model, lora: the fields of the request.
         sampling_options: fields of `SamplingParams`, on top of the model's own defaults.
         chat_template_kwargs, mm_processor_kwargs: for the template, and for the processor of media.
+        tools: OpenAI's, for the template.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -30,6 +31,7 @@ class Conversation:
     sampling_options: Mapping[str, Any]
     chat_template_kwargs: Mapping[str, Any] | None = None
     mm_processor_kwargs: Mapping[str, Any] | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
 
 
 class Conversations:
@@ -47,6 +49,12 @@ class Conversations:
         self._llm = llm
         self._models = models
         self._chat_template = load_chat_template(llm.engine.args.chat_template)
+
+    @property
+    def chat_template(self) -> str:
+        """The text of the template, or of all that the tokenizer has."""
+        template = self._chat_template or self._llm.tokenizer.chat_template or ""
+        return template if isinstance(template, str) else "\n".join(template.values())
 
     async def generate(self, conversation: Conversation, request_id: str) -> Outputs:
         """Yield what is new as it comes; leaving early aborts the request.
@@ -77,5 +85,6 @@ class Conversations:
             chat_template_kwargs=conversation.chat_template_kwargs,
             limit_mm_per_prompt=engine.args.limit_mm_per_prompt,
             max_model_len=engine.max_model_len,
+            tools=conversation.tools,
         )
         return {**prompt, "mm_processor_kwargs": conversation.mm_processor_kwargs}

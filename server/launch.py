@@ -19,6 +19,7 @@ from mmlora.server.logs import LOG_FORMATS
 from mmlora.server.models import LoRAModule, ServedModels
 from mmlora.server.resolved import ALLOW_VARIABLE, start_resolution
 from mmlora.server.served_adapter import ServedAdapter
+from mmlora.server.tool_formats import PARSER_NAMES
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class ServerArgs:
         uvicorn_log_level: of uvicorn and the access lines: critical, error, warning, info, debug or trace.
         log_format: text, or json: one object per line.
         log_requests: log prompts, and media as hashes and sizes.
+        enable_auto_tool_choice: let the model choose whether it calls a tool.
+        tool_call_parser: the format in which the model writes tool calls: auto (as its chat template says), mistral,
+            phi4_mini_json, granite, hermes or llama3_json.
 
     Raises:
         ConfigError: an option has a wrong value.
@@ -48,6 +52,8 @@ class ServerArgs:
     uvicorn_log_level: str = "info"
     log_format: str = "text"
     log_requests: bool = False
+    enable_auto_tool_choice: bool = True
+    tool_call_parser: str = "auto"
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -61,6 +67,9 @@ class ServerArgs:
             raise ConfigError(f"uvicorn_log_level={self.uvicorn_log_level!r}: must be one of {allowed}")
         if self.log_format not in LOG_FORMATS:
             raise ConfigError(f"log_format={self.log_format!r}: must be one of {', '.join(LOG_FORMATS)}")
+        if self.tool_call_parser not in ("auto", *PARSER_NAMES):
+            allowed = ", ".join(("auto", *PARSER_NAMES))
+            raise ConfigError(f"tool_call_parser={self.tool_call_parser!r}: must be one of {allowed}")
 
 
 def serve(engine_args: EngineArgs, server_args: ServerArgs) -> None:
@@ -83,6 +92,7 @@ def serve(engine_args: EngineArgs, server_args: ServerArgs) -> None:
                 max_request_bytes=server_args.max_request_bytes,
                 allow_lora_updates=read_bool(ALLOW_VARIABLE),
                 log_requests=server_args.log_requests,
+                tool_call_parser=server_args.tool_call_parser if server_args.enable_auto_tool_choice else None,
             )
             level = server_args.uvicorn_log_level
             config = uvicorn.Config(app, log_level=level, log_config=None, access_log=False, lifespan="off")
