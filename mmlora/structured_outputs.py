@@ -121,7 +121,7 @@ class Matcher:
 
     def _look_ahead(self) -> None:
         self._mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        self.error = self._matcher.get_error().splitlines()[0] if self._matcher.is_error() else None
+        self.error = _reason(self._matcher) if self._matcher.is_error() else None
         can_go_on = bool((self._mask & ~self._end_mask).any())
         self.is_complete = self.error is None and not can_go_on and self._matcher.is_accepting()
         if self.error is None and not can_go_on and not self.is_complete:
@@ -175,7 +175,7 @@ class ConstraintCompiler:
         if not matcher.is_error():
             matcher.compute_bitmask()
         if matcher.is_error():
-            params.refuse(matcher.get_error().partition("<non-verbose/>")[0].strip()[:400])
+            params.refuse(_reason(matcher))
         constraint = Constraint(matcher, self._end_mask(tokenizer))
         first = constraint.new_matcher()
         if first.error is not None or first.is_complete:
@@ -216,6 +216,12 @@ def _grammar(params: StructuredOutputsParams) -> str:
             params.refuse(str(error)[:400])
     schema = _checked_schema(params, ANY_OBJECT if params.json is None else params.json)
     return str(LLMatcher.grammar_from_json_schema(schema, defaults=JSON_OPTIONS))
+
+
+def _reason(matcher: Any) -> str:
+    """Why a matcher of llguidance fails."""
+    text = str(matcher.get_error()).partition("<non-verbose/>")[0].strip()
+    return "it permits no text at all" if text.startswith("NoExtension") else text[:400]
 
 
 def _checked_schema(params: StructuredOutputsParams, schema: Any) -> str:
