@@ -89,8 +89,8 @@ class EngineParts:
         )
         seq = Sequence(request, index, list(request.input.prompt_token_ids), detokenizer, generator)
         seq.is_long = self.is_too_long(seq)
-        if request.input.constraint is not None:
-            seq.matcher = request.input.constraint.new_matcher()
+        if request.input.matcher is not None:
+            seq.matcher = request.input.matcher.copy()
         return seq
 
     def is_too_long(self, seq: Sequence) -> bool:

@@ -20,7 +20,7 @@ from mmlora.processors.media import check_counts, load_media, why_not_taken
 from mmlora.processors.placeholders import PlaceholderRange, expand_placeholders
 from mmlora.sampling_params import SamplingParams
 from mmlora.sequence import EngineInput, MediaInput
-from mmlora.structured_outputs import Constraint, ConstraintCompiler
+from mmlora.structured_outputs import ConstraintCompiler, Matcher
 from mmlora.towers.base import PromptLayout, Towers
 from mmlora.towers.encoder import encoder_key
 
@@ -127,7 +127,7 @@ class InputProcessor:
             max_tokens=min(params.max_tokens or room, room),
             adapter_start=adapter_start,
             layout=layout,
-            constraint=self._compile(params),
+            matcher=self._compile(params),
         )
 
     def _tokenize(self, fields: Mapping[str, Any]) -> tuple[str | None, list[int]]:
@@ -193,7 +193,7 @@ class InputProcessor:
         assert self._store is not None
         return self._store.get(request)
 
-    def _compile(self, params: SamplingParams) -> Constraint | None:
+    def _compile(self, params: SamplingParams) -> Matcher | None:
         wanted = params.structured_outputs
         return self._constraints.compile(wanted) if wanted is not None else None
 

@@ -17,7 +17,7 @@ from mmlora.lora.request import LoRARequest
 from mmlora.outputs import LoRAChoice, TokenLogprobs
 from mmlora.processors.base import ProcessedMedia
 from mmlora.sampling_params import SamplingParams
-from mmlora.structured_outputs import Constraint, Matcher
+from mmlora.structured_outputs import Matcher
 from mmlora.towers.base import PromptLayout, TwoWaySpan
 
 
@@ -55,7 +55,7 @@ class EngineInput:
     max_tokens: int
     adapter_start: int = 0  # first token that the adapter changes; later than 0 for an activated LoRA
     layout: PromptLayout = PromptLayout()
-    constraint: Constraint | None = None
+    matcher: Matcher | None = None  # at its start, for an answer under a constraint
 
 
 class Status(Enum):
@@ -113,7 +113,7 @@ class Sequence:
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     cumulative_logprob: float = 0.0
-    matcher: Matcher | None = None  # of the tokens generated so far, for an answer under a constraint
+    matcher: Matcher | None = None  # after the tokens generated so far
 
     @property
     def params(self) -> SamplingParams:

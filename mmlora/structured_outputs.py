@@ -1,12 +1,13 @@
 """Structured outputs: answers that follow a JSON schema, a regular expression, a choice or a grammar.
 
-`StructuredOutputsParams` is what a request asks for, `ConstraintCompiler` makes a `Constraint` of it outside the engine
-thread, and each answer has a `Matcher` that knows which tokens may come next. The sampler masks all others.
+`StructuredOutputsParams` is what a request asks for; `ConstraintCompiler` makes a `Matcher` of it outside the engine
+thread, of which each answer has a copy. It knows which tokens may come next; the sampler masks all others.
 """
 
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import cached_property
@@ -91,7 +92,7 @@ class Matcher:
         error: why it cannot go on, for a constraint that turned out to be too complex; None while all is well.
 
     Args:
-        matcher: llguidance's, which is this answer's own.
+        matcher: llguidance's, at the start of an answer.
         end_mask: the end-of-text tokens, one bit a token.
     """
 
@@ -99,6 +100,12 @@ class Matcher:
         self._matcher = matcher
         self._end_mask = end_mask
         self._look_ahead()
+
+    def copy(self) -> "Matcher":
+        """Begin another answer where this one stands."""
+        other = copy(self)
+        other._matcher = self._matcher.deep_copy()
+        return other
 
     def completes(self, token_id: int) -> bool:
         """Take the next token of the answer, which `allowed` permitted, and tell whether nothing can follow it."""
@@ -128,23 +135,6 @@ class Matcher:
             self.error = "no token of the model fits here"
 
 
-class Constraint:
-    """A compiled constraint, from which each answer gets a matcher of its own.
-
-    Args:
-        matcher: llguidance's, at its start.
-        end_mask: see `Matcher`.
-    """
-
-    def __init__(self, matcher: Any, end_mask: NDArray[np.uint8]) -> None:
-        self._matcher = matcher
-        self._end_mask = end_mask
-
-    def new_matcher(self) -> Matcher:
-        """Begin an answer."""
-        return Matcher(self._matcher.deep_copy(), self._end_mask)
-
-
 class ConstraintCompiler:
     """Compiles constraints for one tokenizer. Safe to use from several threads.
 
@@ -157,7 +147,7 @@ class ConstraintCompiler:
         self._hf_tokenizer = tokenizer
         self._stop_ids = stop_ids
 
-    def compile(self, params: StructuredOutputsParams) -> Constraint:
+    def compile(self, params: StructuredOutputsParams) -> Matcher:
         """Compile a constraint; takes milliseconds as a rule, and seconds for the largest that is allowed.
 
         Raises:
@@ -167,30 +157,25 @@ class ConstraintCompiler:
             from llguidance import LLMatcher, LLParserLimits
         except ImportError:
             params.refuse("the package llguidance is not installed")
-        tokenizer = self._tokenizer
-        if tokenizer is None:
-            params.refuse("the tokenizer of this model has no form in which constraints could read it")
+        try:
+            tokenizer = self._tokenizer
+        except (ValueError, TypeError) as error:
+            params.refuse(f"constraints cannot read the tokenizer of this model: {error}")
         limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
         matcher = LLMatcher(tokenizer, _grammar(params), log_level=0, limits=limits)
-        if not matcher.is_error():
-            matcher.compute_bitmask()
         if matcher.is_error():
             params.refuse(_reason(matcher))
-        constraint = Constraint(matcher, self._end_mask(tokenizer))
-        first = constraint.new_matcher()
-        if first.error is not None or first.is_complete:
-            params.refuse(first.error or "only an empty answer is allowed")
-        return constraint
+        start = Matcher(matcher, self._end_mask(tokenizer))
+        if start.error is not None or start.is_complete:
+            params.refuse(start.error or "only an empty answer is allowed")
+        return start
 
     @cached_property
     def _tokenizer(self) -> Any:
-        """llguidance's view of the tokenizer, made when it is first needed; None where it cannot be made."""
+        """llguidance's view of the tokenizer, made when it is first needed."""
         from llguidance.hf import from_tokenizer
 
-        try:
-            return from_tokenizer(self._hf_tokenizer, eos_token=sorted(self._stop_ids))
-        except (ValueError, TypeError):
-            return None
+        return from_tokenizer(self._hf_tokenizer, eos_token=sorted(self._stop_ids))
 
     def _end_mask(self, tokenizer: Any) -> NDArray[np.uint8]:
         is_end = np.zeros(-(-tokenizer.vocab_size // 32) * 32, np.bool_)

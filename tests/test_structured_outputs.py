@@ -113,6 +113,14 @@ def test_any_object_is_one(llm):
     assert all(completion.text.startswith("{") for completion in choice)
 
 
+def test_a_model_that_likes_blanks_comes_to_an_end(llm):
+    space = llm.get_tokenizer()(" ").input_ids[0]
+    options = {"temperature": 0, "max_tokens": 400, "logit_bias": {space: 100}}
+    completion = answers(llm, under(options, json=PERSON))[0]
+    assert completion.finish_reason == "stop" and json.loads(completion.text)["name"] == " " * 6
+    assert max(map(len, re.findall(" +", completion.text))) == 40
+
+
 def best_choice(reference, choices, prompt, bias=None):
     """The greedy path through the choices with the logits of transformers: one byte is one token."""
     tokenizer = reference.tokenizer
@@ -270,7 +278,7 @@ def compiler():
 
 def constrained_sequence(compiler, **constraint):
     seq = make_sequence(params=under({"temperature": 0}, **constraint))
-    seq.matcher = compiler.compile(seq.params.structured_outputs).new_matcher()
+    seq.matcher = compiler.compile(seq.params.structured_outputs)
     return seq
 
 

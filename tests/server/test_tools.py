@@ -198,6 +198,18 @@ def test_without_a_choice_the_text_stays(server: RunningServer, say: Any) -> Non
     assert taken(create(server, tool_choice="none"))["content"] == CALL
 
 
+def test_marks_that_are_special_tokens_are_kept_for_the_parser(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, make = [], server.llm.engine.default_sampling_params
+    monkeypatch.setattr(
+        server.llm.engine, "default_sampling_params", lambda **options: given.append(options) or make(**options)
+    )
+    for choice in ("auto", "none", "required"):
+        create(server, tool_choice=choice, max_tokens=1)
+    assert [options.get("skip_special_tokens", True) for options in given] == [False, True, True]
+
+
 def prompt_of(server: RunningServer, monkeypatch: pytest.MonkeyPatch, body: dict[str, Any]) -> str:
     """The prompt that a request becomes."""
     prompts, process = [], server.llm.engine.process_input
