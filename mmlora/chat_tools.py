@@ -63,17 +63,17 @@ def render_with_tools(turns: Turns, tools: Tools | None, render: Render, *, know
     Raises:
         RequestError: the template leaves out tools or calls.
     """
-    has_calls = any("tool_calls" in message for message, _ in turns)
-    if has_calls and render(turns, tools) == render(
-        [(_without_calls(message), parts) for message, parts in turns], tools
-    ):
+    tools = tools or None
+    text = render(turns, tools)
+    bare = [(_without_calls(message), parts) for message, parts in turns]
+    if any("tool_calls" in message for message, _ in turns) and _renders_to(text, bare, tools, render):
         if not knows_phi4_marks:
             raise RequestError(
                 "the chat template of this model leaves out tool_calls, so it cannot take these messages"
             )
         turns = [(_without_calls(message), [*parts, *_spelled_calls(message)]) for message, parts in turns]
-    text = render(turns, tools or None)
-    if not tools or text != render(turns, None):
+        text = render(turns, tools)
+    if tools is None or not _renders_to(text, turns, None, render):
         return text
     told = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
     text = render(_told_in_system_message(turns, told), None)
@@ -82,6 +82,14 @@ def render_with_tools(turns: Turns, tools: Tools | None, render: Render, *, know
             "the chat template of this model takes no tools; send none, or start with another chat_template"
         )
     return text
+
+
+def _renders_to(text: str, turns: Turns, tools: Tools | None, render: Render) -> bool:
+    """Whether turns come out as this text; a template may fail on what it asks for and does not get."""
+    try:
+        return render(turns, tools) == text
+    except RequestError:
+        return False
 
 
 def _without_calls(message: Message) -> Message:
