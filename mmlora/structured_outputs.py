@@ -6,7 +6,7 @@ thread, of which each answer has a copy. It knows which tokens may come next; th
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, fields
 from fractions import Fraction
@@ -93,12 +93,14 @@ class Matcher:
 
     Args:
         matcher: llguidance's, at the start of an answer.
-        end_mask: the end-of-text tokens, one bit a token.
+        stop_ids: end-of-text tokens.
     """
 
-    def __init__(self, matcher: Any, end_mask: NDArray[np.uint8]) -> None:
+    def __init__(self, matcher: Any, stop_ids: Collection[int]) -> None:
         self._matcher = matcher
-        self._end_mask = end_mask
+        is_end = np.zeros(8 * len(matcher.compute_bitmask()), np.bool_)  # one bit a token, and some more
+        is_end[list(stop_ids)] = True
+        self._end_mask = np.packbits(is_end, bitorder="little")
         self._look_ahead()
 
     def copy(self) -> "Matcher":
@@ -165,7 +167,7 @@ class ConstraintCompiler:
         matcher = LLMatcher(tokenizer, _grammar(params), log_level=0, limits=limits)
         if matcher.is_error():
             params.refuse(_reason(matcher))
-        start = Matcher(matcher, self._end_mask(tokenizer))
+        start = Matcher(matcher, self._stop_ids)
         if start.error is not None or start.is_complete:
             params.refuse(start.error or "only an empty answer is allowed")
         return start
@@ -176,11 +178,6 @@ class ConstraintCompiler:
         from llguidance.hf import from_tokenizer
 
         return from_tokenizer(self._hf_tokenizer, eos_token=sorted(self._stop_ids))
-
-    def _end_mask(self, tokenizer: Any) -> NDArray[np.uint8]:
-        is_end = np.zeros(-(-tokenizer.vocab_size // 32) * 32, np.bool_)
-        is_end[tokenizer.eos_tokens] = True
-        return np.packbits(is_end, bitorder="little")
 
 
 def _grammar(params: StructuredOutputsParams) -> str:

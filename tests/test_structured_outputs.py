@@ -7,8 +7,10 @@ import re
 import pytest
 import torch
 from jsonschema import Draft202012Validator
+from transformers import AutoTokenizer
 
 from mmlora import LLM, LoRARequest, SamplingParams, StructuredOutputsParams
+from mmlora.assets.models import assistant_path
 from mmlora.errors import ConstraintError, RequestError
 from mmlora.sampler import sample
 from mmlora.structured_outputs import ConstraintCompiler
@@ -290,6 +292,14 @@ def test_the_vocabulary_may_differ_from_the_rows_of_logits(compiler, vocab_size)
     tokens = sample(logits, [free, bound], frozenset())
     assert tokens == [vocab_size - 1, build_tokenizer()("#").input_ids[0]]
     assert torch.equal(logits[0], torch.arange(vocab_size, dtype=torch.float32))
+
+
+def test_the_vocabulary_may_fill_whole_words_of_a_mask():
+    tokenizer = AutoTokenizer.from_pretrained(assistant_path())
+    assert len(tokenizer) % 32 == 0
+    compiler = ConstraintCompiler(tokenizer, frozenset({tokenizer.eos_token_id}))
+    seq, ids = constrained_sequence(compiler, choice=["!"]), tokenizer("!").input_ids
+    assert sample(torch.zeros(1, len(tokenizer)), [seq], frozenset()) == ids and seq.matcher.completes(ids[0])
 
 
 def test_a_matcher_that_fails_takes_its_own_request_along(compiler):

@@ -29,6 +29,7 @@ CASES = [
         [WEATHER, SUM],
     ),
     ("hermes", f"<tool_call>{W}</tool_call> done", "done", [WEATHER]),
+    ("hermes", f"First\n\n<tool_call>{W}</tool_call> done", "Firstdone", [WEATHER]),
     ("hermes", f"<tool_call>{W}", "", [WEATHER]),
     ("hermes", "a < b, <tool, <tool_call", "a < b, <tool, <tool_call", NO_CALLS),
     ("hermes", " just text \n", " just text \n", NO_CALLS),
