@@ -14,6 +14,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from mmlora.errors import ConfigError
 from mmlora.server.api import build_app
 from mmlora.server.launch import ServerArgs, load_served_models
+from mmlora.server.tool_choice import read_tool_choice
 from mmlora.structured_outputs import StructuredOutputsParams
 from tests.checkpoints import CHAT_TEMPLATE
 from tests.server.conftest import RunningServer, ServerFactory, run_app
@@ -116,6 +117,15 @@ def test_one_call_where_several_are_not_wanted(server: RunningServer) -> None:
     answer = create(server, tool_choice="required", parallel_tool_calls=False, n=8, seed=2)
     whole = [taken(answer, index) for index in range(8) if answer.choices[index].finish_reason == "tool_calls"]
     assert whole and all(len(choice["calls"]) == 1 for choice in whole)
+
+
+@pytest.mark.parametrize("is_parallel", [None, True, False])
+def test_several_calls_follow_the_constraint_unless_one_is_wanted(is_parallel: bool | None) -> None:
+    constraint = read_tool_choice([tool("a")], "required", is_parallel).constraint
+    assert constraint is not None and isinstance(constraint.json, dict)
+    schema, call = Draft202012Validator(constraint.json), {"name": "a", "arguments": {}}
+    assert schema.is_valid([call]) and not schema.is_valid([])
+    assert schema.is_valid([call, call]) == (is_parallel is not False)
 
 
 def test_a_named_tool_is_called(server: RunningServer) -> None:
