@@ -10,6 +10,7 @@ from mmlora.lora.request import BASE, LoRARequest
 from mmlora.metrics import EngineMetrics
 from mmlora.outputs import CompletionOutput, LoRAChoice, RequestOutput
 from mmlora.sampling_params import SamplingParams
+from mmlora.structured_outputs import StructuredOutputsParams
 
 __all__ = [
     "BASE",
@@ -25,4 +26,5 @@ __all__ = [
     "LoRARequest",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
 ]

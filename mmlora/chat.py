@@ -3,6 +3,7 @@
 Some templates take content as a list of parts, others only strings; which one is found out by rendering.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from mmlora.chat_tools import PHI4_MARKS, Message, Tools, check_tools, render_with_tools, with_read_calls
 from mmlora.errors import ConfigError, RequestError
 from mmlora.inputs import encode_text
 from mmlora.processors.base import MultiModalProcessor
@@ -18,7 +20,6 @@ from mmlora.processors.loader import MediaLoader, PromptMedia
 from mmlora.processors.media import check_counts, why_not_taken
 from mmlora.processors.reference import MediaReference
 
-Message = Mapping[str, Any]
 MODALITIES = {"image_url": "image", "input_audio": "audio", "audio_url": "audio", "image": "image", "audio": "audio"}
 SPELLED_LIST = "'type':"  # in the text of a template that wrote a list of parts as Python spells it
 PART_TYPES = ("text", *MODALITIES)
@@ -54,12 +55,14 @@ def render_chat(
     media: PromptMedia | None = None,
     limit_mm_per_prompt: Mapping[str, int] | None = None,
     max_model_len: int | None = None,
+    tools: Tools | None = None,
 ) -> dict[str, Any]:
     """Render a conversation to a prompt for `LLM.generate`.
 
     Args:
         messages: with `role` and `content`, text or a list of parts: `text`, `image_url`, `input_audio`,
-            `audio_url`, and from Python `image` (PIL) and `audio` (`(array, rate)`), each with a `uuid` if it likes.
+            `audio_url`, and from Python `image` (PIL) and `audio` (`(array, rate)`), each with a `uuid` if it likes; an
+            assistant's message may have `tool_calls`.
         tokenizer: its template is used unless `chat_template` is given.
         processor: names the placeholders; None for a text-only model.
         chat_template_kwargs: passed to the template.
@@ -69,18 +72,20 @@ def render_chat(
         media: loads them; by default within `MediaLimits()`, from data: URLs and public servers.
         limit_mm_per_prompt: most items by modality, counted before any is decoded.
         max_model_len: text that cannot fit into so many tokens is refused before it is tokenized.
+        tools: OpenAI's, passed to the template.
 
     Returns:
         `{"prompt_token_ids", "prompt", "multi_modal_data"}`; the prompt is the rendered text.
 
     Raises:
-        RequestError: a message has the wrong form, or there is no template.
+        RequestError: a message has the wrong form, or there is no template, or it leaves out tools or calls.
         MediaError: a media item cannot be used.
     """
     if add_generation_prompt and continue_final_message:
         raise RequestError("add_generation_prompt and continue_final_message exclude each other; give one of them")
     if add_generation_prompt is None:
         add_generation_prompt = not continue_final_message
+    check_tools(tools or ())
     checked = _check_messages(messages, processor, limit_mm_per_prompt)
     loader = media or MediaLoader().begin()
     conversation = [
@@ -89,12 +94,13 @@ def render_chat(
     ]
     items = [part for _, parts in conversation for part in parts if not isinstance(part, str)]
 
-    def render(turns: list[dict[str, Any]]) -> str:
+    def render(turns: list[dict[str, Any]], tools: Tools | None) -> str:
         kwargs = {
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
             **(chat_template_kwargs or {}),
         }
+        kwargs |= {"tools": tools} if tools else {}
         try:
             text: str = tokenizer.apply_chat_template(turns, chat_template=chat_template, tokenize=False, **kwargs)
         except (TemplateError, ValueError, TypeError) as error:
@@ -102,7 +108,12 @@ def render_chat(
             raise RequestError(f"the chat template cannot render these messages: {reason}") from None
         return text
 
-    text = _render_parts(conversation, items, processor, render)
+    text = render_with_tools(
+        conversation,
+        tools,
+        lambda turns, tools: _render_parts(turns, items, processor, functools.partial(render, tools=tools)),
+        knows_phi4_marks=tokenizer.convert_tokens_to_ids(PHI4_MARKS[0]) not in (None, tokenizer.unk_token_id),
+    )
     data: dict[str, list[MediaItem]] = {}
     for item in items:
         data.setdefault(item.modality, []).append(item)
@@ -194,15 +205,16 @@ def _check_messages(
     """The parts of each message; media are counted, nothing is decoded yet."""
     if not isinstance(messages, list | tuple) or not messages:
         raise RequestError("messages must be a list of at least one message")
-    checked = [_check_message(message) for message in messages]
+    checked = [_check_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
     counts = Counter(part.modality for _, parts in checked for part in parts if not isinstance(part, str))
     check_counts(counts, processor.modalities if processor is not None else (), limit_mm_per_prompt)
     return checked
 
 
-def _check_message(message: Message) -> tuple[Message, list[str | MediaReference]]:
+def _check_message(message: Message, name: str) -> tuple[Message, list[str | MediaReference]]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise RequestError(f"a message must be a mapping with a 'role' and 'content', got {str(message)[:80]!r}")
+    message = with_read_calls(message, name)
     content = message.get("content")
     if content is None or isinstance(content, str):
         return message, [content or ""]
@@ -217,7 +229,7 @@ def message_text(message: Message) -> str:
     Raises:
         RequestError: it has the wrong form.
     """
-    return "".join(part for part in _check_message(message)[1] if isinstance(part, str))
+    return "".join(part for part in _check_message(message, "message")[1] if isinstance(part, str))
 
 
 def _check_part(part: Any) -> str | MediaReference:

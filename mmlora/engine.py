@@ -277,6 +277,8 @@ class LLMEngine:
             if stop is not None:
                 seq.stop_reason = stop
                 self.scheduler.finish(seq, "stop")
+            elif seq.matcher is not None and seq.matcher.completes(token_id):
+                self.scheduler.finish(seq, "stop")
             elif seq.num_output_tokens >= request.input.max_tokens:
                 self.scheduler.finish(seq, "length")
         if seq.status is Status.FINISHED and not isinstance(seq.stop_reason, str):

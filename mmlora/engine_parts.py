@@ -43,6 +43,7 @@ from mmlora.model_runner import ModelRunner
 from mmlora.policy import parse_defaults
 from mmlora.scheduler import Scheduler
 from mmlora.sequence import Request, Sequence
+from mmlora.structured_outputs import ConstraintCompiler
 from mmlora.towers.encoder import MediaEncoder
 from mmlora.transcription import OWN_PROMPT, TranscriptionPrompt, read_own_prompt
 
@@ -90,6 +91,8 @@ class EngineParts:
         )
         seq = Sequence(request, index, list(request.input.prompt_token_ids), detokenizer, generator)
         seq.is_long = self.is_too_long(seq)
+        if request.input.matcher is not None:
+            seq.matcher = request.input.matcher.copy()
         return seq
 
     def is_too_long(self, seq: Sequence) -> bool:
@@ -156,6 +159,7 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
             towers=towers,
             store=store,
             defaults=defaults,
+            constraints=ConstraintCompiler(tokenizer, stop_ids),
         ),
         runner=ModelRunner(model, kv_cache, encoder, lora_state, tokenizer, stop_ids),
         block_manager=block_manager,

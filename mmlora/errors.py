@@ -33,6 +33,14 @@ class MediaNotHeld(MediaError):
     """A uuid stands for no media item, or for none any more: it has to be sent again."""
 
 
+class ConstraintError(RequestError):
+    """A constraint on the answer is malformed, or too large or complex; `param` names it."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
 class AdapterError(RequestError):
     """An adapter cannot be used."""
 

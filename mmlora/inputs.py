@@ -21,6 +21,7 @@ from mmlora.processors.media import check_counts, check_decoded_bytes, load_medi
 from mmlora.processors.placeholders import PlaceholderRange, expand_placeholders
 from mmlora.sampling_params import SamplingParams
 from mmlora.sequence import EngineInput, MediaInput
+from mmlora.structured_outputs import ConstraintCompiler, Matcher
 from mmlora.towers.base import PromptLayout, Towers
 from mmlora.towers.encoder import encoder_key
 
@@ -43,6 +44,7 @@ class InputProcessor:
         processor, towers: None for a text-only model.
         store: loads adapters; None without LoRA.
         defaults: adapters of `default_mm_loras`, under canonical keys, with the request that names them.
+        constraints: compiles what answers must look like.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class InputProcessor:
         towers: Towers | None,
         store: AdapterStore | None,
         defaults: Mapping[str, tuple[LoRARequest, Adapter]],
+        constraints: ConstraintCompiler,
     ) -> None:
         self.tokenizer = tokenizer
         self.processor = processor
@@ -73,6 +76,7 @@ class InputProcessor:
         self._towers = towers
         self._store = store
         self._defaults = defaults
+        self._constraints = constraints
         self._mixes = MixCache()
 
     def process(
@@ -95,6 +99,7 @@ class InputProcessor:
 
         Raises:
             RequestError: the prompt has the wrong form or length, or the parameters do not fit the model.
+            ConstraintError: the answer cannot be made to look like what `structured_outputs` wants.
             MediaError: a media item cannot be used, or does not match the placeholders.
             AdapterError: the adapter cannot be loaded.
         """
@@ -144,6 +149,7 @@ class InputProcessor:
             layout=layout,
             priority=priority,
             cache_salt=salt,
+            matcher=self._compile(params),
         )
 
     def _tokenize(self, fields: Mapping[str, Any]) -> tuple[str | None, list[int]]:
@@ -210,6 +216,10 @@ class InputProcessor:
                 return adapter
         assert self._store is not None
         return self._store.get(request)
+
+    def _compile(self, params: SamplingParams) -> Matcher | None:
+        wanted = params.structured_outputs
+        return self._constraints.compile(wanted) if wanted is not None else None
 
     def _check_params(self, params: SamplingParams) -> None:
         if not isinstance(params, SamplingParams):

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 import torch
 from tqdm.auto import tqdm
 
-from mmlora.chat import Message, load_chat_template, render_chat
+from mmlora.chat import load_chat_template, render_chat
+from mmlora.chat_tools import Message
 from mmlora.config import EngineArgs
 from mmlora.engine import LLMEngine
 from mmlora.errors import RequestError
@@ -99,6 +100,7 @@ class LLM:
         mm_processor_kwargs: Mapping[str, Any] | None = None,
         continue_final_message: bool = False,
         priority: int | Sequence[int] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or a list of them.
 
@@ -112,6 +114,7 @@ class LLM:
             chat_template_kwargs: passed to the template.
             mm_processor_kwargs: options of the media processor.
             continue_final_message: leave the last message open, so that the answer goes on with it.
+            tools: OpenAI's, passed to the template; calls in the answer are left as text.
 
         Raises:
             RequestError: a conversation cannot be served; none of them was started.
@@ -132,6 +135,7 @@ class LLM:
                 media=self.llm_engine.parts.inputs.media.begin(),
                 limit_mm_per_prompt=self.llm_engine.args.limit_mm_per_prompt,
                 max_model_len=self.llm_engine.max_model_len,
+                tools=tools,
             )
             prompts.append({**prompt, "mm_processor_kwargs": mm_processor_kwargs})
         return self.generate(prompts, sampling_params, lora_request, use_tqdm, priority)

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence as Rows
 from typing import Any
 
+import numpy as np
 import torch
 
 from mmlora.errors import MMLoRAError, RequestError
@@ -29,10 +30,13 @@ def sample(logits: torch.Tensor, seqs: Rows[Sequence], stop_ids: frozenset[int])
     was_finite = logits.amax(-1).isfinite()  # a NaN anywhere in a row is also its maximum; read on failure only
     for row, seq in zip(logits, seqs, strict=True):
         _adjust_logits(row, seq, stop_ids)
+    _mask_logits(logits, seqs)
     highest, likeliest = logits.max(-1)
     tokens: list[int | MMLoRAError] = [*likeliest.tolist()]
     for index, (seq, is_finite) in enumerate(zip(seqs, highest.isfinite().tolist(), strict=True)):
-        if not is_finite:
+        if seq.matcher is not None and seq.matcher.error is not None:
+            tokens[index] = RequestError(f"the answer cannot follow its constraint any further: {seq.matcher.error}")
+        elif not is_finite:
             tokens[index] = _no_token(bool(was_finite[index]))
         elif not seq.params.is_greedy:
             probs = token_probabilities(logits[index], seq.params)
@@ -86,11 +90,25 @@ def _adjust_logits(row: torch.Tensor, seq: Sequence, stop_ids: frozenset[int]) -
         _apply_penalties(row, seq)
 
 
+def _mask_logits(logits: torch.Tensor, seqs: Rows[Sequence]) -> None:
+    """Leave of constrained rows what may come next. An answer that must go on has no end among that."""
+    rows = [index for index, seq in enumerate(seqs) if seq.matcher is not None]
+    if not rows:
+        return
+    masks = []
+    for seq in (seqs[index] for index in rows):
+        assert seq.matcher is not None
+        can_end = not seq.params.ignore_eos and seq.num_output_tokens >= seq.params.min_tokens
+        masks.append(seq.matcher.allowed(logits.shape[1], can_end=can_end))
+    allowed = torch.from_numpy(np.stack(masks)).to(logits.device)
+    logits[rows] = logits[rows].masked_fill(~allowed, float("-inf"))
+
+
 def _no_token(was_finite: bool) -> MMLoRAError:
     if was_finite:
         return RequestError(
-            "no token can be chosen: repetition_penalty, logit_bias, stop_token_ids and min_tokens of this request "
-            "leave no finite logit"
+            "no token can be chosen: repetition_penalty, logit_bias, stop_token_ids, min_tokens and "
+            "structured_outputs of this request leave no finite logit"
         )
     return MMLoRAError("the model's logits for this request hold NaN or infinity")
 

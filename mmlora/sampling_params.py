@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from mmlora.errors import RequestError
+from mmlora.structured_outputs import StructuredOutputsParams
 
 MAX_STOPS, MAX_STOP_CHARS = 64, 1024  # each token of the answer is searched for all of them
 
@@ -32,6 +33,7 @@ class SamplingParams:
         logprobs: report the k likeliest tokens at each step; -1 for the whole vocabulary.
         prompt_logprobs: the same for the prompt's tokens.
         skip_special_tokens: leave special tokens out of the text.
+        structured_outputs: what the answer must look like.
 
     Raises:
         RequestError: a value is out of range; the message names it and what is allowed.
@@ -56,11 +58,15 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         self._check_integers()
         self._check_numbers()
         self._check_stops()
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            kind = type(self.structured_outputs).__name__
+            raise RequestError(f"structured_outputs is a {kind}; it must be a StructuredOutputsParams or None")
         if self.logit_bias is not None:
             self.logit_bias = self._parse_logit_bias(self.logit_bias)
 

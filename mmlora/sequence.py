@@ -20,6 +20,7 @@ from mmlora.lora.request import LoRARequest
 from mmlora.outputs import LoRAChoice, TokenLogprobs
 from mmlora.processors.base import ProcessedMedia
 from mmlora.sampling_params import SamplingParams
+from mmlora.structured_outputs import Matcher
 from mmlora.towers.base import PromptLayout, TwoWaySpan
 
 
@@ -59,6 +60,7 @@ class EngineInput:
     layout: PromptLayout = PromptLayout()
     priority: int = 0  # lower is served earlier
     cache_salt: str | None = None  # prefixes and encoded media are shared among requests with the same one
+    matcher: Matcher | None = None  # at its start, for an answer under a constraint
 
     @cached_property
     def num_media_tokens(self) -> Mapping[str, int]:
@@ -124,6 +126,7 @@ class Sequence:
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     cumulative_logprob: float = 0.0
+    matcher: Matcher | None = None  # after the tokens generated so far
 
     @property
     def params(self) -> SamplingParams:

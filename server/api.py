@@ -51,6 +51,7 @@ def build_app(
     cors: CORS | None = None,
     root_path: str = "",
     tracer: Tracer | None = None,
+    tool_call_parser: str | None = "auto",
 ) -> FastAPI:
     """Build the application around a running engine.
 
@@ -65,11 +66,12 @@ def build_app(
         cors: which pages of other sites may use the server; by default none.
         root_path: the prefix under which a reverse proxy serves this one.
         tracer: traces the requests; who made it shuts it down.
+        tool_call_parser: see `ChatService`.
     """
     app = FastAPI(title="mmlora", docs_url=None, redoc_url=None)
     admission = admission or Admission(llm.engine.args.max_num_seqs)
     conversations = Conversations(llm, models)
-    chat = ChatService(llm, models, conversations, max_request_bytes)
+    chat = ChatService(llm, models, conversations, max_request_bytes, tool_call_parser)
     completion = CompletionService(llm, models, max_request_bytes)
     response = ResponsesService(llm, models, conversations, max_request_bytes)
     transcription = TranscriptionService(llm, conversations, max_request_bytes)

@@ -13,6 +13,7 @@ from mmlora.server.admission import DEFAULT_BODY_TIMEOUT_S, DEFAULT_MAX_QUEUED
 from mmlora.server.limits import DEFAULT_MAX_REQUEST_BYTES
 from mmlora.server.logs import LOG_FORMATS
 from mmlora.server.models import LoRAModule
+from mmlora.server.tool_formats import PARSER_NAMES
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class ServerArgs:
         allow_credentials: let browsers send cookies of such pages, too.
         lora_modules: adapters to load at start, each `name=path` or a JSON object with `name`, `path` and
             `base_model_name`.
+        enable_auto_tool_choice: let the model choose whether it calls a tool.
+        tool_call_parser: the format in which the model writes tool calls: auto (as its chat template says), mistral,
+            phi4_mini_json, granite, hermes or llama3_json.
         max_request_bytes: largest body of a request, in bytes.
         max_queued_requests: requests that may be open beyond the `max_num_seqs` that run; further ones get 429.
         max_connections: connections that may be open; beyond them, the one that was idle longest is closed.
@@ -68,6 +72,8 @@ class ServerArgs:
     allowed_headers: Sequence[str] = ("*",)
     allow_credentials: bool = False
     lora_modules: Sequence[LoRAModule] = ()
+    enable_auto_tool_choice: bool = True
+    tool_call_parser: str = "auto"
     max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES
     max_queued_requests: int = DEFAULT_MAX_QUEUED
     max_connections: int = 4096
@@ -89,6 +95,7 @@ class ServerArgs:
         "request_timeout write_timeout keep_alive_timeout drain_timeout",
         "logging": "uvicorn_log_level log_format log_requests otlp_traces_endpoint",
         "LoRA": "lora_modules",
+        "tools": "enable_auto_tool_choice tool_call_parser",
     }
 
     def __post_init__(self) -> None:
@@ -98,6 +105,9 @@ class ServerArgs:
             problems.append(f"uvicorn_log_level={self.uvicorn_log_level!r}: must be one of {allowed}")
         if self.log_format not in LOG_FORMATS:
             problems.append(f"log_format={self.log_format!r}: must be one of {', '.join(LOG_FORMATS)}")
+        if self.tool_call_parser not in ("auto", *PARSER_NAMES):
+            allowed = ", ".join(("auto", *PARSER_NAMES))
+            problems.append(f"tool_call_parser={self.tool_call_parser!r}: must be one of {allowed}")
         if problems:
             raise ConfigError(*problems)
 

@@ -1,5 +1,6 @@
 """`ChatService`: one chat completion from its body to its answer, whole or streamed."""
 
+import functools
 import uuid
 
 from starlette.requests import Request
@@ -12,7 +13,10 @@ from mmlora.server.chat_protocol import ChatCompletionRequest, parse_chat_reques
 from mmlora.server.conversation import Conversation, Conversations
 from mmlora.server.limits import read_body
 from mmlora.server.models import ServedModels
+from mmlora.server.protocol import FieldError
 from mmlora.server.streaming import respond_with
+from mmlora.server.tool_choice import ToolChoice
+from mmlora.server.tool_formats import find_format
 
 
 class ChatService:
@@ -23,15 +27,24 @@ class ChatService:
         models: the names that clients may ask for.
         conversations: run by the engine.
         max_request_bytes: the largest body.
+        tool_call_parser: name of the format in which the model writes tool calls, `auto` for the one that its chat
+            template speaks of, None where it is not to choose by itself whether to call a tool.
     """
 
     def __init__(
-        self, llm: AsyncLLM, models: ServedModels, conversations: Conversations, max_request_bytes: int
+        self,
+        llm: AsyncLLM,
+        models: ServedModels,
+        conversations: Conversations,
+        max_request_bytes: int,
+        tool_call_parser: str | None = "auto",
     ) -> None:
         self._llm = llm
         self._models = models
         self._conversations = conversations
         self._max_request_bytes = max_request_bytes
+        self._can_choose = tool_call_parser is not None
+        self._format = find_format(tool_call_parser or "auto", conversations.chat_template)
 
     async def respond(self, request: Request) -> Response:
         """Serve one HTTP request; when the client leaves, the work stops.
@@ -50,21 +63,40 @@ class ChatService:
             chat.prompt_logprobs,
             front=_repeated(chat),
             include_usage=chat.include_usage,
+            new_parser=functools.partial(chat.tooling.new_parser, self._format),
+            has_short_call_ids=self._format is not None and self._format.has_short_ids,
         )
         conversation = Conversation(
             chat.messages,
             chat.model,
             chat.lora,
-            chat.sampling_options(),
+            {**chat.sampling_options(), **self._tool_options(chat.tooling)},
             chat.chat_template_kwargs,
             chat.mm_processor_kwargs,
             add_generation_prompt=chat.add_generation_prompt,
             continue_final_message=bool(chat.continue_final_message),
             priority=chat.priority or 0,
             cache_salt=chat.cache_salt,
+            tools=list(chat.tooling.tools.values()),
         )
         outputs = self._conversations.generate(conversation, request_id)
         return await respond_with(request, answer, outputs, is_stream=bool(chat.stream))
+
+    def _tool_options(self, choice: ToolChoice) -> dict[str, bool]:
+        """What a free choice of tools needs: the marks of calls, which may be special tokens, in the text.
+
+        Raises:
+            FieldError: nothing is known that could read the calls.
+        """
+        if not choice.tools or choice.is_forced:
+            return {}
+        if self._format is None or not self._can_choose:
+            reason = "was started without automatic tool choice"
+            if self._can_choose:
+                reason = "knows no parser for the tool calls of this model (--tool-call-parser names one)"
+            text = f"tool_choice='auto' cannot be served: the server {reason}; allowed: none, required, or a named tool"
+            raise FieldError(text, "tool_choice")
+        return {"skip_special_tokens": False}
 
 
 def _repeated(chat: ChatCompletionRequest) -> str:

@@ -1,10 +1,15 @@
 """`ChatAnswer`: OpenAI's chat completion, whole or in chunks."""
 
-from collections.abc import Iterable
+import secrets
+import string
+from collections.abc import Callable, Iterable
 
 from mmlora.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from mmlora.server.answers import ChoicesAnswer, Json, finite
 from mmlora.server.prompt_logprobs import listed_logprobs
+from mmlora.server.tool_parsers import Piece, TextParser, ToolCallDelta
+
+LETTERS = string.ascii_letters + string.digits
 
 
 class ChatAnswer(ChoicesAnswer):
@@ -17,6 +22,8 @@ class ChatAnswer(ChoicesAnswer):
         prompt_logprobs: the same for the prompt's tokens, for whole answers only.
         front: text before each choice.
         include_usage: a stream ends with the token counts.
+        new_parser: makes what reads tool calls, for one choice; None where there are none.
+        has_short_call_ids: ids of calls have nine letters and digits.
     """
 
     WHOLE = "chat.completion"
@@ -31,11 +38,17 @@ class ChatAnswer(ChoicesAnswer):
         *,
         front: str = "",
         include_usage: bool,
+        new_parser: Callable[[], TextParser | None] = lambda: None,
+        has_short_call_ids: bool = False,
     ) -> None:
         super().__init__(request_id, model, include_usage=include_usage)
         self._top_logprobs = top_logprobs
         self._prompt_logprobs = prompt_logprobs
         self._front = front
+        self._new_parser = new_parser
+        self._has_short_call_ids = has_short_call_ids
+        self._parsers: dict[int, TextParser | None] = {}  # by choice
+        self._callers: set[int] = set()  # choices that call tools
 
     def complete(self, outputs: list[RequestOutput]) -> Json:
         """The whole answer from all deltas, with the log probabilities of the prompt if they were asked for."""
@@ -47,12 +60,17 @@ class ChatAnswer(ChoicesAnswer):
         return {**answer, "prompt_logprobs": listed}
 
     def _choice(self, last: RequestOutput, parts: list[CompletionOutput]) -> Json:
-        text = self._front + "".join(part.text for part in parts)
+        pieces = self._pieces(parts[-1].index, "".join(part.text for part in parts), is_last=True)
+        content = self._front + "".join(piece for piece in pieces if isinstance(piece, str))
+        message: Json = {"role": "assistant", "content": content, "refusal": None}
+        calls = [self._call(piece) for piece in pieces if isinstance(piece, ToolCallDelta)]
+        if calls:
+            message |= {"content": content or None, "tool_calls": calls}
         return {
             "index": parts[-1].index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(parts),
-            "finish_reason": parts[-1].finish_reason,
+            "finish_reason": self._finish_reason(parts[-1]),
             "stop_reason": parts[-1].stop_reason,
         }
 
@@ -61,12 +79,39 @@ class ChatAnswer(ChoicesAnswer):
 
     def _news(self, output: RequestOutput, completion: CompletionOutput) -> Json | None:
         logprobs = self._logprobs([completion])
-        if completion.text or (logprobs and logprobs["content"]):
-            return {"delta": {"content": completion.text}, "logprobs": logprobs}
-        return None
+        pieces = self._pieces(completion.index, completion.text, is_last=completion.finish_reason is not None)
+        calls = [{"index": piece.index, **self._call(piece)} for piece in pieces if isinstance(piece, ToolCallDelta)]
+        content = "".join(piece for piece in pieces if isinstance(piece, str))
+        if not (content or calls or (logprobs and logprobs["content"])):
+            return None
+        delta = {**({"content": content} if content or not calls else {}), **({"tool_calls": calls} if calls else {})}
+        return {"delta": delta, "logprobs": logprobs}
 
     def _closing(self, completion: CompletionOutput) -> Json:
-        return {"delta": {}, "finish_reason": completion.finish_reason, "stop_reason": completion.stop_reason}
+        return {"delta": {}, "finish_reason": self._finish_reason(completion), "stop_reason": completion.stop_reason}
+
+    def _pieces(self, index: int, text: str, *, is_last: bool) -> list[Piece]:
+        """What the next text of a choice holds: content and calls."""
+        if index not in self._parsers:
+            self._parsers[index] = self._new_parser()
+        parser = self._parsers[index]
+        if parser is None:
+            return [text] if text else []
+        pieces = [*parser.feed(text), *(parser.finish() if is_last else ())]
+        if any(isinstance(piece, ToolCallDelta) for piece in pieces):
+            self._callers.add(index)
+        return pieces
+
+    def _call(self, piece: ToolCallDelta) -> Json:
+        """A call that begins, or more of its arguments."""
+        if piece.name is None:
+            return {"function": {"arguments": piece.arguments}}
+        function = {"name": piece.name, "arguments": piece.arguments}
+        return {"id": _new_call_id(is_short=self._has_short_call_ids), "type": "function", "function": function}
+
+    def _finish_reason(self, completion: CompletionOutput) -> str | None:
+        is_call = completion.finish_reason == "stop" and completion.index in self._callers
+        return "tool_calls" if is_call else completion.finish_reason
 
     def _logprobs(self, parts: Iterable[CompletionOutput]) -> Json | None:
         if self._top_logprobs is None:
@@ -89,6 +134,10 @@ def _token_logprobs(token_id: int, top: TokenLogprobs, num_top: int) -> Json:
         **_token(top[token_id].decoded_token, top[token_id].logprob),
         "top_logprobs": [_token(entry.decoded_token, entry.logprob) for entry in ranked],
     }
+
+
+def _new_call_id(*, is_short: bool) -> str:
+    return "".join(secrets.choice(LETTERS) for _ in range(9)) if is_short else f"call_{secrets.token_hex(12)}"
 
 
 def _token(text: str, logprob: float) -> Json:

@@ -5,14 +5,18 @@ What `messages` may hold beyond roles and fields is `mmlora.chat`'s matter.
 
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any
 
 from pydantic import Field
 
+from mmlora.server.constraint_fields import read_constraint
 from mmlora.server.protocol import FieldError, FirstOnly, GenerationRequest, answer_limit, shorten
+from mmlora.server.tool_choice import ToolChoice, read_tool_choice
+from mmlora.structured_outputs import StructuredOutputsParams
 
-ROLES = ("system", "developer", "user", "assistant")
-MESSAGE_FIELDS = frozenset({"role", "content", "name", "refusal"})
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MESSAGE_FIELDS = frozenset({"role", "content", "name", "refusal", "tool_calls", "tool_call_id"})
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -29,9 +33,6 @@ class ChatCompletionRequest(GenerationRequest):
         "moderation": (None,),
         "prediction": (None,),
         "reasoning_effort": (None,),
-        "response_format": (None, {"type": "text"}),
-        "tool_choice": (None, "none", "auto"),
-        "tools": (None, []),
         "verbosity": (None,),
         "web_search_options": (None,),
     }
@@ -44,6 +45,18 @@ class ChatCompletionRequest(GenerationRequest):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: FirstOnly[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | str | None = None
+    parallel_tool_calls: bool | None = None
+
+    @cached_property
+    def tooling(self) -> ToolChoice:
+        """The tools and how they may be called.
+
+        Raises:
+            FieldError: a field has another form.
+        """
+        return read_tool_choice(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     def sampling_options(self) -> dict[str, Any]:
         """The fields of `SamplingParams` that the request sets.
@@ -56,7 +69,15 @@ class ChatCompletionRequest(GenerationRequest):
             "max_tokens": answer_limit(self.max_tokens, self.max_completion_tokens),
             "logprobs": self._num_logprobs(),
             "prompt_logprobs": self.prompt_logprobs,
+            "structured_outputs": self._constraint(),
         }
+
+    def _constraint(self) -> StructuredOutputsParams | None:
+        constraint = read_constraint(self)
+        if constraint is not None and self.tooling.tools:
+            text = f"{constraint.name} goes with tools only where tool_choice is 'none'; the answer may call a tool"
+            raise FieldError(text, constraint.name)
+        return constraint or self.tooling.constraint
 
     def _num_logprobs(self) -> int | None:
         if self.logprobs:
@@ -73,6 +94,7 @@ def parse_chat_request(body: bytes) -> ChatCompletionRequest:
         FieldError: the body is not JSON, a field has the wrong type, or is not supported.
     """
     request = ChatCompletionRequest.parse(body)
+    _ = request.tooling
     for index, message in enumerate(request.messages):
         check_message(message, f"messages[{index}]")
     if request.prompt_logprobs is not None and request.stream:
@@ -92,5 +114,7 @@ def check_message(message: Mapping[str, Any], name: str) -> None:
     for field, value in message.items():
         if field not in MESSAGE_FIELDS and value not in (None, []):
             raise FieldError(f"{name} has the field {shorten(field)}, which this server does not support", "messages")
+    if message.get("tool_calls") and role != "assistant":
+        raise FieldError(f"{name} has tool_calls; only messages of the assistant may have them", "messages")
     if message.get("content") in (None, []) and role != "assistant":
         raise FieldError(f"{name}.content is missing or empty; it must be text or a list of parts", "messages")

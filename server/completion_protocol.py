@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import WithJsonSchema
 
+from mmlora.server.constraint_fields import read_constraint
 from mmlora.server.protocol import FieldError, GenerationRequest, shorten
 
 MAX_PROMPTS, MAX_CHOICES = 256, 1024  # the engine queues all of them at once
@@ -21,7 +22,7 @@ _PROMPT_SCHEMA = {"anyOf": [{"type": "string"}, _TEXTS, _TOKENS, {"type": "array
 class CompletionRequest(GenerationRequest):
     """The fields of a completion that this server reads."""
 
-    NEUTRAL_VALUES = {"suffix": (None, ""), "response_format": (None, {"type": "text"})}
+    NEUTRAL_VALUES = {"suffix": (None, "")}
 
     prompt: Annotated[Any, WithJsonSchema(_PROMPT_SCHEMA)]
     multi_modal_data: dict[str, Any] | None = None
@@ -57,6 +58,7 @@ class CompletionRequest(GenerationRequest):
         max_tokens = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
         return {
             **self.given_sampling_options(),
+            "structured_outputs": read_constraint(self),
             "max_tokens": 1 if self.is_prompt_only else max_tokens,  # the engine always chooses a token
             "logprobs": self.logprobs,
             "prompt_logprobs": self.num_prompt_logprobs,

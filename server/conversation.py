@@ -30,6 +30,7 @@ class Conversation:
         priority: lower is served earlier.
         cache_salt: caches are shared among requests with the same one.
         chat_template: in place of the engine's.
+        tools: OpenAI's, for the template.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -43,6 +44,7 @@ class Conversation:
     priority: int = 0
     cache_salt: str | None = None
     chat_template: str | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
 
 
 class Conversations:
@@ -60,6 +62,12 @@ class Conversations:
         self._llm = llm
         self._models = models
         self._chat_template = load_chat_template(llm.engine.args.chat_template)
+
+    @property
+    def chat_template(self) -> str:
+        """The text of the template, or of all that the tokenizer has."""
+        template = self._chat_template or self._llm.tokenizer.chat_template or ""
+        return template if isinstance(template, str) else "\n".join(template.values())
 
     async def generate(self, conversation: Conversation, request_id: str) -> Outputs:
         """Yield what is new as it comes; leaving early aborts the request.
@@ -106,6 +114,7 @@ class Conversations:
             continue_final_message=conversation.continue_final_message,
             limit_mm_per_prompt=engine.args.limit_mm_per_prompt,
             max_model_len=engine.max_model_len,
+            tools=conversation.tools,
         )
         options = {"mm_processor_kwargs": conversation.mm_processor_kwargs, "cache_salt": conversation.cache_salt}
         return {**prompt, **options}

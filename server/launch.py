@@ -100,6 +100,7 @@ def build_server(
         admission=admission,
         cors=cors if args.allowed_origins else None,
         root_path=args.root_path,
+        tool_call_parser=args.tool_call_parser if args.enable_auto_tool_choice else None,
     )
     config = uvicorn.Config(
         app,

@@ -141,6 +141,12 @@ class GenerationRequest(BaseModel):
     prompt_logprobs: int | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: FirstOnly[str] | None = None
+    guided_grammar: str | None = None
 
     @property
     def include_usage(self) -> bool:

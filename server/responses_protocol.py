@@ -3,12 +3,14 @@
 What `input` holds is `server.responses_input`'s matter.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue, WithJsonSchema
 
-from mmlora.server.protocol import FieldError, FirstOnly, GenerationRequest, check_other_fields
+from mmlora.server.constraint_fields import read_constraint
+from mmlora.server.protocol import FieldError, FirstOnly, GenerationRequest, check_other_fields, shorten
 
 MAX_METADATA = 16
 _INPUT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": {"type": "object"}}]}
@@ -23,10 +25,7 @@ Includable = Literal[
     "web_search_call.results",
     "message.output_text.logprobs",
 ]
-TEXT_VALUES: Mapping[str, tuple[JsonValue, ...]] = {
-    "text.format": (None, {"type": "text"}),
-    "text.verbosity": (None, "medium"),
-}
+TEXT_VALUES: Mapping[str, tuple[JsonValue, ...]] = {"text.verbosity": (None, "medium")}
 Label = Annotated[str, Field(max_length=512)]  # comes back in the answer, in several events of a stream
 
 
@@ -97,6 +96,12 @@ class ResponsesRequest(GenerationRequest):
         return {**self.given_sampling_options(), **limits, **self._constraint()}
 
     def _constraint(self) -> dict[str, Any]:
-        """The sampling options that `text` stands for."""
-        check_other_fields({f"text.{name}": value for name, value in (self.text or {}).items()}, TEXT_VALUES)
-        return {}
+        """The sampling options that `text` and the fields of others stand for."""
+        if self.response_format is not None:
+            raise FieldError("response_format is not supported here; use text.format", "response_format")
+        text = dict(self.text or {})
+        text_format = text.pop("format", None)
+        check_other_fields({f"text.{name}": value for name, value in text.items()}, TEXT_VALUES)
+        if not isinstance(text_format, dict | None):
+            raise FieldError(f"text.format={shorten(text_format, json.dumps)} must be an object", "text.format")
+        return {"structured_outputs": read_constraint(self, text_format)}

@@ -332,6 +332,16 @@ def test_processor_options_reach_the_processor(llm):
         llm.generate({**prompt, "mm_processor_kwargs": {"size": 1}}, GREEDY, use_tqdm=False)
 
 
+def test_chat_passes_tools_to_the_template(llm):
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    template = "{% for tool in tools %}{{ tool.function.name }};{% endfor %}{{ messages[0].content }}"
+    messages = [{"role": "user", "content": "go"}]
+    assert llm.chat(messages, GREEDY, use_tqdm=False, chat_template=template, tools=tools)[0].prompt == "add;go"
+    for wrong, text in ((tools, "takes no tools"), ([{"name": "add"}], r"tools\[0\]"), ("add", "list")):
+        with pytest.raises(RequestError, match=text):
+            llm.chat(messages, GREEDY, use_tqdm=False, tools=wrong)
+
+
 def test_chat_equals_generate_on_the_rendered_prompt(llm, adapter_a):
     messages = [{"role": "user", "content": [{"type": "audio", "audio": AUDIO}, {"type": "text", "text": "what?"}]}]
     chat = llm.chat(messages, GREEDY, use_tqdm=False, lora_request=adapter_a)[0]

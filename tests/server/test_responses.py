@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import threading
 import time
 from collections.abc import Sequence
@@ -226,9 +227,33 @@ def test_every_field_of_all_endpoints_is_dealt_with() -> None:
         "mm_processor_kwargs",
         "priority",
         "cache_salt",
+        "structured_outputs",
+        *(f"guided_{kind}" for kind in ("json", "regex", "choice", "grammar")),
         *SAMPLING_FIELDS,
     }
-    assert GenerationRequest.model_fields.keys() - read == {"max_tokens", "prompt_logprobs"}  # refused
+    refused = {"max_tokens", "prompt_logprobs", "response_format"}
+    assert GenerationRequest.model_fields.keys() - read == refused
+
+
+def test_an_answer_follows_a_schema(server: RunningServer) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "blue"]}},
+        "required": ["colour"],
+        "additionalProperties": False,
+    }
+    text = {"format": {"type": "json_schema", "name": "picture", "schema": schema, "strict": True}}
+    # Left to itself, the model fills the space between two tokens of JSON for ever.
+    spaces = [token for space in " \t\n\r" for token in server.llm.tokenizer.encode(space, add_special_tokens=False)]
+    options: dict[str, Any] = {
+        "max_output_tokens": 64,
+        "extra_body": {"logit_bias": dict.fromkeys(map(str, spaces), -100)},
+    }
+    response = respond(server, "hello", text=text, **options)
+    assert json.loads(response.output_text)["colour"] in ("red", "blue")
+    assert response.to_dict()["text"]["format"] == text["format"]  # type: ignore[index,call-overload]
+    options["extra_body"]["guided_json"] = schema
+    assert respond(server, "hello", **options).output_text == response.output_text
 
 
 def checked(events: Sequence[ResponseStreamEvent]) -> list[str]:
@@ -400,8 +425,11 @@ def refuse(server: RunningServer, body: Any, status: int = 400) -> dict[str, Any
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [{"type": "function", "name": "f"}]}, "tools"),
         ({"truncation": "auto"}, "truncation"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
-        ({"text": {"format": {"type": "json_schema", "name": "s", "schema": {}}}}, "text.format"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format"),
+        ({"text": {"format": {"type": "json_schema", "name": "s"}}}, "text.format"),
+        ({"text": {"format": "json"}}, "text.format"),
+        ({"text": {"format": {"type": "json_object"}}, "guided_regex": "a"}, "guided_regex"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"text": {"style": "plain"}}, "text.style"),
         ({"text": "plain"}, "text"),

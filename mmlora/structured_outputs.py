@@ -1,0 +1,244 @@
+"""Structured outputs: answers that follow a JSON schema, a regular expression, a choice or a grammar.
+
+`StructuredOutputsParams` is what a request asks for; `ConstraintCompiler` makes a `Matcher` of it outside the engine
+thread, of which each answer has a copy. It knows which tokens may come next; the sampler masks all others.
+"""
+
+import json
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from functools import cached_property
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmlora.checks import is_finite_number
+from mmlora.errors import ConstraintError
+
+MAX_CHARS = 131_072  # of a schema, an expression, a grammar or all choices together
+MAX_DEPTH = 64  # of a schema
+MAX_MULTIPLE = 20_000  # the automaton of "multipleOf" has as many states
+MAX_LEXER_STATES = 50_000  # of one matcher, about 2 kB each
+ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
+# Without a bound, a model that likes line breaks may write them until its tokens run out.
+JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \t\n\r]{1,40}"}
+
+
+@dataclass(frozen=True)
+class StructuredOutputsParams:
+    """What an answer must look like; exactly one of the first five is given.
+
+    Args:
+        json: a JSON schema, as text or as what `json.loads` makes of it.
+        regex: a regular expression that the whole answer matches, without look-around and back-references.
+        choice: texts, one of which is the answer.
+        grammar: in Lark's form or in GBNF (`root ::= …`).
+        json_object: True for any JSON object.
+        name: what errors call it.
+
+    Raises:
+        ConstraintError: none or several are given, or one has the wrong type or is too large.
+    """
+
+    json: str | Mapping[str, Any] | bool | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    name: str = "structured_outputs"
+
+    def __post_init__(self) -> None:
+        given = self._given()
+        if len(given) != 1:
+            received = " and ".join(given) or "none"
+            self.refuse(f"exactly one of {', '.join(CONSTRAINT_FIELDS)} must be given; received {received}")
+        for name in ("regex", "grammar"):
+            if not isinstance(getattr(self, name), str | None):
+                self.refuse(f"{name} is a {type(getattr(self, name)).__name__}; it must be text")
+        if not isinstance(self.json, str | Mapping | bool | None):
+            self.refuse(f"json is a {type(self.json).__name__}; it must be a JSON schema")
+        choice = self.choice
+        if choice is not None and not (_is_list(choice) and choice and all(isinstance(c, str) and c for c in choice)):
+            self.refuse("choice must be a list of at least one text, none of them empty")
+        size = sum(len(part) for part in (self.regex, self.grammar, *(choice or ())) if part is not None)
+        if size > MAX_CHARS:
+            self.refuse(f"{given[0]} has {size} characters; allowed are {MAX_CHARS}")
+
+    def _given(self) -> list[str]:
+        values = {name: getattr(self, name) for name in CONSTRAINT_FIELDS}
+        return [name for name, value in values.items() if value is not None and (name, value) != ("json_object", False)]
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Say what is wrong with it.
+
+        Raises:
+            ConstraintError: always.
+        """
+        raise ConstraintError(f"{self.name}: {reason}", self.name)
+
+
+CONSTRAINT_FIELDS = tuple(field.name for field in fields(StructuredOutputsParams) if field.name != "name")
+
+
+class Matcher:
+    """Which tokens may come next in one answer.
+
+    Attributes:
+        is_complete: nothing can follow but the end.
+        error: why it cannot go on, for a constraint that turned out to be too complex; None while all is well.
+
+    Args:
+        matcher: llguidance's, at the start of an answer.
+        stop_ids: end-of-text tokens.
+    """
+
+    def __init__(self, matcher: Any, stop_ids: Collection[int]) -> None:
+        self._matcher = matcher
+        is_end = np.zeros(8 * len(matcher.compute_bitmask()), np.bool_)  # one bit a token, and some more
+        is_end[list(stop_ids)] = True
+        self._end_mask = np.packbits(is_end, bitorder="little")
+        self._look_ahead()
+
+    def copy(self) -> "Matcher":
+        """Begin another answer where this one stands."""
+        other = copy(self)
+        other._matcher = self._matcher.deep_copy()
+        return other
+
+    def completes(self, token_id: int) -> bool:
+        """Take the next token of the answer, which `allowed` permitted, and tell whether nothing can follow it."""
+        self._matcher.consume_token(token_id)
+        self._look_ahead()
+        return self.is_complete
+
+    def allowed(self, vocab_size: int, *, can_end: bool) -> NDArray[np.bool_]:
+        """Tell which tokens may come next.
+
+        Args:
+            vocab_size: how many there are; those that the tokenizer does not know may not.
+            can_end: end-of-text tokens may, where the answer is whole.
+
+        Returns:
+            `[vocab_size]` bool.
+        """
+        mask = self._mask if can_end else self._mask & ~self._end_mask
+        return np.unpackbits(mask, count=vocab_size, bitorder="little").view(np.bool_)
+
+    def _look_ahead(self) -> None:
+        self._mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self.error = _reason(self._matcher) if self._matcher.is_error() else None
+        can_go_on = bool((self._mask & ~self._end_mask).any())
+        self.is_complete = self.error is None and not can_go_on and self._matcher.is_accepting()
+        if self.error is None and not can_go_on and not self.is_complete:
+            self.error = "no token of the model fits here"
+
+
+class ConstraintCompiler:
+    """Compiles constraints for one tokenizer. Safe to use from several threads.
+
+    Args:
+        tokenizer: of the model.
+        stop_ids: end-of-text tokens.
+    """
+
+    def __init__(self, tokenizer: Any, stop_ids: frozenset[int]) -> None:
+        self._hf_tokenizer = tokenizer
+        self._stop_ids = stop_ids
+
+    def compile(self, params: StructuredOutputsParams) -> Matcher:
+        """Compile a constraint; takes milliseconds as a rule, and seconds for the largest that is allowed.
+
+        Raises:
+            ConstraintError: it is malformed, too complex, unsatisfiable, or satisfied by an empty answer alone.
+        """
+        try:
+            from llguidance import LLMatcher, LLParserLimits
+        except ImportError:
+            params.refuse("the package llguidance is not installed")
+        try:
+            tokenizer = self._tokenizer
+        except (ValueError, TypeError) as error:
+            params.refuse(f"constraints cannot read the tokenizer of this model: {error}")
+        limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+        matcher = LLMatcher(tokenizer, _grammar(params), log_level=0, limits=limits)
+        if matcher.is_error():
+            params.refuse(_reason(matcher))
+        start = Matcher(matcher, self._stop_ids)
+        if start.error is not None or start.is_complete:
+            params.refuse(start.error or "only an empty answer is allowed")
+        return start
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        """llguidance's view of the tokenizer, made when it is first needed."""
+        from llguidance.hf import from_tokenizer
+
+        return from_tokenizer(self._hf_tokenizer, eos_token=sorted(self._stop_ids))
+
+
+def _grammar(params: StructuredOutputsParams) -> str:
+    """Write a constraint as llguidance reads it."""
+    from llguidance import LLMatcher, grammar_from, regex_to_lark
+
+    if params.regex is not None:
+        # As in JSON schemas, \d is a digit from 0 to 9: who asks for digits rarely wants those of all scripts.
+        return str(LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(params.regex, use_ascii='d')}/"))
+    if params.choice is not None:
+        return str(grammar_from("choice", json.dumps(list(params.choice))))
+    if params.grammar is not None:
+        if "%json" in params.grammar:
+            params.refuse("grammar holds %json; a JSON schema must be given by itself")
+        try:
+            return str(grammar_from("grammar", params.grammar))
+        except (ValueError, RecursionError) as error:
+            params.refuse(str(error)[:400])
+    schema = _checked_schema(params, ANY_OBJECT if params.json is None else params.json)
+    return str(LLMatcher.grammar_from_json_schema(schema, defaults=JSON_OPTIONS))
+
+
+def _reason(matcher: Any) -> str:
+    """Why a matcher of llguidance fails."""
+    text = str(matcher.get_error()).partition("<non-verbose/>")[0].strip()
+    return "it permits no text at all" if text.startswith("NoExtension") else text[:400]
+
+
+def _checked_schema(params: StructuredOutputsParams, schema: Any) -> str:
+    """A schema as text, if it is not so large that it would keep the compiler busy."""
+    try:
+        schema = json.loads(schema) if isinstance(schema, str) else schema
+        multiples = [value for value in _values(schema, "multipleOf", 0) if is_finite_number(value)]
+        text = json.dumps(schema, allow_nan=False)
+        multiple = math.lcm(*(Fraction(str(value)).numerator for value in multiples))
+    except RecursionError:
+        params.refuse(f"the JSON schema is nested too deeply; allowed are {MAX_DEPTH} levels")
+    except (TypeError, ValueError) as error:
+        params.refuse(f"the JSON schema is not valid JSON: {error}")
+    if len(text) > MAX_CHARS:
+        params.refuse(f"the JSON schema has {len(text)} characters; allowed are {MAX_CHARS}")
+    if multiple > MAX_MULTIPLE:
+        params.refuse(
+            f"the common multiple of all values of multipleOf is {multiple}; allowed are up to {MAX_MULTIPLE}"
+        )
+    return text
+
+
+def _values(node: Any, key: str, depth: int) -> Iterator[Any]:
+    """Every value under a key, at whatever depth.
+
+    Raises:
+        RecursionError: the depth exceeds `MAX_DEPTH`.
+    """
+    if depth > MAX_DEPTH:
+        raise RecursionError
+    for child in node.values() if isinstance(node, Mapping) else node if _is_list(node) else ():
+        yield from _values(child, key, depth + 1)
+    if isinstance(node, Mapping) and key in node:
+        yield node[key]
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | tuple)

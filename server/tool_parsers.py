@@ -1,0 +1,253 @@
+"""From a model's text to tool calls, piece by piece as the text comes.
+
+How a family of models writes calls is a `ToolCallFormat`. What is not a call of an offered tool stays text, marks
+included.
+"""
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mmlora.server.tool_formats import ToolCallFormat
+
+MAX_HEAD = 256  # characters between a mark and the JSON after it
+
+
+@dataclass(frozen=True)
+class ToolCallDelta:
+    """A call that begins, or more of the arguments of the call of this index: then it has no name."""
+
+    index: int
+    arguments: str
+    name: str | None = None
+
+
+Piece = str | ToolCallDelta  # content, or part of a call
+
+
+class TextParser(Protocol):
+    """Divides the text of one answer into content and calls."""
+
+    def feed(self, text: str) -> list[Piece]:
+        """Take the next text and give what can be told by now."""
+        ...
+
+    def finish(self) -> list[Piece]:
+        """Give the rest."""
+        ...
+
+
+class NamedToolParser:
+    """An answer that is nothing but the arguments of one tool."""
+
+    def __init__(self, name: str) -> None:
+        self._name: str | None = name
+
+    def feed(self, text: str) -> list[Piece]:
+        """Give the text as arguments."""
+        name, self._name = self._name, None
+        return [ToolCallDelta(0, text, name)] if text or name is not None else []
+
+    def finish(self) -> list[Piece]:
+        """There is no rest."""
+        return []
+
+
+class ToolCallParser:
+    """Finds calls in a format. Text in front of a mark is given as it comes, a call once it is whole.
+
+    Args:
+        format: of the model.
+        tools: the names that may be called.
+    """
+
+    def __init__(self, format: ToolCallFormat, tools: Collection[str]) -> None:
+        self._format = format
+        self._tools = tools
+        self._pending = ""  # not given yet
+        self._blanks = ""  # at the end of the content so far; left out if a call follows
+        self._num_calls = 0
+        self._place: Callable[[bool], Iterator[Piece]] = self._begin
+        self._must_wait = False
+        self._block = _Block(0)  # the call, or what may be one, that `_pending` begins with
+
+    def feed(self, text: str) -> list[Piece]:
+        """Take the next text and give what can be told by now."""
+        self._pending += text
+        return self._advance(is_last=False)
+
+    def finish(self) -> list[Piece]:
+        """Give the rest; a call that is not whole is content."""
+        pieces = self._advance(is_last=True)
+        return pieces if self._num_calls or not self._blanks else [*pieces, self._blanks]
+
+    def _advance(self, *, is_last: bool) -> list[Piece]:
+        pieces: list[Piece] = []
+        self._must_wait = False
+        while self._pending and not self._must_wait:
+            pieces += self._place(is_last)
+        return pieces
+
+    def _begin(self, is_last: bool) -> Iterator[Piece]:
+        """At the start of the text, or after a call and what ends it: a call may need no mark here."""
+        start = len(self._pending) - len(self._pending.lstrip())
+        if self._format.bare and start == len(self._pending) and not is_last:
+            self._must_wait = True
+        elif self._format.bare and self._pending[start : start + 1] in tuple(self._format.bare):
+            yield from self._open(start, 0)
+        else:
+            self._place = self._read_content
+
+    def _read_content(self, is_last: bool) -> Iterator[Piece]:
+        """Anywhere else: content, up to a mark."""
+        starts = self._format.starts
+        found = [(self._pending.find(mark), mark) for mark in starts if mark in self._pending]
+        if found:
+            position, mark = min(found)
+            yield from self._open(position, len(mark))
+            return
+        held = 0 if is_last else _num_held_back(self._pending, starts)
+        yield from self._take_content(len(self._pending) - held)
+        self._must_wait = True
+
+    def _open(self, position: int, head: int) -> Iterator[Piece]:
+        yield from self._take_content(position)
+        self._block, self._place = _Block(head), self._read_call
+
+    def _read_call(self, is_last: bool) -> Iterator[Piece]:
+        """At a mark, or at a bracket that needs none."""
+        self._block.scan(self._pending)
+        is_open = self._block.end is None and not self._block.is_broken
+        if is_open and not is_last:
+            self._must_wait = True
+            return
+        calls = _calls(self._pending, self._block, self._tools)
+        if not calls:
+            self._place = self._read_content
+            yield from self._take_content(max(1, self._block.head))
+            return
+        self._pending, self._blanks, self._place = self._pending[self._block.end :], "", self._end
+        for name, arguments in calls:
+            yield ToolCallDelta(self._num_calls, arguments, name)
+            self._num_calls += 1
+
+    def _end(self, is_last: bool) -> Iterator[Piece]:
+        """After a call: blanks, separators and marks of the end are left out."""
+        self._pending = self._pending.lstrip(f"{self._format.separators} \t\r\n")
+        ended = [mark for mark in self._format.ends if self._pending.startswith(mark)]
+        if ended:
+            self._pending = self._pending[len(ended[0]) :]
+        elif not is_last and any(mark.startswith(self._pending) for mark in self._format.ends):
+            self._must_wait = True
+        else:
+            self._place = self._begin
+        yield from ()
+
+    def _take_content(self, length: int) -> Iterator[Piece]:
+        text, self._pending = self._blanks + self._pending[:length], self._pending[length:]
+        shown = text.rstrip()
+        self._blanks = text[len(shown) :]
+        if shown:
+            yield shown
+
+
+class _Block:
+    """Where a call ends, found as its text comes.
+
+    Attributes:
+        head: length of the mark.
+        name: of the tool, where it stands in front of the JSON.
+        start, end: of the JSON; None while they are not known.
+        is_broken: there is no call here.
+    """
+
+    def __init__(self, head: int) -> None:
+        self.head = head
+        self.name: str | None = None
+        self.start: int | None = None
+        self.end: int | None = None
+        self.is_broken = False
+        self._position = 0
+        self._depth = 0
+        self._in_string = False
+
+    def scan(self, text: str) -> None:
+        """Go on; `text` is all that there is by now."""
+        if self.start is None:
+            self._find_start(text)
+        if self.start is None or self.end is not None:
+            return
+        last = self._position
+        for match in _JSON_MARK.finditer(text, self._position):
+            last = match.end()
+            if match[0] == '"':
+                self._in_string = not self._in_string
+            elif not self._in_string and match[0] in "[{":
+                self._depth += 1
+            elif not self._in_string and match[0] in "]}":
+                self._depth -= 1
+                if self._depth == 0:
+                    self.end = last
+                    return
+        # A backslash belongs to the character after it, which may be still to come.
+        self._position = max(last, len(text) - text.endswith("\\"))
+
+    def _find_start(self, text: str) -> None:
+        head = _HEAD.match(text, self.head)
+        assert head is not None  # it may be empty
+        name, rest = head[1], text[head.end() :]
+        if rest == "" or (name is not None and any(mark.startswith(rest) for mark in ("[CALL_ID]", "[ARGS]"))):
+            self.is_broken = len(text) > self.head + MAX_HEAD
+            return
+        self.name, self.start = name, head.end()
+        self._position = self.start
+        self.is_broken = rest[0] not in ("[{" if name is None else "{")
+
+
+# In front of the JSON newer Mistral models write the name, and other models nothing.
+_HEAD = re.compile(r"\s*(?:([\w./-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*)?")
+_JSON_MARK = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
+
+
+def _calls(text: str, block: _Block, tools: Collection[str]) -> list[tuple[str, str]]:
+    """The names and arguments of a block; empty if anything in it is not a call of an offered tool."""
+    if block.is_broken or block.end is None:
+        return []
+    try:
+        value = json.loads(text[block.start : block.end], parse_constant=_refuse_constant)
+        if block.name is not None:
+            value = {"name": block.name, "arguments": value}
+        return [_call(entry, tools) for entry in (value if isinstance(value, list) else [value])]
+    except (ValueError, RecursionError):
+        return []
+
+
+def _call(entry: Any, tools: Collection[str]) -> tuple[str, str]:
+    """Read one call.
+
+    Raises:
+        ValueError: it is none.
+    """
+    entry = entry.get("function", entry) if isinstance(entry, dict) else {}
+    entry = entry if isinstance(entry, dict) else {"name": entry}
+    name, arguments = entry.get("name"), entry.get("arguments", entry.get("parameters", {}))
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments, parse_constant=_refuse_constant)
+    if not isinstance(name, str) or name not in tools or not isinstance(arguments, dict):
+        raise ValueError("no call of an offered tool")
+    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    text.encode()  # half a surrogate pair is no text
+    return name, text
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _num_held_back(text: str, marks: Collection[str]) -> int:
+    """Length of the longest end of a text that a mark may begin with."""
+    longest = max(map(len, marks), default=1)
+    ends = (text[-length:] for length in range(min(longest - 1, len(text)), 0, -1))
+    return next((len(end) for end in ends if any(mark.startswith(end) for mark in marks)), 0)
