@@ -61,6 +61,7 @@ def _serve(engine_args: EngineArgs, args: ServerArgs, tls: ssl.SSLContext | None
             gc.freeze()
             server.run(sockets=[listener])
         finally:
+            gc.unfreeze()
             llm.shutdown()
 
 

@@ -305,7 +305,7 @@ def test_the_help_has_a_group_for_every_option(capsys: pytest.CaptureFixture[str
     page = capsys.readouterr().out
     titles = [line.removesuffix(":") for line in page.splitlines() if line.endswith(":") and line[0] != " "]
     of_server = ["network", "security", "limits of the server", "logging"]
-    assert titles[2:] == [*of_server, "LoRA", "model", "media", "memory", "scheduling"]
+    assert titles[2:] == [*of_server, "LoRA", "tools", "model", "media", "memory", "scheduling"]
     assert "--request-timeout SECONDS" in page and page.startswith("usage: mmlora serve [MODEL] [OPTION ...]\n")
 
 

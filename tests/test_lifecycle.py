@@ -180,6 +180,17 @@ def test_tensors_are_swapped_in_between_two_steps(engine: LLMEngine, contents: C
     assert engine.lora.num_host_bytes == contents.sizes[2] and engine.lora.num_device_bytes == 0
 
 
+def test_the_digest_of_a_mix_is_of_its_contents_alone(engine: LLMEngine, contents: Contents) -> None:
+    """Whatever was loaded before, here or in another process, clients are told the same."""
+    digests = []
+    for names in (("a", "b"), ("other", "another")):
+        a, b = (engine.add_lora(name, str(path)) for name, path in zip(names, contents.paths, strict=False))
+        mix = LoRAMix([(a, 1.0), (b, 0.5)])
+        digests.append(engine.process_input("x", PROMPT, LONG, mix).lora.digest)
+        digests.append(engine.process_input("x", PROMPT, LONG, LoRAMix([(a, 1.0), (b, 0.25)])).lora.digest)
+    assert digests[0] == digests[2] != digests[1] == digests[3]
+
+
 def test_an_adapter_of_a_mix_may_be_removed_while_the_mix_runs(engine: LLMEngine, contents: Contents) -> None:
     a, b = (engine.add_lora(name, str(contents.paths[i])) for i, name in enumerate("ab"))
     engine.add_request("mix", PROMPT, LONG, LoRAMix([(a, 1.0), (b, 0.5)]))

@@ -95,14 +95,15 @@ def mix_adapters(mix: LoRAMix, adapters: Sequence[Adapter]) -> Adapter:
     for name in names:
         found = [(a.modules[name].lora, scale) for a, scale in zip(adapters, scales, strict=True) if name in a.modules]
         modules[name] = ModuleWeights(_concatenated([(lora, scale) for lora, scale in found if lora is not None]))
-    identities = [[adapter.identity, scale] for adapter, scale in zip(adapters, scales, strict=True)]
+    # Of contents alone: what clients are told of a mix is the same in every process.
+    contents = [[adapter.digest, scale] for adapter, scale in zip(adapters, scales, strict=True)]
     media = [[a.media_digest, scale] for a, scale in zip(adapters, scales, strict=True) if a.media_digest is not None]
     report = AdapterReport(
         len(modules),
         {part: max(adapter.report.parts.get(part, 0) for adapter in adapters) for part in adapters[0].report.parts},
         max_rank=sum(adapter.report.max_rank for adapter in adapters),
     )
-    return Adapter(mix.lora_name, _digest(identities), _digest(media) if media else None, None, modules, report)
+    return Adapter(mix.lora_name, _digest(contents), _digest(media) if media else None, None, modules, report)
 
 
 def _check_addable(adapter: Adapter) -> None:

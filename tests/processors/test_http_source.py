@@ -341,15 +341,20 @@ def test_the_urls_of_a_prompt_are_read_together_and_each_only_once(png):
 
 
 def test_when_one_cannot_be_read_the_others_are_left(png):
-    left = threading.Event()
+    asked, left = threading.Event(), threading.Event()
 
     def slow(connection):
+        asked.set()
         connection.sendall(HEAD)
         while connection.recv(1):
             pass
         left.set()
 
-    with run_web_server({"/slow": slow}) as web, pytest.raises(MediaError, match="status 404"):
+    def missing(connection):
+        asked.wait(10)
+        connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+
+    with run_web_server({"/slow": slow, "/missing": missing}) as web, pytest.raises(MediaError, match="status 404"):
         run(_fetch(MediaLoader(SMALL, networks=HERE), web.url("/slow"), web.url("/missing")))
     assert left.wait(10)
 
