@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mmlora.server.protocol import FieldError, read_fields, shorten
+from mmlora.server.protocol import FieldError, read_fields, reason_of, shorten
 
 MAX_NAMED = 8  # fields in one message
 
@@ -77,4 +77,4 @@ def _error_of(kind: type[Body], problems: list[Any]) -> FieldError:
     problem = problems[0]
     param = str(problem["loc"][0]) if problem["loc"] else "body"
     place = ".".join(map(str, problem["loc"])) or "body"
-    return FieldError(f"{place}: {problem['msg']}; received {shorten(problem['input'], json.dumps)}", param)
+    return FieldError(f"{place}: {reason_of(problem)}; received {shorten(problem['input'], json.dumps)}", param)

@@ -38,6 +38,11 @@ NEUTRAL_EXTRAS: Mapping[str, tuple[JsonValue, ...]] = {
     "truncate_prompt_tokens": (None,),
     "use_beam_search": (None, False),
 }
+JSON_REASONS: Mapping[str, str] = {
+    "dict_type": "Input should be an object",
+    "list_type": "Input should be a valid array",
+    "model_type": "Input should be an object",
+}
 MAX_FIELDS, MAX_BIASES = 256, 65536
 MAX_VALUES = 2**20  # in one body: what parses more than that keeps everybody waiting
 T = TypeVar("T")
@@ -243,7 +248,12 @@ def first_problem(error: ValidationError) -> FieldError:
     param = str(problem["loc"][0]) if problem["loc"] else "body"
     if problem["type"] == "missing":
         return FieldError(f"{param} is required", param)
-    return FieldError(f"{param}: {problem['msg']}; received {shorten(problem['input'], json.dumps)}", param)
+    return FieldError(f"{param}: {reason_of(problem)}; received {shorten(problem['input'], json.dumps)}", param)
+
+
+def reason_of(problem: Mapping[str, Any]) -> str:
+    """What Pydantic says of a value, in the words of JSON where it has those of Python."""
+    return JSON_REASONS.get(problem["type"]) or str(problem["msg"])
 
 
 def shorten(value: Any, show: Callable[[Any], str] = repr) -> str:
