@@ -148,15 +148,29 @@ def _render_text(conversation: list[tuple[Message, str]], render: Any) -> str:
     """Render with strings, or with parts where the template loses strings and keeps parts."""
     text = str(render([_turn(message, content) for message, content in conversation]))
     contents = [content.strip() for _, content in conversation]
-    if all(content in text for content in contents):
+    if _has_all(text, contents):
         return text
     try:
         with_parts = str(render([_turn(message, _template_parts([content])) for message, content in conversation]))
     except RequestError:
         return text
     num_written = "".join(contents).count(SPELLED_LIST)
-    is_kept = all(content in with_parts for content in contents) and with_parts.count(SPELLED_LIST) == num_written
+    is_kept = _has_all(with_parts, contents) and with_parts.count(SPELLED_LIST) == num_written
     return with_parts if is_kept else text
+
+
+def _has_all(text: str, contents: Sequence[str]) -> bool:
+    """Whether a text holds all contents; each is sought behind the one before, where nearly every template has it.
+
+    To seek them all from the start would take minutes for a conversation of many turns.
+    """
+    end = 0
+    for content in contents:
+        start = text.find(content, end)
+        if start < 0 and (start := text.find(content)) < 0:
+            return False
+        end = start + len(content)
+    return True
 
 
 def _has_placeholders(

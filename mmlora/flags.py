@@ -210,7 +210,7 @@ def _parse_list(text: str) -> list[str]:
         return [text]
     try:
         entries = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     if not all(isinstance(entry, str) for entry in entries):
         raise ValueError("must be a list of strings")
@@ -227,7 +227,7 @@ def _parse_json_or_auto(text: str) -> dict[str, Any] | str:
 def _parse_json(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError("must be a JSON object")

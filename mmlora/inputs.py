@@ -26,6 +26,7 @@ from mmlora.towers.base import PromptLayout, Towers
 from mmlora.towers.encoder import encoder_key
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "multi_modal_data", "mm_processor_kwargs", "cache_salt")
+MAX_SALT_CHARS = 1024  # hashed by the engine thread, and kept with what is cached
 MAX_CHARS_PER_TOKEN = 256  # more than the longest token of any vocabulary in use
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
@@ -228,11 +229,11 @@ class InputProcessor:
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(params, name)
             if value is not None and bound != -1 and (value > bound or value == -1):
-                raise RequestError(f"{name}={value} exceeds max_logprobs={bound}")
+                raise RequestError(f"{name}={value!r:.80} exceeds max_logprobs={bound}")
         ids = [*(params.logit_bias or {}), *(params.stop_token_ids or ())]
         outside = [token for token in ids if token >= self.vocab_size]
         if outside:
-            raise RequestError(f"token id {outside[0]} is outside the vocabulary of {self.vocab_size}")
+            raise RequestError(f"token id {outside[0]!r:.80} is outside the vocabulary of {self.vocab_size}")
 
     def _check_priority(self, priority: int) -> None:
         if not isinstance(priority, int) or isinstance(priority, bool) or not -(2**63) <= priority < 2**63:
@@ -256,7 +257,7 @@ class InputProcessor:
             allowed = {self.processor.placeholder_token_id(modality) for modality in self.processor.modalities}
         for token in token_ids:
             if not isinstance(token, int) or not (0 <= token < self.vocab_size or token in allowed):
-                raise RequestError(f"token id {token!r} is outside the vocabulary of {self.vocab_size}")
+                raise RequestError(f"token id {token!r:.80} is outside the vocabulary of {self.vocab_size}")
 
 
 def _last_start(token_ids: list[int], wanted: tuple[int, ...]) -> int:
@@ -321,7 +322,9 @@ def _check_types(fields: Mapping[str, Any]) -> None:
         raise RequestError(f"mm_processor_kwargs is a {type(options).__name__}; it must be a mapping")
     salt = fields.get("cache_salt")
     if salt is not None and not (isinstance(salt, str) and salt):
-        raise RequestError(f"cache_salt={salt!r} must be text, and not empty")
+        raise RequestError(f"cache_salt={salt!r:.80} must be text, and not empty")
+    if salt is not None and len(salt) > MAX_SALT_CHARS:
+        raise RequestError(f"cache_salt has {len(salt)} characters; allowed are {MAX_SALT_CHARS}")
 
 
 def _as_items(contents: object) -> list[object]:

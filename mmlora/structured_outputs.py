@@ -210,6 +210,7 @@ def _checked_schema(params: StructuredOutputsParams, schema: Any) -> str:
     """A schema as text, if it is not so large that it would keep the compiler busy."""
     try:
         schema = json.loads(schema) if isinstance(schema, str) else schema
+        schema = {} if schema is True else schema
         multiples = [value for value in _values(schema, "multipleOf", 0) if is_finite_number(value)]
         text = json.dumps(schema, allow_nan=False)
         multiple = math.lcm(*(Fraction(str(value)).numerator for value in multiples))
@@ -217,6 +218,8 @@ def _checked_schema(params: StructuredOutputsParams, schema: Any) -> str:
         params.refuse(f"the JSON schema is nested too deeply; allowed are {MAX_DEPTH} levels")
     except (TypeError, ValueError) as error:
         params.refuse(f"the JSON schema is not valid JSON: {error}")
+    if not isinstance(schema, Mapping):
+        params.refuse(f"the JSON schema is {text[:80]}; it must be an object, or true")
     if len(text) > MAX_CHARS:
         params.refuse(f"the JSON schema has {len(text)} characters; allowed are {MAX_CHARS}")
     if multiple > MAX_MULTIPLE:

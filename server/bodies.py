@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mmlora.server.protocol import FieldError, check_fields, shorten
+from mmlora.server.protocol import FieldError, read_fields, reason_of, shorten
 
 MAX_NAMED = 8  # fields in one message
 
@@ -25,9 +25,9 @@ def parse_body(kind: type[B], body: bytes) -> B:
     Raises:
         FieldError: it is not JSON, lacks fields, or has unknown ones or values of the wrong type; these are named.
     """
-    check_fields(body)
+    fields = read_fields(body)
     try:
-        return kind.model_validate_json(body)
+        return kind.model_validate(fields)
     except ValidationError as error:
         problems = error.errors(include_url=False)
         raise _error_of(kind, problems[:MAX_NAMED]) from None
@@ -76,7 +76,5 @@ def _error_of(kind: type[Body], problems: list[Any]) -> FieldError:
         return FieldError("; ".join(messages), (missing + unknown)[0][:80])
     problem = problems[0]
     param = str(problem["loc"][0]) if problem["loc"] else "body"
-    if problem["type"] == "json_invalid":
-        return FieldError(f"the body is not JSON: {problem['ctx']['error']}", param)
     place = ".".join(map(str, problem["loc"])) or "body"
-    return FieldError(f"{place}: {problem['msg']}; received {shorten(problem['input'], json.dumps)}", param)
+    return FieldError(f"{place}: {reason_of(problem)}; received {shorten(problem['input'], json.dumps)}", param)

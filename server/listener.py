@@ -58,8 +58,8 @@ def listen_tcp(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
-        raise ConfigError(f"host={host!r}: {error.strerror or error}") from None
+    except (OSError, UnicodeError) as error:  # the latter for a name that no host can have
+        raise ConfigError(f"host={host!r}: {getattr(error, 'strerror', None) or error}") from None
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)

@@ -23,6 +23,8 @@ from mmlora.server.name_locks import NameLocks
 from mmlora.server.protocol import FieldError, shorten
 from mmlora.server.served_adapter import ServedAdapter
 
+MAX_SHOWN_CHARS = 400
+
 
 @dataclass(frozen=True)
 class LoRAModule:
@@ -46,8 +48,8 @@ class LoRAModule:
             return cls(name, path)
         try:
             entry = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"{text!r}: not JSON: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{text[:MAX_SHOWN_CHARS]!r}: not JSON: {error}") from None
         allowed = [field.name for field in fields(cls)]
         if not isinstance(entry, dict):
             raise ConfigError(f"{text!r}: an entry is name=path or a JSON object")

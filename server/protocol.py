@@ -38,7 +38,13 @@ NEUTRAL_EXTRAS: Mapping[str, tuple[JsonValue, ...]] = {
     "truncate_prompt_tokens": (None,),
     "use_beam_search": (None, False),
 }
+JSON_REASONS: Mapping[str, str] = {
+    "dict_type": "Input should be an object",
+    "list_type": "Input should be a valid array",
+    "model_type": "Input should be an object",
+}
 MAX_FIELDS, MAX_BIASES = 256, 65536
+MAX_VALUES = 2**20  # in one body: what parses more than that keeps everybody waiting
 T = TypeVar("T")
 
 
@@ -85,18 +91,44 @@ def _check_biases(value: Any) -> Any:
     return value
 
 
-def check_fields(body: bytes) -> None:
-    """Refuse a body with more fields than any request has, before each of them is looked at.
+def read_json(text: str | bytes, name: str) -> Any:
+    """Parse JSON that a client sent, unless it holds more values than any request has.
+
+    Args:
+        text: the JSON.
+        name: of the field that it is.
 
     Raises:
-        FieldError: saying how many there are.
+        FieldError: it holds too many, or is not JSON.
     """
+    content = text.encode() if isinstance(text, str) else text
+    num_values = sum(map(content.count, (b",", b"[", b"{")))  # as many, or more where text holds these characters
+    if num_values > MAX_VALUES:
+        raise FieldError(f"{name} has {num_values} commas and brackets; allowed are {MAX_VALUES}", name)
     try:
-        content = from_json(body)
-    except ValueError:
-        return  # whoever reads it next says what is wrong
-    if isinstance(content, dict) and len(content) > MAX_FIELDS:
+        return from_json(content)
+    except ValueError as error:
+        raise FieldError(f"{name} is not JSON: {error}", name) from None
+
+
+def read_fields(body: bytes) -> dict[str, Any]:
+    """Parse a body, unless it has more fields than any request, each of which would be looked at.
+
+    Raises:
+        FieldError: it has too many, or is no JSON object.
+    """
+    content = read_json(body, "body")
+    if not isinstance(content, dict):
+        raise FieldError(f"the body must be a JSON object; received {shorten(content, json.dumps)}", "body")
+    if len(content) > MAX_FIELDS:
         raise FieldError(f"the body has {len(content)} fields; allowed are {MAX_FIELDS}", "body")
+    return content
+
+
+def _check_stream_options(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_FIELDS:
+        raise ValueError(f"it has {len(value)} fields; allowed are {', '.join(StreamOptions.model_fields)}")
+    return value
 
 
 class StreamOptions(BaseModel):
@@ -119,7 +151,7 @@ class GenerationRequest(BaseModel):
     model: str | None = None
     lora: str | FirstOnly[dict[str, Any]] | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: Annotated[StreamOptions | None, BeforeValidator(_check_stream_options)] = None
     n: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -160,9 +192,9 @@ class GenerationRequest(BaseModel):
         Raises:
             FieldError: the body is not JSON, a field has the wrong type, or is not supported.
         """
-        check_fields(body)
+        fields = read_fields(body)
         try:
-            request = cls.model_validate_json(body)
+            request = cls.model_validate(fields)
         except ValidationError as error:
             raise first_problem(error) from None
         check_other_fields(request.model_extra or {}, {**NEUTRAL_EXTRAS, **cls.NEUTRAL_VALUES})
@@ -185,7 +217,8 @@ def answer_limit(max_tokens: int | None, max_completion_tokens: int | None) -> i
     limits = {limit for limit in (max_tokens, max_completion_tokens) if limit is not None}
     if len(limits) > 1:
         raise FieldError(
-            f"max_tokens={max_tokens} and max_completion_tokens={max_completion_tokens} differ; give one of them",
+            f"max_tokens={shorten(max_tokens)} and max_completion_tokens={shorten(max_completion_tokens)} differ; "
+            "give one of them",
             "max_completion_tokens",
         )
     return limits.pop() if limits else None
@@ -215,9 +248,12 @@ def first_problem(error: ValidationError) -> FieldError:
     param = str(problem["loc"][0]) if problem["loc"] else "body"
     if problem["type"] == "missing":
         return FieldError(f"{param} is required", param)
-    if problem["type"] == "json_invalid":
-        return FieldError(f"the body is not JSON: {problem['ctx']['error']}", param)
-    return FieldError(f"{param}: {problem['msg']}; received {shorten(problem['input'], json.dumps)}", param)
+    return FieldError(f"{param}: {reason_of(problem)}; received {shorten(problem['input'], json.dumps)}", param)
+
+
+def reason_of(problem: Mapping[str, Any]) -> str:
+    """What Pydantic says of a value, in the words of JSON where it has those of Python."""
+    return JSON_REASONS.get(problem["type"]) or str(problem["msg"])
 
 
 def shorten(value: Any, show: Callable[[Any], str] = repr) -> str:

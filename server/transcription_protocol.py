@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, ValidationError, WithJsonSchema
-from pydantic_core import from_json
 
 from mmlora.server.forms import parse_form
 from mmlora.server.protocol import (
@@ -14,6 +13,7 @@ from mmlora.server.protocol import (
     answer_limit,
     check_other_fields,
     first_problem,
+    read_json,
     shorten,
 )
 from mmlora.transcription import LANGUAGES
@@ -26,10 +26,7 @@ def _read_lora(value: Any) -> Any:
     """A form has only text: a list is JSON."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
-    try:
-        return from_json(value)
-    except ValueError as error:
-        raise ValueError(f"it begins like a JSON list, but is none: {error}") from None
+    return read_json(value, "lora")
 
 
 class AudioRequest(BaseModel):

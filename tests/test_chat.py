@@ -2,13 +2,14 @@
 
 import base64
 import io
+import time
 
 import numpy as np
 import pytest
 import soundfile
 from PIL import Image
 
-from mmlora.chat import load_chat_template, render_chat
+from mmlora.chat import _has_all, load_chat_template, render_chat
 from mmlora.errors import ConfigError, MediaError, RequestError
 from mmlora.processors import loader
 from mmlora.processors.items import MediaLimits
@@ -196,6 +197,14 @@ def test_text_is_not_lost_in_a_template_that_takes_only_parts():
 def test_a_template_that_drops_text_either_way_is_left_alone():
     template = "{% for m in messages %}<|{{ m['role'] }}|><|end|>{% endfor %}"
     assert render("dropped", chat_template=template)["prompt"] == "<|user|><|end|>"
+
+
+def test_the_text_of_many_turns_is_found_without_searching_it_from_the_start_each_time():
+    contents = [f"turn {number:06}" for number in range(200_000)]
+    text, start_s = "<|end|>".join(contents), time.monotonic()
+    assert _has_all(text, contents) and _has_all(text, [*contents, contents[0]])
+    assert not _has_all(text, [*contents, "nothing"])
+    assert time.monotonic() - start_s < 15  # minutes, from the start
 
 
 def test_media_are_counted_before_any_is_decoded(monkeypatch):

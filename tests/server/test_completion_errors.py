@@ -78,6 +78,8 @@ def url(data: bytes) -> str:
         ({"prompt": "a", "logprobs": True}, "logprobs", "integer"),
         ({"prompt": "a", "echo": "yes"}, "echo", "boolean"),
         ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options", "stream=true"),
+        ({"prompt": "a", "stream": True, "stream_options": []}, "stream_options", "an object"),
+        ({"prompt": "a", "stop_token_ids": 5}, "stop_token_ids", "a valid array"),
         ({"prompt": "a", "stream": True, "prompt_logprobs": 1}, "prompt_logprobs", "stream=false"),
         ({"prompt": ["a", "b"], "multi_modal_data": {"audio": "data:,"}}, "multi_modal_data", "holds 2"),
         ({"prompt": "a", "multi_modal_data": ["data:,"]}, "multi_modal_data", "an object"),

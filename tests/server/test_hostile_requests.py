@@ -139,6 +139,33 @@ def test_a_head_that_is_none_is_refused(server: RunningServer, head: bytes) -> N
     assert send(server, head + b"\r\n\r\n").startswith((b"HTTP/1.1 400", b"HTTP/1.1 404", b"HTTP/1.1 501"))
 
 
+HEAVY: dict[str, tuple[dict[str, Any], str]] = {
+    "values": ({"metadata": [[]] * 600_000}, "allowed are 1048576"),
+    "fields of stream_options": ({"stream": True, "stream_options": dict.fromkeys(map(str, range(10**5)))}, "100000"),
+    "cache_salt": ({"cache_salt": "a" * 1025}, "1025 characters; allowed are 1024"),
+    "stop_token_ids": ({"stop_token_ids": [1] * 1025}, "1025 tokens; allowed are 1024"),
+    "digits": ({"n": 10**4000}, "n=1000"),
+    "two limits": ({"max_tokens": 10**4000, "max_completion_tokens": 10**4000 + 1}, "differ"),
+    "biases": ({"logit_bias": {"x" * 10**6: 1}}, "logit_bias="),
+    "wrong schema": ({"guided_json": "[" + "1," * 1000 + "1]"}, "must be an object"),
+}
+
+
+@pytest.mark.parametrize("case", HEAVY)
+def test_what_no_request_needs_is_refused_in_few_words(server: RunningServer, case: str) -> None:
+    fields, text = HEAVY[case]
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1, **fields}
+    response = httpx.post(f"{server.address}/v1/chat/completions", json=body, timeout=60)
+    assert response.status_code == 400 and text in response.json()["error"]["message"], response.text[:500]
+    assert len(response.text) < 500
+
+
+def test_a_list_of_adapters_in_a_form_is_bounded_like_a_body(server: RunningServer, wav: bytes) -> None:
+    address, form = f"{server.address}/v1/audio/transcriptions", {"lora": "[" + "{}," * 600_000 + "{}]"}
+    response = httpx.post(address, data=form, files={"file": wav}, timeout=60)
+    assert response.status_code == 400 and "allowed are 1048576" in response.json()["error"]["message"]
+
+
 def test_every_route_needs_the_key(server: RunningServer) -> None:
     app = build_app(server.llm, load_served_models(server.llm), api_key="key", allow_lora_updates=True)
     tokens: list[dict[str, Any]] = [

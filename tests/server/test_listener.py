@@ -20,8 +20,14 @@ from mmlora import cli
 from mmlora.async_llm import AsyncLLM
 from mmlora.config import EngineArgs
 from mmlora.errors import ConfigError
-from mmlora.server.listener import listen_unix, listening, raise_file_limit
+from mmlora.server.listener import listen_tcp, listen_unix, listening, raise_file_limit
 from tests.server.conftest import connect, run_server
+
+
+@pytest.mark.parametrize("host", ["a" * 70, "a..b"])
+def test_a_name_that_no_host_can_have_is_told(host: str) -> None:
+    with pytest.raises(ConfigError, match=f"host='{host}'"):
+        listen_tcp(host, 0)
 
 
 @pytest.fixture
