@@ -146,6 +146,7 @@ class OutputItems:
         if isinstance(piece, str):
             text, is_last = piece, False
             if not isinstance(self._open, MessageItem):
+                logprobs = _of_text(piece, logprobs) if self._num_items else logprobs
                 events = self._begin(MessageItem(self._num_items))
         else:
             text, is_last = piece.arguments, piece.is_last
@@ -167,3 +168,13 @@ class OutputItems:
         item, self._open = self._open, None
         self._closed.append(item.content(status))
         return item.close(status)
+
+
+def _of_text(text: str, logprobs: list[Json]) -> list[Json]:
+    """Leave out the tokens in front of a text that follows a call: they end the call."""
+    start, position = "".join(token["token"] for token in logprobs).rfind(text), 0
+    for index, token in enumerate(logprobs):
+        position += len(token["token"])
+        if position > start:
+            return logprobs[index:]
+    return []
