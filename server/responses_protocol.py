@@ -86,7 +86,7 @@ class ResponsesRequest(GenerationRequest):
             FieldError: a field has another form.
         """
         # Not every text of tools goes through the model's limits: with tool_choice="none" the model is told of none.
-        if self.tools and (length := len(json.dumps(self.tools))) > MAX_TOOLS_LENGTH:
+        if (length := _length(self.tools, "tools")) > MAX_TOOLS_LENGTH:
             raise FieldError(f"tools has {length} characters; allowed are {MAX_TOOLS_LENGTH}", "tools")
         return read_tool_choice(self.tools, self.tool_choice, self.parallel_tool_calls, is_flat=True)
 
@@ -109,9 +109,22 @@ class ResponsesRequest(GenerationRequest):
         """The sampling options that `text` and the fields of others stand for."""
         if self.response_format is not None:
             raise FieldError("response_format is not supported here; use text.format", "response_format")
+        _length(self.text, "text")
         text = dict(self.text or {})
         text_format = text.pop("format", None)
         check_other_fields({f"text.{name}": value for name, value in text.items()}, TEXT_VALUES)
         if not isinstance(text_format, dict | None):
             raise FieldError(f"text.format={shorten(text_format, json.dumps)} must be an object", "text.format")
         return {"structured_outputs": self.tooling.constrain(read_constraint(self, text_format))}
+
+
+def _length(value: Any, name: str) -> int:
+    """Characters of a field that comes back in the answer.
+
+    Raises:
+        FieldError: it holds a number that JSON cannot write, such as one that was read from 1e999.
+    """
+    try:
+        return len(json.dumps(value, allow_nan=False))
+    except ValueError:
+        raise FieldError(f"{name} holds NaN or an infinite number; allowed are finite ones", name) from None

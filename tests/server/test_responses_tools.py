@@ -15,6 +15,7 @@ from tests.server.conftest import RunningServer, ServerFactory
 from tests.server.responses import checked, respond, stream
 from tests.server.tools import CALL, SCHEMAS, TEMPLATE, check_calls, prompt_of
 
+INFINITE = "1e999"  # sent as a number
 LOGPROBS = "message.output_text.logprobs"
 
 
@@ -316,7 +317,8 @@ def test_a_failure_in_the_middle_of_a_call_ends_it(server: RunningServer, monkey
 
 def refused(server: RunningServer, **fields: Any) -> dict[str, Any]:
     body = {"input": "go", "tools": TOOLS, "max_output_tokens": 1, **fields}
-    response = httpx.post(f"{server.address}/v1/responses", json=body, timeout=60)
+    content = json.dumps(body).replace(f'"{INFINITE}"', INFINITE)
+    response = httpx.post(f"{server.address}/v1/responses", content=content, timeout=60)
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert error["type"] == "invalid_request_error" and len(str(error)) < 600
@@ -337,6 +339,8 @@ def refused(server: RunningServer, **fields: Any) -> dict[str, Any]:
         ({"tools": [tool("a", output_schema={})]}, "tools[0].output_schema", "output_schema"),
         ({"tools": [tool(f"t{i}") for i in range(129)]}, "tools", "128"),
         ({"tools": [tool("a", description="x" * 2**20)], "tool_choice": "none"}, "tools", "1048576"),
+        ({"tools": [tool("a", parameters={"maximum": INFINITE})]}, "tools", "finite"),
+        ({"text": {"format": {"type": "text", "more": INFINITE}}}, "text", "finite"),
         ({"tools": "add"}, "tools", "tools"),
         ({"tools": ["add"]}, "tools", "tools"),
         ({"tool_choice": "sometimes"}, "tool_choice", "sometimes"),
