@@ -32,6 +32,7 @@ from mmlora.server.responses import ResponsesService
 from mmlora.server.responses_protocol import ResponsesRequest
 from mmlora.server.status import add_ready_route, version_routes
 from mmlora.server.tokens import token_routes
+from mmlora.server.tool_calling import ToolCalling
 from mmlora.server.tracing import Tracer
 from mmlora.server.transcription_protocol import TranscriptionRequest, TranslationRequest
 from mmlora.server.transcriptions import TranscriptionService
@@ -66,14 +67,15 @@ def build_app(
         cors: which pages of other sites may use the server; by default none.
         root_path: the prefix under which a reverse proxy serves this one.
         tracer: traces the requests; who made it shuts it down.
-        tool_call_parser: see `ChatService`.
+        tool_call_parser: see `ToolCalling`.
     """
     app = FastAPI(title="mmlora", docs_url=None, redoc_url=None)
     admission = admission or Admission(llm.engine.args.max_num_seqs)
     conversations = Conversations(llm, models)
-    chat = ChatService(llm, models, conversations, max_request_bytes, tool_call_parser)
+    tool_calling = ToolCalling(tool_call_parser, conversations.chat_template)
+    chat = ChatService(llm, models, conversations, max_request_bytes, tool_calling)
     completion = CompletionService(llm, models, max_request_bytes)
-    response = ResponsesService(llm, models, conversations, max_request_bytes)
+    response = ResponsesService(llm, models, conversations, max_request_bytes, tool_calling)
     transcription = TranscriptionService(llm, conversations, max_request_bytes)
 
     api = APIRouter(prefix="/v1")

@@ -13,10 +13,8 @@ from mmlora.server.chat_protocol import ChatCompletionRequest, parse_chat_reques
 from mmlora.server.conversation import Conversation, Conversations
 from mmlora.server.limits import read_body
 from mmlora.server.models import ServedModels
-from mmlora.server.protocol import FieldError
 from mmlora.server.streaming import respond_with
-from mmlora.server.tool_choice import ToolChoice
-from mmlora.server.tool_formats import find_format
+from mmlora.server.tool_calling import ToolCalling
 
 
 class ChatService:
@@ -27,8 +25,7 @@ class ChatService:
         models: the names that clients may ask for.
         conversations: run by the engine.
         max_request_bytes: the largest body.
-        tool_call_parser: name of the format in which the model writes tool calls, `auto` for the one that its chat
-            template speaks of, None where it is not to choose by itself whether to call a tool.
+        tool_calling: of the model.
     """
 
     def __init__(
@@ -37,14 +34,13 @@ class ChatService:
         models: ServedModels,
         conversations: Conversations,
         max_request_bytes: int,
-        tool_call_parser: str | None = "auto",
+        tool_calling: ToolCalling,
     ) -> None:
         self._llm = llm
         self._models = models
         self._conversations = conversations
         self._max_request_bytes = max_request_bytes
-        self._can_choose = tool_call_parser is not None
-        self._format = find_format(tool_call_parser or "auto", conversations.chat_template)
+        self._tool_calling = tool_calling
 
     async def respond(self, request: Request) -> Response:
         """Serve one HTTP request; when the client leaves, the work stops.
@@ -63,14 +59,14 @@ class ChatService:
             chat.prompt_logprobs,
             front=_repeated(chat),
             include_usage=chat.include_usage,
-            new_parser=functools.partial(chat.tooling.new_parser, self._format),
-            has_short_call_ids=self._format is not None and self._format.has_short_ids,
+            new_parser=functools.partial(self._tool_calling.new_parser, chat.tooling),
+            new_call_id=self._tool_calling.new_call_id,
         )
         conversation = Conversation(
             chat.messages,
             chat.model,
             chat.lora,
-            {**chat.sampling_options(), **self._tool_options(chat.tooling)},
+            {**chat.sampling_options(), **self._tool_calling.sampling_options(chat.tooling)},
             chat.chat_template_kwargs,
             chat.mm_processor_kwargs,
             add_generation_prompt=chat.add_generation_prompt,
@@ -81,22 +77,6 @@ class ChatService:
         )
         outputs = self._conversations.generate(conversation, request_id)
         return await respond_with(request, answer, outputs, is_stream=bool(chat.stream))
-
-    def _tool_options(self, choice: ToolChoice) -> dict[str, bool]:
-        """What a free choice of tools needs: the marks of calls, which may be special tokens, in the text.
-
-        Raises:
-            FieldError: nothing is known that could read the calls.
-        """
-        if not choice.tools or choice.is_forced:
-            return {}
-        if self._format is None or not self._can_choose:
-            reason = "was started without automatic tool choice"
-            if self._can_choose:
-                reason = "knows no parser for the tool calls of this model (--tool-call-parser names one)"
-            text = f"tool_choice='auto' cannot be served: the server {reason}; allowed: none, required, or a named tool"
-            raise FieldError(text, "tool_choice")
-        return {"skip_special_tokens": False}
 
 
 def _repeated(chat: ChatCompletionRequest) -> str:

@@ -1,15 +1,11 @@
 """`ChatAnswer`: OpenAI's chat completion, whole or in chunks."""
 
-import secrets
-import string
 from collections.abc import Callable, Iterable
 
 from mmlora.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from mmlora.server.answers import ChoicesAnswer, Json, finite
 from mmlora.server.prompt_logprobs import listed_logprobs
 from mmlora.server.tool_parsers import Piece, TextParser, ToolCallDelta
-
-LETTERS = string.ascii_letters + string.digits
 
 
 class ChatAnswer(ChoicesAnswer):
@@ -23,7 +19,7 @@ class ChatAnswer(ChoicesAnswer):
         front: text before each choice.
         include_usage: a stream ends with the token counts.
         new_parser: makes what reads tool calls, for one choice; None where there are none.
-        has_short_call_ids: ids of calls have nine letters and digits.
+        new_call_id: makes the id of a call.
     """
 
     WHOLE = "chat.completion"
@@ -38,15 +34,15 @@ class ChatAnswer(ChoicesAnswer):
         *,
         front: str = "",
         include_usage: bool,
-        new_parser: Callable[[], TextParser | None] = lambda: None,
-        has_short_call_ids: bool = False,
+        new_parser: Callable[[], TextParser | None],
+        new_call_id: Callable[[], str],
     ) -> None:
         super().__init__(request_id, model, include_usage=include_usage)
         self._top_logprobs = top_logprobs
         self._prompt_logprobs = prompt_logprobs
         self._front = front
         self._new_parser = new_parser
-        self._has_short_call_ids = has_short_call_ids
+        self._new_call_id = new_call_id
         self._parsers: dict[int, TextParser | None] = {}  # by choice
         self._callers: set[int] = set()  # choices that call tools
 
@@ -107,7 +103,7 @@ class ChatAnswer(ChoicesAnswer):
         if piece.name is None:
             return {"function": {"arguments": piece.arguments}}
         function = {"name": piece.name, "arguments": piece.arguments}
-        return {"id": _new_call_id(is_short=self._has_short_call_ids), "type": "function", "function": function}
+        return {"id": self._new_call_id(), "type": "function", "function": function}
 
     def _finish_reason(self, completion: CompletionOutput) -> str | None:
         is_call = completion.finish_reason == "stop" and completion.index in self._callers
@@ -134,10 +130,6 @@ def _token_logprobs(token_id: int, top: TokenLogprobs, num_top: int) -> Json:
         **_token(top[token_id].decoded_token, top[token_id].logprob),
         "top_logprobs": [_token(entry.decoded_token, entry.logprob) for entry in ranked],
     }
-
-
-def _new_call_id(*, is_short: bool) -> str:
-    return "".join(secrets.choice(LETTERS) for _ in range(9)) if is_short else f"call_{secrets.token_hex(12)}"
 
 
 def _token(text: str, logprob: float) -> Json:

@@ -14,7 +14,6 @@ from mmlora.server.constraint_fields import read_constraint
 from mmlora.server.message_schemas import MESSAGES
 from mmlora.server.protocol import FieldError, FirstOnly, GenerationRequest, answer_limit, shorten
 from mmlora.server.tool_choice import ToolChoice, read_tool_choice
-from mmlora.structured_outputs import StructuredOutputsParams
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MESSAGE_FIELDS = frozenset({"role", "content", "name", "refusal", "tool_calls", "tool_call_id"})
@@ -70,15 +69,8 @@ class ChatCompletionRequest(GenerationRequest):
             "max_tokens": answer_limit(self.max_tokens, self.max_completion_tokens),
             "logprobs": self._num_logprobs(),
             "prompt_logprobs": self.prompt_logprobs,
-            "structured_outputs": self._constraint(),
+            "structured_outputs": self.tooling.constrain(read_constraint(self)),
         }
-
-    def _constraint(self) -> StructuredOutputsParams | None:
-        constraint = read_constraint(self)
-        if constraint is not None and self.tooling.tools:
-            text = f"{constraint.name} goes with tools only where tool_choice is 'none'; the answer may call a tool"
-            raise FieldError(text, constraint.name)
-        return constraint or self.tooling.constraint
 
     def _num_logprobs(self) -> int | None:
         if self.logprobs:

@@ -11,8 +11,10 @@ from mmlora.server.limits import read_body
 from mmlora.server.models import ServedModels
 from mmlora.server.responses_answers import ResponsesAnswer
 from mmlora.server.responses_input import as_messages
+from mmlora.server.responses_items import OutputItems
 from mmlora.server.responses_protocol import ResponsesRequest
 from mmlora.server.streaming import respond_with
+from mmlora.server.tool_calling import ToolCalling
 
 
 class ResponsesService:
@@ -23,15 +25,22 @@ class ResponsesService:
         models: the names that clients may ask for.
         conversations: run by the engine.
         max_request_bytes: the largest body.
+        tool_calling: of the model.
     """
 
     def __init__(
-        self, llm: AsyncLLM, models: ServedModels, conversations: Conversations, max_request_bytes: int
+        self,
+        llm: AsyncLLM,
+        models: ServedModels,
+        conversations: Conversations,
+        max_request_bytes: int,
+        tool_calling: ToolCalling,
     ) -> None:
         self._llm = llm
         self._models = models
         self._conversations = conversations
         self._max_request_bytes = max_request_bytes
+        self._tool_calling = tool_calling
         self._defaults = llm.engine.default_sampling_params()
 
     async def respond(self, request: Request) -> Response:
@@ -41,23 +50,24 @@ class ResponsesService:
             MMLoRAError: the request cannot be served, or failed before the answer began.
         """
         body = await read_body(request, self._max_request_bytes)
-        asked, conversation = await self._llm.run_in_pool(_read, body)
+        asked, conversation = await self._llm.run_in_pool(self._read, body)
         request_id = f"resp_{uuid.uuid4().hex}"
-        answer = ResponsesAnswer(request_id, asked.model or self._models.base_name, asked, self._defaults)
+        items = OutputItems(self._tool_calling.new_parser(asked.tooling), self._tool_calling.new_call_id)
+        answer = ResponsesAnswer(request_id, asked.model or self._models.base_name, asked, self._defaults, items)
         outputs = self._conversations.generate(conversation, request_id)
         return await respond_with(request, answer, outputs, is_stream=bool(asked.stream))
 
-
-def _read(body: bytes) -> tuple[ResponsesRequest, Conversation]:
-    asked = ResponsesRequest.parse(body)
-    conversation = Conversation(
-        as_messages(asked.instructions, asked.input),
-        asked.model,
-        asked.lora,
-        asked.sampling_options(),
-        asked.chat_template_kwargs,
-        asked.mm_processor_kwargs,
-        priority=asked.priority or 0,
-        cache_salt=asked.cache_salt,
-    )
-    return asked, conversation
+    def _read(self, body: bytes) -> tuple[ResponsesRequest, Conversation]:
+        asked = ResponsesRequest.parse(body)
+        conversation = Conversation(
+            as_messages(asked.instructions, asked.input),
+            asked.model,
+            asked.lora,
+            {**asked.sampling_options(), **self._tool_calling.sampling_options(asked.tooling)},
+            asked.chat_template_kwargs,
+            asked.mm_processor_kwargs,
+            priority=asked.priority or 0,
+            cache_salt=asked.cache_salt,
+            tools=list(asked.tooling.tools.values()),
+        )
+        return asked, conversation

@@ -4,26 +4,31 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 
-from mmlora.outputs import CompletionOutput, LoRAChoice, RequestOutput
+from mmlora.outputs import LoRAChoice, RequestOutput
 from mmlora.sampling_params import SamplingParams
 from mmlora.server.answers import Answer, Json, count_tokens, event
 from mmlora.server.chat_answers import list_logprobs
 from mmlora.server.errors import error_body
+from mmlora.server.responses_items import Event, OutputItems
 from mmlora.server.responses_protocol import ResponsesRequest
+
+_TOOL: Json = {"description": None, "parameters": None, "strict": None}
 
 
 class ResponsesAnswer(Answer):
-    """One response in the making: a single message with a single part of text.
+    """One response in the making.
 
     Args:
         request_id: the response's id, `resp_…`.
         model: what the client asked for.
         asked: the request, of which a response repeats much.
         defaults: the model's own, for what the request leaves out.
+        items: none yet; takes the text.
     """
 
-    def __init__(self, request_id: str, model: str, asked: ResponsesRequest, defaults: SamplingParams) -> None:
-        message_id = request_id.replace("resp_", "msg_", 1)
+    def __init__(
+        self, request_id: str, model: str, asked: ResponsesRequest, defaults: SamplingParams, items: OutputItems
+    ) -> None:
         self._num_top = asked.num_logprobs
         self._outputs: list[RequestOutput] = []
         self._num_events = 0
@@ -34,13 +39,15 @@ class ResponsesAnswer(Answer):
             "model": model,
             **_echo(asked, defaults),
         }
-        self._item = {"id": message_id, "type": "message", "role": "assistant"}
-        self._part_place = {"item_id": message_id, "output_index": 0, "content_index": 0}
+        self._items = items
 
     def complete(self, outputs: list[RequestOutput]) -> Json:
         """The whole response from all deltas."""
         self._outputs = outputs
-        return self._response(self._status, self._message(self._status))
+        for output in outputs:
+            self._feed(output)
+        self._items.finish(self._status)
+        return self._response(self._status)
 
     def lora(self, outputs: Iterable[RequestOutput]) -> LoRAChoice:
         """What was chosen."""
@@ -51,65 +58,42 @@ class ResponsesAnswer(Answer):
         is_first = not self._outputs
         self._outputs.append(output)
         if is_first:
-            yield from self._opening()
-        text, logprobs = output.outputs[0].text, self._logprobs(output.outputs)
-        if text or logprobs:
-            yield self._event("response.output_text.delta", **self._part_place, delta=text, logprobs=logprobs)
+            response = self._response("in_progress")
+            yield self._event("response.created", response=response)
+            yield self._event("response.in_progress", response=response)
+        yield from self._events(self._feed(output))
 
     def last_events(self) -> Iterator[str]:
-        """The whole text, the part, the message and the response that hold it."""
-        status = self._status
-        message = self._message(status)
-        part = message["content"][0]
-        text, logprobs = part["text"], part["logprobs"]
-        yield self._event("response.output_text.done", **self._part_place, text=text, logprobs=logprobs)
-        yield self._event("response.content_part.done", **self._part_place, part=part)
-        yield self._event("response.output_item.done", output_index=0, item=message)
-        yield self._event(f"response.{status}", response=self._response(status, message))
+        """The end of the last item, and the response that holds them all."""
+        yield from self._events(self._items.finish(self._status))
+        yield self._event(f"response.{self._status}", response=self._response(self._status))
 
     def failure(self, error: Exception) -> Iterator[str]:
         """The response as far as it came, and why it ended."""
         told = error_body(error)["error"]
         reason = {"code": "server_error", "message": told["message"], "type": told["type"]}
-        response = self._response("failed", self._message("incomplete"), reason)
-        yield self._event("response.failed", response=response)
+        yield self._event("response.failed", response=self._response("failed", reason))
 
-    def _opening(self) -> Iterator[str]:
-        response = self._response("in_progress", None)
-        yield self._event("response.created", response=response)
-        yield self._event("response.in_progress", response=response)
-        item = {**self._item, "status": "in_progress", "content": []}
-        yield self._event("response.output_item.added", output_index=0, item=item)
-        yield self._event("response.content_part.added", **self._part_place, part=_part("", []))
+    def _feed(self, output: RequestOutput) -> list[Event]:
+        delta = output.outputs[0]
+        logprobs = list_logprobs([delta], self._num_top) if self._num_top is not None else []
+        return self._items.feed(delta.text, list(map(_token, logprobs)))
 
     @property
     def _status(self) -> str:
         return "incomplete" if self._outputs[-1].outputs[0].finish_reason == "length" else "completed"
 
-    def _response(self, status: str, message: Json | None, error: Json | None = None) -> Json:
+    def _response(self, status: str, error: Json | None = None) -> Json:
         return {
             **self._head,
             "status": status,
             "completed_at": int(time.time()) if status == "completed" else None,
             "error": error,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            "output": [message] if message is not None else [],
-            "usage": self._usage() if message is not None else None,
+            "output": self._items.content("incomplete"),
+            "usage": self._usage() if status != "in_progress" else None,
             "lora": asdict(self._outputs[-1].lora),
         }
-
-    def _message(self, status: str) -> Json:
-        deltas = [output.outputs[0] for output in self._outputs]
-        text = "".join(delta.text for delta in deltas)
-        return {**self._item, "status": status, "content": [_part(text, self._logprobs(deltas))]}
-
-    def _logprobs(self, deltas: list[CompletionOutput]) -> list[Json]:
-        if self._num_top is None:
-            return []
-        entries = list_logprobs(deltas, self._num_top)
-        return [
-            {**_with_bytes(entry), "top_logprobs": list(map(_with_bytes, entry["top_logprobs"]))} for entry in entries
-        ]
 
     def _usage(self) -> Json:
         num_tokens = sum(len(output.outputs[0].token_ids) for output in self._outputs)
@@ -123,23 +107,27 @@ class ResponsesAnswer(Answer):
             "total_tokens": counts["total_tokens"],
         }
 
+    def _events(self, events: Iterable[Event]) -> Iterator[str]:
+        return (self._event(kind, **content) for kind, content in events)
+
     def _event(self, kind: str, **content: object) -> str:
         number = self._num_events
         self._num_events += 1
         return event({"type": kind, "sequence_number": number, **content}, kind)
 
 
-def _part(text: str, logprobs: list[Json]) -> Json:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
+def _token(entry: Json) -> Json:
+    """An entry as it is here, where OpenAI's types have no null for bytes that are not known."""
+    return {**_with_bytes(entry), "top_logprobs": list(map(_with_bytes, entry["top_logprobs"]))}
 
 
 def _with_bytes(token: Json) -> Json:
-    """Here OpenAI's types have no null for bytes that are not known."""
     return {**token, "bytes": token["bytes"] or []}
 
 
 def _echo(asked: ResponsesRequest, defaults: SamplingParams) -> Json:
     """What a response repeats of its request, with what holds where it says nothing."""
+    name = asked.tooling.name
     return {
         "background": False,
         "instructions": asked.instructions,
@@ -155,8 +143,8 @@ def _echo(asked: ResponsesRequest, defaults: SamplingParams) -> Json:
         "store": False,
         "temperature": defaults.temperature if asked.temperature is None else asked.temperature,
         "text": {"format": {"type": "text"}, "verbosity": "medium", **_given(asked.text or {})},
-        "tool_choice": asked.tool_choice,
-        "tools": [],
+        "tool_choice": {"type": "function", "name": name} if name is not None else asked.tool_choice or "auto",
+        "tools": [{**_TOOL, **_given(tool)} for tool in asked.tools or ()],
         "top_logprobs": asked.top_logprobs or 0,
         "top_p": defaults.top_p if asked.top_p is None else asked.top_p,
         "truncation": "disabled",

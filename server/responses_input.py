@@ -1,5 +1,6 @@
 """The `input` of a response as the messages of a chat, which is how the model is asked."""
 
+import contextlib
 import json
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -9,6 +10,8 @@ from mmlora.server.protocol import FieldError, shorten
 Json = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant")
 MESSAGE_FIELDS = ("type", "role", "content", "id", "status", "phase")
+CALL_FIELDS = ("type", "call_id", "name", "arguments", "id", "status")
+OUTPUT_FIELDS = ("type", "call_id", "output", "id", "status")
 PART_FIELDS = {
     "input_text": ("type", "text", "prompt_cache_breakpoint"),
     "input_image": ("type", "image_url", "detail", "uuid", "prompt_cache_breakpoint"),
@@ -23,7 +26,7 @@ def as_messages(instructions: str | None, given: Any) -> list[Json]:
 
     Args:
         instructions: become a system message before all others.
-        given: text, or a list of messages.
+        given: text, or a list of messages, calls of functions and their outputs.
 
     Raises:
         FieldError: naming the item or the part that has another form.
@@ -33,23 +36,72 @@ def as_messages(instructions: str | None, given: Any) -> list[Json]:
         return [*before, {"role": "user", "content": given}]
     if not isinstance(given, list) or not given:
         raise _must_be("input", given, "text or a list of at least one item")
-    return [*before, *(_message(item, f"input[{index}]") for index, item in enumerate(given))]
+    return [*before, *_messages(given)]
 
 
-def _message(item: Any, place: str) -> Json:
-    if not isinstance(item, dict):
-        raise _must_be(place, item, "an object")
-    kind, role, content = item.get("type", "message"), item.get("role"), item.get("content")
-    if kind != "message":
-        raise _must_be(f"{place}.type", kind, "message: there are no tools, and no response is kept")
+def _messages(items: list[Any]) -> list[Json]:
+    messages: list[Json] = []
+    call_ids: set[str] = set()
+    for index, item in enumerate(items):
+        place = f"input[{index}]"
+        if not isinstance(item, dict):
+            raise _must_be(place, item, "an object")
+        match item.get("type", "message"):
+            case "message":
+                messages.append(_message(item, place))
+            case "function_call":
+                call = _call(item, place)
+                call_ids.add(call["id"])
+                # What the model wrote in one turn is one message: text if there was any, and calls.
+                if not messages or messages[-1]["role"] != "assistant":
+                    messages.append({"role": "assistant", "content": None})
+                messages[-1].setdefault("tool_calls", []).append(call)
+            case "function_call_output":
+                messages.append(_output(item, call_ids, place))
+            case kind:
+                allowed = (
+                    "message, function_call or function_call_output: there are no other tools, and nothing is kept"
+                )
+                raise _must_be(f"{place}.type", kind, allowed)
+    return messages
+
+
+def _message(item: Json, place: str) -> Json:
+    role = item.get("role")
     if role not in ROLES:
         raise _must_be(f"{place}.role", role, f"one of {', '.join(ROLES)}")
     _check_fields(item, MESSAGE_FIELDS, place)
+    return {"role": role, "content": _content(item, "content", place)}
+
+
+def _call(item: Json, place: str) -> Json:
+    """A call as messages of the assistant have it, with its arguments read."""
+    _check_fields(item, CALL_FIELDS, place)
+    text, arguments = _text(item, "arguments", place), None
+    with contextlib.suppress(ValueError, RecursionError):
+        arguments = json.loads(text)
+    if not isinstance(arguments, dict):
+        raise _must_be(f"{place}.arguments", text, "a JSON object, as text")
+    function = {"name": _text(item, "name", place), "arguments": arguments}
+    return {"id": _text(item, "call_id", place), "type": "function", "function": function}
+
+
+def _output(item: Json, call_ids: Collection[str], place: str) -> Json:
+    _check_fields(item, OUTPUT_FIELDS, place)
+    call_id = _text(item, "call_id", place)
+    if call_id not in call_ids:
+        raise _must_be(f"{place}.call_id", call_id, "that of a function_call before it")
+    return {"role": "tool", "tool_call_id": call_id, "content": _content(item, "output", place)}
+
+
+def _content(item: Json, field: str, place: str) -> str | list[Json]:
+    """Text, or parts."""
+    content, place = item.get(field), f"{place}.{field}"
     if isinstance(content, str):
-        return {"role": role, "content": content}
+        return content
     if not isinstance(content, list) or not content:
-        raise _must_be(f"{place}.content", content, "text or a list of at least one part")
-    return {"role": role, "content": [_part(part, f"{place}.content[{index}]") for index, part in enumerate(content)]}
+        raise _must_be(place, content, "text or a list of at least one part")
+    return [_part(part, f"{place}[{index}]") for index, part in enumerate(content)]
 
 
 def _part(part: Any, place: str) -> Json:

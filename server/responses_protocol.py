@@ -5,6 +5,7 @@ What `input` holds is `server.responses_input`'s matter.
 
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue, WithJsonSchema
@@ -12,9 +13,11 @@ from pydantic import BeforeValidator, Field, JsonValue, WithJsonSchema
 from mmlora.server.constraint_fields import read_constraint
 from mmlora.server.message_schemas import INPUT
 from mmlora.server.protocol import FieldError, FirstOnly, GenerationRequest, check_other_fields, shorten
+from mmlora.server.tool_choice import ToolChoice, read_tool_choice
 
 MAX_METADATA = 16
-# The last is what this server can include. The others belong to tools and to reasoning, which no response has here.
+MAX_TOOLS_LENGTH = 2**20  # they come back in the answer, in several events of a stream
+# The last is what this server can include. The others belong to OpenAI's own tools and to reasoning, which it has not.
 Includable = Literal[
     "code_interpreter_call.outputs",
     "computer_call_output.output.image_url",
@@ -50,8 +53,6 @@ class ResponsesRequest(GenerationRequest):
         "previous_response_id": (None,),
         "prompt": (None,),
         "reasoning": (None, {}, {"effort": None, "summary": None}),
-        "tool_choice": (None, "none", "auto"),
-        "tools": (None, []),
         "truncation": (None, "disabled"),
     }
 
@@ -64,6 +65,8 @@ class ResponsesRequest(GenerationRequest):
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     text: dict[str, Any] | None = None
     metadata: Metadata | None = None
+    tools: FirstOnly[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | str | None = None
     parallel_tool_calls: bool | None = None
     prompt_cache_key: Label | None = None
     safety_identifier: Label | None = None
@@ -75,10 +78,17 @@ class ResponsesRequest(GenerationRequest):
         """Alternatives to report at each token; None for no log probabilities."""
         return self.top_logprobs or 0 if "message.output_text.logprobs" in (self.include or ()) else None
 
-    @property
-    def tool_choice(self) -> str:
-        """What the client said of tools, of which there are none."""
-        return (self.model_extra or {}).get("tool_choice") or "auto"
+    @cached_property
+    def tooling(self) -> ToolChoice:
+        """The tools and how they may be called.
+
+        Raises:
+            FieldError: a field has another form.
+        """
+        # Not every text of tools goes through the model's limits: with tool_choice="none" the model is told of none.
+        if (length := _length(self.tools, "tools")) > MAX_TOOLS_LENGTH:
+            raise FieldError(f"tools has {length} characters; allowed are {MAX_TOOLS_LENGTH}", "tools")
+        return read_tool_choice(self.tools, self.tool_choice, self.parallel_tool_calls, is_flat=True)
 
     def sampling_options(self) -> dict[str, Any]:
         """The fields of `SamplingParams` that the request sets.
@@ -99,9 +109,22 @@ class ResponsesRequest(GenerationRequest):
         """The sampling options that `text` and the fields of others stand for."""
         if self.response_format is not None:
             raise FieldError("response_format is not supported here; use text.format", "response_format")
+        _length(self.text, "text")
         text = dict(self.text or {})
         text_format = text.pop("format", None)
         check_other_fields({f"text.{name}": value for name, value in text.items()}, TEXT_VALUES)
         if not isinstance(text_format, dict | None):
             raise FieldError(f"text.format={shorten(text_format, json.dumps)} must be an object", "text.format")
-        return {"structured_outputs": read_constraint(self, text_format)}
+        return {"structured_outputs": self.tooling.constrain(read_constraint(self, text_format))}
+
+
+def _length(value: Any, name: str) -> int:
+    """Characters of a field that comes back in the answer.
+
+    Raises:
+        FieldError: it holds a number that JSON cannot write, such as one that was read from 1e999.
+    """
+    try:
+        return len(json.dumps(value, allow_nan=False))
+    except ValueError:
+        raise FieldError(f"{name} holds NaN or an infinite number; allowed are finite ones", name) from None

@@ -17,11 +17,15 @@ MAX_HEAD = 256  # characters between a mark and the JSON after it
 
 @dataclass(frozen=True)
 class ToolCallDelta:
-    """A call that begins, or more of the arguments of the call of this index: then it has no name."""
+    """A call that begins, or more of the arguments of the call of this index: then it has no name.
+
+    `is_last` tells that no more of the call will come, as far as that is known before the answer ends.
+    """
 
     index: int
     arguments: str
     name: str | None = None
+    is_last: bool = False
 
 
 Piece = str | ToolCallDelta  # content, or part of a call
@@ -130,7 +134,7 @@ class ToolCallParser:
             return
         self._pending, self._blanks, self._place = self._pending[self._block.end :], "", self._end
         for name, arguments in calls:
-            yield ToolCallDelta(self._num_calls, arguments, name)
+            yield ToolCallDelta(self._num_calls, arguments, name, is_last=True)
             self._num_calls += 1
 
     def _end(self, is_last: bool) -> Iterator[Piece]:

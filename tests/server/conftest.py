@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import socket
 import threading
 import time
@@ -31,6 +32,7 @@ from mmlora.server.http_server import HTTPServer
 from mmlora.server.launch import build_server, load_served_models
 from mmlora.server.listener import address_of, listening, tls_of
 from mmlora.server.models import LoRAModule, ServedModels
+from mmlora.structured_outputs import StructuredOutputsParams
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,22 @@ def aborted(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> list[Requ
 
     monkeypatch.setattr(server.llm.engine, "abort_request", record)
     return outputs
+
+
+@pytest.fixture
+def say(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Have the model write a given text."""
+    make = server.llm.engine.default_sampling_params
+
+    def force(text: str) -> None:
+        constraint = StructuredOutputsParams(regex=re.escape(text))
+
+        def forced(**options: Any) -> Any:
+            return make(**{**options, "structured_outputs": constraint})
+
+        monkeypatch.setattr(server.llm.engine, "default_sampling_params", forced)
+
+    return force
 
 
 def wait_until_idle(server: RunningServer) -> None:

@@ -6,7 +6,6 @@ import base64
 import json
 import threading
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -16,10 +15,8 @@ from openai.types.responses import (
     ResponseCreatedEvent,
     ResponseFailedEvent,
     ResponseIncompleteEvent,
-    ResponseStreamEvent,
     ResponseTextDeltaEvent,
 )
-from pydantic import TypeAdapter
 
 from mmlora.errors import MMLoRAError
 from mmlora.outputs import RequestOutput
@@ -33,9 +30,9 @@ from tests.server.conftest import (
     url_part,
     wait_until_idle,
 )
+from tests.server.responses import checked, respond, stream
 
 LOGPROBS = "message.output_text.logprobs"
-STRICT_EVENT: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent)
 
 
 @pytest.fixture(scope="module")
@@ -44,21 +41,6 @@ def server(start_server: ServerFactory, adapters: dict[str, str]) -> RunningServ
     return start_server(
         LoRAModule("words", adapters["words"]), default_mm_loras=defaults, limit_mm_per_prompt={"image": 1}
     )
-
-
-def respond(server: RunningServer, given: Any, **options: Any) -> Response:
-    """One greedy response of four tokens, which must be of OpenAI's types to the letter."""
-    options = {"model": "tiny", "temperature": 0, "max_output_tokens": 4, **options}
-    with server.client as client:
-        raw = client.responses.with_raw_response.create(input=given, **options)
-    Response.model_validate_json(raw.text, strict=True)
-    return raw.parse()
-
-
-def stream(server: RunningServer, given: Any, **options: Any) -> list[ResponseStreamEvent]:
-    options = {"model": "tiny", "temperature": 0, "max_output_tokens": 4, **options}
-    with server.client as client:
-        return list(client.responses.create(input=given, stream=True, **options))
 
 
 def lora_of(response: Response) -> dict[str, Any]:
@@ -256,14 +238,6 @@ def test_an_answer_follows_a_schema(server: RunningServer) -> None:
     assert respond(server, "hello", **options).output_text == response.output_text
 
 
-def checked(events: Sequence[ResponseStreamEvent]) -> list[str]:
-    """The types of the events, each of which must be of OpenAI's types to the letter and have the next number."""
-    for number, event in enumerate(events):
-        assert event.sequence_number == number
-        STRICT_EVENT.validate_json(event.to_json(), strict=True)
-    return [event.type for event in events]
-
-
 def without_names(response: Response) -> dict[str, Any]:
     """What two responses to the same request have in common."""
     content = response.to_dict()
@@ -423,7 +397,7 @@ def refuse(server: RunningServer, body: Any, status: int = 400) -> dict[str, Any
         ({"prompt": {"id": "p"}}, "prompt"),
         ({"reasoning": {"effort": "high"}}, "reasoning"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"tools": [{"type": "function", "name": "f"}]}, "tools"),
+        ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"truncation": "auto"}, "truncation"),
         ({"text": {"format": {"type": "xml"}}}, "text.format"),
         ({"text": {"format": {"type": "json_schema", "name": "s"}}}, "text.format"),
@@ -461,7 +435,7 @@ def test_a_field_that_cannot_be_honoured_is_named(server: RunningServer, fields:
     ("item", "place"),
     [
         ("hello", "input[1]"),
-        ({"type": "function_call_output", "call_id": "c", "output": "3"}, "input[1].type"),
+        ({"type": "function_call_output", "call_id": "c", "output": "3"}, "input[1].call_id"),
         ({"type": "item_reference", "id": "msg_1"}, "input[1].type"),
         ({"content": "hello"}, "input[1].role"),
         ({"role": "tool", "content": "hello"}, "input[1].role"),

@@ -145,7 +145,7 @@ def test_content_is_given_as_it_comes_and_a_call_once_it_is_whole() -> None:
     parser = new_parser("hermes")
     assert parser.feed("I look. <tool") == ["I look."]
     assert parser.feed(f"_call>{S[:-1]}") == []
-    assert parser.feed("}") == [ToolCallDelta(0, json.dumps(SUM[1]), "add")]
+    assert parser.feed("}") == [ToolCallDelta(0, json.dumps(SUM[1]), "add", is_last=True)]
     assert parser.feed("</tool_") == [] and parser.feed("call>") == [] and parser.finish() == []
 
 

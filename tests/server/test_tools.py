@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
@@ -15,30 +14,9 @@ from mmlora.errors import ConfigError
 from mmlora.server.api import build_app
 from mmlora.server.launch import ServerArgs, load_served_models
 from mmlora.server.tool_choice import read_tool_choice
-from mmlora.structured_outputs import StructuredOutputsParams
 from tests.checkpoints import CHAT_TEMPLATE
 from tests.server.conftest import RunningServer, ServerFactory, run_app
-
-TEMPLATE = (
-    "{%- if tools -%}<|system|>{%- for tool in tools -%}{{ tool.function | tojson }}{%- endfor -%}<|end|>{%- endif -%}"
-    "{%- for message in messages -%}<|{{ message.role }}|>{{ message.content }}"
-    "{%- for call in message.tool_calls or [] -%}<tool_call>{{ call.function | tojson }}</tool_call>{%- endfor -%}"
-    "<|end|>{%- endfor -%}<|assistant|>"
-)
-ADD_SCHEMA = {
-    "type": "object",
-    "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 999}, "to": {"$ref": "#/$defs/to"}},
-    "required": ["a", "to"],
-    "additionalProperties": False,
-    "$defs": {"to": {"enum": ["x", "y"]}},
-}
-WHO_SCHEMA = {
-    **ADD_SCHEMA,
-    "properties": {"to": {"$ref": "#/$defs/to"}},
-    "required": [],
-    "$defs": {"to": {"const": "z"}},
-}
-SCHEMAS = {"add": ADD_SCHEMA, "who": WHO_SCHEMA}
+from tests.server.tools import CALL, SCHEMAS, TEMPLATE, check_calls, prompt_of
 
 
 def tool(name: str, **fields: Any) -> dict[str, Any]:
@@ -94,11 +72,6 @@ def taken(answer: ChatCompletion, index: int = 0) -> dict[str, Any]:
     return {"content": choice.message.content or None, "calls": calls, "reason": choice.finish_reason}
 
 
-def check_calls(calls: list[dict[str, str]]) -> None:
-    for call in calls:
-        Draft202012Validator(SCHEMAS[call["name"]]).validate(json.loads(call["arguments"]))
-
-
 def test_a_required_call_is_made(server: RunningServer) -> None:
     options: dict[str, Any] = {"tool_choice": "required", "seed": 1, "n": 6}
     answer, chunks = create(server, **options), create_stream(server, **options)
@@ -147,25 +120,6 @@ def test_tokens_that_run_out_cut_a_call(server: RunningServer) -> None:
     assert named["reason"] == "length" and len(named["calls"]) == 1
     required = taken(create(server, tool_choice="required", max_tokens=4))
     assert required["reason"] == "length" and not required["calls"] and required["content"].startswith("[")
-
-
-@pytest.fixture
-def say(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Have the model write a given text."""
-    make = server.llm.engine.default_sampling_params
-
-    def force(text: str) -> None:
-        constraint = StructuredOutputsParams(regex=re.escape(text))
-
-        def forced(**options: Any) -> Any:
-            return make(**{**options, "structured_outputs": constraint})
-
-        monkeypatch.setattr(server.llm.engine, "default_sampling_params", forced)
-
-    return force
-
-
-CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "to": "x"}}\n</tool_call>'
 
 
 @pytest.mark.parametrize("choice", [None, "auto"])
@@ -218,21 +172,6 @@ def test_marks_that_are_special_tokens_are_kept_for_the_parser(
     for choice in ("auto", "none", "required"):
         create(server, tool_choice=choice, max_tokens=1)
     assert [options.get("skip_special_tokens", True) for options in given] == [False, True, True]
-
-
-def prompt_of(server: RunningServer, monkeypatch: pytest.MonkeyPatch, body: dict[str, Any]) -> str:
-    """The prompt that a request becomes."""
-    prompts, process = [], server.llm.engine.process_input
-
-    def record(request_id: str, prompt: Any, *args: Any) -> Any:
-        prompts.append(prompt["prompt"])
-        return process(request_id, prompt, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(server.llm.engine, "process_input", record)
-        response = httpx.post(f"{server.address}/v1/chat/completions", json={"max_tokens": 1, **body}, timeout=60)
-    assert response.status_code == 200, response.text
-    return str(prompts[0])
 
 
 HISTORY = [

@@ -1,0 +1,36 @@
+"""Responses as the tests ask for them, held against OpenAI's types to the letter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
+
+from tests.server.conftest import RunningServer
+
+STRICT_EVENT: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent)
+
+
+def respond(server: RunningServer, given: Any, **options: Any) -> Response:
+    """One greedy response of four tokens, which must be of OpenAI's types to the letter."""
+    options = {"model": "tiny", "temperature": 0, "max_output_tokens": 4, **options}
+    with server.client as client:
+        raw = client.responses.with_raw_response.create(input=given, **options)
+    Response.model_validate_json(raw.text, strict=True)
+    return raw.parse()
+
+
+def stream(server: RunningServer, given: Any, **options: Any) -> list[ResponseStreamEvent]:
+    options = {"model": "tiny", "temperature": 0, "max_output_tokens": 4, **options}
+    with server.client as client:
+        return list(client.responses.create(input=given, stream=True, **options))
+
+
+def checked(events: Sequence[ResponseStreamEvent]) -> list[str]:
+    """The types of the events, each of which must be of OpenAI's types to the letter and have the next number."""
+    for number, event in enumerate(events):
+        assert event.sequence_number == number
+        STRICT_EVENT.validate_json(event.to_json(), strict=True)
+    return [event.type for event in events]

@@ -1,0 +1,57 @@
+"""Tools that the tests of chats and responses offer, and the calls and prompts that come of them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+from jsonschema import Draft202012Validator
+
+from tests.server.conftest import RunningServer
+
+TEMPLATE = (
+    "{%- if tools -%}<|system|>{%- for tool in tools -%}{{ tool.function | tojson }}{%- endfor -%}<|end|>{%- endif -%}"
+    "{%- for message in messages -%}<|{{ message.role }}|>{{ message.content }}"
+    "{%- for call in message.tool_calls or [] -%}<tool_call>{{ call.function | tojson }}</tool_call>{%- endfor -%}"
+    "<|end|>{%- endfor -%}<|assistant|>"
+)
+ADD_SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 999}, "to": {"$ref": "#/$defs/to"}},
+    "required": ["a", "to"],
+    "additionalProperties": False,
+    "$defs": {"to": {"enum": ["x", "y"]}},
+}
+WHO_SCHEMA = {
+    **ADD_SCHEMA,
+    "properties": {"to": {"$ref": "#/$defs/to"}},
+    "required": [],
+    "$defs": {"to": {"const": "z"}},
+}
+SCHEMAS = {"add": ADD_SCHEMA, "who": WHO_SCHEMA}
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "to": "x"}}\n</tool_call>'
+LIMITS = {"chat/completions": "max_tokens", "responses": "max_output_tokens"}
+
+
+def check_calls(calls: list[dict[str, str]]) -> None:
+    for call in calls:
+        Draft202012Validator(SCHEMAS[call["name"]]).validate(json.loads(call["arguments"]))
+
+
+def prompt_of(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, body: dict[str, Any], path: str = "chat/completions"
+) -> str:
+    """The prompt that a request becomes."""
+    prompts, process = [], server.llm.engine.process_input
+
+    def record(request_id: str, prompt: Any, *args: Any) -> Any:
+        prompts.append(prompt["prompt"])
+        return process(request_id, prompt, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server.llm.engine, "process_input", record)
+        response = httpx.post(f"{server.address}/v1/{path}", json={LIMITS[path]: 1, **body}, timeout=60)
+    assert response.status_code == 200, response.text
+    return str(prompts[0])
