@@ -264,7 +264,7 @@ WITHOUT_EXTRA = """
 import sys
 sys.modules |= dict.fromkeys(["opentelemetry.sdk", "opentelemetry.exporter"])  # None: not importable
 from mmlora.errors import ConfigError
-from mmlora.server.launch import tracing
+from mmlora.server.tracing import tracing
 with tracing(None, "tiny") as tracer:
     assert tracer is None
 try:
