@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from mmlora.server.constraint_fields import read_constraint
+from mmlora.server.message_schemas import MESSAGES
 from mmlora.server.protocol import FieldError, FirstOnly, GenerationRequest, answer_limit, shorten
 from mmlora.server.tool_choice import ToolChoice, read_tool_choice
 from mmlora.structured_outputs import StructuredOutputsParams
@@ -37,7 +38,7 @@ class ChatCompletionRequest(GenerationRequest):
         "web_search_options": (None,),
     }
 
-    messages: Annotated[FirstOnly[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[FirstOnly[dict[str, Any]], Field(min_length=1), WithJsonSchema(MESSAGES)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None

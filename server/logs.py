@@ -51,6 +51,7 @@ def configure_logging(log_format: str, level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JSONFormatter() if log_format == "json" else TextFormatter(TEXT_FORMAT))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of what the client is told
     # uvicorn calls 5 "trace".
     logging.getLogger(ACCESS_LOGGER).setLevel({"trace": 5}.get(level) or level.upper())
     logging.getLogger(STARTUP_LOGGER).setLevel(logging.INFO)

@@ -35,6 +35,9 @@ def one_of(*values: str) -> Schema:
     return {"enum": list(values)}
 
 
+EVENT: Final = obj(data=TEXT)  # one of a stream; what the data holds is JSON, and at last `[DONE]`
+
+
 def answer(
     schema: Schema, *, streams: bool = False, is_text: bool = False, media_type: str = "application/json"
 ) -> Schema:
@@ -43,7 +46,7 @@ def answer(
     if is_text:
         content["text/plain"] = {"schema": TEXT}
     if streams:
-        content["text/event-stream"] = {"schema": TEXT}
+        content["text/event-stream"] = {"schema": EVENT}
     return {"description": "Success", "content": content}
 
 

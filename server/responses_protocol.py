@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, JsonValue, WithJsonSchema
 
 from mmlora.server.constraint_fields import read_constraint
+from mmlora.server.message_schemas import INPUT
 from mmlora.server.protocol import FieldError, FirstOnly, GenerationRequest, check_other_fields, shorten
 
 MAX_METADATA = 16
-_INPUT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": {"type": "object"}}]}
 # The last is what this server can include. The others belong to tools and to reasoning, which no response has here.
 Includable = Literal[
     "code_interpreter_call.outputs",
@@ -55,7 +55,7 @@ class ResponsesRequest(GenerationRequest):
         "truncation": (None, "disabled"),
     }
 
-    input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)]
+    input: Annotated[Any, WithJsonSchema(INPUT)]
     instructions: str | None = None
     n: Literal[1] | None = None
     prompt_logprobs: None = None

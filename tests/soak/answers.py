@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,29 @@ from typing import Any
 import soundfile
 
 from mmlora import BASE, LLM, LoRAMix, LoRARequest, RequestOutput, SamplingParams
+from mmlora.families import FAMILIES
 from tests.checkpoints import PHI4_ADAPTERS, randomize_adapter, save_adapter, save_phi4
 from tests.media import clip, picture
 
 MIN_GAP = 2e-3  # between the two likeliest tokens: rows of a batch differ by up to 1e-4 from those computed alone
+TRANSCRIBE = FAMILIES["phi4_multimodal"].transcription.transcribe  # what a transcription asks of this model
 MIX = {"fixed": 0.5, "other": 0.5}  # weights of the served mix
 
 
 @dataclass(frozen=True)
 class Question:
-    """A request without its adapter: for chats, completions and the other endpoints."""
+    """A request without its adapter.
+
+    Attributes:
+        body: of a chat, or of a completion if it has a `prompt`.
+        kinds: of its media.
+        clip: what a transcription sends, where the chat asks for one.
+    """
 
     name: str
-    endpoint: str
     body: Mapping[str, Any]
     kinds: frozenset[str]
+    clip: bytes | None = None
 
 
 @dataclass
@@ -77,7 +85,7 @@ def prepare(folder: Path, seed: int = 0) -> Answers:
     requests: dict[str, Any] = {name: llm.add_lora(name, str(path)) for name, path in answers.paths.items()}
     mix = LoRAMix([(requests[name], scale) for name, scale in MIX.items()])
     candidates = _candidates(random.Random(seed))
-    wanted = {"text": 6, "audio": 3, "image": 3, "audio+image": 2, "completion": 4}
+    wanted = {"text": 6, "audio": 2, "transcription": 2, "image": 3, "audio+image": 2, "completion": 4}
     for kind, count in wanted.items():
         while count:
             question = candidates(kind)
@@ -110,7 +118,7 @@ def _answers_of(
 
 def _ask(llm: LLM, question: Question, lora: Any) -> RequestOutput:
     params = SamplingParams(temperature=0, max_tokens=question.body["max_tokens"], logprobs=2)
-    if question.endpoint == "chat/completions":
+    if "messages" in question.body:
         return llm.chat(question.body["messages"], params, use_tqdm=False, lora_request=lora)[0]
     return llm.generate(question.body["prompt"], params, lora_request=lora, use_tqdm=False)[0]
 
@@ -122,30 +130,37 @@ def _candidates(rng: random.Random) -> Any:
         return " ".join("".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(rng.randint(2, 30)))
 
     def make(kind: str) -> Question:
-        name = f"{kind}-{rng.getrandbits(48):x}"
-        num_tokens = rng.randint(4, 12)
+        name, seed = f"{kind}-{rng.getrandbits(48):x}", rng.getrandbits(30)
+        options: dict[str, Any] = {"temperature": 0, "max_tokens": rng.randint(4, 12)}
         if kind == "completion":
-            body: dict[str, Any] = {"prompt": words(), "temperature": 0, "max_tokens": num_tokens}
-            return Question(name, "completions", body, frozenset())
-        kinds = frozenset() if kind == "text" else frozenset(kind.split("+"))
-        content = [*_parts(kinds, rng.getrandbits(30)), {"type": "text", "text": words()}]
-        body = {"messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": num_tokens}
-        return Question(name, "chat/completions", body, kinds)
+            return Question(name, {"prompt": words(), **options}, frozenset())
+        kinds = {"text": "", "transcription": "audio"}.get(kind, kind)
+        parts: list[dict[str, Any]] = [{"type": "text", "text": TRANSCRIBE if kind == "transcription" else words()}]
+        if "image" in kinds:
+            url = f"data:image/png;base64,{_base64(_png(seed))}"
+            parts.insert(0, {"type": "image_url", "image_url": {"url": url}})
+        if "audio" in kinds:
+            audio = {"data": _base64(_wav(seed)), "format": "wav"}
+            parts.insert(0, {"type": "input_audio", "input_audio": audio})
+        body = {"messages": [{"role": "user", "content": parts}], **options}
+        sent = _wav(seed) if kind == "transcription" else None
+        return Question(name, body, frozenset(filter(None, kinds.split("+"))), sent)
 
     return make
 
 
-def _parts(kinds: frozenset[str], seed: int) -> Iterator[dict[str, Any]]:
-    if "audio" in kinds:
-        buffer = io.BytesIO()
-        samples, rate = clip(0.4 + seed % 7 / 10, seed)
-        soundfile.write(buffer, samples, rate, format="WAV")
-        yield {"type": "input_audio", "input_audio": {"data": _base64(buffer), "format": "wav"}}
-    if "image" in kinds:
-        buffer = io.BytesIO()
-        picture(42 + seed % 3 * 21, 42, seed).save(buffer, "PNG")
-        yield {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_base64(buffer)}"}}
+def _wav(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    samples, rate = clip(0.4 + seed % 7 / 10, seed)
+    soundfile.write(buffer, samples, rate, format="WAV")
+    return buffer.getvalue()
 
 
-def _base64(buffer: io.BytesIO) -> str:
-    return base64.b64encode(buffer.getvalue()).decode()
+def _png(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    picture(42 + seed % 3 * 21, 42, seed).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()

@@ -22,7 +22,7 @@ import httpx
 
 from tests.soak.answers import Answers, prepare
 from tests.soak.churn import Churn
-from tests.soak.storm import Storm
+from tests.soak.storm import MAX_OPEN, Storm
 
 QUIET_S = 30.0  # for what the storm left behind to end
 MiB = 2**20
@@ -94,8 +94,7 @@ def soak(folder: Path, seconds: float, num_clients: int, seed: int = 0) -> Repor
 
 
 async def _soak(answers: Answers, address: str, pid: int, seconds: float, num_clients: int, seed: int) -> Report:
-    # Idle connections end here before they end there, so that no request meets one that is just being closed.
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=num_clients, keepalive_expiry=2)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=num_clients)
     async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits, trust_env=False) as client:
         before = await _held(client)
         versions = [(str(answers.paths[name]), answers.digests[name]) for name in ("v0", "v1", "v2", "v3")]
@@ -130,6 +129,7 @@ def _serve(answers: Answers) -> Iterator[tuple[str, subprocess.Popen[str]]]:
         "--max-loras": "3",
         "--max-cpu-loras": "6",
         "--max-num-seqs": "24",
+        "--max-queued-requests": str(MAX_OPEN - 24),
         "--max-num-batched-tokens": "512",
         "--kv-cache-memory-bytes": str(12 * MiB),
         "--encoder-cache-memory-bytes": str(1 * MiB),

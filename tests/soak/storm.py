@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
 
 from tests.soak.answers import MIX, Answers, Question
+from tests.soak.asking import askings_of, read_answer
 from tests.soak.churn import Churn, Possible
 
 Json = dict[str, Any]
+MAX_OPEN = 56  # requests that the server takes at once; there are more clients
 MALFORMED: list[tuple[str, bytes, int]] = [
     ("chat/completions", b"{", 400),
     ("chat/completions", b'{"messages": []}', 400),
@@ -74,6 +76,7 @@ class Storm:
         self._churn = churn
         self._seed = seed
         self._started_s: dict[int, float] = {}  # by client: when its request began
+        self._open: set[int] = set()  # clients that wait for an answer
         self.wrong: list[str] = []
         self.counts: Counter[str] = Counter()
         self.latencies_s: list[float] = []
@@ -96,6 +99,7 @@ class Storm:
         rng = random.Random(f"{self._seed}-{index}")
         while time.monotonic() < end_s:
             self._started_s[index] = time.monotonic()
+            self._open.add(index)
             dice = rng.random()
             try:
                 if dice < 0.05:
@@ -106,6 +110,7 @@ class Storm:
                     await self._ask(rng)
             except httpx.HTTPError as error:
                 self.wrong.append(f"connection: {error!r}")
+            self._open.remove(index)
             await asyncio.sleep(rng.uniform(0, 0.05))
 
     async def _send_nonsense(self, rng: random.Random) -> None:
@@ -113,40 +118,39 @@ class Storm:
         response = await self._client.post(f"/v1/{route}", content=body, headers={"content-type": "application/json"})
         self._count("nonsense", response.status_code)
         if response.status_code == 429:
-            self._judge_refusal(response, None)
+            self._judge_refusal(response, None, len(self._open))
         elif response.status_code != status or "message" not in response.json()["error"]:
             self.wrong.append(f"nonsense {body!r}: {response.status_code} instead of {status}: {response.text[:200]}")
 
     async def _leave_early(self, rng: random.Random) -> None:
         question, choice = rng.choice(self._answers.questions), self._choose(rng, frozenset())
-        body = {**question.body, **choice.fields, "stream": rng.random() < 0.7, "max_tokens": 200, "ignore_eos": True}
-        wait_s = rng.uniform(0, 0.3)
+        question = replace(question, body={**question.body, "max_tokens": 200, "ignore_eos": True})
+        asking = rng.choice(askings_of(question, choice.fields, is_stream=rng.random() < 0.7))
         self.counts["left early"] += 1
-        try:
-            async with asyncio.timeout(wait_s), self._client.stream("POST", f"/v1/{question.endpoint}", json=body) as r:
-                async for _ in r.aiter_lines():
-                    pass
-        except TimeoutError:
-            pass
+        with suppress(TimeoutError):
+            async with asyncio.timeout(rng.uniform(0, 0.3)):
+                async with self._client.stream("POST", asking.route, **asking.request) as response:
+                    async for _ in response.aiter_lines():
+                        pass
 
     async def _ask(self, rng: random.Random) -> None:
         question = rng.choice(self._answers.questions)
         choice = self._choose(rng, question.kinds)
         is_stream = rng.random() < 0.5
-        body = {**question.body, **choice.fields, "stream": is_stream}
-        start_s = time.monotonic()
+        asking = rng.choice(askings_of(question, choice.fields, is_stream=is_stream))
+        start_s, num_open = time.monotonic(), len(self._open)
         if is_stream:
-            async with self._client.stream("POST", f"/v1/{question.endpoint}", json=body) as response:
+            async with self._client.stream("POST", asking.route, **asking.request) as response:
                 await response.aread()
         else:
-            response = await self._client.post(f"/v1/{question.endpoint}", json=body)
+            response = await self._client.post(asking.route, **asking.request)
             self.latencies_s.append(time.monotonic() - start_s)
         kind = "+".join(sorted(question.kinds)) or "text"
-        self._count(f"{kind}{' stream' if is_stream else ''}", response.status_code)
+        self._count(f"{kind} {asking.route}{' stream' if is_stream else ''}", response.status_code)
         allowed = choice.allowed(start_s, time.monotonic())
         if response.status_code != 200:
-            return self._judge_refusal(response, allowed)
-        text, lora = _read_stream(response.text) if is_stream else _read(response.json())
+            return self._judge_refusal(response, allowed, num_open)
+        text, lora = read_answer(asking.route, response.text, is_stream=is_stream)
         self._judge(question, choice, allowed, text, lora)
 
     def _judge(self, question: Question, choice: Choice, allowed: Possible, text: str, lora: Json) -> None:
@@ -158,9 +162,10 @@ class Storm:
         elif text != self._answers.expected(question, lora["digest"]):
             self.wrong.append(f"{told}: {text!r} is not {self._answers.expected(question, lora['digest'])!r}")
 
-    def _judge_refusal(self, response: httpx.Response, allowed: Possible | None) -> None:
+    def _judge_refusal(self, response: httpx.Response, allowed: Possible | None, num_open: int) -> None:
         is_gone = response.status_code == 404 and allowed is not None and None in allowed
         is_busy = response.status_code == 429 and response.headers.get("retry-after", "").isdecimal()
+        is_busy &= num_open > MAX_OPEN // 2  # those that have just left may still count there
         if not (is_gone or is_busy):
             self.wrong.append(f"{response.status_code}: {response.text[:300]}")
 
@@ -192,21 +197,3 @@ class Storm:
     def _count(self, kind: str, status: int) -> None:
         self.counts[kind] += 1
         self.counts[f"status {status}"] += 1
-
-
-def _read(answer: Json) -> tuple[str, Json]:
-    choice = answer["choices"][0]
-    return choice["message"]["content"] if "message" in choice else choice["text"], answer["lora"]
-
-
-def _read_stream(content: str) -> tuple[str, Json]:
-    """The text of a stream and what its first chunk says of the adapter."""
-    lines = [line.removeprefix("data: ") for line in content.split("\n\n") if line]
-    if not lines or lines[-1] != "[DONE]":
-        return f"<a stream without an end: {content[-200:]!r}>", {}
-    chunks = [json.loads(line) for line in lines[:-1]]
-    if any("error" in chunk for chunk in chunks):
-        return f"<{chunks[-1]}>", {}
-    choices = [choice for chunk in chunks for choice in chunk["choices"]]
-    text = "".join(c["delta"].get("content") or "" if "delta" in c else c["text"] for c in choices)
-    return text, chunks[0]["lora"]
