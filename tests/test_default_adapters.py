@@ -143,14 +143,13 @@ def test_the_word_on_the_command_line_and_in_the_environment(capsys: pytest.Capt
     assert engine.default_mm_loras == "auto"
     engine, _ = cli.parse_options({**options, "default_mm_loras": "auto"}, {"MMLORA_DEFAULT_MM_LORAS": "{}"})
     assert engine.default_mm_loras == "auto"
-    with pytest.raises(SystemExit):
-        cli.main(["serve", "m", "--enable-lora", "--default-mm-loras", "always"])
+    assert cli.main(["serve", "m", "--enable-lora", "--default-mm-loras", "always"]) == 2
     assert "auto is allowed, too" in capsys.readouterr().err
 
 
 def test_serve_prints_the_suggestion_at_its_start(
     phi4: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("mmlora.server.launch._Server.run", lambda *_, **__: None)
+    monkeypatch.setattr("mmlora.server.http_server.HTTPServer.run", lambda *_, **__: None)
     assert cli.main(["serve", str(phi4), "--enable-lora", "--port", "0", "--device", "cpu"]) == 0
     assert messages(caplog) == [SUGGESTION]
