@@ -402,7 +402,7 @@ def test_the_process_says_when_it_is_ready_and_stops_on_a_signal(models: dict[st
     with run_serve(models["phi4"], "--served-model-name", "m", "--device", "cpu") as server:
         assert server.line.startswith("mmlora is ready: http://127.0.0.1:") and server.line.endswith("serves m\n")
         assert httpx.get(f"{server.address}/v1/models", timeout=30).json()["data"][0]["id"] == "m"
-        assert server.stop(signal.SIGINT)[0] in (0, 130, -signal.SIGINT)
+        assert server.stop(signal.SIGINT)[0] == 0
 
 
 def test_inspecting_fetches_no_weights(

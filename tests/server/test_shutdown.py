@@ -31,7 +31,8 @@ def test_open_requests_finish_and_new_ones_are_refused(start_llm: Callable[[], A
         assert idle.get(f"{address}/ready").status_code == 200
         with paused(llm):
             thread, answers = in_thread(httpx.post, url, json=CHAT, timeout=60)
-            wait_for(lambda: server._admission.num_open == 1)
+            streaming, streams = in_thread(httpx.post, url, json={**CHAT, "stream": True}, timeout=60)
+            wait_for(lambda: server._admission.num_open == 2)
             server.handle_exit(signal.SIGTERM, None)
             assert httpx.get(f"{address}/ready").json() == {"status": "shutting down"}
             refused = idle.post(url, json=CHAT)  # on a connection that was kept, or on a new one
@@ -39,6 +40,8 @@ def test_open_requests_finish_and_new_ones_are_refused(start_llm: Callable[[], A
             assert httpx.post(url, json=CHAT).status_code == 503
         thread.join(60)
         assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 4
+        streaming.join(60)
+        assert '"finish_reason":"length"' in streams[0].text and streams[0].text.endswith("data: [DONE]\n\n")
         wait_for(lambda: not llm.is_alive)
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{address}/ready")
