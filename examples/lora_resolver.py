@@ -13,7 +13,8 @@ from mmlora import EngineArgs
 from mmlora.assets.models import assistant_adapters, assistant_path
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.resolver import LoRAResolver, LoRAResolverRegistry, derive_lora_id
-from mmlora.server.launch import ServerArgs, serve
+from mmlora.server.args import ServerArgs
+from mmlora.server.launch import serve
 
 
 class AssistantResolver(LoRAResolver):

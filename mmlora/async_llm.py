@@ -16,9 +16,9 @@ from mmlora.async_loras import AsyncLoRAs
 from mmlora.config import EngineArgs
 from mmlora.engine import LLMEngine
 from mmlora.errors import EngineDeadError, MMLoRAError
-from mmlora.inputs import Prompt
 from mmlora.lora.request import LoRARequest
 from mmlora.outputs import RequestOutput
+from mmlora.prompts import Prompt
 from mmlora.request_record import OPEN_RECORDS, ReadyRequest, RequestHistograms, RequestRecord
 from mmlora.sampling_params import SamplingParams
 from mmlora.sequence import EngineInput

@@ -13,12 +13,12 @@ from jinja2 import TemplateError
 
 from mmlora.chat_tools import PHI4_MARKS, Message, Tools, check_tools, render_with_tools, with_read_calls
 from mmlora.errors import ConfigError, RequestError
-from mmlora.inputs import encode_text
 from mmlora.processors.base import MultiModalProcessor
 from mmlora.processors.items import MediaItem
 from mmlora.processors.loader import MediaLoader, PromptMedia
 from mmlora.processors.media import check_counts, why_not_taken
 from mmlora.processors.reference import MediaReference
+from mmlora.prompts import encode_text
 
 MODALITIES = {"image_url": "image", "input_audio": "audio", "audio_url": "audio", "image": "image", "audio": "audio"}
 SPELLED_LIST = "'type':"  # in the text of a template that wrote a list of parts as Python spells it

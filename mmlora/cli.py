@@ -18,12 +18,13 @@ from mmlora.config import EngineArgs
 from mmlora.config_file import read_config_file
 from mmlora.doctor import OPTIONS, diagnose
 from mmlora.errors import AdapterError, ConfigError, MMLoRAError
+from mmlora.failures import FAILURES
 from mmlora.families import get_key_mapping, get_towers
 from mmlora.flags import ENV_PREFIX, Flag, flags_of, unknown_options
 from mmlora.lora.files import read_adapter, resolve_adapter_path
 from mmlora.lora.inspection import inspect_adapter
 from mmlora.lora.module_index import ModuleIndex
-from mmlora.model_config import FAILURES, load_config
+from mmlora.model_config import load_config
 from mmlora.model_loader import CONFIG_FILES, load_meta_model, resolve_model_path
 from mmlora.model_table import as_text, model_rows
 from mmlora.printable import one_line

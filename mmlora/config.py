@@ -72,7 +72,7 @@ class EngineArgs:
         max_image_pixels: largest image, width x height.
         max_audio_seconds: longest clip in seconds.
         max_audio_samples: longest clip in samples, whatever their rate.
-        max_decoded_media_bytes: all media of one prompt, decoded.
+        max_decoded_media_bytes: most bytes of all media of one prompt, decoded.
         allowed_local_media_path: directory whose files `file:` URLs may name; unset, none.
         allowed_media_domains: hosts that http(s) URLs may name, `example.org` or `*.example.org`; unset, every one with
             public addresses; an empty text, none.
@@ -85,7 +85,7 @@ class EngineArgs:
         generation_config: `auto` (the model's `generation_config.json` gives sampling defaults) or `none`.
         tensor_parallel_size: only 1 is supported.
         trust_remote_code: only false is supported; code of checkpoints is never run.
-        quantization: not supported.
+        quantization: only unset is supported.
 
     Raises:
         ConfigError: every wrong option is named, all in one message.

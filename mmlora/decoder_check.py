@@ -12,12 +12,12 @@ import torch
 
 from mmlora.attention import ATTENTION_NAME, AttentionMetadata, KVCache, Span, attention_context
 from mmlora.errors import ConfigError
+from mmlora.failures import FAILURES
 from mmlora.towers.base import Towers
 from mmlora.towers.general import decoder_inputs
 
 NUM_TOKENS, CHUNK = 40, 23
 TEST_WINDOW = 8
-FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError)
 MAX_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}  # of the logits' own scale
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from mmlora.config import AUTO, EngineArgs
+from mmlora.failures import FAILURES
 from mmlora.families import find_layout, get_default_adapters
 from mmlora.lora.files import CONFIG_FILE
-from mmlora.model_config import FAILURES
 
 logger = logging.getLogger(__name__)
 

@@ -12,12 +12,13 @@ from transformers import PretrainedConfig
 from mmlora.config import EngineArgs
 from mmlora.default_adapters import find_default_adapters
 from mmlora.errors import ConfigError
+from mmlora.failures import FAILURES
 from mmlora.families import FAMILIES, family_key, get_key_mapping, get_processor, get_towers
 from mmlora.kv_memory import kv_cache_bytes, kv_token_bytes, num_kv_blocks
 from mmlora.lora.files import CONFIG_FILE
 from mmlora.lora.inspection import count_modules
 from mmlora.lora.module_index import ModuleIndex, linear_shape
-from mmlora.model_config import FAILURES, check_config, class_name, read_config
+from mmlora.model_config import check_config, class_name, read_config
 from mmlora.model_loader import (
     MODEL_FILES,
     load_meta_model,

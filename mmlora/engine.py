@@ -14,7 +14,6 @@ import torch
 from mmlora.config import EngineArgs
 from mmlora.engine_parts import EngineParts, load_engine_parts
 from mmlora.errors import MMLoRAError, RequestError
-from mmlora.inputs import Prompt
 from mmlora.lora.info import LoRAInfo
 from mmlora.lora.manager import LoRAManager
 from mmlora.lora.request import LoRARequest
@@ -22,6 +21,7 @@ from mmlora.metrics import EngineMetrics, RequestCounters, measure
 from mmlora.model_runner import SampledToken
 from mmlora.output_builder import build_output
 from mmlora.outputs import RequestOutput
+from mmlora.prompts import Prompt
 from mmlora.sampling_params import SamplingParams
 from mmlora.scheduler import ScheduledSequence
 from mmlora.sequence import EngineInput, Request, Sequence, Status

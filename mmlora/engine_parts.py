@@ -121,19 +121,10 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
     towers = get_towers(model)
     check_decoder(model, towers, *kv_shape(config), max_model_len)
     long_length = replace_longrope(model)
-    store, slots, lora, defaults, default_load_s = None, None, None, {}, {}
+    adapters = _AdapterParts()
     if args.enable_lora:
         index = ModuleIndex(model, towers.part_of if towers is not None else None, get_key_mapping(path))
-        load = _adapter_loader(args, index, dtype)
-        registry = AdapterRegistry(args.lora_registry) if args.lora_registry is not None else None
-        default_store = AdapterStore(load)
-        defaults = _load_defaults(default_paths, default_store, path)
-        default_load_s = {entry.name: entry.load_s for entry in default_store.entries}
-        store = AdapterStore(
-            load, max_cpu_loras=args.num_host_loras, max_pinned=args.max_pinned_loras, registry=registry
-        )
-        slots = LoRASlots(model, args.max_loras, device)
-        lora = LoRAManager(store, slots, [adapter for _, adapter in defaults.values()], registry)
+        adapters = _load_adapter_parts(args, model, _adapter_loader(args, index, dtype), device, default_paths, path)
     num_blocks = num_kv_blocks(args, config, dtype, kv_cache_bytes(args, device), max_model_len)
     kv_cache = KVCache(
         config.get_text_config().num_hidden_layers,
@@ -145,7 +136,7 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
     )
     block_manager = BlockManager(num_blocks, args.block_size, enable_prefix_caching=args.enable_prefix_caching)
     stop_ids, sampling_defaults, transcription = _generation_config(args, path, config, tokenizer)
-    lora_state = slots.state if slots is not None else None
+    lora_state = adapters.slots.state if adapters.slots is not None else None
     encoder = MediaEncoder(towers, lora_state, args.encoder_cache_memory_bytes) if towers is not None else None
     return EngineParts(
         tokenizer=tokenizer,
@@ -157,24 +148,24 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
             max_model_len=max_model_len,
             processor=processor,
             towers=towers,
-            store=store,
-            defaults=defaults,
+            store=adapters.store,
+            defaults=adapters.defaults,
             constraints=ConstraintCompiler(tokenizer, stop_ids),
         ),
         runner=ModelRunner(model, kv_cache, encoder, lora_state, tokenizer, stop_ids),
         block_manager=block_manager,
         scheduler=Scheduler(
             block_manager,
-            slots,
+            adapters.slots,
             args.max_num_seqs,
             args.max_num_batched_tokens,
             is_by_priority=args.scheduling_policy == PRIORITY,
         ),
-        store=store,
-        slots=slots,
-        lora=lora,
-        defaults=defaults,
-        default_load_s=default_load_s,
+        store=adapters.store,
+        slots=adapters.slots,
+        lora=adapters.lora,
+        defaults=adapters.defaults,
+        default_load_s=adapters.default_load_s,
         stop_ids=stop_ids,
         long_length=long_length,
         sampling_defaults=sampling_defaults,
@@ -188,6 +179,30 @@ def _check_limits(args: EngineArgs, modalities: frozenset[str]) -> None:
     if unknown:
         takes = ", ".join(sorted(modalities)) or "text only"
         raise ConfigError(f"limit_mm_per_prompt names {', '.join(unknown)}; the model takes {takes}")
+
+
+@dataclass(frozen=True)
+class _AdapterParts:
+    """The parts that deal with adapters; none where they are not allowed."""
+
+    store: AdapterStore | None = None
+    slots: LoRASlots | None = None
+    lora: LoRAManager | None = None
+    defaults: dict[str, tuple[LoRARequest, Adapter]] = field(default_factory=dict)
+    default_load_s: dict[str, float] = field(default_factory=dict)
+
+
+def _load_adapter_parts(
+    args: EngineArgs, model: Any, load: Load, device: torch.device, default_paths: dict[str, str], model_path: Path
+) -> _AdapterParts:
+    registry = AdapterRegistry(args.lora_registry) if args.lora_registry is not None else None
+    default_store = AdapterStore(load)
+    defaults = _load_defaults(default_paths, default_store, model_path)
+    default_load_s = {entry.name: entry.load_s for entry in default_store.entries}
+    store = AdapterStore(load, max_cpu_loras=args.num_host_loras, max_pinned=args.max_pinned_loras, registry=registry)
+    slots = LoRASlots(model, args.max_loras, device)
+    lora = LoRAManager(store, slots, [adapter for _, adapter in defaults.values()], registry)
+    return _AdapterParts(store, slots, lora, defaults, default_load_s)
 
 
 def _adapter_loader(args: EngineArgs, index: ModuleIndex, dtype: torch.dtype) -> Load:

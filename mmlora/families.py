@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from mmlora import transcription as prompts
 from mmlora.errors import ConfigError
+from mmlora.failures import FAILURES
 from mmlora.layouts import phi4mm, qwen2_5_omni
 from mmlora.layouts.base import Layout
 from mmlora.processors.base import MultiModalProcessor
@@ -24,7 +25,7 @@ from mmlora.processors.granite_speech import GraniteSpeechProcessor
 from mmlora.processors.paligemma import PaliGemmaProcessor
 from mmlora.processors.phi4_multimodal import Phi4MultimodalProcessor
 from mmlora.processors.pixtral import PixtralProcessor
-from mmlora.processors.pretrained import FAILURES, named_class
+from mmlora.processors.pretrained import named_class
 from mmlora.processors.qwen2_5_omni import Qwen25OmniProcessor
 from mmlora.processors.voxtral import VoxtralProcessor
 from mmlora.towers.base import Towers

@@ -139,12 +139,26 @@ def _split_entries(text: str) -> list[str]:
 
 
 def flags_of(cls: type[EngineArgs] | type[ServerArgs]) -> list[Flag]:
-    """The options of a dataclass, with the help of its docstring."""
+    """The options of a dataclass, with the help of its docstring and their defaults."""
     hints = get_type_hints(cls)
     helps = _argument_help(cls.__doc__ or "")
     groups = {name: group for group, names in cls.GROUPS.items() for name in names.split()}
-    names = [field.name for field in fields(cls) if field.init and field.name != "model"]
-    return [_flag(name, hints[name], helps.get(name, ""), groups.get(name, "other")) for name in names]
+    options = [field for field in fields(cls) if field.init and field.name != "model"]
+    texts = {
+        field.name: helps.get(field.name, "").removesuffix(".") + _default_text(field.default) for field in options
+    }
+    return [_flag(name, hints[name], text, groups.get(name, "other")) for name, text in texts.items()]
+
+
+def _default_text(default: object) -> str:
+    """Tell a default; one that is unset is told in the docstring, where that is not plain."""
+    if isinstance(default, bool):
+        return f" (default: {'on' if default else 'off'})"
+    if isinstance(default, tuple):
+        default = " ".join(default)
+    if isinstance(default, float):
+        default = f"{default:g}"
+    return f" (default: {default})" if default not in (None, "") else ""
 
 
 def unknown_options(arguments: Sequence[str], known: Sequence[str]) -> Iterator[str]:

@@ -19,16 +19,12 @@ from mmlora.processors.base import MultiModalProcessor, ProcessedMedia
 from mmlora.processors.loader import MediaLoader
 from mmlora.processors.media import check_counts, check_decoded_bytes, load_media, why_not_taken
 from mmlora.processors.placeholders import PlaceholderRange, expand_placeholders
+from mmlora.prompts import Prompt, as_items, encode_text, prompt_fields
 from mmlora.sampling_params import SamplingParams
 from mmlora.sequence import EngineInput, MediaInput
 from mmlora.structured_outputs import ConstraintCompiler, Matcher
 from mmlora.towers.base import PromptLayout, Towers
 from mmlora.towers.encoder import encoder_key
-
-PROMPT_KEYS = ("prompt", "prompt_token_ids", "multi_modal_data", "mm_processor_kwargs", "cache_salt")
-MAX_SALT_CHARS = 1024  # hashed by the engine thread, and kept with what is cached
-MAX_CHARS_PER_TOKEN = 256  # more than the longest token of any vocabulary in use
-Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
 class InputProcessor:
@@ -104,7 +100,7 @@ class InputProcessor:
             MediaError: a media item cannot be used, or does not match the placeholders.
             AdapterError: the adapter cannot be loaded.
         """
-        fields = _prompt_fields(prompt)
+        fields = prompt_fields(prompt)
         self._check_params(params)
         self._check_priority(priority)
         text, token_ids = self._tokenize(fields)
@@ -121,35 +117,22 @@ class InputProcessor:
             adapter_start = _last_start(token_ids, adapter.invocation_tokens)
             if adapter_start == len(token_ids):
                 choice, adapter = _not_invoked(adapter, choice), None
-        media_digest = adapter.media_digest if adapter is not None else None
-        salt = fields.get("cache_salt")
-        media = []
-        for place in media_ranges:
-            assert self._towers is not None
-            item = processed[place.media_index]
-            mode = self._towers.mode(item.modality, modalities)
-            media.append(MediaInput(item, place.start, mode, encoder_key(item, mode, media_digest, salt)))
-        layout = PromptLayout()
-        if self._towers is not None:
-            try:
-                layout = self._towers.layout(token_ids, [(item.start, item.media) for item in media])
-            except (ValueError, TypeError, RuntimeError, LookupError) as error:
-                raise MediaError(f"the model cannot place the media of this prompt: {error}") from error
+        media = self._place_media(processed, media_ranges, adapter, fields.get("cache_salt"))
         room = self.max_model_len - len(token_ids)
         return EngineInput(
             request_id=request_id,
             prompt=text,
             prompt_token_ids=token_ids,
             params=params,
-            media=tuple(media),
+            media=media,
             adapter=adapter,
             lora=choice,
             lora_request=lora_request,
             max_tokens=min(params.max_tokens or room, room),
             adapter_start=adapter_start,
-            layout=layout,
+            layout=self._lay_out(token_ids, media),
             priority=priority,
-            cache_salt=salt,
+            cache_salt=fields.get("cache_salt"),
             matcher=self._compile(params),
         )
 
@@ -175,7 +158,7 @@ class InputProcessor:
         if not isinstance(data, Mapping):
             raise RequestError(f"multi_modal_data is a {type(data).__name__}; it must map modalities to items")
         allowed = sorted(self.processor.modalities) if self.processor is not None else []
-        items = {str(modality): _as_items(contents) for modality, contents in data.items()}
+        items = {str(modality): as_items(contents) for modality, contents in data.items()}
         unknown = sorted(modality for modality in items if modality not in allowed)
         if unknown:
             takes = f"the model takes {', '.join(allowed)}" if allowed else "the model takes text only"
@@ -192,6 +175,27 @@ class InputProcessor:
                 check_decoded_bytes(num_bytes, self.media.limits)
                 processed.append(self.processor.process(item, options))
         return processed
+
+    def _place_media(
+        self, processed: list[ProcessedMedia], ranges: list[PlaceholderRange], adapter: Adapter | None, salt: str | None
+    ) -> tuple[MediaInput, ...]:
+        media_digest = adapter.media_digest if adapter is not None else None
+        modalities = {item.modality for item in processed}
+        media = []
+        for place in ranges:
+            assert self._towers is not None
+            item = processed[place.media_index]
+            mode = self._towers.mode(item.modality, modalities)
+            media.append(MediaInput(item, place.start, mode, encoder_key(item, mode, media_digest, salt)))
+        return tuple(media)
+
+    def _lay_out(self, token_ids: list[int], media: Sequence[MediaInput]) -> PromptLayout:
+        if self._towers is None:
+            return PromptLayout()
+        try:
+            return self._towers.layout(token_ids, [(item.start, item.media) for item in media])
+        except (ValueError, TypeError, RuntimeError, LookupError) as error:
+            raise MediaError(f"the model cannot place the media of this prompt: {error}") from error
 
     def _choose_adapter(
         self, modalities: set[str], lora_request: LoRARequest | object | None
@@ -272,63 +276,3 @@ def _not_invoked(adapter: Adapter, choice: LoRAChoice) -> LoRAChoice:
         "it was not applied"
     )
     return LoRAChoice(None, None, choice.reason, warning)
-
-
-def encode_text(tokenizer: Any, text: str, max_model_len: int | None, *, add_special_tokens: bool = True) -> list[int]:
-    """Tokenize a prompt, unless it is so long that its tokens cannot fit.
-
-    Raises:
-        RequestError: it is too long, or no text (a lone surrogate, for one).
-    """
-    if max_model_len is not None and len(text) > max_model_len * MAX_CHARS_PER_TOKEN:
-        raise RequestError(
-            f"the prompt has {len(text)} characters, which cannot fit into max_model_len={max_model_len} tokens"
-        )
-    try:
-        return list(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"the prompt cannot be tokenized: {error}") from None
-
-
-def _prompt_fields(prompt: Prompt) -> Mapping[str, Any]:
-    """The prompt as a mapping with text, or token ids (which count), or both."""
-    if isinstance(prompt, str):
-        return {"prompt": prompt}
-    if isinstance(prompt, Mapping):
-        unknown = sorted(str(key) for key in prompt if key not in PROMPT_KEYS)
-        if unknown:
-            reason = why_not_taken(unknown[0]) or f"allowed: {', '.join(PROMPT_KEYS)}"
-            raise RequestError(f"prompt has unknown key(s) {', '.join(unknown)}; {reason}")
-        if prompt.get("prompt") is None and prompt.get("prompt_token_ids") is None:
-            raise RequestError("a prompt needs 'prompt' or 'prompt_token_ids'")
-        _check_types(prompt)
-        return prompt
-    if isinstance(prompt, Sequence):
-        fields = {"prompt_token_ids": prompt}
-        _check_types(fields)
-        return fields
-    raise RequestError(f"prompt is a {type(prompt).__name__}; it must be text, token ids or a mapping")
-
-
-def _check_types(fields: Mapping[str, Any]) -> None:
-    text, ids = fields.get("prompt"), fields.get("prompt_token_ids")
-    if text is not None and not isinstance(text, str):
-        raise RequestError(f"'prompt' is a {type(text).__name__}; it must be text")
-    is_ids = isinstance(ids, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
-    if ids is not None and not is_ids:
-        raise RequestError("'prompt_token_ids' must be a list of integers")
-    options = fields.get("mm_processor_kwargs")
-    if options is not None and not isinstance(options, Mapping):
-        raise RequestError(f"mm_processor_kwargs is a {type(options).__name__}; it must be a mapping")
-    salt = fields.get("cache_salt")
-    if salt is not None and not (isinstance(salt, str) and salt):
-        raise RequestError(f"cache_salt={salt!r:.80} must be text, and not empty")
-    if salt is not None and len(salt) > MAX_SALT_CHARS:
-        raise RequestError(f"cache_salt has {len(salt)} characters; allowed are {MAX_SALT_CHARS}")
-
-
-def _as_items(contents: object) -> list[object]:
-    """One item or a list of them, as a list; an `(array, rate)` tuple is one item."""
-    if contents is None:
-        return []
-    return list(contents) if isinstance(contents, list) else [contents]

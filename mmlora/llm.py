@@ -12,10 +12,10 @@ from mmlora.chat_tools import Message
 from mmlora.config import EngineArgs
 from mmlora.engine import LLMEngine
 from mmlora.errors import RequestError
-from mmlora.inputs import Prompt
 from mmlora.lora.info import LoRAInfo
 from mmlora.lora.request import LoRARequest
 from mmlora.outputs import RequestOutput
+from mmlora.prompts import Prompt
 from mmlora.sampling_params import SamplingParams
 
 T = TypeVar("T")

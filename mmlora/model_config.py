@@ -4,20 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import MODEL_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from mmlora.errors import ConfigError
+from mmlora.failures import FAILURES
 from mmlora.families import check_modalities, find_layout
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 MAX_LAYERS = 1000
-# What libraries raise where files or sizes make no sense; a RecursionError is a RuntimeError.
-FAILURES = (
-    *(ValueError, OSError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError),
-    *(SafetensorError, StrictDataclassError),
-)
 
 
 def load_config(path: Path) -> PretrainedConfig:

@@ -18,8 +18,9 @@ from transformers.utils import logging as transformers_logging
 from mmlora.attention import ATTENTION_NAME
 from mmlora.config import DTYPES, EngineArgs
 from mmlora.errors import ConfigError
+from mmlora.failures import FAILURES
 from mmlora.families import find_layout
-from mmlora.model_config import FAILURES, find_model_class
+from mmlora.model_config import find_model_class
 
 CONFIG_FILES = ["*.json"]
 MODEL_FILES = [*CONFIG_FILES, "*.safetensors", "*.txt", "*.model", "*.jinja"]

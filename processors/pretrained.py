@@ -8,9 +8,9 @@ import transformers
 from transformers import PretrainedConfig
 
 from mmlora.errors import ConfigError
+from mmlora.failures import FAILURES
 
 SETTINGS_FILES = ("processor_config.json", "preprocessor_config.json")
-FAILURES = (ValueError, TypeError, RuntimeError, OSError, ImportError, KeyError, AttributeError)
 
 
 def load_processor(config: PretrainedConfig, path: Path, tokenizer: Any) -> Any:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from fastapi import APIRouter, FastAPI, Request
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -12,7 +11,7 @@ from mmlora.async_llm import AsyncLLM
 from mmlora.errors import MMLoRAError
 from mmlora.server.adapter_updates import adapter_routes
 from mmlora.server.admission import Admission, AdmissionGate
-from mmlora.server.bodies import form_schema, inlined_schema
+from mmlora.server.bodies import body_schema, form_schema
 from mmlora.server.chat import ChatService
 from mmlora.server.chat_protocol import ChatCompletionRequest
 from mmlora.server.completion_protocol import CompletionRequest
@@ -30,7 +29,7 @@ from mmlora.server.playground import playground_routes
 from mmlora.server.prometheus import add_metrics
 from mmlora.server.responses import ResponsesService
 from mmlora.server.responses_protocol import ResponsesRequest
-from mmlora.server.status import add_ready_route, version_routes
+from mmlora.server.status import status_routes
 from mmlora.server.tokens import token_routes
 from mmlora.server.tool_calling import ToolCalling
 from mmlora.server.tracing import Tracer
@@ -71,53 +70,12 @@ def build_app(
     """
     app = FastAPI(title="mmlora", docs_url=None, redoc_url=None)
     admission = admission or Admission(llm.engine.args.max_num_seqs)
-    conversations = Conversations(llm, models)
-    tool_calling = ToolCalling(tool_call_parser, conversations.chat_template)
-    chat = ChatService(llm, models, conversations, max_request_bytes, tool_calling)
-    completion = CompletionService(llm, models, max_request_bytes)
-    response = ResponsesService(llm, models, conversations, max_request_bytes, tool_calling)
-    transcription = TranscriptionService(llm, conversations, max_request_bytes)
-
-    api = APIRouter(prefix="/v1")
-
-    @api.post("/chat/completions", openapi_extra=_body_schema(ChatCompletionRequest))
-    async def chat_completions(request: Request) -> Response:
-        return await chat.respond(request)
-
-    @api.post("/completions", openapi_extra=_body_schema(CompletionRequest))
-    async def completions(request: Request) -> Response:
-        return await completion.respond(request)
-
-    @api.post("/responses", openapi_extra=_body_schema(ResponsesRequest))
-    async def responses(request: Request) -> Response:
-        return await response.respond(request)
-
-    @api.post("/audio/transcriptions", openapi_extra=form_schema(TranscriptionRequest))
-    async def transcriptions(request: Request) -> Response:
-        return await transcription.respond(request, TranscriptionRequest)
-
-    @api.post("/audio/translations", openapi_extra=form_schema(TranslationRequest))
-    async def translations(request: Request) -> Response:
-        return await transcription.respond(request, TranslationRequest)
-
-    @api.get("/models")
-    async def list_models() -> JSONAnswer:
-        return JSONAnswer({"object": "list", "data": models.cards()})
-
-    @api.get("/models/{name:path}")
-    async def get_model(name: str) -> JSONAnswer:
-        return JSONAnswer(models.card(name))
-
-    @app.get("/health")
-    async def health() -> JSONAnswer:
-        return JSONAnswer({"status": "ok"}) if llm.is_alive else JSONAnswer({"status": "dead"}, status_code=503)
-
-    app.include_router(api)
+    app.include_router(generation_routes(llm, models, max_request_bytes, tool_call_parser))
+    app.include_router(model_routes(models))
     app.include_router(adapter_routes(llm, models, is_allowed=allow_lora_updates))
     app.include_router(token_routes(llm, models, max_request_bytes))
-    app.include_router(version_routes())
+    app.include_router(status_routes(llm, admission))
     app.include_router(playground_routes())
-    add_ready_route(app, llm, admission)
     # The last is the outermost: refusals are logged, and pages of other sites can read them.
     app.add_middleware(AdmissionGate, admission=admission)
     if api_key is not None:
@@ -130,6 +88,61 @@ def build_app(
     _add_error_handlers(app)
     add_openapi(app)
     return app
+
+
+def generation_routes(
+    llm: AsyncLLM, models: ServedModels, max_request_bytes: int, tool_call_parser: str | None
+) -> APIRouter:
+    """Build the routes on which the model answers.
+
+    Args:
+        llm, models, max_request_bytes: see `build_app`.
+        tool_call_parser: see `ToolCalling`.
+    """
+    conversations = Conversations(llm, models)
+    tool_calling = ToolCalling(tool_call_parser, conversations.chat_template)
+    chat = ChatService(llm, models, conversations, max_request_bytes, tool_calling)
+    completion = CompletionService(llm, models, max_request_bytes)
+    response = ResponsesService(llm, models, conversations, max_request_bytes, tool_calling)
+    transcription = TranscriptionService(llm, conversations, max_request_bytes)
+    routes = APIRouter(prefix="/v1")
+
+    @routes.post("/chat/completions", openapi_extra=body_schema(ChatCompletionRequest))
+    async def chat_completions(request: Request) -> Response:
+        return await chat.respond(request)
+
+    @routes.post("/completions", openapi_extra=body_schema(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        return await completion.respond(request)
+
+    @routes.post("/responses", openapi_extra=body_schema(ResponsesRequest))
+    async def responses(request: Request) -> Response:
+        return await response.respond(request)
+
+    @routes.post("/audio/transcriptions", openapi_extra=form_schema(TranscriptionRequest))
+    async def transcriptions(request: Request) -> Response:
+        return await transcription.respond(request, TranscriptionRequest)
+
+    @routes.post("/audio/translations", openapi_extra=form_schema(TranslationRequest))
+    async def translations(request: Request) -> Response:
+        return await transcription.respond(request, TranslationRequest)
+
+    return routes
+
+
+def model_routes(models: ServedModels) -> APIRouter:
+    """Build the routes that tell what clients may ask for."""
+    routes = APIRouter(prefix="/v1")
+
+    @routes.get("/models")
+    async def list_models() -> JSONAnswer:
+        return JSONAnswer({"object": "list", "data": models.cards()})
+
+    @routes.get("/models/{name:path}")
+    async def get_model(name: str) -> JSONAnswer:
+        return JSONAnswer(models.card(name))
+
+    return routes
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -151,8 +164,3 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def unknown(_: Request, error: Exception) -> Response:
         return error_response(error)
-
-
-def _body_schema(body: type[BaseModel]) -> dict[str, object]:
-    schema = inlined_schema(body)
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -30,11 +30,12 @@ class ServerArgs:
         ssl_ca_certs: PEM certificates of who may vouch for clients.
         ssl_cert_reqs: whether clients need a certificate: 0 no, 1 only a good one if they send any, 2 yes.
         api_key: keys, one of which clients must send as bearer token; without one everyone is let in.
-        allowed_origins: sites whose pages may use the server from a browser; `*` is every site, none the default.
-        allowed_methods: methods that such pages may use.
-        allowed_headers: headers that such pages may send.
+        allowed_origins: sites whose pages may use the server from a browser, such as `https://chat.example`; `*` is
+            every site, unset none.
+        allowed_methods: methods that such pages may use; `*` is all.
+        allowed_headers: headers that such pages may send; `*` is all.
         allow_credentials: let browsers send cookies of such pages, too.
-        lora_modules: adapters to load at start, each `name=path` or a JSON object with `name`, `path` and
+        lora_modules: adapters to load at the start, each `name=path` or a JSON object with `name`, `path` and
             `base_model_name`.
         enable_auto_tool_choice: let the model choose whether it calls a tool.
         tool_call_parser: the format in which the model writes tool calls: auto (as its chat template says), mistral,
@@ -45,12 +46,13 @@ class ServerArgs:
         header_timeout: seconds in which the head of a request must have come.
         body_timeout: seconds in which the body of a request must have come, from its head on.
         request_timeout: seconds in which an answer must be complete; by default it takes as long as it takes.
-        write_timeout: seconds after which a client that reads nothing of its answer is left.
+        write_timeout: seconds after which a client that reads nothing of its answer is disconnected.
         keep_alive_timeout: seconds that a connection without a request is kept.
         drain_timeout: seconds that open requests have to end when the server is told to stop.
-        uvicorn_log_level: of uvicorn and the access lines: critical, error, warning, info, debug or trace.
-        log_format: text, or json: one object per line.
-        log_requests: log prompts, and media as hashes and sizes.
+        uvicorn_log_level: least level of the lines of uvicorn and of requests that are logged: critical, error,
+            warning, info, debug or trace.
+        log_format: of the log: text, or json, one object a line.
+        log_requests: have the lines of requests hold prompts, and the hashes and sizes of media.
         otlp_traces_endpoint: URL of a collector that takes OpenTelemetry traces by OTLP over HTTP, such as
             http://localhost:4318/v1/traces; needs the extra `tracing`.
 

@@ -1,4 +1,4 @@
-"""Bodies of the smaller endpoints: JSON objects of which every field is known."""
+"""Bodies of the smaller endpoints, JSON objects of which every field is known; the OpenAPI schemas of all bodies."""
 
 import json
 from typing import Any, TypeVar
@@ -33,20 +33,21 @@ def parse_body(kind: type[B], body: bytes) -> B:
         raise _error_of(kind, problems[:MAX_NAMED]) from None
 
 
-def body_schema(*kinds: type[Body]) -> dict[str, Any]:
-    """Describe a body for the OpenAPI document; it may be of any of these kinds."""
-    schemas = [inlined_schema(kind) for kind in kinds]
-    schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+def body_schema(kind: type[BaseModel]) -> dict[str, Any]:
+    """Describe a JSON body for the OpenAPI document."""
+    return _request_body("application/json", kind)
 
 
 def form_schema(kind: type[BaseModel]) -> dict[str, Any]:
     """Describe a form for the OpenAPI document."""
-    content = {"multipart/form-data": {"schema": inlined_schema(kind)}}
-    return {"requestBody": {"required": True, "content": content}}
+    return _request_body("multipart/form-data", kind)
 
 
-def inlined_schema(kind: type[BaseModel]) -> dict[str, Any]:
+def _request_body(media_type: str, kind: type[BaseModel]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {media_type: {"schema": _inlined_schema(kind)}}}}
+
+
+def _inlined_schema(kind: type[BaseModel]) -> dict[str, Any]:
     """Return the JSON schema of a body in one piece: a reference to its own definitions would resolve nowhere."""
     schema = kind.model_json_schema()
     definitions = schema.pop("$defs", {})

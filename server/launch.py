@@ -17,7 +17,7 @@ from mmlora.lora.info import LoRAInfo
 from mmlora.lora.request import LoRARequest
 from mmlora.server.admission import Admission
 from mmlora.server.api import build_app
-from mmlora.server.args import ServerArgs as ServerArgs
+from mmlora.server.args import ServerArgs
 from mmlora.server.connections import ConnectionLimits
 from mmlora.server.cors import CORS
 from mmlora.server.http_server import HTTPServer

@@ -8,11 +8,9 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -25,6 +23,7 @@ from mmlora.server.args import ServerArgs
 from mmlora.server.listener import listen_tcp
 from mmlora.server.models import LoRAModule
 from tests.checkpoints import AdapterSpec, save_adapter, save_text_model
+from tests.server_process import run_serve
 
 Served = tuple[EngineArgs, ServerArgs]
 
@@ -195,8 +194,17 @@ def test_every_option_has_a_flag_and_a_help_text() -> None:
     flags = [*flags_of(EngineArgs), *flags_of(ServerArgs)]
     names = {f.name for cls in (EngineArgs, ServerArgs) for f in dataclasses.fields(cls) if f.init} - {"model"}
     assert {flag.name for flag in flags} == names
-    undocumented = {flag.name for flag in flags if not flag.help}
-    assert undocumented <= {"gpu_memory_utilization", "tensor_parallel_size", "trust_remote_code", "quantization"}
+    assert not [flag.name for flag in flags if not flag.help.partition(" (default:")[0]]
+    told = {flag.name: flag.help.partition(" (default: ")[2] for flag in flags}
+    expected = {
+        "port": "8000)",
+        "max_loras": "8)",
+        "allowed_methods": "*)",
+        "enable_lora": "off)",
+        "uds": "",
+        "root_path": "",
+    }
+    assert {name: told[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -394,17 +402,10 @@ def test_a_port_is_claimed_once(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_process_says_when_it_is_ready_and_stops_on_a_signal(models: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "mmlora.cli", "serve", models["phi4"], "--port", "0", "--served-model-name", "m"]
-    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen([*command, "--device", "cpu"], **options) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        try:
-            assert line.startswith("mmlora is ready: http://127.0.0.1:") and line.endswith("serves m\n"), line
-            assert httpx.get(line.split()[3] + "/models", timeout=30).json()["data"][0]["id"] == "m"
-        finally:
-            process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) in (0, 130, -signal.SIGINT)
+    with run_serve(models["phi4"], "--served-model-name", "m", "--device", "cpu") as server:
+        assert server.line.startswith("mmlora is ready: http://127.0.0.1:") and server.line.endswith("serves m\n")
+        assert httpx.get(f"{server.address}/v1/models", timeout=30).json()["data"][0]["id"] == "m"
+        assert server.stop(signal.SIGINT)[0] == 0
 
 
 def test_inspecting_fetches_no_weights(

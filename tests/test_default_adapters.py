@@ -150,6 +150,6 @@ def test_the_word_on_the_command_line_and_in_the_environment(capsys: pytest.Capt
 def test_serve_prints_the_suggestion_at_its_start(
     phi4: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("mmlora.server.launch.HTTPServer.run", lambda *_, **__: None)
+    monkeypatch.setattr("mmlora.server.http_server.HTTPServer.run", lambda *_, **__: None)
     assert cli.main(["serve", str(phi4), "--enable-lora", "--port", "0", "--device", "cpu"]) == 0
     assert messages(caplog) == [SUGGESTION]

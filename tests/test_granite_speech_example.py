@@ -3,8 +3,6 @@
 import base64
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +19,7 @@ from tests.equality import check_equal, greedy, recorded_logits
 from tests.families.reference import FamilyReference
 from tests.families.table import FAMILIES, adapter_of, save_family
 from tests.reference import NUM_TOKENS, Media
+from tests.server_process import run_serve
 
 QUESTION = "can you transcribe the speech into a written format?"
 
@@ -86,15 +85,11 @@ def test_offline(model_id: str, adapter: Path, reference: FamilyReference) -> No
 
 @contextmanager
 def serve(*arguments: str) -> Iterator[OpenAI]:
-    command = [sys.executable, "-m", "mmlora.cli", "serve", *arguments, "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
-        try:
-            address = process.stdout.readline().split()[3]  # mmlora is ready: http://127.0.0.1:…/v1 serves …
-            with OpenAI(base_url=address, api_key="none", max_retries=0) as client:
-                yield client
-        finally:
-            process.terminate()
+    with (
+        run_serve(*arguments) as server,
+        OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield client
 
 
 @pytest.mark.parametrize("defaults", ["as documented", "auto"])

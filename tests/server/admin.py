@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from mmlora.config import EngineArgs
 from mmlora.server.api import build_app
 from mmlora.server.launch import load_served_models
 from mmlora.server.models import LoRAModule
-from tests.server.conftest import RunningServer, run_app
+from tests.server.conftest import RunningServer, run_app, wait_for
 
 BASE_NAMES = ["tiny", "audio", "started"]
 
@@ -39,16 +38,9 @@ def leave_nothing(shared: RunningServer) -> Iterator[None]:
     for name in names(shared):
         if name not in BASE_NAMES:
             assert unload(shared, lora_name=name).status_code == 200
-    wait_until(lambda: shared.llm.engine.lora.num_host_bytes == num_bytes)
+    wait_for(lambda: shared.llm.engine.lora.num_host_bytes == num_bytes)
     assert names(shared) == BASE_NAMES
     assert [info.name for info in shared.llm.engine.list_loras()] == ["started"]
-
-
-def wait_until(is_true: Callable[[], bool], timeout_s: float = 30) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not is_true():
-        assert time.monotonic() < deadline, "it took too long"
-        time.sleep(0.01)
 
 
 def load(server: RunningServer, **body: Any) -> httpx.Response:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import numpy as np
 import pytest
 import soundfile
@@ -158,10 +159,7 @@ def say(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
 
 
 def wait_until_idle(server: RunningServer) -> None:
-    deadline = time.monotonic() + 60
-    while server.llm.engine.has_unfinished_requests:
-        assert time.monotonic() < deadline, "the request still runs"
-        time.sleep(0.005)
+    wait_for(lambda: not server.llm.engine.has_unfinished_requests)
 
 
 def text_part(text: str) -> dict[str, Any]:
@@ -228,6 +226,39 @@ def paused(llm: AsyncLLM) -> Iterator[None]:
         yield
     finally:
         may_go_on.set()
+
+
+@contextmanager
+def slow_steps(llm: AsyncLLM, seconds: float) -> Iterator[list[float]]:
+    """Have each step that runs the model take longer, and give when each began."""
+    runner, times = llm.engine.parts.runner, list[float]()
+    run = runner.run
+
+    def run_slowly(scheduled: Any) -> Any:
+        times.append(time.monotonic())
+        time.sleep(seconds)
+        return run(scheduled)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "run", run_slowly)
+        yield times
+
+
+def leave_before_answer(server: RunningServer, path: str, body: dict[str, Any]) -> None:
+    """Ask for an answer that takes longer than the client waits, and wait until nothing runs any more."""
+    with slow_steps(server.llm, 0.02) as times:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(server.address + path, json=body, timeout=httpx.Timeout(60, read=2))
+        assert times
+        wait_until_idle(server)
+
+
+@contextmanager
+def still_serving(server: RunningServer) -> Iterator[RunningServer]:
+    """Give a server that must still answer, and have nothing left to do, when the block ends."""
+    yield server
+    assert server.ask(text_part("still there?"))["usage"]["completion_tokens"] == 4
+    assert not server.llm.engine.has_unfinished_requests
 
 
 def wait_for(condition: Callable[[], object]) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import select
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +34,7 @@ from tests.server.admin import (
     unload,
 )
 from tests.server.conftest import RunningServer, run_app, text_part
+from tests.server_process import run_serve
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,20 +69,9 @@ def test_the_commands_of_the_document_work_as_written(
     commands = re.findall(r"```bash\n(curl -X POST .*?)```", text, re.DOTALL)
     variable = re.findall(r"```bash\nexport (MMLORA_ALLOW\w+)=(\w+)\n```", text)
     assert len(commands) == 3 and variable == [("MMLORA_ALLOW_RUNTIME_LORA_UPDATING", "True")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **dict(variable)}
-    arguments = ["serve", str(tiny_phi4), "--enable-lora", "--port", "0", "--served-model-name", "tiny"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mmlora.cli", *arguments, "--device", "cpu", "--max-model-len", "64"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-    )
-    assert process.stdout is not None
-    try:
-        assert select.select([process.stdout], [], [], 120)[0]
-        address = process.stdout.readline().split()[3].removesuffix("/v1")
+    options = ["--enable-lora", "--served-model-name", "tiny", "--device", "cpu", "--max-model-len", "64"]
+    with run_serve(str(tiny_phi4), *options, **dict(variable)) as server:
+        address = server.address
         paths = {"/path/to/sql-lora-adapter": adapters["words"], "/path/to/adapter/v2": adapters["vision"]}
         for old, new in [*paths.items(), ("http://localhost:8000", address.replace("127.0.0.1", "localhost"))]:
             commands = [command.replace(old, new) for command in commands]
@@ -94,10 +82,6 @@ def test_the_commands_of_the_document_work_as_written(
         assert listed == ["tiny", "sql_adapter", "my-adapter"]
         assert run_documented(commands[2]) == "Success: LoRA adapter 'sql_adapter' removed successfully"
         assert "does not exist" not in run_documented(commands[1]) and "error" in run_documented(commands[2])
-    finally:
-        process.terminate()
-        process.wait(30)
-        process.stdout.close()
 
 
 @pytest.mark.parametrize("name", ["sql", "org/repo/sql", "été 1", "x" * 255])

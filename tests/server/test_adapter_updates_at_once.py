@@ -31,9 +31,8 @@ from tests.server.admin import (
     names,
     run_updatable,
     unload,
-    wait_until,
 )
-from tests.server.conftest import RunningServer, run_app
+from tests.server.conftest import RunningServer, run_app, slow_steps, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -46,20 +45,6 @@ def shared(tiny_phi4: Path, adapters: dict[str, str]) -> Iterator[RunningServer]
 def server(shared: RunningServer) -> Iterator[RunningServer]:
     with leave_nothing(shared):
         yield shared
-
-
-@contextmanager
-def slow_steps(server: RunningServer, monkeypatch: pytest.MonkeyPatch, seconds: float) -> Iterator[None]:
-    runner = server.llm.engine.parts.runner
-    run = runner.run
-
-    def run_slowly(scheduled: Any) -> Any:
-        time.sleep(seconds)
-        return run(scheduled)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runner, "run", run_slowly)
-        yield
 
 
 @contextmanager
@@ -114,9 +99,9 @@ def test_unload_lets_running_requests_finish(
 ) -> None:
     load(server, lora_name="sql", lora_path=adapters["words"])
     expected = chat(server, "sql", max_tokens=40, ignore_eos=True).json()["choices"]
-    with slow_steps(server, monkeypatch, 0.02), ThreadPoolExecutor(1) as pool:
+    with slow_steps(server.llm, 0.02), ThreadPoolExecutor(1) as pool:
         running = pool.submit(chat, server, "sql", max_tokens=40, ignore_eos=True)
-        wait_until(lambda: server.llm.engine.has_unfinished_requests)
+        wait_for(lambda: server.llm.engine.has_unfinished_requests)
         assert unload(server, lora_name="sql").status_code == 200
         assert not running.done()
         assert error_of(chat(server, "sql"), 404)["code"] == "model_not_found"
@@ -142,10 +127,10 @@ def test_a_request_that_was_on_its_way_does_not_bring_an_adapter_back(
         assert unload(server, lora_name="sql").status_code == 200
         return process(*arguments)
 
-    with slow_steps(server, monkeypatch, 0.02), ThreadPoolExecutor(1) as pool:
+    with slow_steps(server.llm, 0.02), ThreadPoolExecutor(1) as pool:
         if is_draining:
             running = pool.submit(chat, server, "sql", max_tokens=60, ignore_eos=True)
-            wait_until(lambda: engine.has_unfinished_requests)
+            wait_for(lambda: engine.has_unfinished_requests)
         monkeypatch.setattr(engine, "process_input", process_late)
         error = error_of(ask(server, "sql"), 404)
         assert (error["param"], error["code"]) == ("model", "model_not_found")
@@ -191,7 +176,7 @@ def test_a_load_waits_for_an_unload_of_its_name(
     monkeypatch.setattr(store, "remove", remove_slowly)
     with ThreadPoolExecutor(2) as pool:
         unloading = pool.submit(unload, server, lora_name="sql")
-        wait_until(lambda: "sql" not in names(server))
+        wait_for(lambda: "sql" not in names(server))
         loading = pool.submit(load, server, lora_name="sql", lora_path=adapters["words"])
         time.sleep(0.3)
         may_end.set()
@@ -235,13 +220,13 @@ def test_a_resolver_brings_an_adapter_back_once_it_has_drained(
         LoRAResolverRegistry.register_resolver("ready", Ready())
         start_resolution(server.llm, models, {"MMLORA_ALLOW_RUNTIME_LORA_UPDATING": "1"})
         assert chat(other, "sql").status_code == 200
-        with slow_steps(other, monkeypatch, 0.02), ThreadPoolExecutor(1) as pool:
+        with slow_steps(other.llm, 0.02), ThreadPoolExecutor(1) as pool:
             running = pool.submit(chat, other, "sql", max_tokens=60, ignore_eos=True)
-            wait_until(lambda: server.llm.engine.has_unfinished_requests)
+            wait_for(lambda: server.llm.engine.has_unfinished_requests)
             assert unload(other, lora_name="sql").status_code == 200
             assert chat(other, "sql").status_code == 503
             assert running.result().status_code == 200
-        wait_until(lambda: chat(other, "sql").status_code == 200)
+        wait_for(lambda: chat(other, "sql").status_code == 200)
         assert unload(other, lora_name="sql").status_code == 200
 
 
@@ -262,7 +247,7 @@ def test_loads_and_unloads_in_any_order_agree_in_the_end(server: RunningServer, 
     with ThreadPoolExecutor(6) as pool:
         statuses = set().union(*pool.map(work, range(6)))
     assert statuses <= {200, 400, 404}
-    wait_until(lambda: not server.llm.engine.has_unfinished_requests)
+    wait_for(lambda: not server.llm.engine.has_unfinished_requests)
     assert {info.name for info in server.llm.engine.list_loras()} == set(names(server)) - {"tiny", "audio"}
     assert all(chat(server, name).status_code == 200 for name in names(server))
 
@@ -286,10 +271,10 @@ def test_a_load_ends_although_its_client_left(
         may_end.set()
         store = server.llm.engine.parts.store
         assert store is not None
-        wait_until(lambda: all(entry.digest is not None for entry in store.entries))
+        wait_for(lambda: all(entry.digest is not None for entry in store.entries))
     assert load(server, lora_name="started", lora_path=adapters["vision"]).status_code == 200
     if is_good:
-        wait_until(lambda: "sql" in names(server))
+        wait_for(lambda: "sql" in names(server))
         assert chat(server, "sql").status_code == 200 and unload(server, lora_name="sql").status_code == 200
     else:
         assert error_of(chat(server, "sql"), 404) and names(server) == BASE_NAMES

@@ -26,6 +26,7 @@ from tests.server.conftest import (
     paused,
     read_answer,
     run_app,
+    slow_steps,
     text_part,
     wait_for,
     wait_until_idle,
@@ -49,17 +50,10 @@ def serving(server: RunningServer, admission: Admission) -> Iterator[RunningServ
 
 
 @pytest.fixture
-def slow_steps(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def step_times(server: RunningServer) -> Iterator[list[float]]:
     """Steps of at least 30 ms, and when each began."""
-    step, times = server.llm.engine.step, []
-
-    def step_slowly(**options: Any) -> Any:
-        times.append(time.monotonic())
-        time.sleep(0.03)
-        return step(**options)
-
-    monkeypatch.setattr(server.llm.engine, "step", step_slowly)
-    return times
+    with slow_steps(server.llm, 0.03) as times:
+        yield times
 
 
 def test_the_wait_is_told_from_how_fast_requests_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +109,7 @@ def send_head(address: str, path: str, *headers: str) -> bytes:
 
 
 def test_an_answer_that_takes_too_long_is_a_504_and_aborted(
-    server: RunningServer, slow_steps: list[float], aborted: list[RequestOutput]
+    server: RunningServer, step_times: list[float], aborted: list[RequestOutput]
 ) -> None:
     with serving(server, Admission(8, request_timeout=0.5)) as hasty:
         start = time.monotonic()
@@ -129,7 +123,7 @@ def test_an_answer_that_takes_too_long_is_a_504_and_aborted(
 
 
 def test_a_stream_that_takes_too_long_ends_in_an_error_event(
-    server: RunningServer, slow_steps: list[float], aborted: list[RequestOutput]
+    server: RunningServer, step_times: list[float], aborted: list[RequestOutput]
 ) -> None:
     with serving(server, Admission(8, request_timeout=0.7)) as hasty, hasty.client as client:
         chunks = []
@@ -158,7 +152,7 @@ def test_a_body_that_drips_is_a_408(server: RunningServer) -> None:
         assert httpx.post(f"{hasty.address}/v1/chat/completions", json=slow, timeout=60).status_code == 200
 
 
-def test_after_the_door_is_closed_what_is_open_goes_on(server: RunningServer, slow_steps: list[float]) -> None:
+def test_after_the_door_is_closed_what_is_open_goes_on(server: RunningServer, step_times: list[float]) -> None:
     admission = Admission(8)
     with serving(server, admission) as closing:
         thread, answers = in_thread(httpx.post, f"{closing.address}/v1/chat/completions", json=CHAT, timeout=60)
@@ -175,18 +169,18 @@ def test_after_the_door_is_closed_what_is_open_goes_on(server: RunningServer, sl
 
 @pytest.mark.parametrize("is_stream", [True, False], ids=["stream", "whole"])
 def test_a_client_that_leaves_costs_at_most_the_step_that_runs(
-    server: RunningServer, slow_steps: list[float], aborted: list[RequestOutput], is_stream: bool
+    server: RunningServer, step_times: list[float], aborted: list[RequestOutput], is_stream: bool
 ) -> None:
     with connect(server.address) as connection:
         body = json.dumps({**LONG, "stream": is_stream}).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
-        wait_for(lambda: len(slow_steps) > 5)
+        wait_for(lambda: len(step_times) > 5)
         left = time.monotonic()
     wait_until_idle(server)
     assert len(aborted) == 1 and aborted[0].outputs[0].finish_reason == "abort"
     # One runs, and another may begin before the loop has seen that the client is gone.
-    assert sum(begun > left for begun in slow_steps) <= 3
+    assert sum(begun > left for begun in step_times) <= 3
 
 
 def test_a_client_that_leaves_while_its_media_are_decoded_never_reaches_the_engine(

@@ -6,10 +6,8 @@ import base64
 import io
 import json
 import os
-import select
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,24 +20,16 @@ from openai import BadRequestError, NotFoundError, OpenAI
 from mmlora.assets.audio import AudioAsset
 from mmlora.assets.image import ImageAsset
 from mmlora.assets.models import assistant_adapters
+from tests.server_process import run_serve
 
 LAMB = "mary had a little lamb its fleece was white as snow"
 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    command = [sys.executable, "-m", "mmlora.cli", "serve", "--port", "0", "--uvicorn-log-level", "warning"]
-    environment = {**os.environ, "MMLORA_ALLOW_RUNTIME_LORA_UPDATING": "true"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout is not None
-    try:
-        assert select.select([process.stdout], [], [], 120)[0]
-        ready = next(line for line in process.stdout if line.startswith("mmlora is ready: "))
-        yield ready.split()[3].removesuffix("/v1")
-    finally:
-        process.terminate()
-        process.wait(60)
-        process.stdout.close()
+    options = ["--uvicorn-log-level", "warning"]
+    with run_serve(*options, MMLORA_ALLOW_RUNTIME_LORA_UPDATING="true") as server:
+        yield server.address
 
 
 @pytest.fixture(scope="module")

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
-import time
 from typing import Any
 
-import httpx
 import pytest
 from openai import APIError
 from openai.types.chat import ChatCompletionChunk
 
 from mmlora.errors import MMLoRAError
 from mmlora.outputs import RequestOutput
-from tests.server.conftest import RunningServer, ServerFactory, input_audio_part, text_part, wait_until_idle
+from tests.server.conftest import (
+    RunningServer,
+    ServerFactory,
+    input_audio_part,
+    leave_before_answer,
+    text_part,
+    wait_until_idle,
+)
 
 LONG = {"max_tokens": 480, "extra_body": {"ignore_eos": True}}
 
@@ -115,21 +119,10 @@ def test_a_client_that_is_killed_in_a_stream_aborts_its_request(
 
 
 def test_a_client_that_leaves_before_the_answer_aborts_its_request(
-    server: RunningServer, aborted: list[RequestOutput], monkeypatch: pytest.MonkeyPatch
+    server: RunningServer, aborted: list[RequestOutput]
 ) -> None:
-    run, is_running = server.llm.engine.parts.runner.run, threading.Event()
-
-    def run_slowly(scheduled: Any) -> Any:
-        is_running.set()
-        time.sleep(0.02)
-        return run(scheduled)
-
-    monkeypatch.setattr(server.llm.engine.parts.runner, "run", run_slowly)
     body = {"messages": [{"role": "user", "content": "a story"}], "max_tokens": 480, "ignore_eos": True}
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.address}/v1/chat/completions", json=body, timeout=httpx.Timeout(60, read=2))
-    assert is_running.is_set()
-    wait_until_idle(server)
+    leave_before_answer(server, "/v1/chat/completions", body)
     assert [output.outputs[0].finish_reason for output in aborted] == ["abort"]
 
 

@@ -17,7 +17,7 @@ import pytest
 from mmlora.async_llm import AsyncLLM
 from mmlora.config import EngineArgs
 from mmlora.server.http_server import HTTPServer
-from tests.server.conftest import connect, read_answer, run_server
+from tests.server.conftest import connect, read_answer, run_server, wait_for
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "ignore_eos": True}
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
@@ -37,10 +37,7 @@ def address(served: tuple[HTTPServer, str]) -> Iterator[str]:
     server, address = served
     yield address
     assert ask(address) == 200
-    deadline = time.monotonic() + 30
-    while server.server_state.connections or server._admission.num_open:
-        assert time.monotonic() < deadline, server.server_state.connections
-        time.sleep(0.01)
+    wait_for(lambda: not server.server_state.connections and not server._admission.num_open)
 
 
 def ask(address: str) -> int:
@@ -173,12 +170,8 @@ def test_a_stream_that_nobody_reads_is_ended(served: tuple[HTTPServer, str], add
     with connect(address) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.sendall(HEAD + b"content-length: %d\r\n\r\n%s" % (len(body), body))
-        deadline = time.monotonic() + 60
-        while not server._admission.num_open:
-            assert time.monotonic() < deadline
-        while server._admission.num_open:  # megabytes do not fit into the buffers
-            assert time.monotonic() < deadline, "the stream waits for its client"
-            time.sleep(0.05)
+        wait_for(lambda: server._admission.num_open)
+        wait_for(lambda: not server._admission.num_open)  # megabytes do not fit into the buffers
 
 
 def test_beyond_the_bound_the_connection_that_was_idle_longest_makes_room(
@@ -187,8 +180,5 @@ def test_beyond_the_bound_the_connection_that_was_idle_longest_makes_room(
     with contextlib.ExitStack() as stack:
         first = [stack.enter_context(connect(address)) for _ in range(100)]
         assert ask(address) == 200
-        deadline = time.monotonic() + 30
-        while len(served[0].server_state.connections) > 80:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(lambda: len(served[0].server_state.connections) <= 80)
         assert wait_until_closed(first[0])[0] == b""

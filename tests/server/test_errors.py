@@ -16,7 +16,15 @@ from mmlora.async_llm import AsyncLLM
 from mmlora.errors import AdapterNotFound
 from mmlora.server.api import build_app
 from mmlora.server.launch import load_served_models
-from tests.server.conftest import RunningServer, ServerFactory, input_audio_part, run_app, text_part, url_part
+from tests.server.conftest import (
+    RunningServer,
+    ServerFactory,
+    input_audio_part,
+    run_app,
+    still_serving,
+    text_part,
+    url_part,
+)
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -30,10 +38,8 @@ def shared_server(start_server: ServerFactory, adapters: dict[str, str]) -> Runn
 
 @pytest.fixture
 def server(shared_server: RunningServer) -> Iterator[RunningServer]:
-    """The server, which must still answer when the test is over."""
-    yield shared_server
-    assert shared_server.ask(text_part("still there?"))["usage"]["completion_tokens"] == 4
-    assert not shared_server.llm.engine.has_unfinished_requests
+    with still_serving(shared_server):
+        yield shared_server
 
 
 def refuse(server: RunningServer, body: Any, status: int = 400) -> dict[str, Any]:

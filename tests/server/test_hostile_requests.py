@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -16,7 +14,7 @@ import pytest
 from mmlora.server.api import build_app
 from mmlora.server.launch import load_served_models
 from tests.server.admin import leave_nothing, load, names, run_updatable, unload
-from tests.server.conftest import RunningServer, run_app, text_part
+from tests.server.conftest import RunningServer, connect, run_app, still_serving, text_part
 from tests.server.figures import MIB, bounded
 
 PATHS = [
@@ -40,9 +38,8 @@ def shared_server(tiny_phi4: Path, adapters: dict[str, str]) -> Iterator[Running
 @pytest.fixture
 def server(shared_server: RunningServer) -> Iterator[RunningServer]:
     """The server, which must be as it was when the test is over."""
-    with leave_nothing(shared_server):
+    with leave_nothing(shared_server), still_serving(shared_server):
         yield shared_server
-        assert shared_server.ask(text_part("still there?"))["usage"]["completion_tokens"] == 4
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -111,7 +108,7 @@ def test_a_head_of_100_mb_is_cut_off(server: RunningServer, case: str) -> None:
         "name of a header": (b"GET /v1/models HTTP/1.1\r\nHost: x\r\n", b"X" * 65536),
     }[case]
     num_sent, answer = 0, b""
-    with bounded(f"head of 100 MB, {case}"), connect(server) as connection:
+    with bounded(f"head of 100 MB, {case}"), connect(server.address) as connection:
         with suppress(OSError):  # it was closed
             connection.sendall(start)
             while num_sent < HEADER_BYTES:
@@ -185,15 +182,10 @@ def test_every_route_needs_the_key(server: RunningServer) -> None:
     assert {"/v1/chat/completions", "/v1/load_lora_adapter", "/v1/models/{name}", "/tokenize"} <= {p for _, p in calls}
 
 
-def connect(server: RunningServer) -> socket.socket:
-    address = urlsplit(server.address)
-    return socket.create_connection((address.hostname, address.port), timeout=30)
-
-
 def send(server: RunningServer, request: bytes) -> bytes:
     """Send bytes as they are and give all that comes until the server closes."""
     answer = b""
-    with connect(server) as connection:
+    with connect(server.address) as connection:
         connection.sendall(request)
         with suppress(OSError):
             while received := connection.recv(65536):

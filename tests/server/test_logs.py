@@ -7,8 +7,6 @@ import json
 import logging
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,16 @@ from mmlora.server.api import build_app
 from mmlora.server.launch import load_served_models
 from mmlora.server.logs import TEXT_FORMAT, JSONFormatter, TextFormatter
 from mmlora.server.models import LoRAModule
-from tests.server.conftest import RunningServer, ServerFactory, input_audio_part, run_app, text_part, url_part
+from tests.server.conftest import (
+    RunningServer,
+    ServerFactory,
+    input_audio_part,
+    run_app,
+    text_part,
+    url_part,
+    wait_for,
+)
+from tests.server_process import run_serve
 
 SECRET = "my secret question"
 FIELDS = {"time", "level", "logger", "message"}
@@ -70,12 +77,13 @@ def log() -> Iterator[Log]:
 
 def access_lines(log: Log, count: int = 1) -> list[dict[str, Any]]:
     """The access lines, which may come a little later than the answers."""
-    deadline = time.monotonic() + 60
-    while len(found := [line for line in log.json if line["logger"] == ACCESS_LOGGER]) < count:
-        assert time.monotonic() < deadline, f"{len(found)} lines"
-        time.sleep(0.005)
-    assert len(found) == count
-    return found
+
+    def found() -> list[dict[str, Any]]:
+        return [line for line in log.json if line["logger"] == ACCESS_LOGGER]
+
+    wait_for(lambda: len(found()) >= count)
+    assert len(found()) == count
+    return found()
 
 
 def test_an_access_line_tells_all_but_what_was_asked(server: RunningServer, log: Log, wav: bytes, png: bytes) -> None:
@@ -174,17 +182,11 @@ def test_prompts_are_logged_where_that_is_wanted(server: RunningServer, log: Log
 
 @pytest.mark.parametrize(("options", "is_prompt_logged"), [([], False), (["--log-requests"], True)])
 def test_all_that_the_process_writes_is_json(tiny_phi4: Path, options: list[str], is_prompt_logged: bool) -> None:
-    command = [sys.executable, "-m", "mmlora.cli", "serve", str(tiny_phi4), "--port", "0", "--served-model-name", "m"]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*command, "--device", "cpu", "--log-format", "json", *options], **pipes) as process:
-        assert process.stdout is not None
-        try:
-            address = process.stdout.readline().split()[3]
-            body = {"messages": [{"role": "user", "content": SECRET}], "max_tokens": 2, "ignore_eos": True}
-            httpx.post(f"{address}/chat/completions", json=body, timeout=60).raise_for_status()
-        finally:
-            process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+    options = ["--device", "cpu", "--log-format", "json", *options]
+    with run_serve(str(tiny_phi4), *options, stderr=subprocess.PIPE) as process:
+        body = {"messages": [{"role": "user", "content": SECRET}], "max_tokens": 2, "ignore_eos": True}
+        httpx.post(f"{process.address}/v1/chat/completions", json=body, timeout=60).raise_for_status()
+        _, errors = process.stop(signal.SIGINT)
     lines = [json.loads(line) for line in errors.splitlines()]
     assert all(line.keys() >= FIELDS for line in lines)
     (access,) = (line for line in lines if line["logger"] == ACCESS_LOGGER)

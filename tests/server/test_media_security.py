@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from tests.server.conftest import RunningServer, ServerFactory, text_part
+from tests.server.conftest import RunningServer, ServerFactory, still_serving
 from tests.server.figures import MIB, bounded
 from tests.web import Names, answer, endless, redirect, run_web_server
 
@@ -44,10 +44,8 @@ def shared_server(start_server: ServerFactory, folder: Path) -> RunningServer:
 
 @pytest.fixture
 def server(shared_server: RunningServer) -> Iterator[RunningServer]:
-    """The server, which must still answer when the test is over."""
-    yield shared_server
-    assert shared_server.ask(text_part("still there?"))["usage"]["completion_tokens"] == 4
-    assert not shared_server.llm.engine.has_unfinished_requests
+    with still_serving(shared_server):
+        yield shared_server
 
 
 def refuse(server: RunningServer, kind: str, url: str) -> str:

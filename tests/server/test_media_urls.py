@@ -16,7 +16,7 @@ from PIL import Image
 
 from mmlora.errors import MediaError
 from mmlora.llm import LLM
-from tests.server.conftest import RunningServer, ServerFactory, text_part, url_part, wait_until_idle
+from tests.server.conftest import RunningServer, ServerFactory, text_part, url_part, wait_for, wait_until_idle
 from tests.web import WebServer, answer, run_web_server
 
 
@@ -228,9 +228,7 @@ def test_slow_servers_do_not_hold_up_other_requests(server: RunningServer, png: 
         threads = [threading.Thread(target=ask) for _ in range(12)]
         for thread in threads:
             thread.start()
-        deadline = time.monotonic() + 30
-        while len(web.requests) < 12 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for(lambda: len(web.requests) == 12)
         answered = httpx.post(f"{server.address}/v1/chat/completions", json=body(data_url(png)), timeout=60)
         assert answered.status_code == 200 and not statuses
         is_over.set()

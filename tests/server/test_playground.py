@@ -26,7 +26,7 @@ from mmlora.config import EngineArgs
 from mmlora.server.api import build_app
 from mmlora.server.launch import load_served_models
 from mmlora.server.models import LoRAModule, ServedModels
-from tests.server.conftest import run_app
+from tests.server.conftest import run_app, wait_for
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, Request
@@ -331,10 +331,7 @@ def test_an_answer_is_stopped_and_asked_for_again(
         seen.page.keyboard.press("Escape")
         answer, facts = seen.answer()
         assert facts.endswith("stopped") and answer.startswith("one two") and "twelve" not in answer
-        deadline = time.monotonic() + 60
-        while engine.has_unfinished_requests:
-            assert time.monotonic() < deadline, "the server was not told"
-            time.sleep(0.01)
+        wait_for(lambda: not engine.has_unfinished_requests)  # the server was told
     seen.page.locator(".facts .round").click()
     assert seen.answer()[0].endswith("eleven twelve")
     assert seen.page.locator(".exchange").count() == 1

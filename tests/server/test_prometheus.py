@@ -7,7 +7,6 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from mmlora.server.api import build_app
 from mmlora.server.launch import load_served_models
 from mmlora.server.models import LoRAModule
-from tests.server.conftest import RunningServer, ServerFactory, input_audio_part, run_app, text_part, url_part
+from tests.server.conftest import (
+    RunningServer,
+    ServerFactory,
+    input_audio_part,
+    run_app,
+    text_part,
+    url_part,
+    wait_for,
+)
 
 GRAFANA = Path(__file__).resolve().parents[2] / "docs" / "grafana.json"
 QUESTION = text_part("what is it?")
@@ -56,13 +63,6 @@ def scrape(server: RunningServer | str, model: str = "tiny") -> Scrape:
 def post(server: RunningServer, text: str = "hello", **fields: Any) -> httpx.Response:
     body = {"messages": [{"role": "user", "content": text}], "max_tokens": 4, "temperature": 0, **fields}
     return httpx.post(server.address + CHAT, json=body, timeout=60)
-
-
-def wait_for(is_true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not is_true():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
 
 
 @pytest.fixture

@@ -6,9 +6,7 @@ import asyncio
 import gc
 import os
 import re
-import select
 import shutil
-import subprocess
 import sys
 import threading
 import weakref
@@ -35,6 +33,7 @@ from mmlora.server.resolved import start_resolution
 from mmlora.server.served_adapter import ServedAdapter
 from tests.plugins.s3 import put, run_s3
 from tests.server.conftest import RunningServer, run_app
+from tests.server_process import run_process
 
 ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = {"MMLORA_ALLOW_RUNTIME_LORA_UPDATING": "True"}
@@ -358,22 +357,14 @@ def test_names_are_safe_between_threads() -> None:
 
 
 def test_the_example_serves_an_adapter_that_it_was_not_started_with() -> None:
-    command = [sys.executable, str(ROOT / "examples" / "lora_resolver.py"), "0"]
-    environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
-    try:
-        assert process.stdout is not None and select.select([process.stdout], [], [], 120)[0]
-        address = process.stdout.readline().split()[3].removesuffix("/v1")
+    example = str(ROOT / "examples" / "lora_resolver.py")
+    with run_process(example, "0", HF_HUB_DISABLE_PROGRESS_BARS="1") as server:
         messages = [{"role": "user", "content": "what is two plus three?"}]
         body = {"model": "spanish-lora", "messages": messages, "temperature": 0}
-        answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).json()
+        answer = httpx.post(f"{server.address}/v1/chat/completions", json=body, timeout=60).json()
         assert answer["choices"][0]["message"]["content"] == "cinco"
-        names = [card["id"] for card in httpx.get(f"{address}/v1/models").json()["data"]]
+        names = [card["id"] for card in httpx.get(f"{server.address}/v1/models").json()["data"]]
         assert names == ["assistant", "spanish-lora"]
-    finally:
-        process.terminate()
-        process.wait(30)
-        process.stdout.close()  # type: ignore[union-attr]
 
 
 def test_adapters_of_the_registry_are_served_again(tiny_phi4: Path, adapters: dict[str, str], tmp_path: Path) -> None:

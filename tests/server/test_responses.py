@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
-import time
 from typing import Any
 
 import httpx
@@ -26,6 +24,7 @@ from tests.server.conftest import (
     RunningServer,
     ServerFactory,
     input_audio_part,
+    leave_before_answer,
     text_part,
     url_part,
     wait_until_idle,
@@ -317,21 +316,10 @@ def test_a_client_that_leaves_a_stream_aborts_its_request(server: RunningServer,
 
 
 def test_a_client_that_leaves_before_the_answer_aborts_its_request(
-    server: RunningServer, aborted: list[RequestOutput], monkeypatch: pytest.MonkeyPatch
+    server: RunningServer, aborted: list[RequestOutput]
 ) -> None:
-    run, is_running = server.llm.engine.parts.runner.run, threading.Event()
-
-    def run_slowly(scheduled: Any) -> Any:
-        is_running.set()
-        time.sleep(0.02)
-        return run(scheduled)
-
-    monkeypatch.setattr(server.llm.engine.parts.runner, "run", run_slowly)
     body = {"input": "a story", "max_output_tokens": 480, "ignore_eos": True}
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.address}/v1/responses", json=body, timeout=httpx.Timeout(60, read=2))
-    assert is_running.is_set()
-    wait_until_idle(server)
+    leave_before_answer(server, "/v1/responses", body)
     assert [output.outputs[0].finish_reason for output in aborted] == ["abort"]
 
 

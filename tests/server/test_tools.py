@@ -12,7 +12,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from mmlora.errors import ConfigError
 from mmlora.server.api import build_app
-from mmlora.server.launch import ServerArgs, load_served_models
+from mmlora.server.args import ServerArgs
+from mmlora.server.launch import load_served_models
 from mmlora.server.tool_choice import read_tool_choice
 from tests.checkpoints import CHAT_TEMPLATE
 from tests.server.conftest import RunningServer, ServerFactory, run_app

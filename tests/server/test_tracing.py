@@ -28,7 +28,8 @@ from mmlora.sampling_params import SamplingParams
 from mmlora.server.api import build_app
 from mmlora.server.launch import load_served_models
 from mmlora.server.tracing import Tracer, tracing
-from tests.server.conftest import RunningServer, ServerFactory, input_audio_part, run_app, text_part
+from tests.server.conftest import RunningServer, ServerFactory, input_audio_part, run_app, text_part, wait_for
+from tests.server_process import run_serve
 
 SECRET = "my secret question"
 TRACE_ID, PARENT_ID = 0x0AF7651916CD43DD8448EB211C80319C, 0xB7AD6B7169203331
@@ -50,11 +51,7 @@ class Traced:
 
     def spans(self, count: int) -> list[ReadableSpan]:
         """The spans so far, in the order in which they ended; they come a little later than the answers."""
-        deadline = time.monotonic() + 60
-        while len(self.exporter.get_finished_spans()) < count:
-            assert time.monotonic() < deadline, self.exporter.get_finished_spans()
-            self.tracer._provider.force_flush()
-            time.sleep(0.005)
+        wait_for(lambda: self.tracer._provider.force_flush() and len(self.exporter.get_finished_spans()) >= count)
         found = list(self.exporter.get_finished_spans())
         assert len(found) == count
         self.exporter.clear()
@@ -221,18 +218,11 @@ def test_a_server_that_ends_sends_what_is_left(tiny_phi4: Path) -> None:
     with HTTPServer(("127.0.0.1", 0), kind) as collector:
         threading.Thread(target=collector.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{collector.server_port}/v1/traces"
-        command = [sys.executable, "-m", "mmlora.cli", "serve", str(tiny_phi4), "--port", "0", "--device", "cpu"]
-        options = ["--served-model-name", "tiny", "--otlp-traces-endpoint", url]
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        with subprocess.Popen([*command, *options], **pipes) as process:
-            assert process.stdout is not None
-            try:
-                address = process.stdout.readline().split()[3]
-                body = {"prompt": SECRET, "max_tokens": 2}
-                httpx.post(f"{address}/completions", json=body, timeout=60).raise_for_status()
-            finally:
-                process.send_signal(signal.SIGINT)
-            process.communicate(timeout=60)
+        options = ["--device", "cpu", "--served-model-name", "tiny", "--otlp-traces-endpoint", url]
+        with run_serve(str(tiny_phi4), *options) as process:
+            body = {"prompt": SECRET, "max_tokens": 2}
+            httpx.post(f"{process.address}/v1/completions", json=body, timeout=60).raise_for_status()
+            process.stop(signal.SIGINT)
         collector.shutdown()
     sent = [resource for request in kind.received for resource in request.resource_spans]
     names = {span.name for resource in sent for scope in resource.scope_spans for span in scope.spans}
@@ -264,7 +254,7 @@ WITHOUT_EXTRA = """
 import sys
 sys.modules |= dict.fromkeys(["opentelemetry.sdk", "opentelemetry.exporter"])  # None: not importable
 from mmlora.errors import ConfigError
-from mmlora.server.launch import tracing
+from mmlora.server.tracing import tracing
 with tracing(None, "tiny") as tracer:
     assert tracer is None
 try:

@@ -1,0 +1,12 @@
+"""What libraries raise where the files or sizes of a model make no sense."""
+
+from typing import Final
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+# A RecursionError is a RuntimeError, a KeyError a LookupError.
+FAILURES: Final = (
+    *(ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError),
+    *(SafetensorError, StrictDataclassError),
+)
