@@ -72,7 +72,6 @@ def url(data: bytes) -> str:
         ({"prompt": "a", "n": 2, "best_of": 3}, "best_of", "best_of=3"),
         ({"prompt": "a", "best_of": 2}, "best_of", "which is 1"),
         ({"prompt": "a", "suffix": "b"}, "suffix", "suffix"),
-        ({"prompt": "a", "response_format": {"type": "json_object"}}, "response_format", "json_object"),
         ({"prompt": "a", "messages": []}, "messages", "unknown field"),
         ({"prompt": "a", "x" * 10**6: "y" * 10**6}, "x" * 80, "unknown field"),
         ({"prompt": "a", "logprobs": True}, "logprobs", "integer"),
