@@ -91,8 +91,8 @@ class EngineParts:
         )
         seq = Sequence(request, index, list(request.input.prompt_token_ids), detokenizer, generator)
         seq.is_long = self.is_too_long(seq)
-        if request.input.matcher is not None:
-            seq.matcher = request.input.matcher.copy()
+        if request.input.matchers:
+            seq.matcher = request.input.matchers[index]
         return seq
 
     def is_too_long(self, seq: Sequence) -> bool:

@@ -60,7 +60,7 @@ class EngineInput:
     layout: PromptLayout = PromptLayout()
     priority: int = 0  # lower is served earlier
     cache_salt: str | None = None  # prefixes and encoded media are shared among requests with the same one
-    matcher: Matcher | None = None  # at its start, for an answer under a constraint
+    matchers: tuple[Matcher, ...] = ()  # at the start of each answer, where they are under a constraint
 
     @cached_property
     def num_media_tokens(self) -> Mapping[str, int]:

@@ -188,7 +188,8 @@ def _grammar(params: StructuredOutputsParams) -> str:
         # As in JSON schemas, \d is a digit from 0 to 9: who asks for digits rarely wants those of all scripts.
         return str(LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(params.regex, use_ascii='d')}/"))
     if params.choice is not None:
-        return str(grammar_from("choice", json.dumps(list(params.choice))))
+        # One terminal: as alternatives of a rule, more than 2,000 are too many for the parser.
+        return str(LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, params.choice))))
     if params.grammar is not None:
         if "%json" in params.grammar:
             params.refuse("grammar holds %json; a JSON schema must be given by itself")

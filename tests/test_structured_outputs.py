@@ -162,6 +162,23 @@ def test_a_choice_that_starts_another_may_end_or_go_on(llm):
     assert texts == {"a", "ab", "abc"}
 
 
+def test_choices_may_be_many(llm):
+    choices = [f"word number {index}" for index in range(6000)]
+    completion = answers(llm, under({"temperature": 0, "max_tokens": 20}, choice=choices))[0]
+    assert completion.text in choices and completion.finish_reason == "stop"
+
+
+def test_each_answer_has_its_matcher_before_the_engine_gets_the_request(llm):
+    """So the engine thread copies nothing."""
+    engine = llm.llm_engine
+    ready = engine.process_input("r", "a", under({**HOT, "n": 3}, choice=["a", "b"]))
+    assert len(set(map(id, ready.matchers))) == len({id(matcher._matcher) for matcher in ready.matchers}) == 3
+    engine.add_input(ready)
+    sequences = engine._requests["r"].sequences
+    assert all(seq.matcher is matcher for seq, matcher in zip(sequences, ready.matchers, strict=True))
+    engine.abort_request("r")
+
+
 @pytest.mark.parametrize("options", [{"ignore_eos": True}, {"min_tokens": 3}], ids=str)
 def test_an_answer_that_must_go_on_does_so_while_it_can(llm, options):
     found = answers(llm, under({**HOT, "n": 16, "seed": 5, **options}, choice=["a", "ab", "abc"]))
