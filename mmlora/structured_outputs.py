@@ -5,6 +5,7 @@ thread, of which each answer has a copy. It knows which tokens may come next; th
 """
 
 import json
+import logging
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import copy
@@ -12,6 +13,7 @@ from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, NoReturn
+from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +21,14 @@ from numpy.typing import NDArray
 from mmlora.checks import is_finite_number
 from mmlora.errors import ConstraintError
 
+logger = logging.getLogger(__name__)
+
 MAX_CHARS = 131_072  # of a schema, an expression, a grammar or all choices together
 MAX_DEPTH = 64  # of a schema
+# llguidance follows references by recursion and would overflow its stack, which ends the process: at more than three
+# times as many levels, or rules.
+MAX_REF_DEPTH = 1000  # levels of a schema and of all that it refers to, together
+MAX_COLONS = 1000  # of a grammar, whose rules have one or two each
 MAX_MULTIPLE = 20_000  # the automaton of "multipleOf" has as many states
 MAX_LEXER_STATES = 50_000  # of one matcher, about 2 kB each
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
@@ -98,6 +106,7 @@ class Matcher:
 
     def __init__(self, matcher: Any, stop_ids: Collection[int]) -> None:
         self._matcher = matcher
+        self.error: str | None = None
         is_end = np.zeros(8 * len(matcher.compute_bitmask()), np.bool_)  # one bit a token, and some more
         is_end[list(stop_ids)] = True
         self._end_mask = np.packbits(is_end, bitorder="little")
@@ -111,8 +120,14 @@ class Matcher:
 
     def completes(self, token_id: int) -> bool:
         """Take the next token of the answer, which `allowed` permitted, and tell whether nothing can follow it."""
-        self._matcher.consume_token(token_id)
-        self._look_ahead()
+        try:
+            self._matcher.consume_token(token_id)
+            self._look_ahead()
+        except BaseException as error:  # a panic of its Rust code is no Exception, and would end the engine
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            logger.exception("a constraint failed")
+            self.error = f"{type(error).__name__}"
         return self.is_complete
 
     def allowed(self, vocab_size: int, *, can_end: bool) -> NDArray[np.bool_]:
@@ -193,6 +208,9 @@ def _grammar(params: StructuredOutputsParams) -> str:
     if params.grammar is not None:
         if "%json" in params.grammar:
             params.refuse("grammar holds %json; a JSON schema must be given by itself")
+        num_colons = params.grammar.count(":")
+        if num_colons > MAX_COLONS:
+            params.refuse(f"grammar has {num_colons} colons, one or two for each rule; allowed are {MAX_COLONS}")
         try:
             return str(grammar_from("grammar", params.grammar))
         except (ValueError, RecursionError) as error:
@@ -215,6 +233,7 @@ def _checked_schema(params: StructuredOutputsParams, schema: Any) -> str:
         multiples = [value for value in _values(schema, "multipleOf", 0) if is_finite_number(value)]
         text = json.dumps(schema, allow_nan=False)
         multiple = math.lcm(*(Fraction(str(value)).numerator for value in multiples))
+        depth = _ref_depth(schema)
     except RecursionError:
         params.refuse(f"the JSON schema is nested too deeply; allowed are {MAX_DEPTH} levels")
     except (TypeError, ValueError) as error:
@@ -227,7 +246,36 @@ def _checked_schema(params: StructuredOutputsParams, schema: Any) -> str:
         params.refuse(
             f"the common multiple of all values of multipleOf is {multiple}; allowed are up to {MAX_MULTIPLE}"
         )
+    if depth > MAX_REF_DEPTH:
+        params.refuse(
+            f"the JSON schema and what its references lead to have {depth} levels in all; allowed are {MAX_REF_DEPTH}"
+        )
     return text
+
+
+def _ref_depth(schema: Any) -> int:
+    """The levels of a schema and of each place that it refers to, added up: no way through it can be longer."""
+    refs = {ref for ref in _values(schema, "$ref", 0) if isinstance(ref, str)}
+    return _depth(schema) + sum(_depth(_at(schema, ref)) for ref in refs)
+
+
+def _depth(node: Any) -> int:
+    children = node.values() if isinstance(node, Mapping) else node if _is_list(node) else ()
+    return 1 + max(map(_depth, children), default=0)
+
+
+def _at(schema: Any, ref: str) -> Any:
+    """What a JSON pointer leads to; the whole schema for a reference of another kind."""
+    node = schema
+    for key in ref.split("/")[1:]:
+        key = unquote(key).replace("~1", "/").replace("~0", "~")
+        if isinstance(node, Mapping) and key in node:
+            node = node[key]
+        elif _is_list(node) and key.isdecimal() and int(key) < len(node):
+            node = node[int(key)]
+        else:
+            return schema
+    return node
 
 
 def _values(node: Any, key: str, depth: int) -> Iterator[Any]:

@@ -12,7 +12,6 @@ Schema = dict[str, Any]
 TEXT: Final[Schema] = {"type": "string"}
 INTEGER: Final[Schema] = {"type": "integer"}
 NUMBER: Final[Schema] = {"type": "number"}
-BOOLEAN: Final[Schema] = {"type": "boolean"}
 
 
 def obj(**fields: Schema) -> Schema:

@@ -229,6 +229,9 @@ def test_preempted_answers_are_the_same(tiny_phi4, llm):
 NESTED = {"type": "integer"}
 for _ in range(80):
     NESTED = {"type": "array", "items": NESTED}
+# Both end a process whose llguidance compiles them: each step takes some of the stack.
+CHAIN = {"$ref": "#/$defs/0", "$defs": {str(i): {"$ref": f"#/$defs/{i + 1}"} for i in range(2500)} | {"2500": {}}}
+RULES = "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(4000)) + 'r4000: "a"\n'
 
 
 @pytest.mark.parametrize(
@@ -249,6 +252,8 @@ for _ in range(80):
         ({"json": "{"}, "not valid JSON"),
         ({"json": "[" * 100_000}, "too deeply"),
         ({"json": NESTED}, "too deeply"),
+        ({"json": CHAIN}, "levels in all; allowed are 1000"),
+        ({"grammar": RULES}, "has 4002 colons, one or two for each rule; allowed are 1000"),
         ({"json": "[1]"}, "must be an object"),
         ({"json": "null"}, "must be an object"),
         ({"json": False}, "must be an object"),
@@ -328,6 +333,26 @@ def test_a_matcher_that_fails_takes_its_own_request_along(compiler):
     first, second = sample(torch.zeros(2, 263), [lost, fine], frozenset())
     assert isinstance(first, RequestError) and "constraint" in str(first)
     assert second == build_tokenizer()("!").input_ids[0]
+
+
+def test_a_panic_takes_its_own_request_along(compiler, monkeypatch):
+    class Panic(BaseException):
+        """As Rust's come to Python."""
+
+    class Broken:
+        def consume_token(self, token_id):
+            raise Panic
+
+    lost = constrained_sequence(compiler, choice=["!!"])
+    lost.matcher._matcher = Broken()
+    assert not lost.matcher.completes(build_tokenizer()("!").input_ids[0])
+    (token,) = sample(torch.zeros(1, 263), [lost], frozenset())
+    assert isinstance(token, RequestError) and "Panic" in str(token)
+
+
+def test_references_may_be_many_where_they_are_no_chain(compiler):
+    schema = {"anyOf": [{"$ref": f"#/$defs/{i}"} for i in range(200)], "$defs": {str(i): PERSON for i in range(200)}}
+    compiler.compile(StructuredOutputsParams(json=schema))
 
 
 def test_a_slow_tokenizer_is_refused_by_name():
