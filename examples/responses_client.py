@@ -7,21 +7,16 @@ from openai import OpenAI
 
 from mmlora.assets.image import ImageAsset
 
-client = OpenAI(base_url=sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000/v1", api_key="none")
+address = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000/v1"
 data = base64.b64encode(ImageAsset("triangle").path.read_bytes()).decode()
-with client.responses.stream(
-    model="assistant",
-    input=[
-        {
-            "role": "user",
-            "content": [
-                {"type": "input_image", "image_url": f"data:image/png;base64,{data}", "detail": "auto"},
-                {"type": "input_text", "text": "describe the picture"},
-            ],
-        }
-    ],
-    temperature=0,
-) as stream:
+content = [
+    {"type": "input_image", "image_url": f"data:image/png;base64,{data}", "detail": "auto"},
+    {"type": "input_text", "text": "describe the picture"},
+]
+with (
+    OpenAI(base_url=address, api_key="none") as client,
+    client.responses.stream(model="assistant", input=[{"role": "user", "content": content}], temperature=0) as stream,
+):
     for event in stream:
         if event.type == "response.output_text.delta":
             print(event.delta, end="", flush=True)

@@ -59,39 +59,23 @@ USAGE: Final = obj(
 )
 FINISH_REASON: Final = one_of("stop", "length", "tool_calls")
 STOP_REASON: Final = {"anyOf": [TEXT, INTEGER, {"type": "null"}]}
-CHAT: Final = obj(
-    id=TEXT,
-    object=one_of("chat.completion"),
-    created=INTEGER,
-    model=TEXT,
-    lora=LORA,
-    choices=array(
-        obj(
-            index=INTEGER,
-            message=obj(role=one_of("assistant"), content=nullable(TEXT), refusal={"type": "null"}),
-            logprobs=nullable(obj(content=array(obj(token=TEXT, logprob=NUMBER)))),
-            finish_reason=FINISH_REASON,
-            stop_reason=STOP_REASON,
-        )
-    ),
-    usage=USAGE,
+
+
+def choices(kind: str, **content: Schema) -> Schema:
+    """An answer of numbered choices."""
+    choice = obj(index=INTEGER, finish_reason=FINISH_REASON, stop_reason=STOP_REASON, **content)
+    return obj(id=TEXT, object=one_of(kind), created=INTEGER, model=TEXT, lora=LORA, usage=USAGE, choices=array(choice))
+
+
+CHAT: Final = choices(
+    "chat.completion",
+    message=obj(role=one_of("assistant"), content=nullable(TEXT), refusal={"type": "null"}),
+    logprobs=nullable(obj(content=array(obj(token=TEXT, logprob=NUMBER)))),
 )
-COMPLETION: Final = obj(
-    id=TEXT,
-    object=one_of("text_completion"),
-    created=INTEGER,
-    model=TEXT,
-    lora=LORA,
-    choices=array(
-        obj(
-            index=INTEGER,
-            text=TEXT,
-            logprobs=nullable(obj(tokens=array(TEXT), token_logprobs=array(nullable(NUMBER)))),
-            finish_reason=FINISH_REASON,
-            stop_reason=STOP_REASON,
-        )
-    ),
-    usage=USAGE,
+COMPLETION: Final = choices(
+    "text_completion",
+    text=TEXT,
+    logprobs=nullable(obj(tokens=array(TEXT), token_logprobs=array(nullable(NUMBER)))),
 )
 RESPONSE: Final = obj(
     id=TEXT,
