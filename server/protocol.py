@@ -38,10 +38,10 @@ NEUTRAL_EXTRAS: Mapping[str, tuple[JsonValue, ...]] = {
     "truncate_prompt_tokens": (None,),
     "use_beam_search": (None, False),
 }
-JSON_REASONS: Mapping[str, str] = {
-    "dict_type": "Input should be an object",
-    "list_type": "Input should be a valid array",
-    "model_type": "Input should be an object",
+JSON_REASONS: Mapping[str, str] = {  # by the type that pydantic says was expected
+    "dict": "Input should be an object",
+    "list": "Input should be a valid array",
+    "model": "Input should be an object",
 }
 MAX_FIELDS, MAX_BIASES = 256, 65536
 MAX_VALUES = 2**20  # in one body: what parses more than that keeps everybody waiting
@@ -253,7 +253,7 @@ def first_problem(error: ValidationError) -> FieldError:
 
 def reason_of(problem: Mapping[str, Any]) -> str:
     """What Pydantic says of a value, in the words of JSON where it has those of Python."""
-    return JSON_REASONS.get(problem["type"]) or str(problem["msg"])
+    return JSON_REASONS.get(problem["type"].removesuffix("_type")) or str(problem["msg"])
 
 
 def shorten(value: Any, show: Callable[[Any], str] = repr) -> str:

@@ -42,13 +42,15 @@ def test_cases_of_the_document(schema: Any, wav: bytes, capsys: pytest.CaptureFi
     statuses: Counter[tuple[str, str, int]] = Counter()
     for operation in operations:
         has_body = operation.method == "post"
-        for mode in [GenerationMode.POSITIVE, GenerationMode.NEGATIVE] if has_body else [GenerationMode.POSITIVE]:
-            check_operation(operation, mode, NUM_CASES // 16 if has_body else 20, wav, statuses)
+        # It cannot always spoil a form that holds a file; `test_transcriptions.py` does.
+        is_spoilt = has_body and operation.path not in FORMS
+        for mode in [GenerationMode.POSITIVE, GenerationMode.NEGATIVE] if is_spoilt else [GenerationMode.POSITIVE]:
+            check_operation(operation, mode, NUM_CASES // 15 if has_body else 20, wav, statuses)
     with capsys.disabled():
         print(f"\nschemathesis, {statuses.total()} cases: {dict(statuses)}")
     assert statuses.total() >= NUM_CASES
     for path in GENERATING:
-        assert statuses["POSITIVE", path, 200] > 10, f"nothing was generated at {path}"
+        assert statuses["POSITIVE", path, 200] > 5, f"nothing was generated at {path}"
 
 
 def check_operation(operation: Any, mode: GenerationMode, num_cases: int, wav: bytes, statuses: Counter[Any]) -> None:

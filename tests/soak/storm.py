@@ -77,6 +77,7 @@ class Storm:
         self._seed = seed
         self._started_s: dict[int, float] = {}  # by client: when its request began
         self._open: set[int] = set()  # clients that wait for an answer
+        self._num_begun = 0
         self.wrong: list[str] = []
         self.counts: Counter[str] = Counter()
         self.latencies_s: list[float] = []
@@ -100,6 +101,7 @@ class Storm:
         while time.monotonic() < end_s:
             self._started_s[index] = time.monotonic()
             self._open.add(index)
+            self._num_begun += 1
             dice = rng.random()
             try:
                 if dice < 0.05:
@@ -115,10 +117,11 @@ class Storm:
 
     async def _send_nonsense(self, rng: random.Random) -> None:
         route, body, status = rng.choice(MALFORMED)
+        before = self._load()
         response = await self._client.post(f"/v1/{route}", content=body, headers={"content-type": "application/json"})
         self._count("nonsense", response.status_code)
         if response.status_code == 429:
-            self._judge_refusal(response, None, len(self._open))
+            self._judge_refusal(response, None, before)
         elif response.status_code != status or "message" not in response.json()["error"]:
             self.wrong.append(f"nonsense {body!r}: {response.status_code} instead of {status}: {response.text[:200]}")
 
@@ -138,7 +141,7 @@ class Storm:
         choice = self._choose(rng, question.kinds)
         is_stream = rng.random() < 0.5
         asking = rng.choice(askings_of(question, choice.fields, is_stream=is_stream))
-        start_s, num_open = time.monotonic(), len(self._open)
+        start_s, before = time.monotonic(), self._load()
         if is_stream:
             async with self._client.stream("POST", asking.route, **asking.request) as response:
                 await response.aread()
@@ -149,7 +152,7 @@ class Storm:
         self._count(f"{kind} {asking.route}{' stream' if is_stream else ''}", response.status_code)
         allowed = choice.allowed(start_s, time.monotonic())
         if response.status_code != 200:
-            return self._judge_refusal(response, allowed, num_open)
+            return self._judge_refusal(response, allowed, before)
         text, lora = read_answer(asking.route, response.text, is_stream=is_stream)
         self._judge(question, choice, allowed, text, lora)
 
@@ -162,12 +165,17 @@ class Storm:
         elif text != self._answers.expected(question, lora["digest"]):
             self.wrong.append(f"{told}: {text!r} is not {self._answers.expected(question, lora['digest'])!r}")
 
-    def _judge_refusal(self, response: httpx.Response, allowed: Possible | None, num_open: int) -> None:
+    def _judge_refusal(self, response: httpx.Response, allowed: Possible | None, before: tuple[int, int]) -> None:
         is_gone = response.status_code == 404 and allowed is not None and None in allowed
         is_busy = response.status_code == 429 and response.headers.get("retry-after", "").isdecimal()
-        is_busy &= num_open > MAX_OPEN // 2  # those that have just left may still count there
+        # At most so many were open at once meanwhile; those that have just left may still count there.
+        is_busy &= before[0] + self._num_begun - before[1] > MAX_OPEN // 2
         if not (is_gone or is_busy):
             self.wrong.append(f"{response.status_code}: {response.text[:300]}")
+
+    def _load(self) -> tuple[int, int]:
+        """Requests that are open, and how many were ever begun."""
+        return len(self._open), self._num_begun
 
     def _choose(self, rng: random.Random, kinds: frozenset[str]) -> Choice:
         digests = self._answers.digests
