@@ -46,7 +46,7 @@ def named_class(path: Path) -> str:
 
 
 def load_part(name: str, path: Path) -> Any:
-    """Load a part of a processor.
+    """Load a part of a processor. Pictures are always prepared by Pillow, so that no answer depends on torchvision.
 
     Args:
         name: `image_processor` or `feature_extractor`; any other is None.
@@ -58,9 +58,10 @@ def load_part(name: str, path: Path) -> Any:
     from transformers.models.auto.feature_extraction_auto import AutoFeatureExtractor
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-    loaders: dict[str, Any] = {"image_processor": AutoImageProcessor, "feature_extractor": AutoFeatureExtractor}
     try:
-        return loaders[name].from_pretrained(path) if name in loaders else None
+        if name == "image_processor":
+            return AutoImageProcessor.from_pretrained(path, backend="pil")
+        return AutoFeatureExtractor.from_pretrained(path) if name == "feature_extractor" else None
     except FAILURES as error:
         raise ConfigError(f"{path} has no {name} that runs here: {error}") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,22 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.equality import Checkpoint
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where engines run that tests start in this process, e.g. cuda")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def device_of_engines(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Put engines where `--device` says, though the tests ask for the CPU; references stay there."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if (device := pytestconfig.getoption("--device")) != "cpu":
+            from mmlora import engine_parts
+
+            resolve = engine_parts.resolve_device
+            monkeypatch.setattr(engine_parts, "resolve_device", lambda name: resolve(device if name == "cpu" else name))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

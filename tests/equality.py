@@ -102,7 +102,7 @@ def recorded_logits(llm: LLM) -> Iterator[dict[str, Logits]]:
         for item, first_row in zip(batch.items, batch.starts, strict=True):
             for row, values in zip(rows, logits, strict=True):
                 if first_row <= row < first_row + item.num_tokens and item.seq.index == 0:
-                    found[item.seq.request.request_id][item.start + row - first_row] = values.clone()
+                    found[item.seq.request.request_id][item.start + row - first_row] = values.to("cpu", copy=True)
         return rows, logits
 
     runner._forward = record

@@ -24,12 +24,12 @@ def run_case(case: dict, device: torch.device) -> dict:
     weights = SlotWeights(len(ranks), device)
     for slot, rank in enumerate(ranks):
         if rank:
-            lora_A = torch.randn(rank, in_features, device=device) / in_features**0.5
-            lora_B = torch.randn(out_features, rank, device=device) / rank**0.5
+            lora_A = torch.randn(rank, in_features) / in_features**0.5
+            lora_B = torch.randn(out_features, rank) / rank**0.5
             weights.set(slot, lora_A.to(dtype), lora_B.to(dtype), 0.5 + slot)
     num_rows = segments[-1][1]
-    x = torch.randn(num_rows, in_features, device=device).to(dtype)
-    y = torch.randn(num_rows, out_features, device=device).to(dtype)
+    x = torch.randn(num_rows, in_features).to(device, dtype)
+    y = torch.randn(num_rows, out_features).to(device, dtype)
     rows = ops.row_segments(segments, device)
 
     def apply(rows: ops.RowSegments) -> torch.Tensor:
