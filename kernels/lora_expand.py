@@ -9,8 +9,8 @@ import triton.language as tl
 from mmlora.kernels.lora_shrink import TRITON_DTYPES, dot_dtype
 from mmlora.kernels.segments import BLOCK_M
 
-BLOCK_N = 64
-BLOCK_R = 32
+BLOCK_N = 128
+BLOCK_R = 16
 
 
 @triton.jit
@@ -21,7 +21,9 @@ def lora_expand_kernel(
     scaling_ptr,
     tiles_ptr,
     out_features,
+    num_parts,
     stride_y,
+    stride_part,
     stride_h,
     DTYPE: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
@@ -48,7 +50,10 @@ def lora_expand_kernel(
     for r in range(0, rank, BLOCK_R):
         ranks = r + tl.arange(0, BLOCK_R)
         is_rank = ranks < rank
-        h = tl.load(h_rows + ranks[None, :], mask=is_row[:, None] & is_rank[None, :], other=0.0)
+        h = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+        for part in range(num_parts):  # in order, so that equal rows give equal bits
+            h_part = h_rows + part * stride_part
+            h += tl.load(h_part + ranks[None, :], mask=is_row[:, None] & is_rank[None, :], other=0.0)
         b = tl.load(b_rows + ranks[:, None], mask=is_rank[:, None] & is_column[None, :], other=0.0)
         b = b.to(DOT_DTYPE)
         high = h.to(DTYPE)
@@ -71,11 +76,11 @@ def lora_expand(
     tiles: torch.Tensor,
     dtype: torch.dtype,
 ) -> None:
-    """Add `scaling[slot] * h[rows of a tile, :r] @ lora_B[slot].T` to `y[rows]` in place.
+    """Add `scaling[slot] * h.sum(0)[rows of a tile, :r] @ lora_B[slot].T` to `y[rows]` in place.
 
     Args:
         y: `[num_rows, out_features]` with contiguous rows.
-        h: `[num_rows, max_rank] fp32` of `lora_shrink`.
+        h: `[num_parts, num_rows, max_rank] fp32` of `lora_shrink`.
         table: `[max_loras, 3] int64`, see `SlotWeights.table`.
         scaling: `[max_loras] fp32`.
         tiles: `[num_tiles, 3] int32`, see `RowSegments.tiles`.
@@ -88,8 +93,10 @@ def lora_expand(
         scaling,
         tiles,
         y.shape[1],
+        h.shape[0],
         y.stride(0),
         h.stride(0),
+        h.stride(1),
         DTYPE=TRITON_DTYPES[dtype],
         DOT_DTYPE=dot_dtype(dtype),
         BLOCK_M=BLOCK_M,

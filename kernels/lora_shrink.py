@@ -10,8 +10,11 @@ import triton.language as tl
 
 from mmlora.kernels.segments import BLOCK_M
 
-BLOCK_R = 32
-BLOCK_K = 64
+BLOCK_R = 16
+BLOCK_K = 128
+
+PART_SIZE, MAX_PARTS = 512, 8
+"""in_features is summed in parts of at least this many, by programs that run side by side."""
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -29,7 +32,9 @@ def lora_shrink_kernel(
     table_ptr,
     tiles_ptr,
     in_features,
+    part_size,
     stride_x,
+    stride_part,
     stride_h,
     DTYPE: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
@@ -52,22 +57,25 @@ def lora_shrink_kernel(
     is_rank = ranks < rank
     x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride_x
     a_rows = lora_A + ranks.to(tl.int64)[None, :] * in_features
-    # One program sums the whole of in_features in a fixed order: no split-K, hence no atomics.
+    # One program sums one part of in_features and stores it; `lora_expand` adds the parts up in order, without atomics.
     h = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for k in range(0, in_features, BLOCK_K):
-        features = k + tl.arange(0, BLOCK_K)
+    for k in range(0, part_size, BLOCK_K):
+        features = tl.program_id(2) * part_size + k + tl.arange(0, BLOCK_K)
         is_feature = features < in_features
         x = tl.load(x_rows + features[None, :], mask=is_row[:, None] & is_feature[None, :], other=0.0)
         a = tl.load(a_rows + features[:, None], mask=is_feature[:, None] & is_rank[None, :], other=0.0)
         h = tl.dot(x.to(DTYPE).to(DOT_DTYPE), a.to(DOT_DTYPE), h, input_precision="ieee")
-    h_block = h_ptr + rows.to(tl.int64)[:, None] * stride_h + ranks[None, :]
+    h_part = h_ptr + tl.program_id(2).to(tl.int64) * stride_part
+    h_block = h_part + rows.to(tl.int64)[:, None] * stride_h + ranks[None, :]
     tl.store(h_block, h, mask=is_row[:, None] & is_rank[None, :])
 
 
 def lora_shrink(
     x: torch.Tensor, table: torch.Tensor, tiles: torch.Tensor, max_rank: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return `h[rows of a tile, :r] = x[rows] @ lora_A[slot].T` in fp32; the rest of h is uninitialised.
+    """Return `h` whose parts add up to `h[:, rows of a tile, :r].sum(0) = x[rows] @ lora_A[slot].T`, in fp32.
+
+    How many parts there are depends on in_features alone. The rest of h is uninitialised.
 
     Args:
         x: `[num_rows, in_features]` with contiguous rows.
@@ -77,17 +85,22 @@ def lora_shrink(
         dtype: of the lora_A that the table points to.
 
     Returns:
-        h: `[num_rows, max_rank] fp32`.
+        h: `[num_parts, num_rows, max_rank] fp32`.
     """
-    h = torch.empty(x.shape[0], max_rank, dtype=torch.float32, device=x.device)
-    lora_shrink_kernel[(tiles.shape[0], triton.cdiv(max_rank, BLOCK_R))](
+    num_rows, in_features = x.shape
+    num_parts = min(triton.cdiv(in_features, PART_SIZE), MAX_PARTS)
+    part_size = triton.cdiv(triton.cdiv(in_features, num_parts), BLOCK_K) * BLOCK_K
+    h = torch.empty(num_parts, num_rows, max_rank, dtype=torch.float32, device=x.device)
+    lora_shrink_kernel[(tiles.shape[0], triton.cdiv(max_rank, BLOCK_R), num_parts)](
         x,
         h,
         table,
         tiles,
-        x.shape[1],
+        in_features,
+        part_size,
         x.stride(0),
         h.stride(0),
+        h.stride(1),
         DTYPE=TRITON_DTYPES[dtype],
         DOT_DTYPE=dot_dtype(dtype),
         BLOCK_M=BLOCK_M,

@@ -12,6 +12,7 @@ class SlotWeights:
         lora_A: per slot `[r, in_features]`, or None where the slot's adapter leaves this module alone.
         lora_B: per slot `[out_features, r]`, or None.
         scaling: per slot.
+        max_rank: largest rank that any slot holds for this module; 0 when all are empty.
         table: `[max_loras, 3] int64` on the device: address of lora_A, address of lora_B, rank (0: nothing to do);
             this fixed shape lets kernels be captured while slots change their adapters.
         scaling_table: `[max_loras] fp32` on the device.
@@ -22,18 +23,9 @@ class SlotWeights:
         self.lora_A: list[torch.Tensor | None] = [None] * max_loras
         self.lora_B: list[torch.Tensor | None] = [None] * max_loras
         self.scaling: list[float] = [0.0] * max_loras
+        self.max_rank = 0
         self.table = torch.zeros(max_loras, 3, dtype=torch.int64, device=device)
         self.scaling_table = torch.zeros(max_loras, dtype=torch.float32, device=device)
-
-    @property
-    def max_rank(self) -> int:
-        """Largest rank that any slot holds for this module; 0 when all are empty."""
-        return max((lora_A.shape[0] for lora_A in self.lora_A if lora_A is not None), default=0)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no slot's adapter touches this module."""
-        return all(lora_A is None for lora_A in self.lora_A)
 
     def set(self, slot: int, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> None:
         """Put one adapter's matrices into a slot; on the CPU they are shared with the caller, not copied."""
@@ -41,6 +33,7 @@ class SlotWeights:
             raise IndexError(f"slot {slot} is outside 0 … {len(self.lora_A) - 1}")
         lora_A, lora_B = (weight.to(self.device, non_blocking=True).contiguous() for weight in (lora_A, lora_B))
         self.lora_A[slot], self.lora_B[slot], self.scaling[slot] = lora_A, lora_B, scaling
+        self._measure()
         self.table[slot] = torch.tensor([lora_A.data_ptr(), lora_B.data_ptr(), lora_A.shape[0]])
         self.scaling_table[slot] = scaling
 
@@ -48,5 +41,9 @@ class SlotWeights:
         """Empty a slot and drop its tensors."""
         self.lora_A[slot] = self.lora_B[slot] = None
         self.scaling[slot] = 0.0
+        self._measure()
         self.table[slot] = 0
         self.scaling_table[slot] = 0
+
+    def _measure(self) -> None:
+        self.max_rank = max((lora_A.shape[0] for lora_A in self.lora_A if lora_A is not None), default=0)

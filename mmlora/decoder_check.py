@@ -18,7 +18,8 @@ from mmlora.towers.general import decoder_inputs
 
 NUM_TOKENS, CHUNK = 40, 23
 TEST_WINDOW = 8
-MAX_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}  # of the logits' own scale
+# Of the logits' own scale. Rounding alone makes 3 % in a random Llama of 32 layers in bfloat16, 1e-6 in float32.
+MAX_ERROR = {torch.float32: 3e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
 def check_decoder(model: Any, towers: Towers | None, num_kv_heads: int, head_dim: int, max_model_len: int) -> None:
@@ -56,7 +57,8 @@ def check_decoder(model: Any, towers: Towers | None, num_kv_heads: int, head_dim
 def _error(model: Any, towers: Towers | None, num_kv_heads: int, head_dim: int) -> float:
     """Return how far the logits of a chunk are off, as a share of their scale: the worse of both chunks.
 
-    Of a chunk the median over its tokens counts: in half precision a router may send single ones to other experts.
+    Of a token the root mean square over the vocabulary counts, since the largest error grows with the vocabulary; of a
+    chunk the median over its tokens: in half precision a router may send single ones to other experts.
     """
     embedding = model.get_input_embeddings()
     device, name = embedding.weight.device, type(model).__name__
@@ -79,7 +81,7 @@ def _error(model: Any, towers: Towers | None, num_kv_heads: int, head_dim: int) 
         except FAILURES as error:
             raise ConfigError(f"{name} cannot run on a paged KV cache: {error}") from error
         scale = expected[start:end].std(dim=-1).clamp_min(1e-6)
-        errors.append(float(((logits - expected[start:end]).abs().amax(dim=-1) / scale).median()))
+        errors.append(float(((logits - expected[start:end]).square().mean(dim=-1).sqrt() / scale).median()))
     return max(errors)
 
 

@@ -1,6 +1,7 @@
 """A model's own `transformers` processor, built from its parts: without the video part, which needs torchvision."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,12 @@ def load_part(name: str, path: Path) -> Any:
     from transformers.models.auto.feature_extraction_auto import AutoFeatureExtractor
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+    loaders: dict[str, Any] = {
+        "image_processor": partial(AutoImageProcessor.from_pretrained, backend="pil"),
+        "feature_extractor": AutoFeatureExtractor.from_pretrained,
+    }
     try:
-        if name == "image_processor":
-            return AutoImageProcessor.from_pretrained(path, backend="pil")
-        return AutoFeatureExtractor.from_pretrained(path) if name == "feature_extractor" else None
+        return loaders[name](path) if name in loaders else None
     except FAILURES as error:
         raise ConfigError(f"{path} has no {name} that runs here: {error}") from error
 

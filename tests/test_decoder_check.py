@@ -3,8 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mmlora import LLM, cli
+from mmlora.attention import ATTENTION_NAME
+from mmlora.decoder_check import check_decoder
 from mmlora.errors import ConfigError
 from tests.checkpoints import save_text_model
 from tests.equality import Case, Checkpoint, check_cases
@@ -31,6 +35,23 @@ def test_a_window_that_cannot_be_reached_does_not_matter(tmp_path: Path) -> None
     llm = LLM(str(path), dtype="float32", device="cpu", max_model_len=64, max_logprobs=-1, max_num_batched_tokens=16)
     checkpoint = Checkpoint(path, {}, Reference(path))
     check_cases(llm, checkpoint, [Case("text", "<|user|>How many dogs can you count?<|end|><|assistant|>")])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["diffllama", "doge"])
+def test_half_precision_hides_nothing(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    path = save_text_model(tmp_path / family, family)
+    with pytest.raises(ConfigError, match=REFUSED[family]):
+        LLM(str(path), dtype=str(dtype).removeprefix("torch."), device="cpu", max_model_len=128)
+
+
+def test_rounding_in_a_deep_model_with_a_large_vocabulary_is_no_reason_to_refuse() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=32000, num_hidden_layers=48, initializer_range=0.1, **sizes)
+    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    model.set_attn_implementation(ATTENTION_NAME)
+    check_decoder(model, None, 2, 16, 128)
 
 
 def test_the_command_says_so_and_ends_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,7 +111,7 @@ def test_a_failed_activation_leaves_the_slot_free(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(LoRALinear, "set_slot", fail_on_second)
     with pytest.raises(torch.OutOfMemoryError):
         slots.activate(adapter(1))
-    assert slots.resident == () and net[0].slots.is_empty
+    assert slots.resident == () and net[0].slots.max_rank == 0
     monkeypatch.undo()
     assert slots.activate(adapter(2)) == 0
 
