@@ -39,7 +39,7 @@ class ServerArgs:
             `base_model_name`.
         enable_auto_tool_choice: let the model choose whether it calls a tool.
         tool_call_parser: the format in which the model writes tool calls: auto (as its chat template says), mistral,
-            phi4_mini_json, granite, hermes or llama3_json.
+            phi4_mini_json, granite, qwen3_coder, hermes or llama3_json.
         max_request_bytes: largest body of a request, in bytes.
         max_queued_requests: requests that may be open beyond the `max_num_seqs` that run; further ones get 429.
         max_connections: connections that may be open; beyond them, the one that was idle longest is closed.

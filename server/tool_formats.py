@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ToolCallFormat:
-    """How a family of models writes tool calls: marks, and JSON of one call or of a list between them.
+    """How a family of models writes tool calls: marks, and between them JSON of one call or of a list, or XML.
 
     Attributes:
         name: vLLM's.
@@ -15,6 +15,7 @@ class ToolCallFormat:
         separators: characters between calls.
         hints: texts of which a chat template of the family has at least one.
         has_short_ids: templates want ids of nine letters and digits.
+        is_xml: a call is `<function=name>` with a `<parameter=name>` for each argument.
     """
 
     name: str
@@ -24,6 +25,7 @@ class ToolCallFormat:
     separators: str = ""
     hints: tuple[str, ...] = ()
     has_short_ids: bool = False
+    is_xml: bool = False
 
 
 FORMATS = (
@@ -35,6 +37,9 @@ FORMATS = (
         hints=("<|/tool|>", "<|/tool_call|>"),
     ),
     ToolCallFormat("granite", ("<|tool_call|>", "<tool_call>"), ("</tool_call>",), hints=("<|tool_call|>",)),
+    ToolCallFormat(
+        "qwen3_coder", ("<tool_call>", "<function="), ("</tool_call>",), hints=("<parameter=",), is_xml=True
+    ),
     ToolCallFormat("hermes", ("<tool_call>",), ("</tool_call>",), hints=("<tool_call>",)),
     ToolCallFormat(
         "llama3_json",
@@ -52,6 +57,7 @@ def find_format(name: str, template: str) -> ToolCallFormat | None:
     """The format of a name; with `auto` the one that a chat template speaks of, None if it is none of these."""
     if name != "auto":
         return next(entry for entry in FORMATS if entry.name == name)
-    if "<function=" in template:  # calls in XML, between the same marks
-        return None
-    return next((entry for entry in FORMATS if any(hint in template for hint in entry.hints)), None)
+    is_xml = "<function=" in template  # between marks that others have, too
+    return next(
+        (entry for entry in FORMATS if entry.is_xml == is_xml and any(hint in template for hint in entry.hints)), None
+    )

@@ -4,15 +4,12 @@ How a family of models writes calls is a `ToolCallFormat`. What is not a call of
 included.
 """
 
-import json
-import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
+from mmlora.server.tool_blocks import Block, Call, JSONBlock, Tools, XMLBlock
 from mmlora.server.tool_formats import ToolCallFormat
-
-MAX_HEAD = 256  # characters between a mark and the JSON after it
 
 
 @dataclass(frozen=True)
@@ -64,18 +61,19 @@ class ToolCallParser:
 
     Args:
         format: of the model.
-        tools: the names that may be called.
+        tools: those that may be called.
     """
 
-    def __init__(self, format: ToolCallFormat, tools: Collection[str]) -> None:
+    def __init__(self, format: ToolCallFormat, tools: Tools) -> None:
         self._format = format
+        self._new_block: Callable[[int], Block] = XMLBlock if format.is_xml else JSONBlock
         self._tools = tools
         self._pending = ""  # not given yet
         self._blanks = ""  # at the end of the content so far; left out if a call follows
         self._num_calls = 0
         self._place: Callable[[bool], Iterator[Piece]] = self._begin
         self._must_wait = False
-        self._block = _Block(0)  # the call, or what may be one, that `_pending` begins with
+        self._block: Block = self._new_block(0)  # the call, or what may be one, that `_pending` begins with
 
     def feed(self, text: str) -> list[Piece]:
         """Take the next text and give what can be told by now."""
@@ -118,7 +116,7 @@ class ToolCallParser:
 
     def _open(self, position: int, head: int) -> Iterator[Piece]:
         yield from self._take_content(position)
-        self._block, self._place = _Block(head), self._read_call
+        self._block, self._place = self._new_block(head), self._read_call
 
     def _read_call(self, is_last: bool) -> Iterator[Piece]:
         """At a mark, or at a bracket that needs none."""
@@ -127,7 +125,7 @@ class ToolCallParser:
         if is_open and not is_last:
             self._must_wait = True
             return
-        calls = _calls(self._pending, self._block, self._tools)
+        calls = self._calls()
         if not calls:
             self._place = self._read_content
             yield from self._take_content(max(1, self._block.head))
@@ -136,6 +134,15 @@ class ToolCallParser:
         for name, arguments in calls:
             yield ToolCallDelta(self._num_calls, arguments, name, is_last=True)
             self._num_calls += 1
+
+    def _calls(self) -> list[Call]:
+        """The calls of the block; none if anything in it is not a call of an offered tool."""
+        if self._block.is_broken or self._block.end is None:
+            return []
+        try:
+            return self._block.calls(self._pending, self._tools)
+        except (ValueError, RecursionError):
+            return []
 
     def _end(self, is_last: bool) -> Iterator[Piece]:
         """After a call: blanks, separators and marks of the end are left out."""
@@ -155,99 +162,6 @@ class ToolCallParser:
         self._blanks = text[len(shown) :]
         if shown:
             yield shown
-
-
-class _Block:
-    """Where a call ends, found as its text comes.
-
-    Attributes:
-        head: length of the mark.
-        name: of the tool, where it stands in front of the JSON.
-        start, end: of the JSON; None while they are not known.
-        is_broken: there is no call here.
-    """
-
-    def __init__(self, head: int) -> None:
-        self.head = head
-        self.name: str | None = None
-        self.start: int | None = None
-        self.end: int | None = None
-        self.is_broken = False
-        self._position = 0
-        self._depth = 0
-        self._in_string = False
-
-    def scan(self, text: str) -> None:
-        """Go on; `text` is all that there is by now."""
-        if self.start is None:
-            self._find_start(text)
-        if self.start is None or self.end is not None:
-            return
-        last = self._position
-        for match in _JSON_MARK.finditer(text, self._position):
-            last = match.end()
-            if match[0] == '"':
-                self._in_string = not self._in_string
-            elif not self._in_string and match[0] in "[{":
-                self._depth += 1
-            elif not self._in_string and match[0] in "]}":
-                self._depth -= 1
-                if self._depth == 0:
-                    self.end = last
-                    return
-        # A backslash belongs to the character after it, which may be still to come.
-        self._position = max(last, len(text) - text.endswith("\\"))
-
-    def _find_start(self, text: str) -> None:
-        head = _HEAD.match(text, self.head)
-        assert head is not None  # it may be empty
-        name, rest = head[1], text[head.end() :]
-        if rest == "" or (name is not None and any(mark.startswith(rest) for mark in ("[CALL_ID]", "[ARGS]"))):
-            self.is_broken = len(text) > self.head + MAX_HEAD
-            return
-        self.name, self.start = name, head.end()
-        self._position = self.start
-        self.is_broken = rest[0] not in ("[{" if name is None else "{")
-
-
-# In front of the JSON newer Mistral models write the name, and other models nothing.
-_HEAD = re.compile(r"\s*(?:([\w./-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*)?")
-_JSON_MARK = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
-
-
-def _calls(text: str, block: _Block, tools: Collection[str]) -> list[tuple[str, str]]:
-    """The names and arguments of a block; empty if anything in it is not a call of an offered tool."""
-    if block.is_broken or block.end is None:
-        return []
-    try:
-        value = json.loads(text[block.start : block.end], parse_constant=_refuse_constant)
-        if block.name is not None:
-            value = {"name": block.name, "arguments": value}
-        return [_call(entry, tools) for entry in (value if isinstance(value, list) else [value])]
-    except (ValueError, RecursionError):
-        return []
-
-
-def _call(entry: Any, tools: Collection[str]) -> tuple[str, str]:
-    """Read one call.
-
-    Raises:
-        ValueError: it is none.
-    """
-    entry = entry.get("function", entry) if isinstance(entry, dict) else {}
-    entry = entry if isinstance(entry, dict) else {"name": entry}
-    name, arguments = entry.get("name"), entry.get("arguments", entry.get("parameters", {}))
-    if isinstance(arguments, str):
-        arguments = json.loads(arguments, parse_constant=_refuse_constant)
-    if not isinstance(name, str) or name not in tools or not isinstance(arguments, dict):
-        raise ValueError("no call of an offered tool")
-    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    text.encode()  # half a surrogate pair is no text
-    return name, text
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _num_held_back(text: str, marks: Collection[str]) -> int:

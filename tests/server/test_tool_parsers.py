@@ -10,7 +10,18 @@ import pytest
 from mmlora.server.tool_formats import FORMATS, REQUIRED_FORMAT, find_format
 from mmlora.server.tool_parsers import NamedToolParser, Piece, TextParser, ToolCallDelta, ToolCallParser
 
-TOOLS = ("get_weather", "add")
+PROPERTIES = {
+    "get_weather": {"city": {"type": "string"}},
+    "add": {
+        "a": {"type": "integer"},
+        "b": {"anyOf": [{"type": "array"}, {"type": "null"}]},
+        "exact": {"type": "boolean"},
+    },
+}
+TOOLS = {
+    name: {"type": "function", "function": {"name": name, "parameters": {"properties": properties}}}
+    for name, properties in PROPERTIES.items()
+}
 WEATHER, SUM = ("get_weather", {"city": 'Köln ["}\\'}), ("add", {"a": 1, "b": [2.5, None]})
 NO_CALLS: list[tuple[str, object]] = []
 
@@ -19,7 +30,13 @@ def call(name: str, arguments: object, key: str = "arguments") -> str:
     return json.dumps({"name": name, key: arguments}, ensure_ascii=False)
 
 
+def xml(name: str, **parameters: str) -> str:
+    values = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in parameters.items())
+    return f"<function={name}>\n{values}</function>"
+
+
 W, S = call(*WEATHER), call(*SUM)
+WX, SX = xml("get_weather", city='Köln ["}\\'), xml("add", a="1", b="[2.5, null]")
 CASES = [
     ("hermes", f"<tool_call>\n{W}\n</tool_call>", "", [WEATHER]),
     (
@@ -96,6 +113,18 @@ CASES = [
         "use functools.partial, or functools and so",
         NO_CALLS,
     ),
+    ("qwen3_coder", f"<tool_call>\n{WX}\n</tool_call>", "", [WEATHER]),
+    ("qwen3_coder", f"Two.\n<tool_call>\n{WX}\n</tool_call>\n<tool_call>\n{SX}\n</tool_call>", "Two.", [WEATHER, SUM]),
+    ("qwen3_coder", f"{SX}</tool_call>", "", [SUM]),
+    ("qwen3_coder", f"Look: {SX} done", "Look:done", [SUM]),
+    ("qwen3_coder", "<tool_call><function=add></function></tool_call>", "", [("add", {})]),
+    ("qwen3_coder", xml("add", a="seven", exact="True", c="7"), "", [("add", {"a": "seven", "exact": True, "c": "7"})]),
+    ("qwen3_coder", xml("get_weather", city="\n7\n\n"), "", [("get_weather", {"city": "\n7\n\n"})]),
+    ("qwen3_coder", xml("rm", path="/"), xml("rm", path="/"), NO_CALLS),
+    ("qwen3_coder", SX[:-1], SX[:-1], NO_CALLS),
+    ("qwen3_coder", "<function=add>a = 1</function>", "<function=add>a = 1</function>", NO_CALLS),
+    ("qwen3_coder", f"<tool_call>{W}</tool_call>", f"<tool_call>{W}</tool_call>", NO_CALLS),
+    ("qwen3_coder", "a <b> <tool_call> <func> c", "a <b> <tool_call> <func> c", NO_CALLS),
     ("required", f"[{W},\n {S}]", "", [WEATHER, SUM]),
     ("required", f"[{W},", f"[{W},", NO_CALLS),
 ]
@@ -154,6 +183,8 @@ def test_long_arguments_and_deep_ones_take_no_time() -> None:
     parser = new_parser("hermes")
     parts = ['<tool_call>{"name": "add", "arguments": {"a": "', *["long \\\\ text "] * 10_000, '"}}']
     assert parse(parser, *parts)[1] == [("add", {"a": "long \\ text " * 10_000})]
+    parts = ["<tool_call><function=add><parameter=c>", *["long </ text "] * 10_000, "</parameter></function>"]
+    assert parse(new_parser("qwen3_coder"), *parts)[1] == [("add", {"c": "long </ text " * 10_000})]
     deep = "<tool_call>" + "[" * 100_000 + "]" * 100_000
     assert parse(new_parser("hermes"), deep) == (deep, [])
 
@@ -169,6 +200,7 @@ def test_named_arguments_are_passed_on_piece_by_piece() -> None:
     [
         ("{{ '<tool_call>' }}", "hermes"),
         ("<tool_call>\n<function=name>", None),
+        ("<tool_call>\n<function=name>\n<parameter=name>", "qwen3_coder"),
         ("'[TOOL_CALLS]' + name", "mistral"),
         ("'<|tool|>' + message['tools'] + '<|/tool|>'", "phi4_mini_json"),
         ("write <|tool_call|> followed by a JSON list", "granite"),

@@ -1,0 +1,180 @@
+"""The parts of a text that may be tool calls: where one ends, and which calls are in it."""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+MAX_HEAD = 256  # characters between a mark and what a call begins with
+Tools = Mapping[str, Mapping[str, Any]]  # OpenAI's, by name
+Call = tuple[str, str]  # name, and arguments as JSON
+
+
+class Block(Protocol):
+    """A part of a text, found as it comes.
+
+    Attributes:
+        head: length of the mark.
+        end: of the calls; None while it is not known.
+        is_broken: there is no call here.
+    """
+
+    head: int
+    end: int | None
+    is_broken: bool
+
+    def scan(self, text: str) -> None:
+        """Go on; `text` is all that there is by now."""
+        ...
+
+    def calls(self, text: str, tools: Tools) -> list[Call]:
+        """Read the calls.
+
+        Raises:
+            ValueError, RecursionError: anything in it is not a call of an offered tool.
+        """
+        ...
+
+
+class JSONBlock:
+    """A call or a list of calls in JSON. Newer Mistral models write the name in front of it."""
+
+    _HEAD = re.compile(r"\s*(?:([\w./-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*)?")
+    _MARK = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
+
+    def __init__(self, head: int) -> None:
+        self.head = head
+        self.end: int | None = None
+        self.is_broken = False
+        self._name: str | None = None  # of the tool, where it stands in front of the JSON
+        self._start: int | None = None  # of the JSON
+        self._position = 0
+        self._depth = 0
+        self._in_string = False
+
+    def scan(self, text: str) -> None:
+        """Go on; `text` is all that there is by now."""
+        if self._start is None:
+            self._find_start(text)
+        if self._start is None or self.end is not None:
+            return
+        last = self._position
+        for match in self._MARK.finditer(text, self._position):
+            last = match.end()
+            if match[0] == '"':
+                self._in_string = not self._in_string
+            elif not self._in_string and match[0] in "[{":
+                self._depth += 1
+            elif not self._in_string and match[0] in "]}":
+                self._depth -= 1
+                if self._depth == 0:
+                    self.end = last
+                    return
+        # A backslash belongs to the character after it, which may be still to come.
+        self._position = max(last, len(text) - text.endswith("\\"))
+
+    def calls(self, text: str, tools: Tools) -> list[Call]:
+        """Read the calls."""
+        value = json.loads(text[self._start : self.end], parse_constant=_refuse_constant)
+        if self._name is not None:
+            value = {"name": self._name, "arguments": value}
+        return [_call(entry, tools) for entry in (value if isinstance(value, list) else [value])]
+
+    def _find_start(self, text: str) -> None:
+        head = self._HEAD.match(text, self.head)
+        assert head is not None  # it may be empty
+        name, rest = head[1], text[head.end() :]
+        if rest == "" or (name is not None and any(mark.startswith(rest) for mark in ("[CALL_ID]", "[ARGS]"))):
+            self.is_broken = len(text) > self.head + MAX_HEAD
+            return
+        self._name, self._start = name, head.end()
+        self._position = self._start
+        self.is_broken = rest[0] not in ("[{" if name is None else "{")
+
+
+class XMLBlock:
+    """A call as Qwen3-Coder writes it: `<function=name>`, each `<parameter=name>` with its value, `</function>`."""
+
+    START, _END = "<function=", "</function>"
+    _PARAMETER = re.compile(r"\s*<parameter=([^<>\s]+)>\n?(.*?)\n?</parameter>\s*", re.DOTALL)
+
+    def __init__(self, head: int) -> None:
+        self.head = head
+        self.end: int | None = None
+        self.is_broken = False
+        self._start: int | None = None  # of the function's name
+        self._position = 0  # up to here there is no end
+
+    def scan(self, text: str) -> None:
+        """Go on; `text` is all that there is by now."""
+        if self._start is None:
+            self._find_start(text)
+        if self._start is None or self.end is not None:
+            return
+        found = text.find(self._END, max(self._start, self._position))
+        self._position = len(text) - len(self._END)
+        if found >= 0:
+            self.end = found + len(self._END)
+
+    def calls(self, text: str, tools: Tools) -> list[Call]:
+        """Read the call. Values are JSON where the tool's schema does not say that they are strings."""
+        assert self.end is not None
+        name, mark, rest = text[self._start : self.end - len(self._END)].partition(">")
+        if not mark or name not in tools:
+            raise ValueError("no call of an offered tool")
+        properties = (tools[name]["function"].get("parameters") or {}).get("properties") or {}
+        arguments, position, length = {}, 0, len(rest.rstrip())
+        while position < length:
+            match = self._PARAMETER.match(rest, position)
+            if match is None:
+                raise ValueError("no parameter")
+            arguments[match[1]] = _value(match[2], properties.get(match[1]))
+            position = match.end()
+        return [(name, _dump(arguments))]
+
+    def _find_start(self, text: str) -> None:
+        """The mark may be what the function begins with."""
+        rest = text if text.startswith(self.START) else text[self.head :].lstrip()
+        if rest.startswith(self.START):
+            self._start = len(text) - len(rest) + len(self.START)
+        else:
+            self.is_broken = not self.START.startswith(rest) or len(text) > self.head + MAX_HEAD
+
+
+def _value(text: str, schema: Any) -> Any:
+    """A parameter as its schema wants it, and as text where it is nothing else."""
+    kinds = schema.get("type") if isinstance(schema, Mapping) else "string"
+    if kinds == "string":
+        return text
+    if kinds == "boolean" and text.lower() in ("true", "false"):  # Python's spelling, too
+        return text.lower() == "true"
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _call(entry: Any, tools: Tools) -> Call:
+    """Read one call in JSON.
+
+    Raises:
+        ValueError: it is none.
+    """
+    entry = entry.get("function", entry) if isinstance(entry, dict) else {}
+    entry = entry if isinstance(entry, dict) else {"name": entry}
+    name, arguments = entry.get("name"), entry.get("arguments", entry.get("parameters", {}))
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments, parse_constant=_refuse_constant)
+    if not isinstance(name, str) or name not in tools or not isinstance(arguments, dict):
+        raise ValueError("no call of an offered tool")
+    return name, _dump(arguments)
+
+
+def _dump(arguments: dict[str, Any]) -> str:
+    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    text.encode()  # half a surrogate pair is no text
+    return text
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
