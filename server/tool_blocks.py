@@ -122,13 +122,14 @@ class XMLBlock:
         name, mark, rest = text[self._start : self.end - len(self._END)].partition(">")
         if not mark or name not in tools:
             raise ValueError("no call of an offered tool")
-        properties = (tools[name]["function"].get("parameters") or {}).get("properties") or {}
+        properties = (tools[name]["function"].get("parameters") or {}).get("properties")
+        schemas = properties if isinstance(properties, Mapping) else {}
         arguments, position, length = {}, 0, len(rest.rstrip())
         while position < length:
             match = self._PARAMETER.match(rest, position)
             if match is None:
                 raise ValueError("no parameter")
-            arguments[match[1]] = _value(match[2], properties.get(match[1]))
+            arguments[match[1]] = _value(match[2], schemas.get(match[1]))
             position = match.end()
         return [(name, _dump(arguments))]
 

@@ -23,6 +23,7 @@ TOOLS = {
     for name, properties in PROPERTIES.items()
 }
 WEATHER, SUM = ("get_weather", {"city": 'Köln ["}\\'}), ("add", {"a": 1, "b": [2.5, None]})
+XML = next(format for format in FORMATS if format.is_xml)
 NO_CALLS: list[tuple[str, object]] = []
 
 
@@ -187,6 +188,12 @@ def test_long_arguments_and_deep_ones_take_no_time() -> None:
     assert parse(new_parser("qwen3_coder"), *parts)[1] == [("add", {"c": "long </ text " * 10_000})]
     deep = "<tool_call>" + "[" * 100_000 + "]" * 100_000
     assert parse(new_parser("hermes"), deep) == (deep, [])
+
+
+@pytest.mark.parametrize("parameters", [None, {}, {"properties": ["a"]}, {"properties": {"a": True}}], ids=str)
+def test_xml_values_of_tools_that_say_nothing_of_them_are_text(parameters: object) -> None:
+    parser = ToolCallParser(XML, {"add": {"type": "function", "function": {"name": "add", "parameters": parameters}}})
+    assert parse(parser, xml("add", a="1")) == ("", [("add", {"a": "1"})])
 
 
 def test_named_arguments_are_passed_on_piece_by_piece() -> None:
