@@ -23,8 +23,8 @@ def lora_expand_kernel(
     out_features,
     num_parts,
     stride_y,
-    stride_part,
     stride_h,
+    stride_part,
     DTYPE: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -76,11 +76,11 @@ def lora_expand(
     tiles: torch.Tensor,
     dtype: torch.dtype,
 ) -> None:
-    """Add `scaling[slot] * h.sum(0)[rows of a tile, :r] @ lora_B[slot].T` to `y[rows]` in place.
+    """Add `scaling[slot] * h.sum(1)[rows of a tile, :r] @ lora_B[slot].T` to `y[rows]` in place.
 
     Args:
         y: `[num_rows, out_features]` with contiguous rows.
-        h: `[num_parts, num_rows, max_rank] fp32` of `lora_shrink`.
+        h: `[num_rows, num_parts, max_rank] fp32` of `lora_shrink`.
         table: `[max_loras, 3] int64`, see `SlotWeights.table`.
         scaling: `[max_loras] fp32`.
         tiles: `[num_tiles, 3] int32`, see `RowSegments.tiles`.
@@ -93,7 +93,7 @@ def lora_expand(
         scaling,
         tiles,
         y.shape[1],
-        h.shape[0],
+        h.shape[1],
         y.stride(0),
         h.stride(0),
         h.stride(1),

@@ -14,7 +14,7 @@ BLOCK_R = 16
 BLOCK_K = 128
 
 PART_SIZE, MAX_PARTS = 512, 8
-"""in_features is summed in parts of at least this many, by programs that run side by side."""
+"""Programs side by side sum parts of in_features: of at most this many, unless that were more than so many parts."""
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -34,8 +34,8 @@ def lora_shrink_kernel(
     in_features,
     part_size,
     stride_x,
-    stride_part,
     stride_h,
+    stride_part,
     DTYPE: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -65,15 +65,15 @@ def lora_shrink_kernel(
         x = tl.load(x_rows + features[None, :], mask=is_row[:, None] & is_feature[None, :], other=0.0)
         a = tl.load(a_rows + features[:, None], mask=is_feature[:, None] & is_rank[None, :], other=0.0)
         h = tl.dot(x.to(DTYPE).to(DOT_DTYPE), a.to(DOT_DTYPE), h, input_precision="ieee")
-    h_part = h_ptr + tl.program_id(2).to(tl.int64) * stride_part
-    h_block = h_part + rows.to(tl.int64)[:, None] * stride_h + ranks[None, :]
+    h_rows = h_ptr + rows.to(tl.int64)[:, None] * stride_h
+    h_block = h_rows + tl.program_id(2) * stride_part + ranks[None, :]
     tl.store(h_block, h, mask=is_row[:, None] & is_rank[None, :])
 
 
 def lora_shrink(
     x: torch.Tensor, table: torch.Tensor, tiles: torch.Tensor, max_rank: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return `h` whose parts add up to `h[:, rows of a tile, :r].sum(0) = x[rows] @ lora_A[slot].T`, in fp32.
+    """Return h whose parts add up to `h[rows of a tile, :, :r].sum(1) = x[rows] @ lora_A[slot].T`, in fp32.
 
     How many parts there are depends on in_features alone. The rest of h is uninitialised.
 
@@ -85,12 +85,12 @@ def lora_shrink(
         dtype: of the lora_A that the table points to.
 
     Returns:
-        h: `[num_parts, num_rows, max_rank] fp32`.
+        h: `[num_rows, num_parts, max_rank] fp32`.
     """
     num_rows, in_features = x.shape
     num_parts = min(triton.cdiv(in_features, PART_SIZE), MAX_PARTS)
     part_size = triton.cdiv(triton.cdiv(in_features, num_parts), BLOCK_K) * BLOCK_K
-    h = torch.empty(num_parts, num_rows, max_rank, dtype=torch.float32, device=x.device)
+    h = torch.empty(num_rows, num_parts, max_rank, dtype=torch.float32, device=x.device)
     lora_shrink_kernel[(tiles.shape[0], triton.cdiv(max_rank, BLOCK_R), num_parts)](
         x,
         h,

@@ -44,7 +44,7 @@ class EngineArgs:
         served_model_name: name that clients use for the base model, by default `model`; of several, answers bear the
             one that was asked for, metrics the first.
         dtype: `auto` (the checkpoint's; float32 for half-precision checkpoints on CPU), `float32`, `float16` or
-            `bfloat16`.
+            `bfloat16`. float32 on CUDA turns cuDNN's TF32 off in the whole process.
         device: `auto` (CUDA where there is one), `cpu` or `cuda`.
         seed: seeds every request that brings no seed of its own.
         max_model_len: longest prompt plus answer in tokens, by default the model's context length.

@@ -18,8 +18,9 @@ from mmlora.towers.general import decoder_inputs
 
 NUM_TOKENS, CHUNK = 40, 23
 TEST_WINDOW = 8
-# Of the logits' own scale. Rounding alone makes 3 % in a random Llama of 32 layers in bfloat16, 1e-6 in float32.
-MAX_ERROR = {torch.float32: 3e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
+# Of the logits' own scale. Rounding alone makes 0.03 in bfloat16, 0.003 in float16 and 1e-6 in float32, in a random
+# Llama of 24 layers and width 2048.
+MAX_ERROR = {torch.float32: 3e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 def check_decoder(model: Any, towers: Towers | None, num_kv_heads: int, head_dim: int, max_model_len: int) -> None:
@@ -36,7 +37,7 @@ def check_decoder(model: Any, towers: Towers | None, num_kv_heads: int, head_dim
     """
     text_config, name = model.config.get_text_config(), type(model).__name__
     error = _error(model, towers, num_kv_heads, head_dim)
-    if error > MAX_ERROR[model.dtype]:
+    if not error <= MAX_ERROR[model.dtype]:
         raise ConfigError(
             f"{name} gives other logits on a paged KV cache than by itself ({error:.1%} of their scale): its attention "
             "does something that this engine does not know"
@@ -46,7 +47,7 @@ def check_decoder(model: Any, towers: Towers | None, num_kv_heads: int, head_dim
         return
     with _window(model, text_config, TEST_WINDOW):
         error = _error(model, towers, num_kv_heads, head_dim)
-    if error > MAX_ERROR[model.dtype]:
+    if not error <= MAX_ERROR[model.dtype]:
         raise ConfigError(
             f"{name} hides tokens beyond its sliding window of {window} in its masks only, which this engine does not "
             f"read; it can be served with max_model_len={window} or less"
@@ -70,6 +71,9 @@ def _error(model: Any, towers: Towers | None, num_kv_heads: int, head_dim: int) 
             expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
     except FAILURES as error:
         raise ConfigError(f"{name} cannot run on plain text by itself: {error}") from error
+    if not expected.isfinite().all():
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise ConfigError(f"{name} gives NaN or infinity for plain text in dtype={dtype!r}: its weights need another")
     num_layers = model.config.get_text_config().num_hidden_layers
     cache = KVCache(num_layers, 1, NUM_TOKENS, num_kv_heads, head_dim, dtype=model.dtype, device=device)
     errors = []

@@ -90,10 +90,17 @@ def load_model(config: PretrainedConfig, path: Path, *, dtype: torch.dtype, devi
             raise ConfigError(f"the weights of {str(path)!r} cannot be loaded as {name}: {error}") from None
     if layout is not None:
         layout.check_loaded(info["missing_keys"], info["unexpected_keys"])
+    leave_tf32(dtype, device)
     # On the decoder only: towers have masks of their own, which this attention would ignore.
     has_text_config = config.get_text_config() is not config
     model.set_attn_implementation({"text_config" if has_text_config else "": ATTENTION_NAME})
     return model.to(device).eval().requires_grad_(False)
+
+
+def leave_tf32(dtype: torch.dtype, device: torch.device) -> None:
+    """Convolve float32 in float32: cuDNN's default rounds to TF32, which moved logits by up to 5e-3 on an H100."""
+    if device.type == "cuda" and dtype == torch.float32:
+        torch.backends.cudnn.allow_tf32 = False
 
 
 def load_meta_model(config: PretrainedConfig) -> Any:

@@ -2,8 +2,10 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
+
+from mmlora.server.schema_kinds import kind_of, kinds_of
 
 MAX_HEAD = 256  # characters between a mark and what a call begins with
 Tools = Mapping[str, Mapping[str, Any]]  # OpenAI's, by name
@@ -89,14 +91,18 @@ class JSONBlock:
             return
         self._name, self._start = name, head.end()
         self._position = self._start
-        self.is_broken = rest[0] not in ("[{" if name is None else "{")
+        is_far = self._start > self.head + MAX_HEAD
+        self.is_broken = is_far or rest[0] not in ("[{" if name is None else "{")
 
 
 class XMLBlock:
     """A call as Qwen3-Coder writes it: `<function=name>`, each `<parameter=name>` with its value, `</function>`."""
 
     START, _END = "<function=", "</function>"
-    _PARAMETER = re.compile(r"\s*<parameter=([^<>\s]+)>\n?(.*?)\n?</parameter>\s*", re.DOTALL)
+    # A value ends at its mark, or where that is missing at the next parameter or the end of the function.
+    _PARAMETER = re.compile(
+        r"\s*<parameter=([^<>\n]+)>(?:\r?\n)?(.*?)(?:\r?\n)?(?:</parameter>\s*|(?=\s*<parameter=)|\s*\Z)", re.DOTALL
+    )
 
     def __init__(self, head: int) -> None:
         self.head = head
@@ -117,19 +123,21 @@ class XMLBlock:
             self.end = found + len(self._END)
 
     def calls(self, text: str, tools: Tools) -> list[Call]:
-        """Read the call. Values are JSON where the tool's schema does not say that they are strings."""
+        """Read the call. Values are JSON where the tool's schema says so, and else text."""
         assert self.end is not None
         name, mark, rest = text[self._start : self.end - len(self._END)].partition(">")
+        name = name.strip()
         if not mark or name not in tools:
             raise ValueError("no call of an offered tool")
-        properties = (tools[name]["function"].get("parameters") or {}).get("properties")
+        parameters = tools[name]["function"].get("parameters") or {}
+        properties = parameters.get("properties")
         schemas = properties if isinstance(properties, Mapping) else {}
         arguments, position, length = {}, 0, len(rest.rstrip())
         while position < length:
             match = self._PARAMETER.match(rest, position)
             if match is None:
                 raise ValueError("no parameter")
-            arguments[match[1]] = _value(match[2], schemas.get(match[1]))
+            arguments[match[1]] = _value(match[2], kinds_of(schemas.get(match[1]), parameters))
             position = match.end()
         return [(name, _dump(arguments))]
 
@@ -138,21 +146,24 @@ class XMLBlock:
         rest = text if text.startswith(self.START) else text[self.head :].lstrip()
         if rest.startswith(self.START):
             self._start = len(text) - len(rest) + len(self.START)
+            self.is_broken = self._start > self.head + MAX_HEAD
         else:
             self.is_broken = not self.START.startswith(rest) or len(text) > self.head + MAX_HEAD
 
 
-def _value(text: str, schema: Any) -> Any:
+def _value(text: str, kinds: Collection[str]) -> Any:
     """A parameter as its schema wants it, and as text where it is nothing else."""
-    kinds = schema.get("type") if isinstance(schema, Mapping) else "string"
-    if kinds == "string":
-        return text
-    if kinds == "boolean" and text.lower() in ("true", "false"):  # Python's spelling, too
+    if "string" in kinds:
+        return None if text == "null" and "null" in kinds else text
+    if "boolean" in kinds and text.lower() in ("true", "false"):  # Python's spelling, too
         return text.lower() == "true"
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant)
+        _dump(value)
     except (ValueError, RecursionError):
         return text
+    kind = kind_of(value)
+    return value if kind in kinds or (kind == "integer" and "number" in kinds) else text
 
 
 def _call(entry: Any, tools: Tools) -> Call:
@@ -171,8 +182,8 @@ def _call(entry: Any, tools: Tools) -> Call:
     return name, _dump(arguments)
 
 
-def _dump(arguments: dict[str, Any]) -> str:
-    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+def _dump(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     text.encode()  # half a surrogate pair is no text
     return text
 

@@ -13,7 +13,8 @@ class ToolCallFormat:
         ends: marks that may end them.
         bare: brackets that begin calls without a mark, as the first thing in a text or after another call.
         separators: characters between calls.
-        hints: texts of which a chat template of the family has at least one.
+        hints: texts of which a chat template of the family has at least one, and
+        needs: texts of which it has all.
         has_short_ids: templates want ids of nine letters and digits.
         is_xml: a call is `<function=name>` with a `<parameter=name>` for each argument.
     """
@@ -24,6 +25,7 @@ class ToolCallFormat:
     bare: str = ""
     separators: str = ""
     hints: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
     has_short_ids: bool = False
     is_xml: bool = False
 
@@ -38,7 +40,12 @@ FORMATS = (
     ),
     ToolCallFormat("granite", ("<|tool_call|>", "<tool_call>"), ("</tool_call>",), hints=("<|tool_call|>",)),
     ToolCallFormat(
-        "qwen3_coder", ("<tool_call>", "<function="), ("</tool_call>",), hints=("<parameter=",), is_xml=True
+        "qwen3_coder",
+        ("<tool_call>", "<function="),
+        ("</tool_call>",),
+        hints=("<tool_call>",),
+        needs=("<function=", "<parameter="),
+        is_xml=True,
     ),
     ToolCallFormat("hermes", ("<tool_call>",), ("</tool_call>",), hints=("<tool_call>",)),
     ToolCallFormat(
@@ -58,6 +65,8 @@ def find_format(name: str, template: str) -> ToolCallFormat | None:
     if name != "auto":
         return next(entry for entry in FORMATS if entry.name == name)
     is_xml = "<function=" in template  # between marks that others have, too
-    return next(
-        (entry for entry in FORMATS if entry.is_xml == is_xml and any(hint in template for hint in entry.hints)), None
-    )
+    return next((entry for entry in FORMATS if entry.is_xml == is_xml and _speaks_of(template, entry)), None)
+
+
+def _speaks_of(template: str, entry: ToolCallFormat) -> bool:
+    return all(text in template for text in entry.needs) and any(text in template for text in entry.hints)

@@ -11,6 +11,8 @@ from typing import Protocol
 from mmlora.server.tool_blocks import Block, Call, JSONBlock, Tools, XMLBlock
 from mmlora.server.tool_formats import ToolCallFormat
 
+MAX_FAILED = 100  # each may be as long as the text, so that many would take quadratic time
+
 
 @dataclass(frozen=True)
 class ToolCallDelta:
@@ -73,6 +75,7 @@ class ToolCallParser:
         self._num_calls = 0
         self._place: Callable[[bool], Iterator[Piece]] = self._begin
         self._must_wait = False
+        self._num_failed = 0  # parts that were read to their ends and are no calls
         self._block: Block = self._new_block(0)  # the call, or what may be one, that `_pending` begins with
 
     def feed(self, text: str) -> list[Piece]:
@@ -127,13 +130,18 @@ class ToolCallParser:
             return
         calls = self._calls()
         if not calls:
-            self._place = self._read_content
+            self._num_failed += not self._block.is_broken
+            self._place = self._read_content if self._num_failed < MAX_FAILED else self._read_rest
             yield from self._take_content(max(1, self._block.head))
             return
         self._pending, self._blanks, self._place = self._pending[self._block.end :], "", self._end
         for name, arguments in calls:
             yield ToolCallDelta(self._num_calls, arguments, name, is_last=True)
             self._num_calls += 1
+
+    def _read_rest(self, is_last: bool) -> Iterator[Piece]:
+        """After too much that looked like calls: content only."""
+        yield from self._take_content(len(self._pending))
 
     def _calls(self) -> list[Call]:
         """The calls of the block; none if anything in it is not a call of an offered tool."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mmlora import LLM, cli
@@ -52,6 +53,15 @@ def test_rounding_in_a_deep_model_with_a_large_vocabulary_is_no_reason_to_refuse
     model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
     model.set_attn_implementation(ATTENTION_NAME)
     check_decoder(model, None, 2, 16, 128)
+
+
+def test_a_model_that_gives_no_numbers_is_refused(tmp_path: Path) -> None:
+    path = save_text_model(tmp_path / "llama", "llama")
+    weights = load_file(path / "model.safetensors")
+    weights["model.norm.weight"][0] = float("inf")
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match="LlamaForCausalLM gives NaN or infinity for plain text in dtype='float16'"):
+        LLM(str(path), dtype="float16", device="cpu", max_model_len=128)
 
 
 def test_the_command_says_so_and_ends_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

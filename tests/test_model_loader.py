@@ -10,7 +10,7 @@ from mmlora.attention import AttentionMetadata, KVCache, Span, attention_context
 from mmlora.config import EngineArgs
 from mmlora.errors import ConfigError
 from mmlora.model_config import check_config
-from mmlora.model_loader import load_tokenizer, resolve_max_model_len
+from mmlora.model_loader import leave_tf32, load_tokenizer, resolve_max_model_len
 from tests.families.table import save_family
 
 FACTORS = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 1e4}
@@ -54,3 +54,14 @@ def test_a_decoder_without_the_attention_interface_is_refused():
     config = BloomConfig(architectures=["BloomForCausalLM"])
     with pytest.raises(ConfigError, match="attention of BloomForCausalLM cannot be replaced"):
         check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "is_allowed"),
+    [(torch.float32, "cuda", False), (torch.bfloat16, "cuda", True), (torch.float32, "cpu", True)],
+    ids=str,
+)
+def test_float32_is_convolved_in_float32(dtype, device, is_allowed, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    leave_tf32(dtype, torch.device(device))
+    assert torch.backends.cudnn.allow_tf32 is is_allowed

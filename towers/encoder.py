@@ -5,10 +5,8 @@ no row needs a mapping and no clip is padded to the length of another (some towe
 """
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -95,10 +93,12 @@ class MediaEncoder:
     def _encode_group(self, jobs: list[EncoderJob]) -> dict[EncoderKey, torch.Tensor | MMLoRAError]:
         first = jobs[0]
         items = [job.media for job in jobs]
-        adapter = self._lora_state.uniform(first.slot) if self._lora_state is not None else nullcontext()
         try:
-            with adapter, _exact_convolutions():
+            if self._lora_state is None:
                 embeds = self.towers.encode(first.media.modality, first.mode, items)
+            else:
+                with self._lora_state.uniform(first.slot):
+                    embeds = self.towers.encode(first.media.modality, first.mode, items)
             for item, rows in zip(items, embeds, strict=True):
                 if rows.shape[0] != item.num_embeds:
                     raise ValueError(f"the tower gives {rows.shape[0]} embeddings for {item.num_embeds} placeholders")
@@ -121,15 +121,3 @@ class MediaEncoder:
         while self.num_bytes > self._max_bytes:
             _, dropped = self._cache.popitem(last=False)
             self.num_bytes -= dropped.nbytes
-
-
-@contextmanager
-def _exact_convolutions() -> Iterator[None]:
-    """Convolve float32 in float32: on a GPU cuDNN takes TF32 unless told not to, which costs logits three digits."""
-    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = convolutions.fp32_precision
-    convolutions.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        convolutions.fp32_precision = before

@@ -41,13 +41,13 @@ def run_case(case: dict, device: torch.device) -> dict:
     lora_apply_reference(expected, x, weights.lora_A, weights.lora_B, weights.scaling, segments)
     buffer = torch.full((rows.tiles.shape[0] + 3, 3), 7, dtype=torch.int32, device=device)
     h_expected = lora_shrink_reference(x, weights.lora_A, segments, max(ranks))
-    h = lora_shrink(x, weights.table, rows.tiles, max(ranks), dtype).sum(0)
+    h = lora_shrink(x, weights.table, rows.tiles, max(ranks), dtype).sum(1)
     h_error, expanded, y_expected = 0.0, y.clone(), y.clone()
     for start, end, slot in rows.segments:
         if end > start and ranks[slot]:
             difference = h[start:end, : ranks[slot]] - h_expected[start:end, : ranks[slot]]
             h_error = max(h_error, difference.abs().max().item())
-    lora_expand(expanded, h_expected[None], weights.table, weights.scaling_table, rows.tiles, dtype)
+    lora_expand(expanded, h_expected[:, None], weights.table, weights.scaling_table, rows.tiles, dtype)
     lora_expand_reference(y_expected, h_expected, weights.lora_B, weights.scaling, segments)
     without_lora = torch.ones(num_rows, dtype=torch.bool)
     alone_equal = True

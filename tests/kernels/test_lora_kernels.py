@@ -83,7 +83,9 @@ def test_every_dtype(interpreted: Run, dtype: str) -> None:
     check(interpreted, {**case(), "dtype": dtype})
 
 
-@pytest.mark.parametrize(("in_", "out"), [(1, 1), (64, 64), (65, 129), (300, 7), (1100, 7)], ids=lambda size: str(size))
+@pytest.mark.parametrize(
+    ("in_", "out"), [(1, 1), (64, 64), (65, 129), (300, 7), (1100, 7), (4097, 7)], ids=lambda size: str(size)
+)
 def test_odd_feature_sizes(interpreted: Run, in_: int, out: int) -> None:
     check(interpreted, case(in_=in_, out=out))
 

@@ -121,6 +121,14 @@ CASES = [
     ("qwen3_coder", "<tool_call><function=add></function></tool_call>", "", [("add", {})]),
     ("qwen3_coder", xml("add", a="seven", exact="True", c="7"), "", [("add", {"a": "seven", "exact": True, "c": "7"})]),
     ("qwen3_coder", xml("get_weather", city="\n7\n\n"), "", [("get_weather", {"city": "\n7\n\n"})]),
+    (
+        "qwen3_coder",
+        "<function=add>\n<parameter=a>\n1\n<parameter=c d>\r\nx\r\n</parameter><parameter=e>y</function>",
+        "",
+        [("add", {"a": 1, "c d": "x", "e": "y"})],
+    ),
+    ("qwen3_coder", xml("add", a="1e999"), "", [("add", {"a": "1e999"})]),
+    ("qwen3_coder", f"<tool_call>{' ' * 250}{SX}", "<tool_call>", [SUM]),
     ("qwen3_coder", xml("rm", path="/"), xml("rm", path="/"), NO_CALLS),
     ("qwen3_coder", SX[:-1], SX[:-1], NO_CALLS),
     ("qwen3_coder", "<function=add>a = 1</function>", "<function=add>a = 1</function>", NO_CALLS),
@@ -184,8 +192,6 @@ def test_long_arguments_and_deep_ones_take_no_time() -> None:
     parser = new_parser("hermes")
     parts = ['<tool_call>{"name": "add", "arguments": {"a": "', *["long \\\\ text "] * 10_000, '"}}']
     assert parse(parser, *parts)[1] == [("add", {"a": "long \\ text " * 10_000})]
-    parts = ["<tool_call><function=add><parameter=c>", *["long </ text "] * 10_000, "</parameter></function>"]
-    assert parse(new_parser("qwen3_coder"), *parts)[1] == [("add", {"c": "long </ text " * 10_000})]
     deep = "<tool_call>" + "[" * 100_000 + "]" * 100_000
     assert parse(new_parser("hermes"), deep) == (deep, [])
 
@@ -194,6 +200,50 @@ def test_long_arguments_and_deep_ones_take_no_time() -> None:
 def test_xml_values_of_tools_that_say_nothing_of_them_are_text(parameters: object) -> None:
     parser = ToolCallParser(XML, {"add": {"type": "function", "function": {"name": "add", "parameters": parameters}}})
     assert parse(parser, xml("add", a="1")) == ("", [("add", {"a": "1"})])
+
+
+def test_what_only_looks_like_calls_takes_no_time() -> None:
+    """Each of these begins at a mark and reaches to the end: read to it from every mark they would take minutes."""
+    for name, text in (
+        ("hermes", '<tool_call>{"' * 40_000),
+        ("hermes", "<tool_call>{" * 20_000 + "}" * 20_000),
+        ("qwen3_coder", "<function=" * 40_000),
+    ):
+        assert parse(new_parser(name), text) == (text, [])
+
+
+VALUES = [
+    ({"type": "string"}, "1", "1"),
+    ({"type": ["string", "null"]}, "null", None),
+    ({"type": ["string"]}, "null", "null"),
+    ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "12345", "12345"),
+    ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, "12345", 12345),
+    ({"oneOf": [{"type": "boolean"}, {"type": "null"}]}, "True", True),
+    ({"allOf": [{"$ref": "#/$defs/name"}]}, "[1]", "[1]"),
+    ({"$ref": "#/$defs/list"}, "[1]", [1]),
+    ({"$ref": "#/$defs/loop"}, "[1]", "[1]"),
+    ({"$ref": "other.json"}, "1", "1"),
+    ({"$ref": 5}, "1", "1"),
+    ({"enum": ["1", "2"]}, "1", "1"),
+    ({"enum": [1, 2]}, "1", 1),
+    ({"const": 1}, "1", 1),
+    ({"type": "number"}, "1", 1),
+    ({"type": "number"}, "1.5", 1.5),
+    ({"type": "integer"}, "1.5", "1.5"),
+    ({"type": "object"}, '{"a": "\\ud800"}', '{"a": "\\ud800"}'),
+    ({"type": 7}, "1", "1"),
+    ({}, "1", "1"),
+    (True, "1", "1"),
+]
+
+
+@pytest.mark.parametrize(("schema", "text", "value"), VALUES)
+def test_xml_values_are_what_their_schemas_say(schema: object, text: str, value: object) -> None:
+    loop = {"anyOf": [{"$ref": "#/$defs/loop"}]}
+    definitions = {"name": {"type": "string"}, "list": {"type": "array"}, "loop": loop}
+    tool = {"name": "add", "parameters": {"properties": {"a": schema}, "$defs": definitions}}
+    parser = ToolCallParser(XML, {"add": {"type": "function", "function": tool}})
+    assert parse(parser, xml("add", a=text)) == ("", [("add", {"a": value})])
 
 
 def test_named_arguments_are_passed_on_piece_by_piece() -> None:
@@ -208,6 +258,7 @@ def test_named_arguments_are_passed_on_piece_by_piece() -> None:
         ("{{ '<tool_call>' }}", "hermes"),
         ("<tool_call>\n<function=name>", None),
         ("<tool_call>\n<function=name>\n<parameter=name>", "qwen3_coder"),
+        ("<seed:tool_call>\n<function=name>\n<parameter=name>", None),
         ("'[TOOL_CALLS]' + name", "mistral"),
         ("'<|tool|>' + message['tools'] + '<|/tool|>'", "phi4_mini_json"),
         ("write <|tool_call|> followed by a JSON list", "granite"),
