@@ -47,7 +47,7 @@ def named_class(path: Path) -> str:
 
 
 def load_part(name: str, path: Path) -> Any:
-    """Load a part of a processor. Where there is a class for Pillow it is taken, so that no answer depends on torchvision.
+    """Load a part of a processor: the one for Pillow where there is one, so that no answer depends on torchvision.
 
     Args:
         name: `image_processor` or `feature_extractor`; any other is None.
