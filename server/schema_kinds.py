@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-MAX_DEPTH = 8  # of references and alternatives
+MAX_PARTS = 64  # alternatives and references of one schema that are looked at
 _KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
 
 
@@ -12,27 +12,31 @@ def kind_of(value: Any) -> str:
     return _KINDS.get(type(value), "null")
 
 
-def kinds_of(schema: Any, root: Mapping[str, Any], depth: int = 0) -> frozenset[str]:
+def kinds_of(schema: Any, root: Mapping[str, Any]) -> frozenset[str]:
     """Return the types of the values that a schema allows; none where it does not say.
 
     Args:
         schema: of a value; anything that is no schema says nothing.
         root: what its local references (`#/…`) are relative to.
-        depth: of the schema in another's alternatives and references.
     """
-    if not isinstance(schema, Mapping) or depth > MAX_DEPTH:
-        return frozenset()
-    named = schema.get("type")
-    if named is not None:
-        return frozenset(kind for kind in (named if isinstance(named, list) else [named]) if isinstance(kind, str))
-    if "const" in schema:
-        return frozenset([kind_of(schema["const"])])
-    if isinstance(schema.get("enum"), list):
-        return frozenset(map(kind_of, schema["enum"]))
-    parts = [part for key in ("anyOf", "oneOf", "allOf") for part in _list(schema.get(key))]
-    if "$ref" in schema:
-        parts.append(_referred(schema["$ref"], root))
-    return frozenset().union(*(kinds_of(part, root, depth + 1) for part in parts))
+    found: set[str] = set()
+    parts = [schema]  # it, and its alternatives and what they refer to, each once
+    for part in parts:
+        if not isinstance(part, Mapping):
+            continue
+        more: list[Any] = []
+        if (named := part.get("type")) is not None:
+            found.update(kind for kind in (named if isinstance(named, list) else [named]) if isinstance(kind, str))
+        elif "const" in part:
+            found.add(kind_of(part["const"]))
+        elif isinstance(part.get("enum"), list):
+            found.update(map(kind_of, part["enum"]))
+        else:
+            more = [one for key in ("anyOf", "oneOf", "allOf") for one in _list(part.get(key))]
+            more += [_referred(part["$ref"], root)] if "$ref" in part else []
+        known = {id(one) for one in parts}
+        parts += [one for one in more if id(one) not in known][: MAX_PARTS - len(parts)]
+    return frozenset(found)
 
 
 def _list(value: Any) -> list[Any]:

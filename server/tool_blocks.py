@@ -98,11 +98,9 @@ class JSONBlock:
 class XMLBlock:
     """A call as Qwen3-Coder writes it: `<function=name>`, each `<parameter=name>` with its value, `</function>`."""
 
-    START, _END = "<function=", "</function>"
-    # A value ends at its mark, or where that is missing at the next parameter or the end of the function.
-    _PARAMETER = re.compile(
-        r"\s*<parameter=([^<>\n]+)>(?:\r?\n)?(.*?)(?:\r?\n)?(?:</parameter>\s*|(?=\s*<parameter=)|\s*\Z)", re.DOTALL
-    )
+    _START, _END = "<function=", "</function>"
+    _PARAMETER = re.compile(r"\s*<parameter=([^<>\n]+)>(?:\r?\n)?")
+    _MARK = re.compile(r"(?:\r?\n)?</parameter>|<parameter=")
 
     def __init__(self, head: int) -> None:
         self.head = head
@@ -134,21 +132,30 @@ class XMLBlock:
         schemas = properties if isinstance(properties, Mapping) else {}
         arguments, position, length = {}, 0, len(rest.rstrip())
         while position < length:
-            match = self._PARAMETER.match(rest, position)
-            if match is None:
+            head = self._PARAMETER.match(rest, position)
+            if head is None:
                 raise ValueError("no parameter")
-            arguments[match[1]] = _value(match[2], kinds_of(schemas.get(match[1]), parameters))
-            position = match.end()
+            value, position = self._read_value(rest, head.end())
+            arguments[head[1]] = _value(value, kinds_of(schemas.get(head[1]), parameters))
         return [(name, _dump(arguments))]
+
+    def _read_value(self, text: str, start: int) -> tuple[str, int]:
+        """A value, up to its mark, or where that is missing to the next parameter or the end; and what comes after."""
+        mark = self._MARK.search(text, start)
+        if mark is None:
+            return text[start:].rstrip(), len(text)
+        if mark[0] == "<parameter=":
+            return text[start : mark.start()].rstrip(), mark.start()
+        return text[start : mark.start()], mark.end()
 
     def _find_start(self, text: str) -> None:
         """The mark may be what the function begins with."""
-        rest = text if text.startswith(self.START) else text[self.head :].lstrip()
-        if rest.startswith(self.START):
-            self._start = len(text) - len(rest) + len(self.START)
+        rest = text if text.startswith(self._START) else text[self.head :].lstrip()
+        if rest.startswith(self._START):
+            self._start = len(text) - len(rest) + len(self._START)
             self.is_broken = self._start > self.head + MAX_HEAD
         else:
-            self.is_broken = not self.START.startswith(rest) or len(text) > self.head + MAX_HEAD
+            self.is_broken = not self._START.startswith(rest) or len(text) > self.head + MAX_HEAD
 
 
 def _value(text: str, kinds: Collection[str]) -> Any:

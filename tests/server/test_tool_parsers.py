@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from mmlora.server.schema_kinds import kinds_of
 from mmlora.server.tool_formats import FORMATS, REQUIRED_FORMAT, find_format
 from mmlora.server.tool_parsers import NamedToolParser, Piece, TextParser, ToolCallDelta, ToolCallParser
 
@@ -210,6 +211,18 @@ def test_what_only_looks_like_calls_takes_no_time() -> None:
         ("qwen3_coder", "<function=" * 40_000),
     ):
         assert parse(new_parser(name), text) == (text, [])
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\r\n", "<parameter", "</param"], ids=repr)
+def test_a_long_value_takes_no_time(blank: str) -> None:
+    value = blank * 200_000 + "x"
+    assert parse(new_parser("qwen3_coder"), xml("get_weather", city=value)) == ("", [("get_weather", {"city": value})])
+
+
+def test_a_schema_of_many_alternatives_takes_no_time() -> None:
+    """Each refers to all of them again: followed every time they would take years."""
+    root = {"$defs": {"loop": {"anyOf": [{"$ref": "#/$defs/loop"}] * 50}}}
+    assert kinds_of({"anyOf": [{"$ref": "#/$defs/loop"}, {"type": "integer"}]}, root) == {"integer"}
 
 
 VALUES = [
