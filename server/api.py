@@ -101,10 +101,10 @@ def generation_routes(
     """
     conversations = Conversations(llm, models)
     tool_calling = ToolCalling(tool_call_parser, conversations.chat_template)
-    chat = ChatService(llm, models, conversations, max_request_bytes, tool_calling)
+    chat = ChatService(conversations, max_request_bytes, tool_calling)
     completion = CompletionService(llm, models, max_request_bytes)
-    response = ResponsesService(llm, models, conversations, max_request_bytes, tool_calling)
-    transcription = TranscriptionService(llm, conversations, max_request_bytes)
+    response = ResponsesService(conversations, max_request_bytes, tool_calling)
+    transcription = TranscriptionService(conversations, max_request_bytes)
     routes = APIRouter(prefix="/v1")
 
     @routes.post("/chat/completions", openapi_extra=body_schema(ChatCompletionRequest))

@@ -6,13 +6,11 @@ import uuid
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mmlora.async_llm import AsyncLLM
 from mmlora.chat import message_text
 from mmlora.server.chat_answers import ChatAnswer
 from mmlora.server.chat_protocol import ChatCompletionRequest, parse_chat_request
 from mmlora.server.conversation import Conversation, Conversations
 from mmlora.server.limits import read_body
-from mmlora.server.models import ServedModels
 from mmlora.server.streaming import respond_with
 from mmlora.server.tool_calling import ToolCalling
 
@@ -21,23 +19,12 @@ class ChatService:
     """Answers chat completions.
 
     Args:
-        llm: the engine.
-        models: the names that clients may ask for.
         conversations: run by the engine.
         max_request_bytes: the largest body.
         tool_calling: of the model.
     """
 
-    def __init__(
-        self,
-        llm: AsyncLLM,
-        models: ServedModels,
-        conversations: Conversations,
-        max_request_bytes: int,
-        tool_calling: ToolCalling,
-    ) -> None:
-        self._llm = llm
-        self._models = models
+    def __init__(self, conversations: Conversations, max_request_bytes: int, tool_calling: ToolCalling) -> None:
         self._conversations = conversations
         self._max_request_bytes = max_request_bytes
         self._tool_calling = tool_calling
@@ -49,9 +36,9 @@ class ChatService:
             MMLoRAError: the request cannot be served, or failed before the answer began.
         """
         body = await read_body(request, self._max_request_bytes)
-        chat = await self._llm.run_in_pool(parse_chat_request, body)
+        chat = await self._conversations.llm.run_in_pool(parse_chat_request, body)
         request_id = f"chatcmpl-{uuid.uuid4().hex}"
-        model = chat.model or self._models.base_name
+        model = chat.model or self._conversations.models.base_name
         answer = ChatAnswer(
             request_id,
             model,

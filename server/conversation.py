@@ -50,7 +50,7 @@ class Conversation:
 class Conversations:
     """Runs conversations.
 
-    Args:
+    Attributes:
         llm: the engine.
         models: the names that clients may ask for.
 
@@ -59,14 +59,14 @@ class Conversations:
     """
 
     def __init__(self, llm: AsyncLLM, models: ServedModels) -> None:
-        self._llm = llm
-        self._models = models
+        self.llm = llm
+        self.models = models
         self._chat_template = load_chat_template(llm.engine.args.chat_template)
 
     @property
     def chat_template(self) -> str:
         """The text of the template, or of all that the tokenizer has."""
-        template = self._chat_template or self._llm.tokenizer.chat_template or ""
+        template = self._chat_template or self.llm.tokenizer.chat_template or ""
         return template if isinstance(template, str) else "\n".join(template.values())
 
     async def generate(self, conversation: Conversation, request_id: str) -> Outputs:
@@ -76,14 +76,14 @@ class Conversations:
             MMLoRAError: the request cannot be served, or failed.
         """
         model, lora = conversation.model, conversation.lora
-        params: SamplingParams = self._llm.engine.default_sampling_params(**conversation.sampling_options)
-        lora_request = await self._models.find(model, lora)
+        params: SamplingParams = self.llm.engine.default_sampling_params(**conversation.sampling_options)
+        lora_request = await self.models.find(model, lora)
         prompt = await self._load(conversation)
-        with adapter_faults(self._models, model, lora):
-            ready = await self._llm.prepare(prompt, params, request_id, lora_request, conversation.priority)
+        with adapter_faults(self.models, model, lora):
+            ready = await self.llm.prepare(prompt, params, request_id, lora_request, conversation.priority)
             num_tokens = len(ready.input.prompt_token_ids)
-            check_prompt_logprobs(num_tokens, params.prompt_logprobs, len(self._llm.tokenizer))
-            outputs = self._llm.run(ready)
+            check_prompt_logprobs(num_tokens, params.prompt_logprobs, len(self.llm.tokenizer))
+            outputs = self.llm.run(ready)
             try:
                 async for output in outputs:
                     raise_failure(output)
@@ -93,16 +93,16 @@ class Conversations:
 
     async def _load(self, conversation: Conversation) -> dict[str, Any]:
         """The prompt, its media fetched and decoded."""
-        media = self._llm.engine.parts.inputs.media.begin(CALLER.get())
-        await media.fetch(await self._llm.run_in_pool(self._find_urls, conversation))
-        return await self._llm.run_in_pool(self._render, conversation, media)
+        media = self.llm.engine.parts.inputs.media.begin(CALLER.get())
+        await media.fetch(await self.llm.run_in_pool(self._find_urls, conversation))
+        return await self.llm.run_in_pool(self._render, conversation, media)
 
     def _find_urls(self, conversation: Conversation) -> list[MediaReference]:
-        engine = self._llm.engine
+        engine = self.llm.engine
         return find_urls(conversation.messages, engine.parts.inputs.processor, engine.args.limit_mm_per_prompt)
 
     def _render(self, conversation: Conversation, media: PromptMedia) -> dict[str, Any]:
-        engine = self._llm.engine
+        engine = self.llm.engine
         prompt = render_chat(
             conversation.messages,
             engine.tokenizer,

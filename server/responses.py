@@ -5,10 +5,8 @@ import uuid
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mmlora.async_llm import AsyncLLM
 from mmlora.server.conversation import Conversation, Conversations
 from mmlora.server.limits import read_body
-from mmlora.server.models import ServedModels
 from mmlora.server.responses_answers import ResponsesAnswer
 from mmlora.server.responses_input import as_messages
 from mmlora.server.responses_items import OutputItems
@@ -21,27 +19,16 @@ class ResponsesService:
     """Answers requests for responses; none is kept.
 
     Args:
-        llm: the engine.
-        models: the names that clients may ask for.
         conversations: run by the engine.
         max_request_bytes: the largest body.
         tool_calling: of the model.
     """
 
-    def __init__(
-        self,
-        llm: AsyncLLM,
-        models: ServedModels,
-        conversations: Conversations,
-        max_request_bytes: int,
-        tool_calling: ToolCalling,
-    ) -> None:
-        self._llm = llm
-        self._models = models
+    def __init__(self, conversations: Conversations, max_request_bytes: int, tool_calling: ToolCalling) -> None:
         self._conversations = conversations
         self._max_request_bytes = max_request_bytes
         self._tool_calling = tool_calling
-        self._defaults = llm.engine.default_sampling_params()
+        self._defaults = conversations.llm.engine.default_sampling_params()
 
     async def respond(self, request: Request) -> Response:
         """Serve one HTTP request; when the client leaves, the work stops.
@@ -50,10 +37,12 @@ class ResponsesService:
             MMLoRAError: the request cannot be served, or failed before the answer began.
         """
         body = await read_body(request, self._max_request_bytes)
-        asked, conversation = await self._llm.run_in_pool(self._read, body)
+        asked, conversation = await self._conversations.llm.run_in_pool(self._read, body)
         request_id = f"resp_{uuid.uuid4().hex}"
         items = OutputItems(self._tool_calling.new_parser(asked.tooling), self._tool_calling.new_call_id)
-        answer = ResponsesAnswer(request_id, asked.model or self._models.base_name, asked, self._defaults, items)
+        answer = ResponsesAnswer(
+            request_id, asked.model or self._conversations.models.base_name, asked, self._defaults, items
+        )
         outputs = self._conversations.generate(conversation, request_id)
         return await respond_with(request, answer, outputs, is_stream=bool(asked.stream))
 

@@ -6,7 +6,6 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mmlora.async_llm import AsyncLLM
 from mmlora.processors.items import AudioItem
 from mmlora.processors.media import load_media
 from mmlora.server.conversation import Conversation, Conversations
@@ -23,13 +22,12 @@ class TranscriptionService:
     """Answers transcriptions and translations.
 
     Args:
-        llm: the engine.
         conversations: run by the engine.
         max_request_bytes: the largest body.
     """
 
-    def __init__(self, llm: AsyncLLM, conversations: Conversations, max_request_bytes: int) -> None:
-        self._llm = llm
+    def __init__(self, conversations: Conversations, max_request_bytes: int) -> None:
+        self._llm = conversations.llm
         self._conversations = conversations
         self._max_request_bytes = max_request_bytes
 
