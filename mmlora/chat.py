@@ -6,6 +6,7 @@ Some templates take content as a list of parts, others only strings; which one i
 import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,18 @@ PART_TYPES = ("text", *MODALITIES)
 MAX_REASON_CHARS = 400
 
 
+@dataclass(frozen=True)
+class CheckedMessages:
+    """Messages of the right form: each with its parts, text and media."""
+
+    turns: list[tuple[Message, list[str | MediaReference]]]
+
+    @property
+    def media(self) -> list[MediaReference]:
+        """All media, in order."""
+        return [part for _, parts in self.turns for part in parts if not isinstance(part, str)]
+
+
 def load_chat_template(template: str | None) -> str | None:
     """The template that `chat_template` gives: Jinja text, or the content of a file.
 
@@ -44,7 +57,7 @@ def load_chat_template(template: str | None) -> str | None:
 
 
 def render_chat(
-    messages: Sequence[Message],
+    messages: Sequence[Message] | CheckedMessages,
     tokenizer: Any,
     processor: MultiModalProcessor | None,
     *,
@@ -62,7 +75,7 @@ def render_chat(
     Args:
         messages: with `role` and `content`, text or a list of parts: `text`, `image_url`, `input_audio`,
             `audio_url`, and from Python `image` (PIL) and `audio` (`(array, rate)`), each with a `uuid` if it likes; an
-            assistant's message may have `tool_calls`.
+            assistant's message may have `tool_calls`. Or what `check_messages` made of them.
         tokenizer: its template is used unless `chat_template` is given.
         processor: names the placeholders; None for a text-only model.
         chat_template_kwargs: passed to the template.
@@ -86,11 +99,12 @@ def render_chat(
     if add_generation_prompt is None:
         add_generation_prompt = not continue_final_message
     check_tools(tools or ())
-    checked = _check_messages(messages, processor, limit_mm_per_prompt)
+    if not isinstance(messages, CheckedMessages):
+        messages = check_messages(messages, processor, limit_mm_per_prompt)
     loader = media or MediaLoader().begin()
     conversation = [
         (message, [part if isinstance(part, str) else loader.load(part) for part in parts])
-        for message, parts in checked
+        for message, parts in messages.turns
     ]
     items = [part for _, parts in conversation for part in parts if not isinstance(part, str)]
 
@@ -197,30 +211,21 @@ def _template_parts(parts: list[str | MediaItem]) -> list[dict[str, str]]:
     return [{"type": "text", "text": part} if isinstance(part, str) else {"type": part.modality} for part in parts]
 
 
-def find_urls(
+def check_messages(
     messages: Sequence[Message],
     processor: MultiModalProcessor | None,
     limit_mm_per_prompt: Mapping[str, int] | None = None,
-) -> list[MediaReference]:
-    """The media of a conversation that have to be fetched from other servers, for `PromptMedia.fetch`.
+) -> CheckedMessages:
+    """Read the parts of each message, and count the media; nothing is decoded yet.
 
     Raises:
         RequestError: a message has the wrong form.
         MediaError: there are too many media, or some that the model does not take.
     """
-    checked = _check_messages(messages, processor, limit_mm_per_prompt)
-    parts = [part for _, parts in checked for part in parts if not isinstance(part, str)]
-    return [part for part in parts if part.http_url is not None]
-
-
-def _check_messages(
-    messages: Sequence[Message], processor: MultiModalProcessor | None, limit_mm_per_prompt: Mapping[str, int] | None
-) -> list[tuple[Message, list[str | MediaReference]]]:
-    """The parts of each message; media are counted, nothing is decoded yet."""
     if not isinstance(messages, list | tuple) or not messages:
         raise RequestError("messages must be a list of at least one message")
-    checked = [_check_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-    counts = Counter(part.modality for _, parts in checked for part in parts if not isinstance(part, str))
+    checked = CheckedMessages([_check_message(message, f"messages[{index}]") for index, message in enumerate(messages)])
+    counts = Counter(reference.modality for reference in checked.media)
     check_counts(counts, processor.modalities if processor is not None else (), limit_mm_per_prompt)
     return checked
 

@@ -205,11 +205,16 @@ class EngineArgs:
     def _reject(self, name: str, allowed: str) -> None:
         self._problems.append(f"{name}={getattr(self, name)!r}: {allowed}")
 
-    def _check_numbers(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_loras", "encoder_cache_memory_bytes"):
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
             value = getattr(self, name)
             if not _is_int(value) or value < 1:
                 self._reject(name, "must be a positive integer")
+
+    def _check_numbers(self) -> None:
+        self._check_positive(
+            "max_num_seqs", "max_num_batched_tokens", "block_size", "max_loras", "encoder_cache_memory_bytes"
+        )
         for name in ("max_model_len", "kv_cache_memory_bytes", "max_lora_rank", "max_cpu_loras"):
             value = getattr(self, name)
             if value is not None and (not _is_int(value) or value < 1):
@@ -256,10 +261,7 @@ class EngineArgs:
             self._reject("max_cpu_loras", f"must be at least max_loras={self.max_loras}")
 
     def _check_media(self) -> None:
-        for name in ("max_media_bytes", "max_image_pixels", "max_audio_samples", "max_decoded_media_bytes"):
-            value = getattr(self, name)
-            if not _is_int(value) or value < 1:
-                self._reject(name, "must be a positive integer")
+        self._check_positive("max_media_bytes", "max_image_pixels", "max_audio_samples", "max_decoded_media_bytes")
         for name in ("max_audio_seconds", "media_fetch_timeout"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:

@@ -123,11 +123,11 @@ class Matcher:
         try:
             self._matcher.consume_token(token_id)
             self._look_ahead()
+        except (KeyboardInterrupt, SystemExit):
+            raise
         except BaseException as error:  # a panic of its Rust code is no Exception, and would end the engine
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
             logger.exception("a constraint failed")
-            self.error = f"{type(error).__name__}"
+            self.error = type(error).__name__
         return self.is_complete
 
     def allowed(self, vocab_size: int, *, can_end: bool) -> NDArray[np.bool_]:

@@ -5,7 +5,7 @@ without holding a thread, and then decodes, in a thread that may be blocked for 
 """
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,7 +16,7 @@ from mmlora.processors.file_source import FileSource
 from mmlora.processors.items import DEFAULT_LIMITS, MediaItem, MediaLimits
 from mmlora.processors.media import check_decoded_bytes, load_media
 from mmlora.processors.media_cache import CachedMedia, MediaCache
-from mmlora.processors.reference import MediaReference
+from mmlora.processors.reference import HTTP_SCHEMES, MediaReference, scheme_of
 from mmlora.processors.sniff import sniff
 
 if TYPE_CHECKING:
@@ -93,8 +93,8 @@ class MediaLoader:
         """
         if not isinstance(url, str):
             raise MediaError(f"a media URL must be a string, got a {type(url).__name__}")
-        scheme = url[:8].partition(":")[0].lower()
-        if scheme in ("http", "https"):
+        scheme = scheme_of(url)
+        if scheme in HTTP_SCHEMES:
             return self.decode(url, self.http.read([url]).result()[url], expected)
         if scheme == "file" and self._files is not None:
             return self.decode(url, self._files.read(url), expected)
@@ -127,18 +127,19 @@ class PromptMedia:
         self._fetched: dict[str, bytes] = {}
         self._num_bytes = 0
 
-    async def fetch(self, references: Collection[MediaReference]) -> None:
+    async def fetch(self, references: Iterable[MediaReference]) -> None:
         """Read http(s) URLs, except those that a held uuid stands for; to cancel it stops it.
 
         Args:
-            references: those of the prompt that have an `http_url`.
+            references: the media of the prompt; those without an `http_url` have nothing to read.
 
         Raises:
             MediaError: there are too many, or one cannot be read.
         """
-        if len(references) > MAX_URLS:
-            raise MediaError(f"the prompt has {len(references)} http(s) URLs; allowed are {MAX_URLS}")
-        urls = {url for reference in references if (url := reference.http_url) and self._held(reference) is None}
+        remote = [reference for reference in references if reference.http_url is not None]
+        if len(remote) > MAX_URLS:
+            raise MediaError(f"the prompt has {len(remote)} http(s) URLs; allowed are {MAX_URLS}")
+        urls = {url for reference in remote if (url := reference.http_url) and self._held(reference) is None}
         if urls:
             self._fetched = await asyncio.wrap_future(self._loader.http.read(urls))
 

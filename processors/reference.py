@@ -8,6 +8,7 @@ from mmlora.errors import MediaError
 from mmlora.processors.media import check_counts, why_not_taken
 
 MAX_UUID_CHARS: Final = 256
+HTTP_SCHEMES: Final = ("http", "https")
 _SHOWN: Final = 48  # characters of a name in an error message
 
 
@@ -37,7 +38,7 @@ class MediaReference:
     @property
     def http_url(self) -> str | None:
         """The URL, if it is one that has to be fetched."""
-        is_http = self.form == "url" and isinstance(self.content, str) and _scheme(self.content) in ("http", "https")
+        is_http = self.form == "url" and isinstance(self.content, str) and scheme_of(self.content) in HTTP_SCHEMES
         return self.content if is_http else None
 
 
@@ -74,7 +75,8 @@ def references_of(
     return references
 
 
-def _scheme(url: str) -> str:
+def scheme_of(url: str) -> str:
+    """The scheme of a URL, in small letters."""
     return url[:8].partition(":")[0].lower()
 
 

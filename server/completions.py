@@ -94,7 +94,7 @@ class CompletionService:
         """A prompt as the engine takes it, its media fetched and decoded."""
         media = self._llm.engine.parts.inputs.media.begin(CALLER.get())
         references = await self._llm.run_in_pool(self._references, asked)
-        await media.fetch([ref for refs in references.values() for ref in refs if ref.http_url])
+        await media.fetch(reference for found in references.values() for reference in found)
         return await self._llm.run_in_pool(self._decode, asked, prompt, references, media)
 
     def _references(self, asked: CompletionRequest) -> References:

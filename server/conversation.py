@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmlora.async_llm import AsyncLLM
-from mmlora.chat import find_urls, load_chat_template, render_chat
+from mmlora.chat import CheckedMessages, check_messages, load_chat_template, render_chat
 from mmlora.processors.loader import PromptMedia
-from mmlora.processors.reference import MediaReference
 from mmlora.sampling_params import SamplingParams
 from mmlora.server.access import CALLER
 from mmlora.server.answers import raise_failure
@@ -94,17 +93,18 @@ class Conversations:
     async def _load(self, conversation: Conversation) -> dict[str, Any]:
         """The prompt, its media fetched and decoded."""
         media = self.llm.engine.parts.inputs.media.begin(CALLER.get())
-        await media.fetch(await self.llm.run_in_pool(self._find_urls, conversation))
-        return await self.llm.run_in_pool(self._render, conversation, media)
+        checked = await self.llm.run_in_pool(self._check, conversation)
+        await media.fetch(checked.media)
+        return await self.llm.run_in_pool(self._render, conversation, checked, media)
 
-    def _find_urls(self, conversation: Conversation) -> list[MediaReference]:
+    def _check(self, conversation: Conversation) -> CheckedMessages:
         engine = self.llm.engine
-        return find_urls(conversation.messages, engine.parts.inputs.processor, engine.args.limit_mm_per_prompt)
+        return check_messages(conversation.messages, engine.parts.inputs.processor, engine.args.limit_mm_per_prompt)
 
-    def _render(self, conversation: Conversation, media: PromptMedia) -> dict[str, Any]:
+    def _render(self, conversation: Conversation, checked: CheckedMessages, media: PromptMedia) -> dict[str, Any]:
         engine = self.llm.engine
         prompt = render_chat(
-            conversation.messages,
+            checked,
             engine.tokenizer,
             engine.parts.inputs.processor,
             chat_template=conversation.chat_template or self._chat_template,
@@ -112,7 +112,6 @@ class Conversations:
             media=media,
             add_generation_prompt=conversation.add_generation_prompt,
             continue_final_message=conversation.continue_final_message,
-            limit_mm_per_prompt=engine.args.limit_mm_per_prompt,
             max_model_len=engine.max_model_len,
             tools=conversation.tools,
         )
