@@ -1,9 +1,9 @@
 """`SamplingParams`: how one request's tokens are chosen, validated when it is made."""
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from mmlora.checks import is_finite_number
 from mmlora.errors import RequestError
 from mmlora.structured_outputs import StructuredOutputsParams
 
@@ -134,8 +134,7 @@ class SamplingParams:
 
     def _number(self, name: str, low: float, high: float, *, open_low: bool = False) -> None:
         value = getattr(self, name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or value > high or value < low or (open_low and value == low):
+        if not is_finite_number(value) or value > high or value < low or (open_low and value == low):
             allowed = f"above {low} and at most {high}" if open_low else f"from {low} to {high}"
             raise RequestError(f"{name}={_shown(value)} must be a number {allowed}")
 
@@ -143,7 +142,7 @@ class SamplingParams:
     def _parse_logit_bias(bias: Mapping[int, float]) -> dict[int, float]:
         try:
             parsed = {int(token): float(value) for token, value in bias.items()}
-        except (AttributeError, TypeError, ValueError):
+        except (AttributeError, TypeError, ValueError, OverflowError):
             raise RequestError(f"logit_bias={_shown(bias)} must map token ids to numbers") from None
         for token, value in parsed.items():
             if token < 0 or not -100 <= value <= 100:
