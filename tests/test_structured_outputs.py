@@ -335,7 +335,7 @@ def test_a_matcher_that_fails_takes_its_own_request_along(compiler):
     assert second == build_tokenizer()("!").input_ids[0]
 
 
-def test_a_panic_takes_its_own_request_along(compiler, monkeypatch):
+def test_a_panic_takes_its_own_request_along(compiler):
     class Panic(BaseException):
         """As Rust's come to Python."""
 

@@ -340,7 +340,7 @@ def test_the_urls_of_a_prompt_are_read_together_and_each_only_once(png):
     assert len(items) == 16 and sorted(web.paths) == [f"/{index}" for index in range(8)]
 
 
-def test_when_one_cannot_be_read_the_others_are_left(png):
+def test_when_one_cannot_be_read_the_others_are_left():
     asked, left = threading.Event(), threading.Event()
 
     def slow(connection):

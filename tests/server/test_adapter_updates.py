@@ -61,9 +61,7 @@ def run_documented(command: str) -> str:
     return httpx.post(arguments[3], content=arguments[arguments.index("-d") + 1]).text
 
 
-def test_the_commands_of_the_document_work_as_written(
-    tiny_phi4: Path, adapters: dict[str, str], tmp_path: Path
-) -> None:
+def test_the_commands_of_the_document_work_as_written(tiny_phi4: Path, adapters: dict[str, str]) -> None:
     """`docs/adapters.md` has those of the reference document; a server is started from the command line."""
     text = (ROOT / "docs" / "adapters.md").read_text()
     commands = re.findall(r"```bash\n(curl -X POST .*?)```", text, re.DOTALL)

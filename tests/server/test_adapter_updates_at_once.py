@@ -94,9 +94,7 @@ def test_traffic_goes_on_while_an_adapter_is_replaced_from_other_paths(
     assert len(statuses) >= 4 and set(statuses) == {200}
 
 
-def test_unload_lets_running_requests_finish(
-    server: RunningServer, adapters: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unload_lets_running_requests_finish(server: RunningServer, adapters: dict[str, str]) -> None:
     load(server, lora_name="sql", lora_path=adapters["words"])
     expected = chat(server, "sql", max_tokens=40, ignore_eos=True).json()["choices"]
     with slow_steps(server.llm, 0.02), ThreadPoolExecutor(1) as pool:

@@ -129,13 +129,16 @@ def test_what_is_no_http_is_refused_in_openais_form(address: str, sent: bytes, s
     assert seconds < 15
 
 
-def test_nonsense_in_the_middle_of_a_stream_ends_it(address: str, served: tuple[HTTPServer, str]) -> None:
+def test_nonsense_behind_a_request_is_answered_after_its_stream(address: str) -> None:
     body = json.dumps({**CHAT, "max_tokens": 480, "stream": True}).encode()
     with connect(address) as connection:
         connection.sendall(HEAD + b"content-length: %d\r\n\r\n%s" % (len(body), body))
         assert b"HTTP/1.1 200" in connection.recv(65536)
         connection.sendall(b"\0\1\2\r\n\r\n" * 10)
-        wait_until_closed(connection)
+        received, _ = wait_until_closed(connection)
+    stream, mark, refusal = received.partition(b"HTTP/1.1 400 ")
+    assert b'"finish_reason":"length"' in stream and b"data: [DONE]" in stream
+    assert mark and b"invalid_request_error" in refusal
 
 
 @pytest.mark.parametrize("is_claimed", [True, False], ids=["claimed", "in chunks"])

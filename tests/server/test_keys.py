@@ -105,7 +105,7 @@ def test_a_reverse_proxy_may_serve_it_under_a_prefix(server: RunningServer, pref
         assert httpx.get(f"{address}{prefix}/openapi.json", headers=headers).json()["servers"] == [{"url": "/llm"}]
 
 
-def test_the_base_model_has_all_the_names_it_was_given(server: RunningServer, adapters: dict[str, str]) -> None:
+def test_the_base_model_has_all_the_names_it_was_given(server: RunningServer) -> None:
     for name in ("tiny", "also-tiny"):
         answer = server.ask({"type": "text", "text": "hi"}, model=name)
         assert (answer["model"], answer["lora"]["reason"]) == (name, "none")

@@ -95,7 +95,7 @@ def test_the_library_reads_urls_too(tiny_phi4: Path, web: WebServer, folder: Pat
     assert len(llm.chat(keyed, use_tqdm=False)) == 1 and len(web.requests) == 2  # type: ignore[arg-type]
 
 
-def test_a_uuid_stands_for_what_was_sent_with_it(server: RunningServer, web: WebServer, png: bytes) -> None:
+def test_a_uuid_stands_for_what_was_sent_with_it(server: RunningServer, web: WebServer) -> None:
     question = text_part("what is it?")
     first = server.ask(image_part(web.url("/a.png"), uuid="sent once"), question)
     again = [

@@ -303,7 +303,7 @@ def test_the_dashboard_asks_for_what_there_is(server: RunningServer, wav: bytes)
     assert sources == {"${datasource}"}
 
 
-def test_each_prompt_of_a_completion_is_a_request(server: RunningServer, wav: bytes) -> None:
+def test_each_prompt_of_a_completion_is_a_request(server: RunningServer) -> None:
     before = scrape(server)
     body = {"prompt": ["one", "two", "three"], "max_tokens": 3, "ignore_eos": True}
     answer = httpx.post(f"{server.address}/v1/completions", json=body, timeout=60)

@@ -81,7 +81,7 @@ def everything(spans: list[ReadableSpan]) -> str:
     return " ".join(span.to_json() for span in spans)
 
 
-def test_a_request_has_a_span_and_its_engine_request_another(traced: Traced, server: RunningServer, wav: bytes) -> None:
+def test_a_request_has_a_span_and_its_engine_request_another(traced: Traced, wav: bytes) -> None:
     parts = [input_audio_part(wav), text_part(SECRET)]
     messages = [{"role": "user", "content": parts}]
     before_ns = time.time_ns()
@@ -169,7 +169,7 @@ def test_failures_are_marked(traced: Traced, server: RunningServer, monkeypatch:
     assert "gen_ai.latency.time_to_first_token" not in request.attributes
 
 
-def test_a_stream_that_is_left_ends_its_spans(traced: Traced, server: RunningServer) -> None:
+def test_a_stream_that_is_left_ends_its_spans(traced: Traced) -> None:
     body = {"prompt": "x", "max_tokens": 480, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{traced.address}/v1/completions", json=body, timeout=60) as response:
         next(response.iter_lines())

@@ -9,7 +9,6 @@ import platform
 import random
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from typing import Any
 
 import httpx
 
+from tests.server_process import ServerProcess, run_serve
 from tests.soak.answers import Answers, prepare
 from tests.soak.churn import Churn
 from tests.soak.storm import MAX_OPEN, Storm
@@ -89,8 +89,8 @@ def soak(folder: Path, seconds: float, num_clients: int, seed: int = 0) -> Repor
         seed: of all choices.
     """
     answers = prepare(folder, seed)
-    with _serve(answers) as (address, process):
-        return asyncio.run(_soak(answers, address, process.pid, seconds, num_clients, seed))
+    with _serve(answers) as server:
+        return asyncio.run(_soak(answers, server.address, server.process.pid, seconds, num_clients, seed))
 
 
 async def _soak(answers: Answers, address: str, pid: int, seconds: float, num_clients: int, seed: int) -> Report:
@@ -120,7 +120,7 @@ async def _soak(answers: Answers, address: str, pid: int, seconds: float, num_cl
 
 
 @contextmanager
-def _serve(answers: Answers) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def _serve(answers: Answers) -> Iterator[ServerProcess]:
     """`mmlora serve` with little room for everything, so that all of it is fought over."""
     modules = [f"{name}={answers.paths[name]}" for name in ("fixed", "other")]
     options = {
@@ -134,22 +134,12 @@ def _serve(answers: Answers) -> Iterator[tuple[str, subprocess.Popen[str]]]:
         "--kv-cache-memory-bytes": str(12 * MiB),
         "--encoder-cache-memory-bytes": str(1 * MiB),
         "--uvicorn-log-level": "warning",
-        "--port": "0",
     }
-    command = [sys.executable, "-m", "mmlora.cli", "serve", str(answers.model), "--enable-lora"]
-    command += [part for option in options.items() for part in option] + ["--lora-modules", *modules]
-    environment = {**os.environ, "MMLORA_ALLOW_RUNTIME_LORA_UPDATING": "true", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                if line.startswith("mmlora is ready: "):
-                    yield line.split()[3].removesuffix("/v1"), process
-                    break
-            else:
-                raise RuntimeError(f"the server did not start: exit code {process.wait()}")
-        finally:
-            process.terminate()
+    arguments = [str(answers.model), "--enable-lora", *(part for option in options.items() for part in option)]
+    arguments += ["--lora-modules", *modules]
+    allowed = {"MMLORA_ALLOW_RUNTIME_LORA_UPDATING": "true"}
+    with run_serve(*arguments, stderr=sys.stderr.fileno(), **allowed) as server:
+        yield server
 
 
 async def _num_aborted(client: httpx.AsyncClient) -> float:
