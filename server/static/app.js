@@ -17,8 +17,18 @@ const SAMPLES = [
 const wide = matchMedia("(min-width: 60rem)"); // as in the style sheet: the panel is a column, which cannot be closed
 
 let model; // the base model's name, once it is known
+let finding; // the answer that tells it, once it was asked for
 
-async function findModels() {
+// Finds out what is served: once, though the page and a quick first question both want to know.
+function findModels() {
+  finding ??= readModels().catch((error) => {
+    finding = undefined;
+    throw error;
+  });
+  return finding;
+}
+
+async function readModels() {
   const cards = await models();
   const base = cards.find((card) => !card.adapter);
   model = base.id;

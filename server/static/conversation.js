@@ -116,8 +116,9 @@ class Speed {
 
   figures() {
     const figures = [this.#numTokens === 1 ? "1 token" : `${this.#numTokens} tokens`];
-    if (this.#numTokens > 2) { // one step between two tokens says nothing
-      figures.push(`${((1000 * (this.#numTokens - 1)) / (this.#last - this.#first)).toPrecision(3)} tokens/s`);
+    if (this.#numTokens > 2 && this.#last > this.#first) { // one step between two tokens says nothing
+      const rate = (1000 * (this.#numTokens - 1)) / (this.#last - this.#first);
+      figures.push(`${Number(rate.toPrecision(3))} tokens/s`); // not 1.36e+3
     }
     const wait = this.#first - this.#start;
     figures.push(`first token ${wait < 1000 ? `${Math.round(wait)} ms` : `${(wait / 1000).toFixed(1)} s`}`);

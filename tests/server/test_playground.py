@@ -29,7 +29,7 @@ from mmlora.server.models import LoRAModule, ServedModels
 from tests.server.conftest import run_app, wait_for
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page, Request
+    from playwright.sync_api import Browser, Page, Request, Route
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
@@ -248,6 +248,23 @@ def test_a_clip_is_sent_byte_by_byte_and_a_file_of_another_kind_is_refused(visit
     notes.write_text("hello")
     seen.page.set_input_files("#files", notes)
     seen.page.wait_for_selector("#notice:has-text('notes.txt is neither audio nor a picture')")
+
+
+@needs_browser
+def test_a_question_before_the_models_are_known_offers_adapters_once(visit: Open) -> None:
+    seen = visit()
+    held: list[Route] = []
+    page = seen.page
+    page.route("**/v1/models", lambda route: held.append(route))
+    page.reload()
+    page.fill("#text", "what is two plus three?")
+    page.press("#text", "Enter")
+    page.wait_for_timeout(500)  # for the question to ask for the models, too
+    assert held
+    for route in held:
+        route.continue_()
+    assert seen.answer()[1].startswith("base model no default applies")
+    assert page.locator(".adapter[data-name=audio]").count() == 1
 
 
 @needs_browser

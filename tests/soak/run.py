@@ -9,7 +9,6 @@ import platform
 import random
 import re
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from tests.soak.storm import MAX_OPEN, Storm
 
 QUIET_S = 30.0  # for what the storm left behind to end
 MiB = 2**20
+STDERR = 2  # the one of this process, whatever captures what Python writes to it
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _serve(answers: Answers) -> Iterator[ServerProcess]:
     arguments = [str(answers.model), "--enable-lora", *(part for option in options.items() for part in option)]
     arguments += ["--lora-modules", *modules]
     allowed = {"MMLORA_ALLOW_RUNTIME_LORA_UPDATING": "true"}
-    with run_serve(*arguments, stderr=sys.stderr.fileno(), **allowed) as server:
+    with run_serve(*arguments, stderr=STDERR, **allowed) as server:
         yield server
 
 
