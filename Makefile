@@ -38,10 +38,10 @@ format: $(STAMP)
 eval: $(STAMP)
 	$(BIN)/python -m mmlora.assets.training.evaluate
 
-# Compares every family with transformers and PEFT, and writes mmlora/parity.json and docs/models.md.
+# Compares every family with transformers and PEFT, and writes mmlora/models/parity.json and docs/models.md.
 models: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p tests.parity tests/test_families.py tests/test_equality.py tests/test_longrope.py
-	$(BIN)/python -m tests.models_page
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p tests.models.parity tests/models/test_families.py tests/models/test_equality.py tests/models/test_longrope.py
+	$(BIN)/python -m tests.models.models_page
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

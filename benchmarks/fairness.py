@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from mmlora import BASE, EngineArgs, LLMEngine, LoRARequest, SamplingParams
 from mmlora.assets.models import assistant_adapters, assistant_path
-from mmlora.scheduler import ScheduledSequence
+from mmlora.engine.scheduler import ScheduledSequence
 
 PROMPT = "<|user|>What is your name?<|end|><|assistant|>"
 

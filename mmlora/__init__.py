@@ -2,12 +2,12 @@
 
 from mmlora.async_llm import AsyncLLM
 from mmlora.config import EngineArgs
-from mmlora.engine import LLMEngine
+from mmlora.engine.llm_engine import LLMEngine
+from mmlora.engine.metrics import EngineMetrics
 from mmlora.llm import LLM
-from mmlora.lora.info import LoRAInfo
 from mmlora.lora.mix import LoRAMix
 from mmlora.lora.request import BASE, LoRARequest
-from mmlora.metrics import EngineMetrics
+from mmlora.lora.store.info import LoRAInfo
 from mmlora.outputs import CompletionOutput, LoRAChoice, RequestOutput
 from mmlora.sampling_params import SamplingParams
 from mmlora.structured_outputs import StructuredOutputsParams

@@ -14,14 +14,14 @@ from typing import Any, Final, Literal, TypeVar
 
 from mmlora.async_loras import AsyncLoRAs
 from mmlora.config import EngineArgs
-from mmlora.engine import LLMEngine
+from mmlora.engine.llm_engine import LLMEngine
+from mmlora.engine.request_record import OPEN_RECORDS, ReadyRequest, RequestHistograms, RequestRecord
+from mmlora.engine.sequence import EngineInput
 from mmlora.errors import EngineDeadError, MMLoRAError
+from mmlora.inputs.prompts import Prompt
 from mmlora.lora.request import LoRARequest
 from mmlora.outputs import RequestOutput
-from mmlora.prompts import Prompt
-from mmlora.request_record import OPEN_RECORDS, ReadyRequest, RequestHistograms, RequestRecord
 from mmlora.sampling_params import SamplingParams
-from mmlora.sequence import EngineInput
 from mmlora.stream import Stream
 
 logger = logging.getLogger(__name__)

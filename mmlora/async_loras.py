@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from mmlora.engine import LLMEngine
-from mmlora.lora.info import LoRAInfo
+from mmlora.engine.llm_engine import LLMEngine
 from mmlora.lora.request import LoRARequest
+from mmlora.lora.store.info import LoRAInfo
 
 T = TypeVar("T")
 

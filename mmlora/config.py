@@ -1,7 +1,7 @@
 """Every option of the engine, checked before anything is loaded.
 
 `EngineArgs` is what `LLM(...)`, `AsyncLLM` and `mmlora serve` share. What only the loaded model can tell (its
-modalities, its context length) is checked in `mmlora.engine`.
+modalities, its context length) is checked in `mmlora.engine.llm_engine`.
 """
 
 import math
@@ -14,9 +14,9 @@ from typing import Any, ClassVar, TypeGuard
 import torch
 
 from mmlora.errors import ConfigError
-from mmlora.processors.addresses import parse_networks
-from mmlora.processors.items import DEFAULT_LIMITS, MediaLimits
-from mmlora.processors.loader import DEFAULT_CACHE_BYTES, DEFAULT_TIMEOUT_S
+from mmlora.processors.fetch.addresses import parse_networks
+from mmlora.processors.fetch.loader import DEFAULT_CACHE_BYTES, DEFAULT_TIMEOUT_S
+from mmlora.processors.media.items import DEFAULT_LIMITS, MediaLimits
 
 DTYPES = {
     "float32": torch.float32,

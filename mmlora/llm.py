@@ -7,15 +7,15 @@ from typing import Any, TypeVar
 import torch
 from tqdm.auto import tqdm
 
-from mmlora.chat import load_chat_template, render_chat
-from mmlora.chat_tools import Message
 from mmlora.config import EngineArgs
-from mmlora.engine import LLMEngine
+from mmlora.engine.llm_engine import LLMEngine
 from mmlora.errors import RequestError
-from mmlora.lora.info import LoRAInfo
+from mmlora.inputs.chat import load_chat_template, render_chat
+from mmlora.inputs.chat_tools import Message
+from mmlora.inputs.prompts import Prompt
 from mmlora.lora.request import LoRARequest
+from mmlora.lora.store.info import LoRAInfo
 from mmlora.outputs import RequestOutput
-from mmlora.prompts import Prompt
 from mmlora.sampling_params import SamplingParams
 
 T = TypeVar("T")

@@ -3,9 +3,9 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from mmlora.checks import is_finite_number
 from mmlora.errors import RequestError
 from mmlora.structured_outputs import StructuredOutputsParams
+from mmlora.utils.text import is_finite_number
 
 MAX_STOPS, MAX_STOP_CHARS = 64, 1024  # each token of the answer is searched for all of them
 MAX_SHOWN_CHARS = 80

@@ -18,8 +18,8 @@ from urllib.parse import unquote
 import numpy as np
 from numpy.typing import NDArray
 
-from mmlora.checks import is_finite_number
 from mmlora.errors import ConstraintError
+from mmlora.utils.text import is_finite_number
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mmlora.processors.items import MediaItem
+from mmlora.processors.media.items import MediaItem
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,9 +15,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
 from mmlora.errors import MediaError, RequestError
-from mmlora.processors.audio import RESAMPLER, resample
 from mmlora.processors.base import ProcessedMedia
-from mmlora.processors.items import AudioItem, MediaItem
+from mmlora.processors.media.audio import RESAMPLER, resample
+from mmlora.processors.media.items import AudioItem, MediaItem
 from mmlora.processors.placeholders import Placeholders, placeholder_id
 from mmlora.processors.pretrained import load_processor
 

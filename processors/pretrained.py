@@ -9,7 +9,7 @@ import transformers
 from transformers import PretrainedConfig
 
 from mmlora.errors import ConfigError
-from mmlora.failures import FAILURES
+from mmlora.utils.library_errors import FAILURES
 
 SETTINGS_FILES = ("processor_config.json", "preprocessor_config.json")
 

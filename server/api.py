@@ -9,32 +9,32 @@ from starlette.responses import Response
 
 from mmlora.async_llm import AsyncLLM
 from mmlora.errors import MMLoRAError
-from mmlora.server.adapter_updates import adapter_routes
-from mmlora.server.admission import Admission, AdmissionGate
 from mmlora.server.bodies import body_schema, form_schema
-from mmlora.server.chat import ChatService
-from mmlora.server.chat_protocol import ChatCompletionRequest
-from mmlora.server.completion_protocol import CompletionRequest
-from mmlora.server.completions import CompletionService
-from mmlora.server.conversation import Conversations
-from mmlora.server.cors import CORS
 from mmlora.server.errors import Refusal, error_response
+from mmlora.server.health import status_routes
+from mmlora.server.http.admission import Admission, AdmissionGate
+from mmlora.server.http.auth import APIKeys
+from mmlora.server.http.cors import CORS
+from mmlora.server.http.limits import DEFAULT_MAX_REQUEST_BYTES
+from mmlora.server.http.root_path import RootPath
 from mmlora.server.json_answer import JSONAnswer
-from mmlora.server.keys import APIKeys
-from mmlora.server.limits import DEFAULT_MAX_REQUEST_BYTES
-from mmlora.server.models import ServedModels
-from mmlora.server.openapi import add_openapi
-from mmlora.server.paths import RootPath
+from mmlora.server.lora.served_models import ServedModels
+from mmlora.server.lora.updates import adapter_routes
+from mmlora.server.observability.prometheus import add_metrics
+from mmlora.server.observability.tracing import Tracer
+from mmlora.server.openai.chat.protocol import ChatCompletionRequest
+from mmlora.server.openai.chat.serving import ChatService
+from mmlora.server.openai.completions.protocol import CompletionRequest
+from mmlora.server.openai.completions.serving import CompletionService
+from mmlora.server.openai.generation import Conversations
+from mmlora.server.openai.responses.protocol import ResponsesRequest
+from mmlora.server.openai.responses.serving import ResponsesService
+from mmlora.server.openai.schemas import add_openapi
+from mmlora.server.openai.tools.calling import ToolCalling
+from mmlora.server.openai.transcriptions.protocol import TranscriptionRequest, TranslationRequest
+from mmlora.server.openai.transcriptions.serving import TranscriptionService
 from mmlora.server.playground import playground_routes
-from mmlora.server.prometheus import add_metrics
-from mmlora.server.responses import ResponsesService
-from mmlora.server.responses_protocol import ResponsesRequest
-from mmlora.server.status import status_routes
-from mmlora.server.tokens import token_routes
-from mmlora.server.tool_calling import ToolCalling
-from mmlora.server.tracing import Tracer
-from mmlora.server.transcription_protocol import TranscriptionRequest, TranslationRequest
-from mmlora.server.transcriptions import TranscriptionService
+from mmlora.server.tokenize import token_routes
 
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the access log does
 

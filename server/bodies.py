@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mmlora.server.protocol import FieldError, read_fields, reason_of, shorten
+from mmlora.server.openai.protocol import FieldError, read_fields, reason_of, shorten
 
 MAX_NAMED = 8  # fields in one message
 

@@ -10,23 +10,23 @@ from tqdm import tqdm
 
 from mmlora.async_llm import AsyncLLM
 from mmlora.config import EngineArgs
-from mmlora.environment import read_bool
 from mmlora.errors import AdapterError, ConfigError
 from mmlora.lora.adapter import AdapterReport
-from mmlora.lora.info import LoRAInfo
 from mmlora.lora.request import LoRARequest
-from mmlora.server.admission import Admission
+from mmlora.lora.store.info import LoRAInfo
 from mmlora.server.api import build_app
 from mmlora.server.args import ServerArgs
-from mmlora.server.connections import ConnectionLimits
-from mmlora.server.cors import CORS
-from mmlora.server.http_server import HTTPServer
-from mmlora.server.listener import address_of, listening, raise_file_limit, tls_of
-from mmlora.server.models import LoRAModule, ServedModels
-from mmlora.server.resolved import ALLOW_VARIABLE, start_resolution
-from mmlora.server.served_adapter import ServedAdapter
-from mmlora.server.summary import announce
-from mmlora.server.tracing import Tracer, tracing
+from mmlora.server.http.admission import Admission
+from mmlora.server.http.connection import ConnectionLimits
+from mmlora.server.http.cors import CORS
+from mmlora.server.http.listener import address_of, listening, raise_file_limit, tls_of
+from mmlora.server.http.server import HTTPServer
+from mmlora.server.lora.resolved import ALLOW_VARIABLE, start_resolution
+from mmlora.server.lora.served_adapter import ServedAdapter
+from mmlora.server.lora.served_models import LoRAModule, ServedModels
+from mmlora.server.observability.startup_summary import announce
+from mmlora.server.observability.tracing import Tracer, tracing
+from mmlora.utils.environment import read_bool
 
 
 def serve(engine_args: EngineArgs, server_args: ServerArgs) -> None:

@@ -27,10 +27,10 @@ def device_of_engines(pytestconfig: pytest.Config) -> Iterator[None]:
     """Put engines where `--device` says, though the tests ask for the CPU; references stay there."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         if (device := pytestconfig.getoption("--device")) != "cpu":
-            from mmlora import engine_parts
+            from mmlora.engine import loading
 
-            resolve = engine_parts.resolve_device
-            monkeypatch.setattr(engine_parts, "resolve_device", lambda name: resolve(device if name == "cpu" else name))
+            resolve = loading.resolve_device
+            monkeypatch.setattr(loading, "resolve_device", lambda name: resolve(device if name == "cpu" else name))
         yield
 
 

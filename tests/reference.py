@@ -1,7 +1,7 @@
 """The independent reference: transformers and PEFT, one request at a time, greedy, no batching and no padding.
 
-Audio features are transformers' own. Picture tensors are `mmlora.processors.phi4_images`, since transformers' class
-needs torchvision; tests/processors compares the two.
+Audio features are transformers' own. Picture tensors are `mmlora.processors.families.phi4_images`, since
+transformers' class needs torchvision; tests/processors compares the two.
 """
 
 import copy
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import pad
 from transformers import AutoTokenizer, Phi4MultimodalFeatureExtractor
 
-from mmlora.processors.phi4_images import ImageSettings, process_image
+from mmlora.processors.families.phi4_images import ImageSettings, process_image
 from tests.checkpoints import AUDIO_ID, IMAGE_ID, load_reference
 
 NUM_TOKENS = 8

@@ -11,12 +11,12 @@ from transformers import AutoTokenizer
 
 from mmlora import LLM, LoRARequest, SamplingParams, StructuredOutputsParams
 from mmlora.assets.models import assistant_path
+from mmlora.engine.sampler import sample
 from mmlora.errors import ConstraintError, RequestError
-from mmlora.sampler import sample
 from mmlora.structured_outputs import ConstraintCompiler
 from tests.checkpoints import END_ID, END_OF_TEXT_ID, build_tokenizer
+from tests.engine.sequences import make_sequence
 from tests.reference import Reference
-from tests.sequences import make_sequence
 
 HOT = {"temperature": 3.0, "max_tokens": 400}
 PERSON = {

@@ -8,12 +8,12 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from mmlora.checks import is_finite_number
 from mmlora.errors import AdapterError, RequestError
 from mmlora.lora.adapter import Adapter, AdapterIdentity, AdapterReport
-from mmlora.lora.digest import canonical
+from mmlora.lora.loading.digest import canonical
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.weights import LoRAWeights, ModuleWeights
+from mmlora.utils.text import is_finite_number
 
 MAX_PARTS = 16
 

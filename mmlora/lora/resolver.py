@@ -1,6 +1,6 @@
 """`LoRAResolver`: finds adapters by the names that clients ask for; and the registry of all resolvers.
 
-The registry belongs to the process, as plugins do. `mmlora.lora.resolution` asks the resolvers.
+The registry belongs to the process, as plugins do. `mmlora.lora.resolving.resolution` asks the resolvers.
 """
 
 import hashlib

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Final
 
-from mmlora.environment import read_number
 from mmlora.errors import AdapterError
-from mmlora.lora.files import CONFIG_FILE, WEIGHTS_FILE
+from mmlora.lora.loading.files import CONFIG_FILE, WEIGHTS_FILE
+from mmlora.utils.environment import read_number
 
 MAX_BYTES_VARIABLE: Final = "MMLORA_LORA_RESOLVER_MAX_BYTES"
 DEFAULT_MAX_BYTES: Final = 4 * 2**30

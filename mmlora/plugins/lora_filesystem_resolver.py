@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from mmlora.environment import read_required
 from mmlora.errors import ConfigError
-from mmlora.lora.files import CONFIG_FILE
+from mmlora.lora.loading.files import CONFIG_FILE
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.resolver import LoRAResolver, LoRAResolverRegistry, derive_lora_id, is_lora_name
 from mmlora.plugins.bounds import check_containment
 from mmlora.plugins.threads import ResolverThreads
+from mmlora.utils.environment import read_required
 
 ROOT_VARIABLE = "MMLORA_LORA_RESOLVER_CACHE_DIR"
 

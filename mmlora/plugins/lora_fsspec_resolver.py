@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmlora.environment import read_required
 from mmlora.errors import ConfigError, ResolverError
-from mmlora.lora.files import CONFIG_FILE, WEIGHTS_FILE
+from mmlora.lora.loading.files import CONFIG_FILE, WEIGHTS_FILE
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.resolver import LoRAResolver, LoRAResolverRegistry, derive_lora_id, is_lora_name
 from mmlora.plugins.bounds import DEFAULT_MAX_BYTES, check_size, read_max_bytes
 from mmlora.plugins.threads import ResolverThreads
+from mmlora.utils.environment import read_required
 
 URL_VARIABLE = "MMLORA_LORA_RESOLVER_URL"
 DOWNLOADS_VARIABLE = "MMLORA_LORA_RESOLVER_DOWNLOAD_DIR"

@@ -16,13 +16,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from mmlora.environment import read_required
 from mmlora.errors import ResolverError
-from mmlora.lora.files import CONFIG_FILE, WEIGHTS_FILE
+from mmlora.lora.loading.files import CONFIG_FILE, WEIGHTS_FILE
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.resolver import LoRAResolver, LoRAResolverRegistry, derive_lora_id, is_lora_name
 from mmlora.plugins.bounds import DEFAULT_MAX_BYTES, check_containment, check_size, read_max_bytes
 from mmlora.plugins.threads import ResolverThreads
+from mmlora.utils.environment import read_required
 
 REPOSITORIES_VARIABLE = "MMLORA_LORA_RESOLVER_HF_REPO_LIST"
 

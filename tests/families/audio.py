@@ -8,7 +8,7 @@ import transformers
 
 from tests.checkpoints import AUDIO_ID
 from tests.families.spec import TEXT, Family
-from tests.processors import granite_features
+from tests.processors.families import granite_features
 
 
 def _audio_flamingo3(tokenizer: Any) -> Any:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tests.checkpoints import AUDIO_ID, load_reference
 from tests.families.spec import Family
-from tests.processors import granite_features
+from tests.processors.families import granite_features
 from tests.reference import NUM_TOKENS, Media, ReferenceOutput
 
 TEXT_KEYS = ("input_ids", "attention_mask")

@@ -10,8 +10,8 @@ import torch
 import transformers
 from packaging.version import Version
 
-from mmlora import families
 from mmlora.lora.adapter import PARTS
+from mmlora.models import families
 from tests.checkpoints import VOCAB_SIZE, AdapterSpec, _draw_weights, build_tokenizer
 from tests.families.audio import AUDIO_FAMILIES
 from tests.families.gemma3n import GEMMA3N_FAMILIES

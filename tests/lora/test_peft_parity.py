@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from mmlora import LLM, LoRAMix, LoRARequest
 from mmlora.errors import AdapterError, AdapterMismatch, RequestError
-from mmlora.lora.files import read_adapter
-from mmlora.lora.load import load_adapter
-from mmlora.lora.module import LoRAModule
-from mmlora.lora.module_index import ModuleIndex
+from mmlora.lora.layers.whole_module import LoRAModule
+from mmlora.lora.loading.files import read_adapter
+from mmlora.lora.loading.load import load_adapter
+from mmlora.lora.loading.module_index import ModuleIndex
 from tests.checkpoints import build_tokenizer, load_reference, save_text_model
 from tests.equality import Case, check_equal, greedy, recorded_logits
 from tests.reference import NUM_TOKENS, ReferenceOutput

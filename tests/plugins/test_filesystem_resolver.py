@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mmlora.errors import AdapterError, ConfigError
-from mmlora.lora.files import CONFIG_FILE, WEIGHTS_FILE
+from mmlora.lora.loading.files import CONFIG_FILE, WEIGHTS_FILE
 from mmlora.plugins.lora_filesystem_resolver import FilesystemResolver
 from tests.plugins.conftest import FILES, resolve, write_adapter
 

@@ -15,8 +15,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from mmlora.errors import AdapterError, ConfigError, ResolverError
-from mmlora.lora.files import CONFIG_FILE, WEIGHTS_FILE
-from mmlora.lora.resolver_loop import resolver_loop
+from mmlora.lora.loading.files import CONFIG_FILE, WEIGHTS_FILE
+from mmlora.lora.resolving.resolver_loop import resolver_loop
 from mmlora.plugins.lora_fsspec_resolver import FsspecResolver
 from tests.plugins.conftest import FILES, read_files, resolve
 from tests.plugins.s3 import put, run_s3

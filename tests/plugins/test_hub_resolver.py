@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import HfApi, constants
 
 from mmlora.errors import AdapterError, ResolverError
-from mmlora.lora.files import WEIGHTS_FILE
+from mmlora.lora.loading.files import WEIGHTS_FILE
 from mmlora.plugins.lora_hf_hub_resolver import HubResolver
 from tests.plugins.conftest import FILES, read_files, resolve
 

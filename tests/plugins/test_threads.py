@@ -14,7 +14,7 @@ import pytest
 
 from mmlora.errors import ResolverError
 from mmlora.lora.resolver import LoRAResolver
-from mmlora.lora.resolver_loop import resolver_loop
+from mmlora.lora.resolving.resolver_loop import resolver_loop
 from mmlora.plugins.lora_filesystem_resolver import FilesystemResolver
 from mmlora.plugins.lora_fsspec_resolver import FsspecResolver
 from mmlora.plugins.lora_hf_hub_resolver import HubResolver

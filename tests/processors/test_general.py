@@ -9,9 +9,9 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from mmlora.errors import RequestError
-from mmlora.families import get_processor
+from mmlora.models.families import get_processor
 from mmlora.processors.base import MultiModalProcessor, ProcessedMedia
-from mmlora.processors.items import ImageItem
+from mmlora.processors.media.items import ImageItem
 from tests.families.table import FAMILIES, save_family
 from tests.media import picture
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from mmlora.families import get_processor
-from mmlora.processors.items import ImageItem
+from mmlora.models.families import get_processor
+from mmlora.processors.media.items import ImageItem
 from mmlora.processors.placeholders import expand_placeholders
 from tests.families.table import FAMILIES, save_family
 from tests.media import picture

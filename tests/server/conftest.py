@@ -29,10 +29,10 @@ from mmlora.config import EngineArgs
 from mmlora.outputs import RequestOutput
 from mmlora.server.api import build_app
 from mmlora.server.args import ServerArgs
-from mmlora.server.http_server import HTTPServer
+from mmlora.server.http.listener import address_of, listening, tls_of
+from mmlora.server.http.server import HTTPServer
 from mmlora.server.launch import build_server, load_served_models
-from mmlora.server.listener import address_of, listening, tls_of
-from mmlora.server.models import LoRAModule, ServedModels
+from mmlora.server.lora.served_models import LoRAModule, ServedModels
 from mmlora.structured_outputs import StructuredOutputsParams
 
 

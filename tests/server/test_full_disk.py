@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi, constants
 
-from mmlora.lora.files import CONFIG_FILE, WEIGHTS_FILE
+from mmlora.lora.loading.files import CONFIG_FILE, WEIGHTS_FILE
 from mmlora.lora.resolver import LoRAResolver, LoRAResolverRegistry
 from mmlora.plugins.lora_fsspec_resolver import FsspecResolver
 from mmlora.plugins.lora_hf_hub_resolver import HubResolver
-from mmlora.server.resolved import start_resolution
+from mmlora.server.lora.resolved import start_resolution
 from tests.plugins import test_hub_resolver
 from tests.plugins.s3 import put, run_s3
 from tests.plugins.test_hub_resolver import hub  # noqa: F401  # a fixture
-from tests.server.admin import chat, error_of, leave_nothing, load, names, run_updatable
 from tests.server.conftest import RunningServer
+from tests.server.lora.admin import chat, error_of, leave_nothing, load, names, run_updatable
 
 DISK_BYTES = 32 * 1024  # an adapter's tensors have more
 Disk = tuple[Path, Callable[[], None]]

@@ -15,7 +15,7 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi import checks
 
-from tests.server.admin import BASE_NAMES, run_updatable
+from tests.server.lora.admin import BASE_NAMES, run_updatable
 
 NUM_CASES = 2000
 MAX_TOKENS = 8

@@ -25,7 +25,7 @@ from mmlora.async_llm import AsyncLLM
 from mmlora.config import EngineArgs
 from mmlora.server.api import build_app
 from mmlora.server.launch import load_served_models
-from mmlora.server.models import LoRAModule, ServedModels
+from mmlora.server.lora.served_models import LoRAModule, ServedModels
 from tests.server.conftest import run_app, wait_for
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import Any
 import soundfile
 
 from mmlora import BASE, LLM, LoRAMix, LoRARequest, RequestOutput, SamplingParams
-from mmlora.families import FAMILIES
+from mmlora.models.families import FAMILIES
 from tests.checkpoints import PHI4_ADAPTERS, randomize_adapter, save_adapter, save_phi4
 from tests.media import clip, picture
 

@@ -1,0 +1,6 @@
+"""`python -m mmlora.cli`."""
+
+from mmlora.cli.commands import main
+
+if __name__ == "__main__":
+    main()

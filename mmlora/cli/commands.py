@@ -1,0 +1,251 @@
+"""The command `mmlora`: `serve [MODEL]`, `models`, `doctor [MODEL]` and `inspect ADAPTER`.
+
+Flags of `serve` are generated from `EngineArgs` and `ServerArgs`, so that the command line and Python never drift
+apart.
+"""
+
+import argparse
+import functools
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from mmlora.cli.config_file import read_config_file
+from mmlora.cli.doctor import OPTIONS, diagnose
+from mmlora.cli.model_table import as_text, model_rows
+from mmlora.cli.options import ENV_PREFIX, Flag, flags_of, unknown_options
+from mmlora.config import EngineArgs
+from mmlora.errors import AdapterError, ConfigError, MMLoRAError
+from mmlora.lora.loading.files import read_adapter, resolve_adapter_path
+from mmlora.lora.loading.inspection import inspect_adapter
+from mmlora.lora.loading.module_index import ModuleIndex
+from mmlora.models.config import load_config
+from mmlora.models.families import get_key_mapping, get_towers
+from mmlora.models.loader import CONFIG_FILES, load_meta_model, resolve_model_path
+from mmlora.server.args import ServerArgs
+from mmlora.server.launch import serve
+from mmlora.server.lora.served_models import LoRAModule
+from mmlora.server.observability.log_format import TEXT_FORMAT, configure_logging
+from mmlora.utils.library_errors import FAILURES
+from mmlora.utils.printable import one_line
+
+ASSISTANT_NAME = "assistant"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments without the program's name; by default the process's own.
+
+    Returns:
+        The exit code: 0, 1 when an inspected adapter would be refused, or 2 when the options, the model or an adapter
+        cannot be used, be it served or examined.
+    """
+    arguments = [_with_dashes(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    parser = _build_parser()
+    parsed, unknown = parser.parse_known_args(arguments)
+    options = vars(parsed)
+    command, run = options.pop("command"), options.pop("run")
+    if run is _serve:
+        options["unknown"] = unknown  # told together with all else that is wrong
+    elif unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    else:
+        logging.basicConfig(format=TEXT_FORMAT, level=logging.WARNING)
+    try:
+        return run(**options)  # type: ignore[no-any-return]
+    except MMLoRAError as error:
+        for problem in error.problems if isinstance(error, ConfigError) else [str(error)]:
+            print(f"mmlora {command}: error: {one_line(problem)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _serve(**options: Any) -> int:
+    engine_args, server_args = parse_options(options, os.environ)
+    configure_logging(server_args.log_format, server_args.uvicorn_log_level)
+    serve(engine_args, server_args)
+    return 0
+
+
+def _models(is_json: bool) -> int:
+    """Print the families that are served."""
+    rows = model_rows()
+    print(json.dumps([row.as_dict() for row in rows], indent=2) if is_json else as_text(rows))
+    return 0
+
+
+def _doctor(model: str | None, is_json: bool, **options: Any) -> int:
+    """Print what this build would do with a model; its weights are never read."""
+    from mmlora.assets.models import assistant_path
+
+    by_name = {flag.name: flag for flag in flags_of(EngineArgs)}
+    given = {name: by_name[name].read_argument(value) for name, value in options.items() if value is not None}
+    args = EngineArgs(model or assistant_path(), **given)
+    try:
+        found = diagnose(args)
+        print(json.dumps(found.as_dict(), indent=2) if is_json else found.as_text())
+    except (*FAILURES, MemoryError) as error:  # of libraries that read strange files
+        raise ConfigError(f"model {args.model!r} cannot be examined: {type(error).__name__}: {error}") from error
+    return 2 if found.problem is not None else 0
+
+
+def _inspect(adapter: str, model: str | None, is_json: bool) -> int:
+    """Print what an adapter would do to a model; weights of the model are never read."""
+    from mmlora.assets.models import assistant_path
+
+    path = model or assistant_path()
+    try:
+        files = read_adapter(resolve_adapter_path(adapter))
+        folder = resolve_model_path(path, None, CONFIG_FILES)
+        net = load_meta_model(load_config(folder))
+        towers = get_towers(net)
+        part_of = towers.part_of if towers is not None else None
+        found = inspect_adapter(files, ModuleIndex(net, part_of, get_key_mapping(folder)))
+        print(json.dumps(found.as_dict(), indent=2) if is_json else found.as_text())
+    except (RuntimeError, ValueError, OverflowError, MemoryError) as error:  # of libraries that read strange files
+        reason = f"{type(error).__name__}: {error}"
+        raise AdapterError(f"adapter {adapter!r} cannot be inspected for model {path!r}: {reason}") from error
+    return 1 if found.refusals else 0
+
+
+def parse_options(options: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[EngineArgs, ServerArgs]:
+    """Join command line, environment and file.
+
+    Args:
+        options: what stood on the command line, by field name; `config` is a file that fills what is left open, and
+            `unknown` what no option took.
+        environment: `MMLORA_…` variables that fill what the command line left open.
+
+    Raises:
+        ConfigError: all that is wrong: options that there are not, values that cannot be read, or do not fit.
+    """
+    server_flags = flags_of(ServerArgs)
+    flags = [*flags_of(EngineArgs), *server_flags]
+    known = ["--config", *(flag.option for flag in flags)]
+    problems = list(unknown_options(options.get("unknown", ()), known))
+    found: dict[str, Any] = {}
+    file = options.get("config") or environment.get(f"{ENV_PREFIX}CONFIG")
+    if file:
+        with _collected(problems):
+            found, wrong = read_config_file(file, flags)
+            problems += wrong
+    for flag in flags:
+        if options.get("model") is None and flag.may_hold_model(options.get(flag.name)):
+            problems.append(
+                f"{flag.option}: its last value may be meant as MODEL; put MODEL first, or repeat the option"
+            )
+        with _collected(problems):
+            if options.get(flag.name) is not None:
+                found[flag.name] = flag.read_argument(options[flag.name])
+            elif flag.env_name in environment:
+                found[flag.name] = flag.read_env(environment[flag.env_name])
+    model = options.get("model") or environment.get(f"{ENV_PREFIX}MODEL")
+    if model:
+        found["model"] = model
+    if "model" not in found:
+        _add_assistant(found)
+    of_server = {flag.name: found.pop(flag.name) for flag in server_flags if flag.name in found}
+    with _collected(problems):
+        engine_args = EngineArgs(**found)
+    with _collected(problems):
+        server_args = ServerArgs(**of_server)
+    if problems:
+        raise ConfigError(*problems)
+    return engine_args, server_args
+
+
+@contextmanager
+def _collected(problems: list[str]) -> Iterator[None]:
+    """Go on after what is wrong with options."""
+    try:
+        yield
+    except ConfigError as error:
+        problems += error.problems
+
+
+def _add_assistant(found: dict[str, Any]) -> None:
+    """Fill in the bundled assistant with its adapters, except what the user set."""
+    from mmlora.assets.models import assistant_adapters, assistant_default_mm_loras, assistant_path
+
+    found["model"] = assistant_path()
+    found.setdefault("served_model_name", ASSISTANT_NAME)
+    if found.setdefault("enable_lora", True):
+        found.setdefault("default_mm_loras", assistant_default_mm_loras())
+        found.setdefault("lora_modules", [LoRAModule("spanish-lora", assistant_adapters()["spanish-lora"])])
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser("mmlora", description="One base model, many LoRA adapters, the right one applied by itself.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
+
+    def add(name: str, run: Callable[..., int], text: str, description: str | None = None) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=description or text, allow_abbrev=False)
+        command.set_defaults(run=run)
+        if run is not _serve:
+            command.add_argument("--json", action="store_true", dest="is_json", help="print JSON")
+        return command
+
+    add("models", _models, "list the families of models that are served, and how each was proven")
+    doctor = add(
+        "doctor",
+        _doctor,
+        "tell what this build would do with a model, without reading its weights",
+        "Tell what this build would do with a model: modalities, LoRA, adapters that come with it, memory; and why it "
+        "cannot be served: then the exit code is 2.",
+    )
+    doctor.add_argument(
+        "model", nargs="?", metavar="MODEL", help="directory or Hub id; by default the bundled assistant"
+    )
+    for flag in (flag for flag in flags_of(EngineArgs) if flag.name in OPTIONS):
+        flag.add_to(doctor)
+    inspect = add(
+        "inspect",
+        _inspect,
+        "tell what an adapter would do to a model, without reading the model's weights",
+        "Tell what an adapter changes in a model, and why it would be refused: then the exit code is 1.",
+    )
+    inspect.add_argument("adapter", metavar="ADAPTER", help="directory or Hub id of a PEFT adapter")
+    inspect.add_argument("--model", metavar="MODEL", help="directory or Hub id; by default the bundled assistant")
+    _add_serve_options(add("serve", _serve, "serve a model over OpenAI's HTTP API"))
+    return parser
+
+
+def _add_serve_options(command: argparse.ArgumentParser) -> None:
+    command.usage = "mmlora serve [MODEL] [OPTION ...]"
+    command.formatter_class = functools.partial(argparse.HelpFormatter, max_help_position=34)
+    command.description = (
+        "Serve a model over OpenAI's HTTP API. Every option is also read from the environment: --max-loras from "
+        "MMLORA_MAX_LORAS, and so on, and from a file (--config); the command line wins over the environment, and that "
+        "over the file."
+    )
+    command.add_argument(
+        "model", nargs="?", metavar="MODEL", help="directory or Hub id; without it the bundled assistant is served"
+    )
+    command.add_argument("--config", metavar="FILE", help="YAML file of options, such as `max-loras: 4`")
+    groups: dict[str, list[Flag]] = {title: [] for cls in (ServerArgs, EngineArgs) for title in cls.GROUPS}
+    for flag in (*flags_of(EngineArgs), *flags_of(ServerArgs)):
+        groups.setdefault(flag.group, []).append(flag)
+    for title, flags in groups.items():
+        group = command.add_argument_group(title)
+        for flag in flags:
+            flag.add_to(group)
+
+
+def _with_dashes(argument: str) -> str:
+    """`--max_loras` is `--max-loras`; values are left alone."""
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else argument

@@ -1,0 +1,224 @@
+"""What this build would do with a model, told from its configuration and the headers of its weights."""
+
+import json
+import shlex
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import PretrainedConfig
+
+from mmlora.attention.kv_memory import kv_cache_bytes, kv_token_bytes, num_kv_blocks
+from mmlora.cli.model_table import Parity, read_parity
+from mmlora.config import EngineArgs
+from mmlora.errors import ConfigError
+from mmlora.lora.loading.files import CONFIG_FILE
+from mmlora.lora.loading.inspection import count_modules
+from mmlora.lora.loading.module_index import ModuleIndex, linear_shape
+from mmlora.models.config import check_config, class_name, read_config
+from mmlora.models.default_adapters import find_default_adapters
+from mmlora.models.families import FAMILIES, family_key, get_key_mapping, get_processor, get_towers
+from mmlora.models.loader import (
+    MODEL_FILES,
+    load_meta_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+    resolve_max_model_len,
+    resolve_model_path,
+)
+from mmlora.models.stored_weights import stored_bytes
+from mmlora.utils.library_errors import FAILURES
+from mmlora.utils.printable import one_line, printable
+
+FILES: Final = [pattern for pattern in MODEL_FILES if pattern != "*.safetensors"]
+OPTIONS: Final = ("revision", "dtype", "device", "max_model_len", "kv_cache_memory_bytes")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What is known of a model. What lies beyond the problem is left at its default.
+
+    Attributes:
+        model: directory or Hub id.
+        model_class: that its configuration names.
+        family: in the table; None for a text decoder that is not there.
+        proof: of the family.
+        problem: why it cannot be served, in the words that loading it would end with; None when it can be.
+        adapters: folders inside the directory that hold adapters, with the modalities that each is meant for.
+        default_mm_loras: those that are meant for modalities, as the option takes them.
+        command: that serves it.
+        modalities: that it takes beside text.
+        parts: how many modules of each part take low-rank matrices.
+        context_length: tokens that the model takes here.
+        max_model_len: tokens that a sequence may have.
+        dtype: of weights and cache.
+        stored_bytes: of the weights on disk by their type.
+        weight_bytes: of the weights in memory.
+        kv_token_bytes: of the KV cache for each token.
+        kv_bytes: of the KV cache for one sequence of `max_model_len`.
+        rank_bytes: of an adapter on every linear module, for each of its ranks.
+    """
+
+    model: str
+    model_class: str
+    family: str | None
+    proof: str
+    problem: str | None
+    adapters: dict[str, tuple[str, ...]]
+    default_mm_loras: dict[str, str]
+    command: str | None
+    modalities: tuple[str, ...] = ()
+    parts: dict[str, int] | None = None
+    context_length: int | None = None
+    max_model_len: int | None = None
+    dtype: str | None = None
+    stored_bytes: dict[str, int] | None = None
+    weight_bytes: int | None = None
+    kv_token_bytes: int | None = None
+    kv_bytes: int | None = None
+    rank_bytes: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as JSON content."""
+        return asdict(self)
+
+    def as_text(self) -> str:
+        """Return a page for people."""
+        verdict = "can be served" if self.problem is None else "CANNOT be served"
+        lines = [f"{self.model} {verdict}", *([f"  reason: {self.problem}"] if self.problem is not None else [])]
+        lines += [f"  {name:<15} {fact}" for name, fact in self._facts().items() if fact]
+        return "\n".join(map(printable, lines))
+
+    def _facts(self) -> dict[str, str | None]:
+        """Say everything but the verdict, by its name; None for what is not known."""
+        parts = [f"{name.replace('_', ' ')} {count} modules" for name, count in (self.parts or {}).items() if count]
+        adapters = [name + (f" (for {', '.join(keys)})" if keys else "") for name, keys in self.adapters.items()]
+        stored = ", ".join(f"{size_text(count)} of {dtype}" for dtype, count in (self.stored_bytes or {}).items())
+        takes = ", ".join(("text", *self.modalities))
+        return {
+            "class": f"{self.model_class}, {self.family or 'not in the table of families'}",
+            "proof": self.proof,
+            "takes": takes if self.parts is not None else None,
+            "LoRA on": ", ".join(parts),
+            "adapters": ", ".join(adapters) or "none in the directory",
+            "context": f"{self.max_model_len} of {self.context_length} tokens" if self.max_model_len else None,
+            "on disk": stored,
+            "weights": f"{size_text(self.weight_bytes)} in {self.dtype}" if self.weight_bytes is not None else None,
+            "KV cache": self._kv_text(),
+            "an adapter": f"{size_text(self.rank_bytes)} a rank on every linear module" if self.rank_bytes else None,
+            "serve it with": self.command,
+        }
+
+    def _kv_text(self) -> str | None:
+        if self.kv_token_bytes is None or self.kv_bytes is None:
+            return None
+        return f"{size_text(self.kv_token_bytes)} a token, {size_text(self.kv_bytes)} for {self.max_model_len} tokens"
+
+
+def diagnose(args: EngineArgs) -> Diagnosis:
+    """Say what this build would do with a model; no weight is read.
+
+    Args:
+        args: the options that it would be loaded with.
+
+    Raises:
+        ConfigError: it has no configuration that can be read.
+    """
+    path = resolve_model_path(args.model, args.revision, FILES)
+    config = read_config(path)
+    facts: dict[str, Any] = {}
+    problem = None
+    try:
+        _examine(args, path, config, facts)
+    except ConfigError as error:
+        problem = one_line(str(error))
+    except FAILURES as error:  # of libraries that read strange files
+        problem = one_line(f"{type(error).__name__}: {error}")
+    key = family_key(config)
+    defaults = _as_given(args, path, find_default_adapters(config, path))
+    return Diagnosis(
+        model=args.model,
+        model_class=printable(str(class_name(config))),
+        family=FAMILIES[key].name if key is not None else None,
+        proof=_proof(read_parity().get(key) if key is not None else None),
+        problem=problem,
+        adapters=_adapters(config, path),
+        default_mm_loras=defaults,
+        command=_command(args, defaults) if problem is None else None,
+        **facts,
+    )
+
+
+def _proof(parity: Parity | None) -> str:
+    if parity is None:
+        return "not compared yet; its decoder is, when it is loaded"
+    return f"{parity}, compared with transformers {parity.transformers} and PEFT {parity.peft}"
+
+
+def _examine(args: EngineArgs, path: Path, config: PretrainedConfig, facts: dict[str, Any]) -> None:
+    """Fill in facts in the order of loading, up to the first problem.
+
+    Raises:
+        ConfigError: the problem, as loading would tell it.
+    """
+    check_config(config)
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(args.dtype, config, device)
+    facts["dtype"] = str(dtype).removeprefix("torch.")
+    facts["context_length"] = resolve_max_model_len(None, config)
+    max_model_len = facts["max_model_len"] = resolve_max_model_len(args.max_model_len, config)
+    processor = get_processor(config, path, load_tokenizer(args, path))
+    facts["modalities"] = tuple(sorted(processor.modalities)) if processor is not None else ()
+    model = load_meta_model(config)
+    towers = get_towers(model)
+    index = ModuleIndex(model, towers.part_of if towers is not None else None, get_key_mapping(path))
+    facts["parts"] = count_modules(index)
+    facts["rank_bytes"] = dtype.itemsize * sum(
+        sum(linear_shape(module)) for name, module in index.modules.items() if index.kind_of(name) == "linear"
+    )
+    weight_bytes = facts["weight_bytes"] = sum(p.numel() * _itemsize(p, dtype) for p in model.parameters())
+    facts["kv_token_bytes"] = kv_token_bytes(config, dtype)
+    facts["kv_bytes"] = facts["kv_token_bytes"] * -(-max_model_len // args.block_size) * args.block_size
+    facts["stored_bytes"] = stored_bytes(args.model, args.revision, path)
+    num_kv_blocks(args, config, dtype, kv_cache_bytes(args, device, weight_bytes), max_model_len)
+
+
+def _itemsize(parameter: torch.Tensor, dtype: torch.dtype) -> int:
+    return dtype.itemsize if parameter.is_floating_point() else parameter.itemsize
+
+
+def _adapters(config: PretrainedConfig, path: Path) -> dict[str, tuple[str, ...]]:
+    """Return the folders that hold adapters, two levels deep, with the modalities that each is meant for."""
+    folders = {file.parent for pattern in ("", "*/", "*/*/") for file in path.glob(pattern + CONFIG_FILE)}
+    meant: dict[str, list[str]] = {}
+    for key, folder in find_default_adapters(config, path).items():
+        meant.setdefault(folder, []).append(key)
+    folders |= set(map(Path, meant))  # also those whose tensors are in the main files
+    return {printable(str(folder.relative_to(path))): tuple(meant.get(str(folder), ())) for folder in sorted(folders)}
+
+
+def _as_given(args: EngineArgs, path: Path, defaults: dict[str, str]) -> dict[str, str]:
+    """Name default adapters by the model's Hub id where it was given by one."""
+    if Path(args.model).expanduser().is_dir():
+        return defaults
+    revision = f"@{args.revision}" if args.revision else ""
+    folders = {key: Path(folder).relative_to(path).as_posix() for key, folder in defaults.items()}
+    return {key: args.model + (f"/{folder}" if folder != "." else "") + revision for key, folder in folders.items()}
+
+
+def _command(args: EngineArgs, defaults: dict[str, str]) -> str:
+    words = ["mmlora", "serve", args.model]
+    for name in OPTIONS:
+        if (value := getattr(args, name)) not in (None, "auto"):
+            words += [f"--{name.replace('_', '-')}", str(value).removeprefix("torch.")]
+    if defaults:
+        words += ["--enable-lora", "--default-mm-loras", json.dumps(defaults)]
+    return shlex.join(words)
+
+
+def size_text(num_bytes: int) -> str:
+    """Write bytes for people."""
+    units = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+    return next((f"{num_bytes / unit:.1f} {name}" for unit, name in units if num_bytes >= unit), f"{num_bytes} bytes")

@@ -1,0 +1,107 @@
+"""The families that are served, as `mmlora models` and `docs/models.md` show them, with the figures of their proof."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from mmlora.models.families import FAMILIES, Family
+
+TOWERS: Final = {"image": "vision_tower", "audio": "audio_tower"}
+COLUMNS: Final = ("family", "type in config.json", "takes", "LoRA on", "equal to transformers and PEFT")
+PARITY_FILE: Final = Path(__file__).parents[1] / "models" / "parity.json"
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a family's tiny checkpoint was from transformers and PEFT when `make models` last compared them.
+
+    Attributes:
+        transformers, torch, peft: the versions that it was compared with.
+        num_answers: greedy answers compared, with and without adapters.
+        num_logit_rows: rows of logits compared in them.
+        max_logit_difference: between any two of these logits, in float32.
+        num_near_ties: answers that differ after two tokens that were as good as equally likely.
+        parts: of the model, that adapters changed in some answer.
+        is_failing: the comparison failed; the figures mean nothing.
+    """
+
+    transformers: str
+    torch: str
+    peft: str
+    num_answers: int = 0
+    num_logit_rows: int = 0
+    max_logit_difference: float = 0.0
+    num_near_ties: int = 0
+    parts: tuple[str, ...] = ()
+    is_failing: bool = False
+
+    def __str__(self) -> str:
+        if self.is_failing:
+            return "failing"
+        ties = f", {self.num_near_ties} near-ties" if self.num_near_ties else ""
+        return f"{self.num_answers} answers, logits within {self.max_logit_difference:.1e}{ties}"
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One family.
+
+    Attributes:
+        name: what people call it.
+        model_type: what its `config.json` says.
+        modalities: that it takes beside text.
+        parts: that take LoRA; of a family without proof, those that it should have.
+        transformers_since: the first version of `transformers` that it runs with.
+        parity: its proof; None while nothing was compared.
+    """
+
+    name: str
+    model_type: str
+    modalities: tuple[str, ...]
+    parts: tuple[str, ...]
+    transformers_since: str
+    parity: Parity | None
+
+    @property
+    def proof(self) -> str:
+        """The proof in words."""
+        return "not compared yet" if self.parity is None else str(self.parity)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as JSON content."""
+        return asdict(self)
+
+
+def read_parity(path: Path = PARITY_FILE) -> dict[str, Parity]:
+    """Read the records of `make models` by model_type."""
+    records = json.loads(path.read_text(encoding="utf-8"))
+    return {name: Parity(**{**record, "parts": tuple(record.get("parts", ()))}) for name, record in records.items()}
+
+
+def model_rows() -> list[ModelRow]:
+    """Return all families in the order of their table."""
+    parity = read_parity()
+    return [_row(model_type, family, parity.get(model_type)) for model_type, family in FAMILIES.items()]
+
+
+def _row(model_type: str, family: Family, parity: Parity | None) -> ModelRow:
+    towers = [tower for modality, tower in TOWERS.items() if modality in family.modalities]
+    parts = parity.parts if parity is not None and parity.parts else None
+    parts = parts or ("language_model", *(["connector"] if towers else []), *towers)
+    return ModelRow(family.name, model_type, family.modalities, parts, family.transformers_since, parity)
+
+
+def cells_of(row: ModelRow) -> tuple[str, ...]:
+    """Return what a table for people says of a family, in the order of `COLUMNS`."""
+    parts = ", ".join(part.replace("_", " ") for part in row.parts)
+    needs = f" (transformers {row.transformers_since})" if row.transformers_since != Family.transformers_since else ""
+    return row.name + needs, f"{row.model_type}", ", ".join(("text", *row.modalities)), parts, row.proof
+
+
+def as_text(rows: list[ModelRow]) -> str:
+    """Return the table for a terminal."""
+    table = [tuple(column.upper() for column in COLUMNS), *map(cells_of, rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in table)
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,315 @@
+"""`LLMEngine`: requests in, steps, outputs out.
+
+One step is: schedule, run, postprocess, collect, return. `LLM` drives it in the caller's thread, `AsyncLLM` in a
+thread of its own; only `process_input` may be called from other threads.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from mmlora.config import EngineArgs
+from mmlora.engine.loading import EngineParts, load_engine_parts
+from mmlora.engine.metrics import EngineMetrics, RequestCounters, measure
+from mmlora.engine.model_runner import SampledToken
+from mmlora.engine.output_builder import build_output
+from mmlora.engine.scheduler import ScheduledSequence
+from mmlora.engine.sequence import EngineInput, Request, Sequence, Status
+from mmlora.errors import MMLoRAError, RequestError
+from mmlora.inputs.prompts import Prompt
+from mmlora.lora.request import LoRARequest
+from mmlora.lora.store.info import LoRAInfo
+from mmlora.lora.store.manager import LoRAManager
+from mmlora.outputs import RequestOutput
+from mmlora.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+
+class LLMEngine:
+    """Serves requests on one base model with many adapters.
+
+    Args:
+        args: every option.
+
+    Raises:
+        ConfigError: the options, the model and its default adapters do not fit together.
+        AdapterError: a default adapter cannot be loaded.
+    """
+
+    def __init__(self, args: EngineArgs) -> None:
+        self.args = args
+        self.parts: EngineParts = load_engine_parts(args)
+        self.tokenizer: Any = self.parts.tokenizer
+        self.scheduler = self.parts.scheduler
+        self._requests: dict[str, Request] = {}
+        self._warned: set[str] = set()
+        self._counters = RequestCounters()
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self._requests)
+
+    @property
+    def default_loras(self) -> dict[str, LoRARequest]:
+        """The default adapters by modality key (`audio`, `audio+image`)."""
+        return {key: request for key, (request, _) in self.parts.defaults.items()}
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens in prompt and answer together."""
+        return self.parts.max_model_len
+
+    @property
+    def lora(self) -> LoRAManager:
+        """The life cycle of adapters.
+
+        Raises:
+            RequestError: the engine runs without adapters.
+        """
+        if self.parts.lora is None:
+            raise RequestError("adapters cannot be managed: the engine has enable_lora=False")
+        return self.parts.lora
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        """A snapshot of everything that is counted; may be taken from any thread."""
+        return measure(self.parts, self._counters, list(self._requests.values()))  # copied in one step, in C
+
+    def default_sampling_params(self, **changes: Any) -> SamplingParams:
+        """Sampling parameters with the model's `generation_config.json` as defaults, then `changes`."""
+        return SamplingParams(**{**self.parts.sampling_defaults, **changes})
+
+    def process_input(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        lora_request: LoRARequest | object | None = None,
+        priority: int = 0,
+    ) -> EngineInput:
+        """Make a request ready: tokens, media, adapter. Thread-safe; the slow part of `add_request`.
+
+        Raises:
+            RequestError: the request cannot be served; a subclass says whether media or adapter are at fault.
+        """
+        params = params or self.default_sampling_params()
+        return self.parts.inputs.process(request_id, prompt, params, lora_request, priority)
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        lora_request: LoRARequest | object | None = None,
+        priority: int = 0,
+    ) -> None:
+        """Queue a request.
+
+        Args:
+            request_id: unique among unfinished requests.
+            prompt: text, token ids, or a mapping with `multi_modal_data`.
+            params: by default the model's own.
+            lora_request: an adapter, `BASE`, or None to let the media decide.
+            priority: lower is served earlier; needs `scheduling_policy="priority"`.
+
+        Raises:
+            RequestError: the request cannot be served; nothing was queued.
+        """
+        self.add_input(self.process_input(request_id, prompt, params, lora_request, priority))
+
+    def add_input(self, request_input: EngineInput) -> None:
+        """Queue a request that `process_input` made ready.
+
+        Raises:
+            RequestError: a request with this id is unfinished.
+        """
+        if request_input.request_id in self._requests:
+            raise RequestError(f"request_id {request_input.request_id!r} is in use by an unfinished request")
+        warning = request_input.lora.warning
+        if warning is not None and warning not in self._warned:
+            self._warned.add(warning)
+            logger.warning("%s", warning)
+        request = Request(request_input, arrival_s=time.monotonic())
+        request.sequences = [self.parts.new_sequence(request, index) for index in range(request_input.params.n)]
+        self._requests[request.request_id] = request
+        self._counters.add(request_input)
+        if request_input.adapter is not None:
+            self.lora.retain(request_input.adapter)
+        self.scheduler.add(request.sequences[0])  # the others follow once its prompt is in the prefix cache
+
+    def abort_request(self, request_id: str, *, is_delta: bool = False) -> RequestOutput | None:
+        """End a request; None when there is none of this id.
+
+        Returns:
+            Its terminal output, with `finish_reason="abort"` for answers that were still running.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        self._end(request, "abort")
+        return self._collect([request], is_delta=is_delta)[0]
+
+    def step(self, *, is_delta: bool = False) -> list[RequestOutput]:
+        """Compute one step.
+
+        Args:
+            is_delta: `outputs` hold only what is new since the last call, not everything so far.
+
+        Returns:
+            The state of every request that got tokens or ended; each request ends in exactly one finished output.
+        """
+        return self._collect(self._advance(), is_delta=is_delta)
+
+    def add_lora(
+        self,
+        lora: str | LoRARequest,
+        path: str | None = None,
+        *,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        config: object | None = None,
+    ) -> LoRARequest:
+        """Load an adapter, see `LoRAManager.add`. This and the four below belong to the thread that steps."""
+        request = self.lora.add(lora, path, tensors=tensors, config=config)
+        self.lora.settle()
+        return request
+
+    def reload_lora(
+        self,
+        lora: str | int,
+        path: str | None = None,
+        *,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        config: object | None = None,
+    ) -> LoRARequest:
+        """Swap in another version of an adapter, see `LoRAManager.reload`."""
+        request = self.lora.reload(lora, path, tensors=tensors, config=config)
+        self.lora.settle()
+        return request
+
+    def remove_lora(self, lora: str | int) -> None:
+        """Unload an adapter once the last request that runs with it has ended, see `LoRAManager.remove`."""
+        self.lora.remove(lora)
+        self.lora.settle()
+
+    def pin_lora(self, lora: str | int, *, is_pinned: bool = True) -> None:
+        """Keep an adapter on the host and in a slot, or no longer, see `LoRAManager.pin`."""
+        if is_pinned:
+            self.lora.pin(lora)
+        else:
+            self.lora.unpin(lora)
+            self.lora.settle()
+
+    def list_loras(self) -> list[LoRAInfo]:
+        """The adapters that are known; may be asked from any thread."""
+        return self.lora.infos()
+
+    def _advance(self) -> list[Request]:
+        scheduled = self.scheduler.schedule()
+        touched = self._fail(self.scheduler.failed)
+        self.scheduler.failed.clear()
+        scheduled = [item for item in scheduled if item.seq.status is Status.RUNNING]  # siblings of those that failed
+        now = time.monotonic()
+        for item in scheduled:
+            if item.seq.request.scheduled_s is None:
+                item.seq.request.scheduled_s = now
+                is_prefix_sought = self.parts.block_manager.is_prefix_sought(item.seq)
+                self._counters.begin(item.seq.request, is_prefix_sought=is_prefix_sought)
+        if scheduled:
+            touched += self._run(scheduled)
+        return list(dict.fromkeys(touched))
+
+    def _run(self, scheduled: list[ScheduledSequence]) -> list[Request]:
+        """Run the model and take its results in; whatever fails, fails with its requests alone."""
+        try:
+            result = self.parts.runner.run(scheduled)
+        except Exception as error:  # the engine outlives any request; those of this step do not
+            logger.exception("a step failed")
+            failure = MMLoRAError(f"the model failed on this step: {error}")
+            return self._fail([(item.seq, failure) for item in scheduled])
+        touched = self._fail(result.failed)
+        for item in scheduled:
+            if item.seq.status is Status.RUNNING:
+                item.seq.num_computed_tokens = item.end
+                self.parts.block_manager.mark_computed(item.seq)
+        for token in result.sampled:
+            if token.seq.status is Status.RUNNING:
+                self._append(token)
+                touched.append(token.seq.request)
+        return touched
+
+    def _fail(self, failures: Iterable[tuple[Sequence, MMLoRAError]]) -> list[Request]:
+        touched = []
+        for seq, error in failures:
+            seq.request.error = error
+            self._end(seq.request, "error")
+            touched.append(seq.request)
+        return touched
+
+    def _append(self, sampled: SampledToken) -> None:
+        """Add a token to its sequence and end the sequence where it must end."""
+        seq, token_id, params = sampled.seq, sampled.token_id, sampled.seq.params
+        request = seq.request
+        if request.first_token_s is None:
+            request.first_token_s = time.monotonic()
+        if seq.index == 0 and seq.num_output_tokens == 0:
+            for sibling in request.sequences[1:]:
+                self.scheduler.add(sibling)
+        seq.token_ids.append(token_id)
+        self._counters.num_output_tokens += 1
+        if sampled.top is not None:
+            seq.logprobs.append(sampled.top)
+            seq.cumulative_logprob += sampled.logprob or 0.0
+        can_stop = seq.num_output_tokens >= params.min_tokens
+        if token_id in self.parts.stop_ids and not params.ignore_eos and can_stop:
+            self.scheduler.finish(seq, "stop")
+        elif token_id in (params.stop_token_ids or ()) and can_stop:
+            seq.stop_reason = token_id
+            if params.include_stop_str_in_output:
+                seq.detokenizer.append(token_id, can_stop=False)
+            self.scheduler.finish(seq, "stop")
+        else:
+            stop = seq.detokenizer.append(token_id, can_stop=can_stop)
+            if stop is not None:
+                seq.stop_reason = stop
+                self.scheduler.finish(seq, "stop")
+            elif seq.matcher is not None and seq.matcher.completes(token_id):
+                self.scheduler.finish(seq, "stop")
+            elif seq.num_output_tokens >= request.input.max_tokens:
+                self.scheduler.finish(seq, "length")
+        if seq.status is Status.FINISHED and not isinstance(seq.stop_reason, str):
+            seq.detokenizer.finish()
+        elif seq.status is Status.RUNNING and not seq.is_long and self.parts.is_too_long(seq):
+            seq.is_long = True
+            seq.block_hashes.clear()
+            self.scheduler.recompute(seq)  # the keys of all its tokens change
+
+    def _end(self, request: Request, reason: str) -> None:
+        for seq in request.sequences:
+            if seq.status is not Status.FINISHED:
+                self.scheduler.finish(seq, reason)
+                seq.detokenizer.finish()
+
+    def _collect(self, requests: list[Request], *, is_delta: bool = False) -> list[RequestOutput]:
+        """Build outputs, forget requests that ended, and free what they held."""
+        outputs = []
+        for request in requests:
+            if self._requests.get(request.request_id) is not request:
+                continue  # its terminal output was given before
+            outputs.append(build_output(request, is_delta=is_delta))
+            if request.is_finished:
+                self._forget(request)
+        if self.parts.lora is not None:
+            self.parts.lora.settle()
+        return outputs
+
+    def _forget(self, request: Request) -> None:
+        del self._requests[request.request_id]
+        self._counters.finish(request)
+        if request.input.adapter is not None:
+            self.lora.release(request.input.adapter)
+        request.sequences.clear()  # breaks the cycle, so that media and adapter go now and not when it is collected

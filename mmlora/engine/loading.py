@@ -1,0 +1,260 @@
+"""Everything an engine is made of, loaded in order: model, processor, towers, adapters, KV cache, scheduler."""
+
+import itertools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from mmlora.attention.kv_memory import kv_cache_bytes, kv_shape, num_kv_blocks
+from mmlora.attention.paged import KVCache
+from mmlora.config import PRIORITY, EngineArgs
+from mmlora.engine.block_manager import BlockManager
+from mmlora.engine.detokenizer import Detokenizer
+from mmlora.engine.model_runner import ModelRunner
+from mmlora.engine.scheduler import Scheduler
+from mmlora.engine.sequence import Request, Sequence
+from mmlora.errors import ConfigError
+from mmlora.inputs.adapter_policy import parse_defaults
+from mmlora.inputs.input_processor import InputProcessor
+from mmlora.lora.adapter import Adapter
+from mmlora.lora.layers.slots import LoRASlots
+from mmlora.lora.loading.files import AdapterFiles
+from mmlora.lora.loading.load import load_adapter
+from mmlora.lora.loading.module_index import ModuleIndex
+from mmlora.lora.request import LoRARequest
+from mmlora.lora.store.manager import LoRAManager
+from mmlora.lora.store.registry import AdapterRegistry
+from mmlora.lora.store.store import AdapterStore
+from mmlora.lora.store.stored_adapter import Load
+from mmlora.models.config import load_config
+from mmlora.models.decoder_check import check_decoder
+from mmlora.models.default_adapters import choose_default_adapters
+from mmlora.models.families import find_layout, get_key_mapping, get_processor, get_towers, get_transcription_prompt
+from mmlora.models.loader import (
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+    resolve_max_model_len,
+    resolve_model_path,
+)
+from mmlora.models.longrope import replace_longrope
+from mmlora.models.transcription import OWN_PROMPT, TranscriptionPrompt, read_own_prompt
+from mmlora.structured_outputs import ConstraintCompiler
+from mmlora.towers.encoder import MediaEncoder
+
+DEFAULT_LORA_IDS = 2**62  # ids of default adapters start here, far from those that callers choose
+GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass
+class EngineParts:
+    """The pieces of a loaded engine."""
+
+    tokenizer: Any
+    max_model_len: int
+    inputs: InputProcessor
+    runner: ModelRunner
+    block_manager: BlockManager
+    scheduler: Scheduler
+    store: AdapterStore | None
+    slots: LoRASlots | None
+    lora: LoRAManager | None
+    defaults: dict[str, tuple[LoRARequest, Adapter]]
+    default_load_s: dict[str, float]  # by adapter name
+    stop_ids: frozenset[int]
+    long_length: int | None  # of a sequence, beyond which longrope changes its factors
+    sampling_defaults: dict[str, Any]
+    transcription: TranscriptionPrompt | None  # None where it is not known how to ask the model
+    seed: int
+    _num_seeds: "itertools.count[int]" = field(default_factory=itertools.count)
+
+    def next_seed(self) -> int:
+        """A seed for a sequence whose request brings none; the n-th is the same in every run."""
+        return (self.seed * 1_000_003 + next(self._num_seeds)) % 2**63
+
+    def new_sequence(self, request: Request, index: int) -> Sequence:
+        """Begin an answer of a request; `index` tells it from the others."""
+        params = request.input.params
+        generator = torch.Generator(device=self.runner.device)
+        generator.manual_seed(params.seed + index if params.seed is not None else self.next_seed())
+        detokenizer = Detokenizer(
+            self.tokenizer,
+            request.input.prompt_token_ids,
+            stop=params.stop_strings,
+            include_stop=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+        )
+        seq = Sequence(request, index, list(request.input.prompt_token_ids), detokenizer, generator)
+        seq.is_long = self.is_too_long(seq)
+        if request.input.matchers:
+            seq.matcher = request.input.matchers[index]
+        return seq
+
+    def is_too_long(self, seq: Sequence) -> bool:
+        """Whether a sequence is beyond the length at which longrope changes its factors."""
+        return self.long_length is not None and len(seq.token_ids) > self.long_length
+
+
+def load_engine_parts(args: EngineArgs) -> EngineParts:
+    """Load a model and everything around it.
+
+    Raises:
+        ConfigError: an option does not fit the model.
+        AdapterError: a default adapter cannot be loaded. One of the registry that cannot be is listed as broken.
+    """
+    path = resolve_model_path(args.model, args.revision)
+    config = load_config(path)
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(args.dtype, config, device)
+    max_model_len = resolve_max_model_len(args.max_model_len, config)
+    tokenizer = load_tokenizer(args, path)
+    processor = get_processor(config, path, tokenizer)
+    default_paths = choose_default_adapters(args, config, path)
+    default_paths = parse_defaults(default_paths, processor.modalities if processor is not None else ())
+    _check_limits(args, processor.modalities if processor is not None else frozenset())
+    model = load_model(config, path, dtype=dtype, device=device)
+    towers = get_towers(model)
+    check_decoder(model, towers, *kv_shape(config), max_model_len)
+    long_length = replace_longrope(model)
+    adapters = _AdapterParts()
+    if args.enable_lora:
+        index = ModuleIndex(model, towers.part_of if towers is not None else None, get_key_mapping(path))
+        adapters = _load_adapter_parts(args, model, _adapter_loader(args, index, dtype), device, default_paths, path)
+    num_blocks = num_kv_blocks(args, config, dtype, kv_cache_bytes(args, device), max_model_len)
+    kv_cache = KVCache(
+        config.get_text_config().num_hidden_layers,
+        num_blocks,
+        args.block_size,
+        *kv_shape(config),
+        dtype=dtype,
+        device=device,
+    )
+    block_manager = BlockManager(num_blocks, args.block_size, enable_prefix_caching=args.enable_prefix_caching)
+    stop_ids, sampling_defaults, transcription = _generation_config(args, path, config, tokenizer)
+    lora_state = adapters.slots.state if adapters.slots is not None else None
+    encoder = MediaEncoder(towers, lora_state, args.encoder_cache_memory_bytes) if towers is not None else None
+    return EngineParts(
+        tokenizer=tokenizer,
+        max_model_len=max_model_len,
+        inputs=InputProcessor(
+            args,
+            tokenizer,
+            vocab_size=model.get_input_embeddings().weight.shape[0],
+            max_model_len=max_model_len,
+            processor=processor,
+            towers=towers,
+            store=adapters.store,
+            defaults=adapters.defaults,
+            constraints=ConstraintCompiler(tokenizer, stop_ids),
+        ),
+        runner=ModelRunner(model, kv_cache, encoder, lora_state, tokenizer, stop_ids),
+        block_manager=block_manager,
+        scheduler=Scheduler(
+            block_manager,
+            adapters.slots,
+            args.max_num_seqs,
+            args.max_num_batched_tokens,
+            is_by_priority=args.scheduling_policy == PRIORITY,
+        ),
+        store=adapters.store,
+        slots=adapters.slots,
+        lora=adapters.lora,
+        defaults=adapters.defaults,
+        default_load_s=adapters.default_load_s,
+        stop_ids=stop_ids,
+        long_length=long_length,
+        sampling_defaults=sampling_defaults,
+        transcription=transcription,
+        seed=args.seed,
+    )
+
+
+def _check_limits(args: EngineArgs, modalities: frozenset[str]) -> None:
+    unknown = sorted(set(args.limit_mm_per_prompt or ()) - modalities)
+    if unknown:
+        takes = ", ".join(sorted(modalities)) or "text only"
+        raise ConfigError(f"limit_mm_per_prompt names {', '.join(unknown)}; the model takes {takes}")
+
+
+@dataclass(frozen=True)
+class _AdapterParts:
+    """The parts that deal with adapters; none where they are not allowed."""
+
+    store: AdapterStore | None = None
+    slots: LoRASlots | None = None
+    lora: LoRAManager | None = None
+    defaults: dict[str, tuple[LoRARequest, Adapter]] = field(default_factory=dict)
+    default_load_s: dict[str, float] = field(default_factory=dict)
+
+
+def _load_adapter_parts(
+    args: EngineArgs, model: Any, load: Load, device: torch.device, default_paths: dict[str, str], model_path: Path
+) -> _AdapterParts:
+    registry = AdapterRegistry(args.lora_registry) if args.lora_registry is not None else None
+    default_store = AdapterStore(load)
+    defaults = _load_defaults(default_paths, default_store, model_path)
+    default_load_s = {entry.name: entry.load_s for entry in default_store.entries}
+    store = AdapterStore(load, max_cpu_loras=args.num_host_loras, max_pinned=args.max_pinned_loras, registry=registry)
+    slots = LoRASlots(model, args.max_loras, device)
+    lora = LoRAManager(store, slots, [adapter for _, adapter in defaults.values()], registry)
+    return _AdapterParts(store, slots, lora, defaults, default_load_s)
+
+
+def _adapter_loader(args: EngineArgs, index: ModuleIndex, dtype: torch.dtype) -> Load:
+    def load(files: AdapterFiles, name: str) -> Adapter:
+        return load_adapter(
+            files,
+            name,
+            index,
+            dtype=dtype,
+            max_lora_rank=args.max_lora_rank,
+            allow_media_parts=args.enable_tower_connector_lora,
+        )
+
+    return load
+
+
+def _load_defaults(
+    paths: dict[str, str], store: AdapterStore, model_path: Path
+) -> dict[str, tuple[LoRARequest, Adapter]]:
+    """Load each default adapter once per path, in a store of their own so that their names are free for others."""
+    defaults: dict[str, tuple[LoRARequest, Adapter]] = {}
+    loaded: dict[str, Adapter] = {}
+    layout = find_layout(model_path)
+    for index, (key, path) in enumerate(paths.items()):
+        request = LoRARequest(key, DEFAULT_LORA_IDS + index, path)
+        if path not in loaded:
+            files = layout.embedded_adapter(model_path, path) if layout is not None else None
+            loaded[path] = store.add(request, files)
+        defaults[key] = request, loaded[path]
+    return defaults
+
+
+def _generation_config(
+    args: EngineArgs, path: Path, config: PretrainedConfig, tokenizer: Any
+) -> tuple[frozenset[int], dict[str, Any], TranscriptionPrompt | None]:
+    """End-of-text tokens, sampling defaults and the prompt of transcriptions, as `generation_config.json` has them.
+
+    Raises:
+        ConfigError: the file is no JSON, or holds a prompt of another form.
+    """
+    file = path / "generation_config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} cannot be read as JSON: {error}") from None
+    eos = content.get("eos_token_id", config.get_text_config().eos_token_id)
+    ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
+    defaults = {}
+    if args.generation_config == "auto":
+        defaults = {name: content[name] for name in GENERATION_DEFAULTS if content.get(name) is not None}
+        if content.get("do_sample") is False:
+            defaults["temperature"] = 0.0
+    own = content.get(OWN_PROMPT)
+    prompt = get_transcription_prompt(config) if own is None else read_own_prompt(own)
+    return frozenset(ids - {None}), defaults, prompt

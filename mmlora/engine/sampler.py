@@ -1,0 +1,127 @@
+"""From logits to the next token of each sequence, and the log probabilities that requests ask for."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence as Rows
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmlora.engine.sequence import Sequence
+from mmlora.errors import MMLoRAError, RequestError
+from mmlora.outputs import Logprob, TokenLogprobs
+from mmlora.sampling_params import SamplingParams
+
+
+def sample(logits: torch.Tensor, seqs: Rows[Sequence], stop_ids: frozenset[int]) -> list[int | MMLoRAError]:
+    """Choose one token per sequence.
+
+    Each random choice uses the sequence's own generator, so it does not depend on the rest of the batch.
+
+    Args:
+        logits: `[num_seqs, vocab_size]` float32; changed in place.
+        seqs: in the order of the rows.
+        stop_ids: end-of-text tokens, masked while `min_tokens` is not reached.
+
+    Returns:
+        For each sequence its token, or why there is none to choose.
+    """
+    was_finite = logits.amax(-1).isfinite()  # a NaN anywhere in a row is also its maximum; read on failure only
+    for row, seq in zip(logits, seqs, strict=True):
+        _adjust_logits(row, seq, stop_ids)
+    _mask_logits(logits, seqs)
+    highest, likeliest = logits.max(-1)
+    tokens: list[int | MMLoRAError] = [*likeliest.tolist()]
+    for index, (seq, is_finite) in enumerate(zip(seqs, highest.isfinite().tolist(), strict=True)):
+        if seq.matcher is not None and seq.matcher.error is not None:
+            tokens[index] = RequestError(f"the answer cannot follow its constraint any further: {seq.matcher.error}")
+        elif not is_finite:
+            tokens[index] = _no_token(bool(was_finite[index]))
+        elif not seq.params.is_greedy:
+            probs = token_probabilities(logits[index], seq.params)
+            tokens[index] = int(torch.multinomial(probs, 1, generator=seq.generator))
+    return tokens
+
+
+def token_probabilities(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """The distribution that `temperature`, `min_p`, `top_k` and `top_p`, in this order, leave of one row of logits.
+
+    Args:
+        logits: `[vocab_size]` float32.
+    """
+    scores = (logits - logits.max()) / params.temperature  # at most 0: a tiny temperature overflows to -inf only
+    if params.min_p > 0:
+        scores = scores.masked_fill(scores < math.log(params.min_p), float("-inf"))
+    if 0 < params.top_k < scores.numel():
+        threshold = scores.topk(params.top_k).values[-1]
+        scores = scores.masked_fill(scores < threshold, float("-inf"))
+    probs = scores.softmax(-1)
+    if params.top_p < 1:
+        ordered, order = probs.sort(descending=True)
+        is_dropped = ordered.cumsum(-1) - ordered >= params.top_p
+        is_dropped[0] = False  # top_p may be 0 in float32
+        probs = probs.index_fill(0, order[is_dropped], 0.0)
+    return probs / probs.sum()
+
+
+def top_logprobs(logprobs: torch.Tensor, token: int, num_top: int, tokenizer: Any) -> TokenLogprobs:
+    """The `num_top` likeliest tokens of one row (-1: all), and the chosen one.
+
+    Args:
+        logprobs: `[vocab_size]` float32.
+    """
+    count = logprobs.numel() if num_top == -1 else min(num_top, logprobs.numel())
+    values, ids = logprobs.topk(count)
+    ranked = {i: (v, rank) for rank, (i, v) in enumerate(zip(ids.tolist(), values.tolist(), strict=True), 1)}
+    if token not in ranked:
+        ranked[token] = (float(logprobs[token]), int((logprobs > logprobs[token]).sum()) + 1)
+    return {i: Logprob(value, rank, tokenizer.decode([i])) for i, (value, rank) in ranked.items()}
+
+
+def _adjust_logits(row: torch.Tensor, seq: Sequence, stop_ids: frozenset[int]) -> None:
+    params = seq.params
+    if params.logit_bias:
+        row[list(params.logit_bias)] += torch.tensor(list(params.logit_bias.values()), device=row.device)
+    if seq.num_output_tokens < params.min_tokens:
+        blocked = stop_ids.union(params.stop_token_ids or ())
+        row[[token for token in blocked if token < row.numel()]] = float("-inf")
+    if params.has_penalties:
+        _apply_penalties(row, seq)
+
+
+def _mask_logits(logits: torch.Tensor, seqs: Rows[Sequence]) -> None:
+    """Leave of constrained rows what may come next. An answer that must go on has no end among that."""
+    rows = [index for index, seq in enumerate(seqs) if seq.matcher is not None]
+    if not rows:
+        return
+    masks = []
+    for seq in (seqs[index] for index in rows):
+        assert seq.matcher is not None
+        can_end = not seq.params.ignore_eos and seq.num_output_tokens >= seq.params.min_tokens
+        masks.append(seq.matcher.allowed(logits.shape[1], can_end=can_end))
+    allowed = torch.from_numpy(np.stack(masks)).to(logits.device)
+    logits[rows] = logits[rows].masked_fill(~allowed, float("-inf"))
+
+
+def _no_token(was_finite: bool) -> MMLoRAError:
+    if was_finite:
+        return RequestError(
+            "no token can be chosen: repetition_penalty, logit_bias, stop_token_ids, min_tokens and "
+            "structured_outputs of this request leave no finite logit"
+        )
+    return MMLoRAError("the model's logits for this request hold NaN or infinity")
+
+
+def _apply_penalties(row: torch.Tensor, seq: Sequence) -> None:
+    params = seq.params
+    if params.repetition_penalty != 1:
+        known = {token for token in seq.token_ids if token < row.numel()}  # placeholders may lie outside
+        seen = torch.tensor(sorted(known), device=row.device)
+        scores = row[seen]
+        row[seen] = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
+    if seq.num_output_tokens:
+        counts = Counter(seq.output_token_ids)
+        tokens = torch.tensor(list(counts), device=row.device)
+        times = torch.tensor(list(counts.values()), device=row.device)
+        row[tokens] -= params.frequency_penalty * times + params.presence_penalty

@@ -1,0 +1,198 @@
+"""`Request` and its `Sequence`s: everything the engine knows about work in progress.
+
+A request has `n` sequences, one per answer. The scheduler moves sequences; the model runner appends tokens.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from functools import cached_property
+
+import torch
+
+from mmlora.engine.detokenizer import Detokenizer
+from mmlora.errors import MMLoRAError
+from mmlora.lora.adapter import Adapter
+from mmlora.lora.mix import LoRAMix
+from mmlora.lora.request import LoRARequest
+from mmlora.outputs import LoRAChoice, TokenLogprobs
+from mmlora.processors.base import ProcessedMedia
+from mmlora.sampling_params import SamplingParams
+from mmlora.structured_outputs import Matcher
+from mmlora.towers.base import PromptLayout, TwoWaySpan
+
+
+@dataclass(frozen=True)
+class MediaInput:
+    """One media item of a prompt: its tensors, where it goes, and the identity of its embeddings.
+
+    `encoder_key` names everything that the embeddings depend on: content, processor options, projection mode and
+    the tower part of the adapter; and the salt of the request.
+    """
+
+    media: ProcessedMedia
+    start: int  # first placeholder in the prompt
+    mode: str
+    encoder_key: tuple[tuple[str, object], ...]
+
+    @property
+    def end(self) -> int:
+        """One past the last placeholder."""
+        return self.start + self.media.num_tokens
+
+
+@dataclass(frozen=True)
+class EngineInput:
+    """A request made ready outside the engine thread: tokenized, its media processed, its adapter chosen and loaded."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    media: tuple[MediaInput, ...]
+    adapter: Adapter | None
+    lora: LoRAChoice
+    lora_request: LoRARequest | LoRAMix | None
+    max_tokens: int
+    adapter_start: int = 0  # first token that the adapter changes; later than 0 for an activated LoRA
+    layout: PromptLayout = PromptLayout()
+    priority: int = 0  # lower is served earlier
+    cache_salt: str | None = None  # prefixes and encoded media are shared among requests with the same one
+    matchers: tuple[Matcher, ...] = ()  # at the start of each answer, where they are under a constraint
+
+    @cached_property
+    def num_media_tokens(self) -> Mapping[str, int]:
+        """Tokens of the prompt that stand for media, by modality."""
+        counts: Counter[str] = Counter()
+        for item in self.media:
+            counts[item.media.modality] += item.media.num_tokens
+        return counts
+
+
+class Status(Enum):
+    """Where a sequence is."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(eq=False)
+class Request:
+    """A request in the engine, with the times (s, monotonic) of its stages."""
+
+    input: EngineInput
+    arrival_s: float
+    sequences: list["Sequence"] = field(default_factory=list)
+    scheduled_s: float | None = None
+    first_token_s: float | None = None
+    num_cached_tokens: int | None = None  # set when its first sequence is first admitted
+    partial_prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # set once the whole prompt is computed
+    error: MMLoRAError | None = None
+
+    @property
+    def request_id(self) -> str:
+        """The caller's id."""
+        return self.input.request_id
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every answer has ended."""
+        return all(seq.status is Status.FINISHED for seq in self.sequences)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One answer in the making: tokens, how many have KV, and the blocks that hold it."""
+
+    request: Request
+    index: int
+    token_ids: list[int]
+    detokenizer: Detokenizer
+    generator: torch.Generator
+    status: Status = Status.WAITING
+    num_computed_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks, filled by the block manager
+    span_digests: dict[TwoWaySpan, bytes] = field(default_factory=dict)  # likewise
+    media_embeds: dict[int, torch.Tensor] = field(default_factory=dict)  # media index: [num_tokens, hidden_size]
+    slot: int | None = None  # LoRA slot held while running
+    is_long: bool = False  # beyond the length at which longrope changes its factors
+    num_returned_tokens: int = 0  # tokens given out as deltas
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    matcher: Matcher | None = None  # after the tokens generated so far
+
+    @property
+    def params(self) -> SamplingParams:
+        """The request's sampling parameters."""
+        return self.request.input.params
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The adapter version that this sequence started with."""
+        return self.request.input.adapter
+
+    @property
+    def adapter_start(self) -> int:
+        """First token that the adapter changes; all before are the base model's."""
+        return self.request.input.adapter_start
+
+    @property
+    def priority(self) -> int:
+        """The request's priority; lower is served earlier."""
+        return self.request.input.priority
+
+    @property
+    def media(self) -> tuple[MediaInput, ...]:
+        """The prompt's media items."""
+        return self.request.input.media
+
+    @property
+    def layout(self) -> PromptLayout:
+        """Positions of the prompt's tokens, and which of them see more than those before them."""
+        return self.request.input.layout
+
+    def positions(self, start: int, end: int, row: int) -> Items[int]:
+        """Rotary positions of the tokens `[start, end)`, one row of them."""
+        layout = self.layout
+        if layout.positions is None:
+            return range(start, end)
+        prompt = layout.positions[row][start:end]
+        return [*prompt, *range(start + len(prompt) + layout.shift, end + layout.shift)]
+
+    def two_way_between(self, start: int, end: int) -> tuple[TwoWaySpan, ...]:
+        """Spans that hold some of the tokens `[start, end)`."""
+        return tuple(span for span in self.layout.two_way if span.start < end and start < span.end)
+
+    def whole_chunk_end(self, start: int, end: int) -> int:
+        """Where a chunk from `start` to about `end` may end: not inside a span whose tokens all see each other."""
+        for span in self.two_way_between(end - 1, end + 1):
+            if span.start < end < span.end:
+                return span.start if span.start > start else span.end
+        return end
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt, placeholders expanded."""
+        return len(self.request.input.prompt_token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """Tokens generated so far."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_output_tokens(self) -> int:
+        """How many tokens were generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether this sequence computes its request's prompt log probabilities."""
+        return self.index == 0 and self.params.prompt_logprobs is not None and self.request.prompt_logprobs is None

@@ -1,0 +1,1 @@
+"""From what a caller passes (prompts, chats, media, adapters) to what the engine runs."""

@@ -1,0 +1,281 @@
+"""`InputProcessor`: from what a caller passes to what the engine runs.
+
+Tokenizes, decodes and processes media, expands placeholders, chooses and loads the adapter. It holds no request state
+and may be called from several threads at once; the engine thread never does this work.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmlora.config import PRIORITY, EngineArgs
+from mmlora.engine.sequence import EngineInput, MediaInput
+from mmlora.errors import MediaError, RequestError
+from mmlora.inputs.adapter_policy import choose_adapter
+from mmlora.inputs.prompts import Prompt, as_items, encode_text, prompt_fields
+from mmlora.lora.adapter import Adapter
+from mmlora.lora.mix import LoRAMix, MixCache
+from mmlora.lora.request import BASE, LoRARequest
+from mmlora.lora.store.store import AdapterStore
+from mmlora.outputs import LoRAChoice
+from mmlora.processors.base import MultiModalProcessor, ProcessedMedia
+from mmlora.processors.fetch.loader import MediaLoader
+from mmlora.processors.media.decoding import check_counts, check_decoded_bytes, load_media, why_not_taken
+from mmlora.processors.placeholders import PlaceholderRange, expand_placeholders
+from mmlora.sampling_params import SamplingParams
+from mmlora.structured_outputs import ConstraintCompiler, Matcher
+from mmlora.towers.base import PromptLayout, Towers
+from mmlora.towers.encoder import encoder_key
+
+
+class InputProcessor:
+    """Makes requests ready for the engine.
+
+    Attributes:
+        media: reads and decodes what requests carry.
+
+    Args:
+        args: the engine's options.
+        tokenizer: of the model.
+        vocab_size: rows of the embedding table.
+        max_model_len: most tokens in prompt and answer.
+        processor, towers: None for a text-only model.
+        store: loads adapters; None without LoRA.
+        defaults: adapters of `default_mm_loras`, under canonical keys, with the request that names them.
+        constraints: compiles what answers must look like.
+    """
+
+    def __init__(
+        self,
+        args: EngineArgs,
+        tokenizer: Any,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        processor: MultiModalProcessor | None,
+        towers: Towers | None,
+        store: AdapterStore | None,
+        defaults: Mapping[str, tuple[LoRARequest, Adapter]],
+        constraints: ConstraintCompiler,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.media = MediaLoader(
+            args.media_limits,
+            local_path=args.allowed_local_media_path,
+            domains=args.allowed_media_domains,
+            networks=args.allowed_media_networks or (),
+            timeout_s=args.media_fetch_timeout,
+            cache_bytes=args.media_cache_memory_bytes,
+        )
+        self.max_model_len = max_model_len
+        self._args = args
+        self.vocab_size = vocab_size
+        self._towers = towers
+        self._store = store
+        self._defaults = defaults
+        self._constraints = constraints
+        self._mixes = MixCache()
+
+    def process(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        lora_request: LoRARequest | object | None = None,
+        priority: int = 0,
+    ) -> EngineInput:
+        """Make one request ready.
+
+        Args:
+            request_id: the caller's.
+            prompt: text, token ids, or a mapping with `prompt` or `prompt_token_ids` (which then are the prompt),
+                `multi_modal_data`, `mm_processor_kwargs` and `cache_salt`.
+            params: sampling parameters.
+            lora_request: an adapter or a mix, `BASE` for none on purpose, None to let the media decide.
+            priority: lower is served earlier; only 0 unless `scheduling_policy` is `priority`.
+
+        Raises:
+            RequestError: the prompt has the wrong form or length, or the parameters do not fit the model.
+            ConstraintError: the answer cannot be made to look like what `structured_outputs` wants.
+            MediaError: a media item cannot be used, or does not match the placeholders.
+            AdapterError: the adapter cannot be loaded.
+        """
+        fields = prompt_fields(prompt)
+        self._check_params(params)
+        self._check_priority(priority)
+        text, token_ids = self._tokenize(fields)
+        processed = self._process_media(fields)
+        media_ranges: list[PlaceholderRange] = []
+        if self.processor is not None:
+            token_ids = self.processor.arrange(token_ids, processed)
+            token_ids, media_ranges = expand_placeholders(token_ids, processed, self.processor)
+        self._check_tokens(token_ids)
+        modalities = {item.modality for item in processed}
+        lora_request, adapter, choice = self._choose_adapter(modalities, lora_request)
+        adapter_start = 0
+        if adapter is not None and adapter.invocation_tokens:
+            adapter_start = _last_start(token_ids, adapter.invocation_tokens)
+            if adapter_start == len(token_ids):
+                choice, adapter = _not_invoked(adapter, choice), None
+        media = self._place_media(processed, media_ranges, adapter, fields.get("cache_salt"))
+        room = self.max_model_len - len(token_ids)
+        return EngineInput(
+            request_id=request_id,
+            prompt=text,
+            prompt_token_ids=token_ids,
+            params=params,
+            media=media,
+            adapter=adapter,
+            lora=choice,
+            lora_request=lora_request,
+            max_tokens=min(params.max_tokens or room, room),
+            adapter_start=adapter_start,
+            layout=self._lay_out(token_ids, media),
+            priority=priority,
+            cache_salt=fields.get("cache_salt"),
+            matchers=self._compile(params),
+        )
+
+    def _tokenize(self, fields: Mapping[str, Any]) -> tuple[str | None, list[int]]:
+        text, token_ids = fields.get("prompt"), fields.get("prompt_token_ids")
+        if token_ids is not None:
+            return text, list(token_ids)
+        assert isinstance(text, str)
+        return text, self.encode(text)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Tokenize a prompt, numbered placeholders written as the model's own; media are not put in.
+
+        Raises:
+            RequestError: it is too long, or no text.
+            MediaError: placeholders are numbered out of turn.
+        """
+        normalized = self.processor.normalize(text) if self.processor is not None else text
+        return encode_text(self.tokenizer, normalized, self.max_model_len, add_special_tokens=add_special_tokens)
+
+    def _process_media(self, fields: Mapping[str, Any]) -> list[ProcessedMedia]:
+        data = fields.get("multi_modal_data") or {}
+        if not isinstance(data, Mapping):
+            raise RequestError(f"multi_modal_data is a {type(data).__name__}; it must map modalities to items")
+        allowed = sorted(self.processor.modalities) if self.processor is not None else []
+        items = {str(modality): as_items(contents) for modality, contents in data.items()}
+        unknown = sorted(modality for modality in items if modality not in allowed)
+        if unknown:
+            takes = f"the model takes {', '.join(allowed)}" if allowed else "the model takes text only"
+            reason = why_not_taken(unknown[0])
+            raise RequestError(f"multi_modal_data holds {', '.join(unknown)}; {reason or takes}")
+        check_counts({name: len(contents) for name, contents in items.items()}, allowed, self._args.limit_mm_per_prompt)
+        options = {**(self._args.mm_processor_kwargs or {}), **(fields.get("mm_processor_kwargs") or {})}
+        processed, num_bytes = [], 0
+        for modality in allowed:
+            for content in items.get(modality, ()):
+                assert self.processor is not None
+                item = load_media(content, self.media.limits, expected=modality)
+                num_bytes += item.num_bytes
+                check_decoded_bytes(num_bytes, self.media.limits)
+                processed.append(self.processor.process(item, options))
+        return processed
+
+    def _place_media(
+        self, processed: list[ProcessedMedia], ranges: list[PlaceholderRange], adapter: Adapter | None, salt: str | None
+    ) -> tuple[MediaInput, ...]:
+        media_digest = adapter.media_digest if adapter is not None else None
+        modalities = {item.modality for item in processed}
+        media = []
+        for place in ranges:
+            assert self._towers is not None
+            item = processed[place.media_index]
+            mode = self._towers.mode(item.modality, modalities)
+            media.append(MediaInput(item, place.start, mode, encoder_key(item, mode, media_digest, salt)))
+        return tuple(media)
+
+    def _lay_out(self, token_ids: list[int], media: Sequence[MediaInput]) -> PromptLayout:
+        if self._towers is None:
+            return PromptLayout()
+        try:
+            return self._towers.layout(token_ids, [(item.start, item.media) for item in media])
+        except (ValueError, TypeError, RuntimeError, LookupError) as error:
+            raise MediaError(f"the model cannot place the media of this prompt: {error}") from error
+
+    def _choose_adapter(
+        self, modalities: set[str], lora_request: LoRARequest | object | None
+    ) -> tuple[LoRARequest | LoRAMix | None, Adapter | None, LoRAChoice]:
+        is_base = lora_request is BASE
+        if lora_request is not None and not is_base and not isinstance(lora_request, LoRARequest | LoRAMix):
+            raise RequestError(f"lora_request={lora_request!r} must be a LoRARequest, a LoRAMix, mmlora.BASE or None")
+        explicit = lora_request if isinstance(lora_request, LoRARequest | LoRAMix) else None
+        if explicit is not None and self._store is None:
+            raise RequestError(f"adapter {explicit.lora_name!r} was asked for, but the engine has enable_lora=False")
+        requests: dict[str, LoRARequest | LoRAMix] = {key: request for key, (request, _) in self._defaults.items()}
+        choice = choose_adapter(modalities, requests, explicit=explicit, is_base_explicit=is_base)
+        if choice.adapter is None:
+            return None, None, LoRAChoice(None, None, choice.reason, choice.warning)
+        adapter = self._load(choice.adapter)
+        return choice.adapter, adapter, LoRAChoice(choice.adapter.lora_name, adapter.digest, choice.reason)
+
+    def _load(self, request: LoRARequest | LoRAMix) -> Adapter:
+        if isinstance(request, LoRAMix):
+            return self._mixes.get(request, [self._load(part) for part, _ in request.parts])
+        for default, adapter in self._defaults.values():
+            if default is request:
+                return adapter
+        assert self._store is not None
+        return self._store.get(request)
+
+    def _compile(self, params: SamplingParams) -> tuple[Matcher, ...]:
+        """A matcher for each answer; copies are made here, since those of large constraints take 30 ms each."""
+        if params.structured_outputs is None:
+            return ()
+        start = self._constraints.compile(params.structured_outputs)
+        return (start, *(start.copy() for _ in range(params.n - 1)))
+
+    def _check_params(self, params: SamplingParams) -> None:
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling_params is a {type(params).__name__}; it must be a SamplingParams or None")
+        bound = self._args.max_logprobs
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(params, name)
+            if value is not None and bound != -1 and (value > bound or value == -1):
+                raise RequestError(f"{name}={value!r:.80} exceeds max_logprobs={bound}")
+        ids = [*(params.logit_bias or {}), *(params.stop_token_ids or ())]
+        outside = [token for token in ids if token >= self.vocab_size]
+        if outside:
+            raise RequestError(f"token id {outside[0]!r:.80} is outside the vocabulary of {self.vocab_size}")
+
+    def _check_priority(self, priority: int) -> None:
+        if not isinstance(priority, int) or isinstance(priority, bool) or not -(2**63) <= priority < 2**63:
+            raise RequestError(f"priority={priority!r:.80} must be an integer of 64 bits")
+        if priority != 0 and self._args.scheduling_policy != PRIORITY:
+            raise RequestError(
+                f"priority={priority} needs scheduling_policy={PRIORITY!r}; the engine has "
+                f"{self._args.scheduling_policy!r}, and takes 0 only"
+            )
+
+    def _check_tokens(self, token_ids: list[int]) -> None:
+        if not token_ids:
+            raise RequestError("the prompt is empty; at least one token is needed")
+        if len(token_ids) >= self.max_model_len:
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens; with at least one new token "
+                f"max_model_len={self.max_model_len} must hold it"
+            )
+        allowed = set()
+        if self.processor is not None:
+            allowed = {self.processor.placeholder_token_id(modality) for modality in self.processor.modalities}
+        for token in token_ids:
+            if not isinstance(token, int) or not (0 <= token < self.vocab_size or token in allowed):
+                raise RequestError(f"token id {token!r:.80} is outside the vocabulary of {self.vocab_size}")
+
+
+def _last_start(token_ids: list[int], wanted: tuple[int, ...]) -> int:
+    """Where some tokens begin for the last time; the number of all tokens when they do not occur."""
+    starts = range(len(token_ids) - len(wanted), -1, -1)
+    return next((start for start in starts if tuple(token_ids[start : start + len(wanted)]) == wanted), len(token_ids))
+
+
+def _not_invoked(adapter: Adapter, choice: LoRAChoice) -> LoRAChoice:
+    warning = (
+        f"the prompt lacks the tokens {list(adapter.invocation_tokens)}, from which on adapter {adapter.name!r} holds: "
+        "it was not applied"
+    )
+    return LoRAChoice(None, None, choice.reason, warning)

@@ -1,0 +1,85 @@
+"""`LoRAConvolution`: adapters on the convolutions of towers."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from mmlora.lora.layers.linear import LoRALayer
+from mmlora.lora.layers.state import LoRAState
+from mmlora.lora.weights import LoRAWeights, ModuleWeights
+
+CONVOLUTIONS: dict[type[nn.Module], Callable[..., torch.Tensor]] = {
+    nn.Conv1d: functional.conv1d,
+    nn.Conv2d: functional.conv2d,
+    nn.Conv3d: functional.conv3d,
+}
+
+
+def convolution_of(module: nn.Module) -> Callable[..., torch.Tensor] | None:
+    """Return the function that a convolution module computes, None for other modules."""
+    return next((function for kind, function in CONVOLUTIONS.items() if isinstance(module, kind)), None)
+
+
+@dataclass(frozen=True, eq=False)
+class _ConvolutionPatch:
+    parameters: Mapping[str, torch.Tensor]
+    lora: LoRAWeights | None
+    factor: torch.Tensor | None  # [1, out_channels, 1, …] (DoRA)
+
+
+class LoRAConvolution(LoRALayer):
+    """Add an adapter to a convolution of a tower: `y = base(x) + scaling · B(A(x))`, B being 1 x 1.
+
+    One call belongs to one adapter, since towers encode media grouped by adapter.
+    """
+
+    def __init__(self, base: nn.Module, state: LoRAState, max_loras: int, *, is_output_layer: bool = False) -> None:
+        super().__init__(base, state, max_loras, is_output_layer=is_output_layer)
+        self._patches: dict[int, _ConvolutionPatch] = {}
+
+    def set_slot(self, slot: int, weights: ModuleWeights) -> None:
+        lora, factor = weights.lora, None
+        if lora is not None:
+            found = {name: self.on_device(tensor) for name, tensor in lora.tensors}
+            lora = LoRAWeights(
+                found["lora_A"], found["lora_B"], lora.scaling, found.get("bias"), found.get("magnitude")
+            )
+            factor = self._dora_factor(lora) if lora.magnitude is not None else None
+        parameters = {name: self.on_device(tensor) for name, tensor in weights.parameters.items()}
+        self._patches[slot] = _ConvolutionPatch(parameters, lora, factor)
+
+    def clear_slot(self, slot: int) -> None:
+        self._patches.pop(slot, None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `[batch, out_channels, …]` for `x [batch, in_channels, …]`."""
+        slot = self.state.uniform_slot
+        patch = self._patches.get(slot) if slot is not None else None
+        if patch is None:
+            base_only: torch.Tensor = self.base(x)
+            return base_only
+        y: torch.Tensor = functional_call(self.base, dict(patch.parameters), (x,))
+        if patch.lora is None:
+            return y
+        convolution = convolution_of(self.base)
+        assert convolution is not None
+        hidden = convolution(x, patch.lora.lora_A, stride=self.base.stride, padding=self.base.padding)
+        delta = convolution(hidden, patch.lora.lora_B, patch.lora.bias, groups=self.base.groups) * patch.lora.scaling
+        if patch.factor is None:
+            return y + delta
+        bias = patch.parameters.get("bias", self.base.bias)
+        shape = (1, -1, *[1] * (y.ndim - 2))
+        shift = bias.view(shape) if bias is not None else 0.0
+        return (y - shift + delta) * patch.factor.to(y.dtype) + shift
+
+    def _dora_factor(self, lora: LoRAWeights) -> torch.Tensor:
+        weight, rank = self.base.weight.float(), lora.lora_A.shape[0]
+        delta = lora.lora_B.float().view(-1, rank) @ lora.lora_A.float().view(rank, -1)
+        changed = weight + lora.scaling * delta.view(weight.shape)
+        assert lora.magnitude is not None
+        norm: torch.Tensor = changed.flatten(1).norm(dim=1).view(lora.magnitude.shape)
+        return lora.magnitude.float() / norm

@@ -1,0 +1,1 @@
+"""From PEFT files to checked adapter weights."""

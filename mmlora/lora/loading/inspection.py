@@ -1,0 +1,152 @@
+"""What an adapter would do to a model, told from its files and the model's configuration, without any weights."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from mmlora.errors import AdapterMismatch
+from mmlora.lora.adapter import PARTS, Adapter
+from mmlora.lora.loading.files import AdapterFiles
+from mmlora.lora.loading.load import load_adapter
+from mmlora.lora.loading.module_index import ModuleIndex
+from mmlora.lora.loading.peft_config import refusals
+from mmlora.utils.printable import printable
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many modules of one part of the model an adapter changes, of how many that low-rank matrices could."""
+
+    changed: int
+    modules: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is known of an adapter and a model.
+
+    Attributes:
+        adapter: where the adapter came from.
+        base_model: what it says it was trained on.
+        digest: of the adapter's configuration and tensors; None when it does not load.
+        num_tensors: in its file.
+        num_bytes: host memory that it takes in float32; of the tensors in the file when it does not load.
+        max_rank: largest rank.
+        ranks: how many modules have which rank.
+        kinds: how many modules are changed in which way (lora, dora, replaced, token rows).
+        parts: coverage of each part of the model.
+        unmatched: tensors that land nowhere.
+        refusals: why it would not be loaded; empty when it would.
+    """
+
+    adapter: str
+    base_model: str | None
+    digest: str | None
+    num_tensors: int
+    num_bytes: int
+    max_rank: int
+    ranks: dict[int, int]
+    kinds: dict[str, int]
+    parts: dict[str, Coverage]
+    unmatched: tuple[str, ...]
+    refusals: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as JSON content."""
+        return asdict(self)
+
+    def as_text(self) -> str:
+        """Return a page for people."""
+        verdict = "would be REFUSED" if self.refusals else "loads"
+        lines = [f"{self.adapter} {verdict}", *(f"  refused: {reason}" for reason in self.refusals)]
+        lines += [f"  lands nowhere: {key}" for key in self.unmatched]
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items() if count)
+        ranks = ", ".join(f"{rank} ({count} modules)" for rank, count in self.ranks.items())
+        facts = {
+            "trained on": self.base_model or "not said",
+            "digest": self.digest or "none",
+            "tensors": f"{self.num_tensors}, {self.num_bytes / 2**20:.1f} MiB in float32",
+            "changes": kinds or "nothing",
+            "ranks": ranks or "none",
+            **{
+                part.replace("_", " "): f"{found.changed} of {found.modules} modules"
+                for part, found in self.parts.items()
+                if found.modules
+            },
+        }
+        lines += [f"  {name:<15} {fact}" for name, fact in facts.items()]
+        return "\n".join(map(printable, lines))
+
+
+def inspect_adapter(files: AdapterFiles, index: ModuleIndex) -> Inspection:
+    """Say what an adapter would do to a model.
+
+    Args:
+        files: of the adapter.
+        index: modules of the model, which may be on the meta device. Weights of the base that the file repeats cannot
+            be compared then.
+    """
+    reasons = list(refusals(files.config))
+    adapter = None
+    try:
+        adapter = load_adapter(files, "inspected", index, dtype=torch.float32)
+    except AdapterMismatch as error:
+        reason = str(error).partition("): ")[2]
+        if not any(known in reason for known in reasons):
+            reasons.append(reason)
+        adapter = _load_what_fits(files, index)
+    counts = count_modules(index)
+    changed = adapter.report.parts if adapter is not None else {}
+    return Inspection(
+        adapter=files.origin,
+        base_model=_text(files.config.get("base_model_name_or_path")),
+        digest=adapter.digest if adapter is not None and not reasons else None,
+        num_tensors=len(files.tensors),
+        num_bytes=adapter.num_bytes if adapter is not None else sum(t.nbytes for t in files.tensors.values()),
+        max_rank=adapter.report.max_rank if adapter is not None else 0,
+        ranks=_ranks(adapter),
+        kinds=_kinds(adapter),
+        parts={part: Coverage(changed.get(part, 0), counts[part]) for part in PARTS},
+        unmatched=tuple(map(printable, adapter.report.unmatched)) if adapter is not None else (),
+        refusals=tuple(map(printable, reasons)),
+    )
+
+
+def count_modules(index: ModuleIndex) -> dict[str, int]:
+    """Return how many modules of each part of a model low-rank matrices could change."""
+    counts = dict.fromkeys(PARTS, 0)
+    for name in index.modules:
+        counts[index.part_of(name)] += index.kind_of(name) != "other"
+    return counts
+
+
+def _load_what_fits(files: AdapterFiles, index: ModuleIndex) -> Adapter | None:
+    try:
+        return load_adapter(files, "inspected", index, dtype=torch.float32, strict=False)
+    except AdapterMismatch:
+        return None
+
+
+def _text(value: object) -> str | None:
+    return printable(value) if isinstance(value, str) else None
+
+
+def _ranks(adapter: Adapter | None) -> dict[int, int]:
+    ranks: dict[int, int] = {}
+    for weights in adapter.modules.values() if adapter is not None else ():
+        if weights.lora is not None:
+            rank = weights.lora.lora_A.shape[0]
+            ranks[rank] = ranks.get(rank, 0) + 1
+    return dict(sorted(ranks.items()))
+
+
+def _kinds(adapter: Adapter | None) -> dict[str, int]:
+    kinds = {"lora": 0, "dora": 0, "replaced": 0, "token_rows": 0}
+    for weights in adapter.modules.values() if adapter is not None else ():
+        is_dora = weights.lora is not None and weights.lora.magnitude is not None
+        kinds["dora"] += is_dora
+        kinds["lora"] += (weights.lora is not None and not is_dora) or bool(weights.parameter_loras)
+        kinds["replaced"] += bool(weights.parameters)
+        kinds["token_rows"] += weights.token_rows is not None
+    return kinds

@@ -1,0 +1,166 @@
+"""Load a PEFT adapter for a model, strictly: every tensor lands on a module that takes it, or loading fails."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from mmlora.errors import AdapterMismatch
+from mmlora.lora.adapter import PARTS, Adapter, AdapterReport
+from mmlora.lora.loading.digest import adapter_digest, media_digest
+from mmlora.lora.loading.files import CONFIG_FILE, AdapterFiles
+from mmlora.lora.loading.module_index import ModuleIndex
+from mmlora.lora.loading.module_reader import ModuleReader
+from mmlora.lora.loading.peft_config import PeftConfig
+from mmlora.lora.loading.tensor_keys import TensorKey, parse_key
+from mmlora.lora.weights import ModuleWeights
+
+logger = logging.getLogger(__name__)
+
+
+def load_adapter(
+    files: AdapterFiles,
+    name: str,
+    index: ModuleIndex,
+    *,
+    dtype: torch.dtype,
+    max_lora_rank: int | None = None,
+    strict: bool = True,
+    allow_media_parts: bool = True,
+) -> Adapter:
+    """Build an adapter for a model from what its files hold.
+
+    Args:
+        files: configuration and tensors, see `read_adapter`.
+        name: for messages and reports.
+        index: modules of the model that it is for.
+        dtype: of the matrices, usually the model's.
+        max_lora_rank: largest admitted rank; any without it.
+        strict: fail when a tensor lands nowhere; False logs a warning with the same report.
+        allow_media_parts: admit tensors on towers and connectors.
+
+    Raises:
+        AdapterMismatch: the adapter does not fit the model or uses something that is not supported.
+    """
+    try:
+        config = PeftConfig.from_dict(files.config)
+        keys, unmatched = _match(files.tensors, index, strict)
+        reader = ModuleReader(files.tensors, index, config, dtype, max_lora_rank)
+        modules = {}
+        for module in sorted(keys):
+            _admit(module, index.part_of(module), config, allow_media_parts)
+            modules[module] = reader.read(module, keys[module])
+        _tie_token_rows(modules, index)
+        _check_complete(modules, index, config)
+        _check_invocation(modules, index, config)
+    except AdapterMismatch as error:
+        raise AdapterMismatch(f"adapter {name!r} ({files.origin}): {error}") from None
+    if unmatched:
+        logger.warning("adapter %r: %d modules matched, ignored %s", name, len(modules), listed(unmatched))
+    media = {module: weights for module, weights in modules.items() if index.part_of(module) != PARTS[0]}
+    parts = {part: sum(index.part_of(module) == part for module in modules) for part in PARTS}
+    return Adapter(
+        name,
+        adapter_digest(config, files.tensors),
+        media_digest(media),
+        files.path,
+        {module: weights for module, weights in modules.items() if not weights.is_empty},
+        AdapterReport(len(modules), parts, tuple(unmatched), reader.max_rank),
+        invocation_tokens=config.alora_invocation_tokens,
+        needs_own_pass=any(
+            index.part_of(module) == PARTS[0] and index.kind_of(module) in ("other", "convolution")
+            for module, weights in modules.items()
+            if not weights.is_empty
+        ),
+    )
+
+
+def _match(
+    tensors: Mapping[str, torch.Tensor], index: ModuleIndex, strict: bool
+) -> tuple[dict[str, list[TensorKey]], list[str]]:
+    """Return the keys of each module of the model, under its own name, and the keys that match none."""
+    parsed = {key: parse_key(key) for key in tensors}
+    names = {key.module for key in parsed.values() if key is not None}
+    resolved = index.resolve(list(names))
+    keys: dict[str, list[TensorKey]] = defaultdict(list)
+    unmatched = []
+    for key, found in parsed.items():
+        module = resolved.get(found.module) if found is not None else None
+        if found is None or module is None or not _has_parameter(found, module, index):
+            unmatched.append(key)
+        elif found.role != "training":
+            keys[module].append(found)
+    unmatched.sort()
+    if not keys:
+        found_text = f"{len(tensors)} tensors, such as {listed(unmatched)}" if tensors else "the file holds no tensors"
+        raise AdapterMismatch(f"nothing matches a module of this model: {found_text}")
+    if strict and unmatched:
+        raise AdapterMismatch(
+            f"{len(unmatched)} of {len(tensors)} tensors match no module of this model: {listed(unmatched)} "
+            "(strict=False ignores them)"
+        )
+    return keys, unmatched
+
+
+def _has_parameter(key: TensorKey, module: str, index: ModuleIndex) -> bool:
+    return key.role != "parameter" or index.parameter(module, key.parameter) is not None
+
+
+def _admit(module: str, part: str, config: PeftConfig, allow_media_parts: bool) -> None:
+    if part == PARTS[0]:
+        return
+    if not allow_media_parts:
+        raise AdapterMismatch(
+            f"there are tensors for {module} ({part}), but enable_tower_connector_lora=False admits only the "
+            "language model"
+        )
+    if config.alora_invocation_tokens:
+        raise AdapterMismatch(f"alora_invocation_tokens: {module} ({part}) knows no tokens before or after them")
+
+
+def _tie_token_rows(modules: dict[str, ModuleWeights], index: ModuleIndex) -> None:
+    """Give an output layer that shares the embedding's weight the embedding's new rows, unless it has its own."""
+    source = modules.get(index.input_embedding or "")
+    if not index.is_tied or source is None or source.token_rows is None or index.output_layer is None:
+        return
+    target = modules.get(index.output_layer, ModuleWeights())
+    if target.token_rows is None:
+        modules[index.output_layer] = target.with_token_rows(source.token_rows)
+
+
+def _check_complete(modules: Mapping[str, ModuleWeights], index: ModuleIndex, config: PeftConfig) -> None:
+    """Refuse a file that lacks what its configuration promises."""
+    for entry in config.modules_to_save:
+        saved = [name for name in index.modules if name.endswith(entry)]
+        owners = [owner for name in saved for owner in index.modules if owner == name or owner.startswith(f"{name}.")]
+        missing = [name for name in owners if index.has_parameters(name) and name not in modules]
+        if not saved or missing:
+            lack = f"there are no tensors for {listed(missing)}" if missing else "this model has no such module"
+            raise AdapterMismatch(f"{CONFIG_FILE}: modules_to_save has {entry!r}, but {lack}")
+    for entry in config.trainable_token_indices:
+        found = [
+            name
+            for name, weights in modules.items()
+            if weights.token_rows is not None and config.names_embedding(entry, name, index.input_embedding)
+        ]
+        if not found:
+            where = entry or "the input embedding"
+            raise AdapterMismatch(f"{CONFIG_FILE}: trainable_token_indices names {where}, but has no tensor for it")
+
+
+def _check_invocation(modules: Mapping[str, ModuleWeights], index: ModuleIndex, config: PeftConfig) -> None:
+    """Refuse an activated LoRA that changes more than low-rank parts of Linears, as PEFT does."""
+    if not config.alora_invocation_tokens:
+        return
+    for name, weights in modules.items():
+        is_plain = weights.lora is not None and weights.lora.magnitude is None and not weights.parameters
+        if index.kind_of(name) != "linear" or not is_plain:
+            raise AdapterMismatch(f"alora_invocation_tokens: only lora_A and lora_B of a Linear, not {name}, can wait")
+
+
+def listed(names: Iterable[str], limit: int = 10) -> str:
+    """Join names for a message, the first ten in order."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(ordered[:limit]) + more

@@ -1,0 +1,148 @@
+"""The modules of a model by name, as adapters see them: which can be adapted, and what older files call them."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from mmlora.lora.adapter import PARTS
+from mmlora.lora.layers.convolution import convolution_of
+
+
+class ModuleIndex:
+    """Look up modules of a model.
+
+    Args:
+        model: a transformers model, before any of its modules is wrapped; its weights may be on the meta device.
+        part_of: tells the part of the model that a module lies in (one of `PARTS`); all are language model without it.
+        key_mapping: regular expressions in the names that the checkpoint uses, and what replaces them in the model.
+
+    Attributes:
+        modules: every module by name.
+        input_embedding: name of the token embedding, None without one.
+        output_layer: name of the layer that gives the logits, None without one.
+        is_tied: whether these two share their weight.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        part_of: Callable[[str], str] | None = None,
+        key_mapping: Mapping[str, str] | None = None,
+    ) -> None:
+        self._part_of = part_of
+        self._renamings = _checkpoint_renamings(model, key_mapping)
+        self.modules: dict[str, nn.Module] = {name: module for name, module in model.named_modules() if name}
+        # Of the base model for good: while a pass runs, modules may hold tensors of an adapter in their place.
+        self._tensors = {name: {**module._parameters, **module._buffers} for name, module in self.modules.items()}
+        names: dict[nn.Module | None, str] = {module: name for name, module in self.modules.items()}
+        embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+        self.input_embedding = names.get(embedding)
+        self.output_layer = names.get(output_layer_of(model))
+        tied = [self.modules[name] for name in (self.input_embedding, self.output_layer) if name is not None]
+        self.is_tied = len(tied) == 2 and tied[0].weight is tied[1].weight
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.modules
+
+    def kind_of(self, name: str) -> str:
+        """Return how a module is adapted: linear, embedding, convolution or other (by whole parameters)."""
+        return kind_of(self.modules[name])
+
+    def parameter(self, name: str, parameter: str) -> torch.Tensor | None:
+        """Return a parameter or buffer of a module of the base model, None when it has none of this name."""
+        return self._tensors[name].get(parameter)
+
+    def has_parameters(self, name: str) -> bool:
+        """Tell whether a module owns parameters, those of its children apart."""
+        return any(parameter is not None for parameter in self.modules[name]._parameters.values())
+
+    def resolve(self, names: Sequence[str]) -> dict[str, str]:
+        """Return the model's own name for each name that an adapter file uses, leaving out those that have none.
+
+        A name that the model does not have is renamed as transformers renames checkpoints: published adapters carry
+        the names of transformers 4.
+        """
+        renamings = copy.deepcopy(self._renamings)  # some keep state from one key to the next
+        resolved = {}
+        for name in sorted(names):
+            renamed = name if name in self else _rename(name, renamings)
+            if renamed in self:
+                resolved[name] = renamed
+        return resolved
+
+    def part_of(self, name: str) -> str:
+        """Return the part of the model that a module lies in."""
+        part = self._part_of(name) if self._part_of else PARTS[0]
+        if part not in PARTS:
+            raise ValueError(f"part_of({name!r}) is {part!r}; it must be one of {', '.join(PARTS)}")
+        return part
+
+
+def output_layer_of(model: nn.Module) -> nn.Module | None:
+    """Return the layer that gives a model's logits, None without one."""
+    return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
+
+
+def kind_of(module: nn.Module) -> str:
+    """Return how a module is adapted: linear, embedding, convolution or other (by whole parameters).
+
+    A class that computes something of its own in `forward` is other, whatever it inherits from; embeddings that only
+    scale their output (`embed_scale`) are embeddings.
+    """
+    # This takes in the out_proj of nn.MultiheadAttention, which is never called: as in PEFT, where
+    # target_modules="all-linear" saves tensors for it, they have no effect.
+    if isinstance(module, nn.Linear | Conv1D):
+        return "linear" if _is_plain(module, nn.Linear, Conv1D) or _computes_linear(module) else "other"
+    if isinstance(module, nn.Embedding):
+        return "embedding" if _is_plain(module, nn.Embedding) or hasattr(module, "embed_scale") else "other"
+    if convolution_of(module) is not None:
+        return "convolution" if _is_plain(module, nn.Conv1d, nn.Conv2d, nn.Conv3d) else "other"
+    return "other"
+
+
+def _is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
+    return any(type(module).forward is kind.forward for kind in classes)
+
+
+@torch.no_grad()
+def _computes_linear(module: nn.Module) -> bool:
+    """Tell whether a subclass of Linear with a forward of its own does what Linear does (Falcon has one)."""
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, torch.Tensor) and (bias is None or isinstance(bias, torch.Tensor))
+    x = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)[None]
+    try:
+        y = module(x)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False
+    expected = nn.functional.linear(x, weight, bias)
+    is_alike = isinstance(y, torch.Tensor) and y.shape == expected.shape
+    return is_alike and (y.device.type == "meta" or torch.allclose(y, expected, rtol=1e-2, atol=1e-3))
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """Return `(in_features, out_features)` of a Linear, or of transformers' Conv1D."""
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    out_features, in_features = weight.shape if isinstance(module, nn.Linear) else reversed(weight.shape)
+    return in_features, out_features
+
+
+def _checkpoint_renamings(model: nn.Module, key_mapping: Mapping[str, str] | None) -> list[Any]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    if not isinstance(model, PreTrainedModel):
+        return []
+    transforms = get_model_conversion_mapping(model, dict(key_mapping) if key_mapping else None, add_legacy=False)
+    return [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+
+
+def _rename(name: str, renamings: Sequence[Any]) -> str:
+    key = f"{name}.weight"
+    for renaming in renamings:
+        key, _ = renaming.rename_source_key(key)
+    return key.removesuffix(".weight")

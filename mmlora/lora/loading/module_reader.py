@@ -1,0 +1,311 @@
+"""`ModuleReader`: from the tensors of one module in a PEFT file to its `ModuleWeights`, every shape checked."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from mmlora.errors import AdapterMismatch
+from mmlora.lora.loading.files import CONFIG_FILE
+from mmlora.lora.loading.module_index import ModuleIndex, linear_shape
+from mmlora.lora.loading.peft_config import PeftConfig
+from mmlora.lora.loading.tensor_keys import TensorKey
+from mmlora.lora.weights import LoRAWeights, ModuleWeights, TokenRows
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_Roles = dict[str, torch.Tensor]
+
+
+class ModuleReader:
+    """Read the modules of one adapter.
+
+    Args:
+        tensors: all of its file.
+        index: modules of the model.
+        config: of the adapter.
+        dtype: of low-rank matrices.
+        max_lora_rank: largest admitted rank; any without it.
+
+    Attributes:
+        max_rank: largest rank read so far.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        index: ModuleIndex,
+        config: PeftConfig,
+        dtype: torch.dtype,
+        max_lora_rank: int | None,
+    ) -> None:
+        self._tensors = tensors
+        self._index = index
+        self._config = config
+        self._dtype = dtype
+        self._max_lora_rank = max_lora_rank
+        self.max_rank = 0
+
+    def read(self, module: str, keys: Sequence[TensorKey]) -> ModuleWeights:
+        """Return what the adapter changes in a module.
+
+        Args:
+            module: its name in the model.
+            keys: of its tensors.
+
+        Raises:
+            AdapterMismatch: a tensor is missing, has the wrong shape or values, or is not asked for by the
+                configuration.
+        """
+        by_depth: dict[int, dict[str, TensorKey]] = {}
+        parameters: dict[str, TensorKey] = {}
+        for key in sorted(keys, key=lambda key: key.origin):
+            known = parameters if key.role == "parameter" else by_depth.setdefault(key.depth, {})
+            first = known.setdefault(key.parameter if key.role == "parameter" else key.role, key)
+            if first is not key and first.origin == key.origin:
+                raise AdapterMismatch(f"tensors {first.key} and {key.key} name the same matrix")
+        if len(names := {key.module for key in keys}) > 1:
+            raise AdapterMismatch(f"several sets of tensors land on one module: {', '.join(sorted(names))}")
+        name = keys[0].module
+        kind = self._index.kind_of(module)
+        loras: dict[str, LoRAWeights] = {}
+        token_rows = None
+        for depth, roles in by_depth.items():
+            if "token_rows" in roles:
+                token_rows = self._token_rows(name, module, roles.pop("token_rows"))
+            if not roles:
+                continue
+            if kind == "other":
+                parameter = self._nested_parameter(name, module, depth, next(iter(roles.values())))
+                loras[parameter] = self._parameter_lora(name, module, parameter, roles)
+            else:
+                self._check_selected(name, module)
+                loras["weight"] = self._lora(name, module, kind, roles)
+        replaced = {
+            parameter: tensor
+            for parameter, key in parameters.items()
+            if (tensor := self._parameter(name, module, key, has_lora=bool(loras))) is not None
+        }
+        if kind == "other":
+            return ModuleWeights(None, replaced, loras, token_rows)
+        return ModuleWeights(loras.get("weight"), replaced, {}, token_rows)
+
+    def _lora(self, name: str, module: str, kind: str, roles: Mapping[str, TensorKey]) -> LoRAWeights:
+        found = self._found(module, roles)
+        self._check_pair(module, roles)
+        names = [name, module]
+        if any(self._config.targets_parameter(f"{known}.weight") for known in names):
+            names = [f"{known}.weight" for known in names]
+            self._transpose(module, kind, found)
+        rank = self._rank(module, *names)
+        if kind == "linear":
+            self._check_linear(module, found, rank)
+        elif kind == "embedding":
+            self._check_embedding(module, found, rank)
+        else:
+            self._check_convolution(module, found, rank)
+        self._check_extras(module, kind, found)
+        return self._cast(module, found, self._config.scaling_of(*names))
+
+    def _transpose(self, module: str, kind: str, found: _Roles) -> None:
+        """Turn `B A`, added to a weight as it is stored, into what the module applies to its input.
+
+        Conv1D and Embedding store their weight the other way round than Linear.
+        """
+        is_transposed = kind == "embedding" or isinstance(self._index.modules[module], Conv1D)
+        if is_transposed and found["lora_A"].ndim == found["lora_B"].ndim == 2:
+            found["lora_A"], found["lora_B"] = found["lora_B"].T, found["lora_A"].T
+
+    def _found(self, module: str, roles: Mapping[str, TensorKey]) -> _Roles:
+        found = {}
+        for role, key in roles.items():
+            tensor = self._tensors[key.key]
+            if tensor.dtype not in _DTYPES:
+                raise AdapterMismatch(
+                    f"tensor {key.key} on {module} is {list(tensor.shape)} {tensor.dtype}; it must be a matrix of "
+                    "a floating-point type of 16 to 64 bits"
+                )
+            found[role] = tensor
+        return found
+
+    def _check_pair(self, module: str, roles: Mapping[str, TensorKey]) -> None:
+        for role, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
+            if role not in roles:
+                key = roles.get(other) or next(iter(roles.values()))
+                raise AdapterMismatch(f"tensor {key.key} has no partner {role} for {module}")
+
+    def _rank(self, module: str, *names: str) -> int:
+        rank = self._config.rank_of(*names)
+        if self._max_lora_rank is not None and rank > self._max_lora_rank:
+            raise AdapterMismatch(f"rank {rank} of {module} exceeds max_lora_rank={self._max_lora_rank}")
+        self.max_rank = max(self.max_rank, rank)
+        return rank
+
+    def _check_linear(self, module: str, found: _Roles, rank: int) -> None:
+        in_features, out_features = linear_shape(self._index.modules[module])
+        self._expand_blocks(found, in_features, out_features, rank)
+        what = f"Linear({in_features}, {out_features})"
+        self._check_shapes(module, found, rank, what, (rank, in_features), (out_features, rank))
+
+    def _check_embedding(self, module: str, found: _Roles, rank: int) -> None:
+        embedding = self._index.modules[module]
+        assert isinstance(embedding, nn.Embedding)
+        num, width = embedding.num_embeddings, embedding.embedding_dim
+        self._check_shapes(module, found, rank, f"Embedding({num}, {width})", (rank, num), (width, rank))
+
+    def _check_convolution(self, module: str, found: _Roles, rank: int) -> None:
+        base = self._index.modules[module]
+        weight: torch.Tensor = base.weight  # type: ignore[assignment]
+        groups, ones = int(base.groups), [1] * (weight.ndim - 2)  # type: ignore[arg-type]
+        if any(step != 1 for step in base.dilation) or base.padding_mode != "zeros":  # type: ignore[union-attr]
+            raise AdapterMismatch(f"{module} is a dilated or not zero-padded convolution, which PEFT does not adapt")
+        shape_A = (rank, int(base.in_channels), *weight.shape[2:])  # type: ignore[arg-type]
+        shape_B = (weight.shape[0], rank // groups, *ones)
+        self._check_shapes(module, found, rank, f"{type(base).__name__} {list(weight.shape)}", shape_A, shape_B)
+
+    def _check_shapes(
+        self, module: str, found: _Roles, rank: int, what: str, shape_A: Sequence[int], shape_B: Sequence[int]
+    ) -> None:
+        lora_A, lora_B = found["lora_A"], found["lora_B"]
+        if (*lora_A.shape,) == (*shape_A,) and (*lora_B.shape,) == (*shape_B,):
+            return
+        shapes = f"lora_A is {list(lora_A.shape)} and lora_B is {list(lora_B.shape)}"
+        fits = lora_A.shape[1:] == torch.Size(shape_A[1:]) and lora_B.shape[:1] == torch.Size(shape_B[:1])
+        if fits:
+            raise AdapterMismatch(f"{CONFIG_FILE} says rank {rank} for {module}, but {shapes}")
+        raise AdapterMismatch(f"it was made for another model: {module} is {what}, but {shapes}")
+
+    def _check_extras(self, module: str, kind: str, found: _Roles) -> None:
+        """Check magnitudes and lora_B's biases: there exactly when the configuration says so."""
+        width = found["lora_B"].shape[0]
+        shape = [1, width, *[1] * (found["lora_B"].ndim - 2)] if kind == "convolution" else [width]
+        wanted = {"magnitude": self._config.use_dora, "lora_bias": self._config.lora_bias and kind != "embedding"}
+        options = {"magnitude": ("use_dora", shape), "lora_bias": ("lora_bias", [width])}
+        for role, is_wanted in wanted.items():
+            option, allowed = options[role]
+            if is_wanted != (role in found):
+                there = "there is none" if is_wanted else "there is one"
+                raise AdapterMismatch(
+                    f"{CONFIG_FILE} says {option}={is_wanted}, but for the {role} of {module} {there}"
+                )
+            if role in found and list(found[role].shape) != allowed:
+                raise AdapterMismatch(f"{role} of {module} is {list(found[role].shape)}; it must be {allowed}")
+
+    def _expand_blocks(self, found: _Roles, in_features: int, out_features: int, rank: int) -> None:
+        """Fill a block-diagonal matrix, of which BD-LoRA saves the blocks one below the other, up with zeros."""
+        shapes = {"lora_A": (rank, in_features), "lora_B": (out_features, rank)}
+        for role, (height, width) in shapes.items():
+            blocks = found[role]
+            if not self._config.use_bdlora or blocks.ndim != 2 or 0 in blocks.shape or blocks.shape[0] != height:
+                continue
+            num_blocks, rest = divmod(width, blocks.shape[1])
+            if num_blocks > 1 and not rest and height % num_blocks == 0:
+                found[role] = torch.block_diag(*blocks.chunk(num_blocks))  # type: ignore[no-untyped-call]
+
+    def _nested_parameter(self, name: str, module: str, depth: int, key: TensorKey) -> str:
+        """Return the parameter that the low-rank matrices at a depth belong to: PEFT wraps the first one innermost."""
+        own = self._index.modules[module]._parameters
+        targets = [p for p in own if any(self._config.targets_parameter(f"{n}.{p}") for n in (name, module))]
+        if depth >= len(targets):
+            kind = type(self._index.modules[module]).__name__
+            raise AdapterMismatch(
+                f"tensor {key.key}: {module} is a {kind}, of which target_parameters selects {len(targets)} parameters"
+            )
+        return targets[len(targets) - 1 - depth]
+
+    def _parameter_lora(self, name: str, module: str, parameter: str, roles: Mapping[str, TensorKey]) -> LoRAWeights:
+        found, base = self._found(module, roles), self._index.parameter(module, parameter)
+        self._check_pair(module, roles)
+        assert base is not None
+        names = (f"{name}.{parameter}", f"{module}.{parameter}")
+        rank = self._rank(module, *names)
+        if base.ndim not in (2, 3) or found.keys() != {"lora_A", "lora_B"}:
+            raise AdapterMismatch(
+                f"{parameter} of {module} is {list(base.shape)}; only matrices take lora_A and lora_B"
+            )
+        num_experts = base.shape[0] if base.ndim == 3 else 1
+        is_transposed = base.ndim == 3 and getattr(self._index.modules[module], "is_transposed", False)
+        out_features, in_features = reversed(base.shape[-2:]) if is_transposed else base.shape[-2:]
+        rows = rank * num_experts
+        what = f"{parameter} {list(base.shape)}"
+        self._check_shapes(module, found, rank, what, (rows, in_features), (out_features, rows))
+        return self._cast(module, found, self._config.scaling_of(*names))
+
+    def _token_rows(self, name: str, module: str, key: TensorKey) -> TokenRows:
+        rows = self._found(module, {"token_rows": key})["token_rows"]
+        ids = self._config.token_indices_of(module, self._index.input_embedding)
+        ids = ids or self._config.token_indices_of(name, self._index.input_embedding)
+        weight = self._index.parameter(module, "weight")
+        is_lookup = self._index.kind_of(module) == "embedding" or module == self._index.output_layer
+        if not ids or weight is None or not is_lookup:
+            raise AdapterMismatch(f"tensor {key.key}: trainable_token_indices of {CONFIG_FILE} does not name {module}")
+        if list(rows.shape) != [len(ids), weight.shape[1]] or len(set(ids)) != len(ids) or max(ids) >= weight.shape[0]:
+            raise AdapterMismatch(
+                f"tensor {key.key} is {list(rows.shape)} for {len(ids)} different tokens of "
+                f"trainable_token_indices; {module} is {list(weight.shape)}"
+            )
+        order = torch.tensor(ids).argsort()
+        return TokenRows(torch.tensor(ids)[order], self._checked(module, "rows", rows[order], weight.dtype))
+
+    def _parameter(self, name: str, module: str, key: TensorKey, *, has_lora: bool) -> torch.Tensor | None:
+        """Return a replaced parameter, None when it is the base model's own."""
+        tensor, base = self._tensors[key.key], self._index.parameter(module, key.parameter)
+        assert base is not None
+        if tensor.shape != base.shape:
+            raise AdapterMismatch(f"tensor {key.key} is {list(tensor.shape)}; {module} has {list(base.shape)}")
+        if base.device.type != "meta" and _is_same(tensor, base, is_lenient=key.is_from_base):
+            return None
+        is_bias = "bias" in key.parameter and (
+            self._config.bias == "all" or (self._config.bias == "lora_only" and has_lora)
+        )
+        if not is_bias and (key.is_from_base or not any(map(self._config.saves, self._names(name, module)))):
+            if key.is_from_base and base.device.type == "meta":
+                return None
+            cause = (
+                "differs from the base model's own" if key.is_from_base else "is not named by modules_to_save or bias"
+            )
+            raise AdapterMismatch(f"tensor {key.key} {cause}")
+        return self._checked(module, key.parameter, tensor, base.dtype)
+
+    def _check_selected(self, name: str, module: str) -> None:
+        """Refuse low-rank matrices for a module that the configuration does not select.
+
+        A regular expression may also name it as the decoder does, without `model.`: Phi-4-multimodal's adapters were
+        made by a model that wraps its decoder alone, but saved under the names of the whole.
+        """
+        config = self._config
+        is_pattern = isinstance(config.target_modules, str) and not config.exclude_modules
+        selected = any(map(config.selects, self._names(name, module)))
+        selected = selected or (is_pattern and config.selects(module.removeprefix("model.")))
+        if not selected and not any(config.targets_parameter(f"{known}.weight") for known in (name, module)):
+            raise AdapterMismatch(
+                f"{CONFIG_FILE} does not select {module}, yet there are tensors for it "
+                "(target_modules, exclude_modules, layers_to_transform, layers_pattern)"
+            )
+
+    def _names(self, name: str, module: str) -> list[str]:
+        """Return under which names the configuration may mean a module: a tied output layer goes with the embedding."""
+        embedding = self._index.input_embedding
+        is_twin = self._config.ensure_weight_tying and self._index.is_tied and module == self._index.output_layer
+        return [name, module, *([embedding] if is_twin and embedding is not None else [])]
+
+    def _cast(self, module: str, found: _Roles, scaling: float) -> LoRAWeights:
+        if not torch.isfinite(torch.tensor(scaling, dtype=torch.float32)):
+            raise AdapterMismatch(f"the scaling of {module} is {scaling:g}, which float32 does not hold")
+        cast = {role: self._checked(module, role, tensor, self._dtype) for role, tensor in found.items()}
+        return LoRAWeights(cast["lora_A"], cast["lora_B"], scaling, cast.get("lora_bias"), cast.get("magnitude"))
+
+    def _checked(self, module: str, role: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        cast = tensor.to(dtype).contiguous()
+        if not torch.isfinite(cast).all():
+            cause = f"overflows {dtype}" if torch.isfinite(tensor).all() else "holds NaN or infinity"
+            raise AdapterMismatch(f"{role} of {module} {cause}; every value must be finite")
+        return cast
+
+
+def _is_same(tensor: torch.Tensor, base: torch.Tensor, *, is_lenient: bool) -> bool:
+    """Tell whether a tensor is the base model's own; leniently, equal in the coarser of their types is enough."""
+    dtype = base.dtype
+    if is_lenient:
+        dtype = min((tensor.dtype, base.dtype), key=lambda dtype: dtype.itemsize)
+    return torch.equal(tensor.to(dtype), base.to("cpu", dtype))

@@ -1,0 +1,322 @@
+"""`adapter_config.json` of PEFT: what it says about ranks and scalings; whatever is not understood is refused by name.
+
+The keys are those of `peft.LoraConfig` up to PEFT 0.21 (https://huggingface.co/docs/peft, "LoRA").
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+
+from mmlora.errors import AdapterMismatch
+from mmlora.lora.loading.files import CONFIG_FILE
+from mmlora.lora.loading.patterns import check_pattern, first_group, matches
+from mmlora.utils.text import is_finite_number
+
+_UNDERSTOOD: Final = frozenset(
+    [
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "bias",
+        "lora_bias",
+        "use_dora",
+        "use_bdlora",
+        "modules_to_save",
+        "target_parameters",
+        "trainable_token_indices",
+        "ensure_weight_tying",
+        "alora_invocation_tokens",
+    ]
+)
+# Training, provenance, how tensors were initialised, or settings of features that are off unless another key turns
+# them on. `fan_in_fan_out` follows from the module; VeLoRA and MonteCLoRA change gradients and noise of training only.
+_IRRELEVANT: Final = frozenset(
+    [
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+        "inference_mode",
+        "auto_mapping",
+        "lora_dropout",
+        "merge_weights",
+        "fan_in_fan_out",
+        "megatron_core",
+        "qalora_group_size",
+        "runtime_config",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "velora_config",
+        "monteclora_config",
+    ]
+)
+# Keys that are refused unless they have one of these values, and why.
+_REFUSED: Final[dict[str, tuple[tuple[Any, ...], str]]] = {
+    "peft_type": (("LORA",), "other methods than LoRA are not applied"),
+    "init_lora_weights": (
+        (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
+        "this initialisation also changed the base weights, so the tensors do not fit the plain base; save with PEFT's "
+        "path_initial_model_for_weight_conversion",
+    ),
+    "layer_replication": ((None, []), "it changes the depth of the model"),
+    "use_qalora": ((False, None), "it needs a quantized base"),
+    "arrow_config": ((None, {}), "it routes between several adapters"),
+    "kasa_config": ((None, {}), "it truncates the base weights"),
+    "megatron_config": ((None, {}), "it belongs to Megatron models"),
+    "enable_lora": ((None, []), "it splits a fused layer in a way that PEFT no longer has"),
+}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """The part of a PEFT LoRA configuration that decides what the adapter computes.
+
+    Attributes:
+        r: rank of modules without a `rank_pattern`.
+        lora_alpha: numerator of the scaling of modules without an `alpha_pattern`.
+        use_rslora: scale by `alpha / √r` instead of `alpha / r`.
+        rank_pattern: rank by regular expression on the end of the module name; the first that matches holds.
+        alpha_pattern: the same for alpha.
+        target_modules: which modules have tensors: a regular expression, names, or None for "not said".
+        exclude_modules: exceptions to it.
+        layers_to_transform: layer numbers that it is limited to; empty for all.
+        layers_pattern: names of the lists that these numbers count in; empty for any.
+        bias: which biases of the base were trained and saved: "none", "all" or "lora_only".
+        lora_bias: lora_B has biases.
+        use_dora: there are magnitudes.
+        use_bdlora: some matrices are block-diagonal, and only their blocks are saved.
+        modules_to_save: ends of the names of modules that are replaced as a whole.
+        target_parameters: ends of the names of parameters, other than weights of layers, with low-rank changes.
+        trainable_token_indices: token ids whose embeddings are replaced, by module ("": the input embedding).
+        ensure_weight_tying: an output layer that shares the embedding's weight has a copy of what the embedding has.
+        alora_invocation_tokens: tokens from which on an activated LoRA holds.
+    """
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    target_modules: str | tuple[str, ...] | None = None
+    exclude_modules: str | tuple[str, ...] | None = None
+    layers_to_transform: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
+    bias: str = "none"
+    lora_bias: bool = False
+    use_dora: bool = False
+    use_bdlora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
+    trainable_token_indices: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    ensure_weight_tying: bool = False
+    alora_invocation_tokens: tuple[int, ...] = ()
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "PeftConfig":
+        """Build the configuration from the parsed JSON object.
+
+        Raises:
+            AdapterMismatch: a key is unknown, has a value that is not supported, or has the wrong type; the message
+                names the key and the value.
+        """
+        for reason in refusals(content):
+            raise AdapterMismatch(f"{CONFIG_FILE}: {reason}")
+        return cls(
+            r=_rank(content.get("r", 8), "r"),
+            lora_alpha=_number(content.get("lora_alpha", 8), "lora_alpha"),
+            use_rslora=_typed(content, "use_rslora", bool, False),
+            rank_pattern={key: _rank(value, f"rank_pattern[{key!r}]") for key, value in _pattern(content, "rank")},
+            alpha_pattern={key: _number(value, f"alpha_pattern[{key!r}]") for key, value in _pattern(content, "alpha")},
+            target_modules=_names(content, "target_modules"),
+            exclude_modules=_names(content, "exclude_modules"),
+            layers_to_transform=_layers(content.get("layers_to_transform")),
+            layers_pattern=_as_tuple(_names(content, "layers_pattern")),
+            bias=_choice(content, "bias", ("none", "all", "lora_only")),
+            lora_bias=_typed(content, "lora_bias", bool, False),
+            use_dora=_typed(content, "use_dora", bool, False),
+            use_bdlora=bool(content.get("use_bdlora")),
+            modules_to_save=_listed_names(content, "modules_to_save"),
+            target_parameters=_listed_names(content, "target_parameters"),
+            trainable_token_indices=_token_indices(content.get("trainable_token_indices")),
+            ensure_weight_tying=_typed(content, "ensure_weight_tying", bool, False),
+            alora_invocation_tokens=_integers(content.get("alora_invocation_tokens") or (), "alora_invocation_tokens"),
+        )
+
+    def rank_of(self, *names: str) -> int:
+        """Return the rank of a module, known under one or several names (the first with a pattern decides)."""
+        return _lookup(self.rank_pattern, names, self.r)
+
+    def scaling_of(self, *names: str) -> float:
+        """Return the factor of a module: `alpha / r`, or `alpha / √r` with rsLoRA, both its own."""
+        rank = self.rank_of(*names)
+        return _lookup(self.alpha_pattern, names, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def selects(self, name: str) -> bool:
+        """Tell whether PEFT would adapt the module of this name under this configuration."""
+        if self.exclude_modules and _is_named(self.exclude_modules, name):
+            return False
+        if self.target_modules is None or self.target_modules == "all-linear":
+            return True
+        if not _is_named(self.target_modules, name):
+            return False
+        if isinstance(self.target_modules, str) or name in self.target_modules or not self.layers_to_transform:
+            return True
+        patterns = self.layers_pattern or (r"[^.]*",)
+        # The first number after a list name counts; without a list name, some parent must precede the list.
+        prefix = r"(?:^|.*?\.)" if self.layers_pattern else r".*?\."
+        found = (first_group(rf"{prefix}{pattern}\.(\d+)\.", name) for pattern in patterns)
+        layer = next((group for group in found if group is not None), None)
+        return layer is not None and layer.isdigit() and int(layer) in self.layers_to_transform
+
+    def saves(self, name: str) -> bool:
+        """Tell whether `modules_to_save` holds the module of this name, or one that it lies in."""
+        atoms = name.split(".")
+        parents = (".".join(atoms[: count + 1]) for count in range(len(atoms)))
+        return any(parent.endswith(entry) for parent in parents for entry in self.modules_to_save)
+
+    def targets_parameter(self, name: str) -> bool:
+        """Tell whether `target_parameters` holds the parameter of this name."""
+        return any(name == entry or name.endswith(f".{entry}") for entry in self.target_parameters)
+
+    def names_embedding(self, entry: str, name: str, input_embedding: str | None) -> bool:
+        """Tell whether an entry of `trainable_token_indices` means the module of this name."""
+        return _is_named((entry,), name) if entry else name == input_embedding
+
+    def token_indices_of(self, name: str, input_embedding: str | None) -> tuple[int, ...] | None:
+        """Return the trained token ids of the embedding of this name, None without any."""
+        entries = self.trainable_token_indices.items()
+        return next((ids for entry, ids in entries if self.names_embedding(entry, name, input_embedding)), None)
+
+    def digest_content(self) -> dict[str, Any]:
+        """Return what, besides the tensors, decides the output; patterns as pairs since their order matters."""
+        return {
+            "r": self.r,
+            "lora_alpha": self.lora_alpha,
+            "use_rslora": self.use_rslora,
+            "rank_pattern": list(self.rank_pattern.items()),
+            "alpha_pattern": list(self.alpha_pattern.items()),
+            "target_parameters": self.target_parameters,
+            "trainable_token_indices": list(self.trainable_token_indices.items()),
+            "alora_invocation_tokens": self.alora_invocation_tokens,
+        }
+
+
+def refusals(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why an adapter of this configuration cannot be applied, key by key."""
+    if "peft_type" not in content:
+        yield "there is no peft_type; it must be 'LORA'"
+    for key, value in content.items():
+        if key in _UNDERSTOOD or key in _IRRELEVANT:
+            continue
+        if key not in _REFUSED:
+            yield f"the key {key}={value!r} is unknown; it might change the output"
+            continue
+        values, reason = _REFUSED[key]
+        if not any(value is allowed or (value == allowed and type(value) is type(allowed)) for allowed in values):
+            yield f"{key}={value!r} is not supported: {reason}; allowed: {', '.join(map(repr, values))}"
+
+
+def _lookup(pattern: Mapping[str, T], names: Sequence[str], default: T) -> T:
+    for name in names:
+        for key, value in pattern.items():
+            if name == key or matches(rf"(?:.*\.)?(?:{key})", name):
+                return value
+    return default
+
+
+def _is_named(selection: str | Sequence[str], name: str) -> bool:
+    if isinstance(selection, str):
+        return matches(selection, name)
+    return any(name == entry or name.endswith(f".{entry}") for entry in selection)
+
+
+def _wrong(key: str, value: object, allowed: str) -> AdapterMismatch:
+    return AdapterMismatch(f"{CONFIG_FILE}: {key} is {value!r}; it must be {allowed}")
+
+
+def _typed(content: Mapping[str, Any], key: str, kind: type[T], default: T) -> T:
+    value = content.get(key)
+    if value is not None and not isinstance(value, kind):
+        raise _wrong(key, value, f"a {kind.__name__}")
+    return default if value is None else value
+
+
+def _rank(value: object, key: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise _wrong(key, value, "an integer of at least 1")
+    return value
+
+
+def _number(value: object, key: str) -> float:
+    if not is_finite_number(value):
+        raise _wrong(key, value, "a finite number")
+    return float(value)
+
+
+def _pattern(content: Mapping[str, Any], kind: str) -> list[tuple[str, object]]:
+    key = f"{kind}_pattern"
+    items = list(_typed(content, key, dict, {}).items())
+    for pattern, _ in items:
+        check_pattern(pattern, f"{CONFIG_FILE}: {key}")
+    return items
+
+
+def _names(content: Mapping[str, Any], key: str) -> str | tuple[str, ...] | None:
+    value = content.get(key)
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return check_pattern(value, f"{CONFIG_FILE}: {key}")
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return tuple(value)
+    raise _wrong(key, value, "a string or a list of strings")
+
+
+def _listed_names(content: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    value = content.get(key) or ()
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) and name for name in value):
+        raise _wrong(key, value, "a list of names")
+    return tuple(value)
+
+
+def _choice(content: Mapping[str, Any], key: str, allowed: tuple[str, ...]) -> str:
+    value = content.get(key)
+    if value is not None and value not in allowed:
+        raise _wrong(key, value, f"one of {', '.join(allowed)}")
+    return value or allowed[0]
+
+
+def _integers(value: object, key: str) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple) or any(
+        not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in value
+    ):
+        raise _wrong(key, value, "a list of token ids")
+    return tuple(value)
+
+
+def _token_indices(value: object) -> dict[str, tuple[int, ...]]:
+    by_module = value if isinstance(value, dict) else {"": value} if value else {}
+    return {str(name): _integers(ids, "trainable_token_indices") for name, ids in by_module.items()}
+
+
+def _as_tuple(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else value or ()
+    return tuple(check_pattern(name, f"{CONFIG_FILE}: layers_pattern") for name in names if name)
+
+
+def _layers(value: object) -> tuple[int, ...]:
+    layers = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
+        raise _wrong("layers_to_transform", value, "an integer or a list of integers")
+    return tuple(layers)

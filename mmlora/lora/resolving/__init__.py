@@ -1,0 +1,1 @@
+"""Find adapters that nobody loaded, through the registered resolvers."""

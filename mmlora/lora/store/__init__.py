@@ -1,0 +1,1 @@
+"""Adapters on the host: the cache, the registry file, and their life cycle."""

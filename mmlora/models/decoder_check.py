@@ -1,0 +1,113 @@
+"""At load: does a decoder compute on the paged cache what it computes by itself? If not, it is refused.
+
+A few dozen random tokens go through the decoder twice, with its own attention and masks, and in two chunks through the
+paged cache. What a model does in its masks alone, or in ways of its own, shows here.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from mmlora.attention.paged import ATTENTION_NAME, AttentionMetadata, KVCache, Span, attention_context
+from mmlora.errors import ConfigError
+from mmlora.towers.base import Towers
+from mmlora.towers.general import decoder_inputs
+from mmlora.utils.library_errors import FAILURES
+
+NUM_TOKENS, CHUNK = 40, 23
+TEST_WINDOW = 8
+# Of the logits' own scale. Rounding alone makes 0.03 in bfloat16, 0.003 in float16 and 1e-6 in float32, in a random
+# Llama of 24 layers and width 2048.
+MAX_ERROR = {torch.float32: 3e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+def check_decoder(model: Any, towers: Towers | None, num_kv_heads: int, head_dim: int, max_model_len: int) -> None:
+    """Compare a loaded model's decoder with itself.
+
+    Args:
+        model: on its device, its decoder on paged attention.
+        towers: of the model, None for a text-only one.
+        num_kv_heads, head_dim: of the cache.
+        max_model_len: the longest sequence that is to be served.
+
+    Raises:
+        ConfigError: they differ, or the decoder cannot run that way.
+    """
+    text_config, name = model.config.get_text_config(), type(model).__name__
+    error = _error(model, towers, num_kv_heads, head_dim)
+    if not error <= MAX_ERROR[model.dtype]:
+        raise ConfigError(
+            f"{name} gives other logits on a paged KV cache than by itself ({error:.1%} of their scale): its attention "
+            "does something that this engine does not know"
+        )
+    window = getattr(text_config, "sliding_window", None)
+    if window is None or window >= max_model_len:
+        return
+    with _window(model, text_config, TEST_WINDOW):
+        error = _error(model, towers, num_kv_heads, head_dim)
+    if not error <= MAX_ERROR[model.dtype]:
+        raise ConfigError(
+            f"{name} hides tokens beyond its sliding window of {window} in its masks only, which this engine does not "
+            f"read; it can be served with max_model_len={window} or less"
+        )
+
+
+@torch.inference_mode()
+def _error(model: Any, towers: Towers | None, num_kv_heads: int, head_dim: int) -> float:
+    """Return how far the logits of a chunk are off, as a share of their scale: the worse of both chunks.
+
+    Of a token the root mean square over the vocabulary counts, since the largest error grows with the vocabulary; of a
+    chunk the median over its tokens: in half precision a router may send single ones to other experts.
+    """
+    embedding = model.get_input_embeddings()
+    device, name = embedding.weight.device, type(model).__name__
+    ids = torch.randint(len(embedding.weight), (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
+    positions = torch.arange(NUM_TOKENS, device=device)[None]
+    inputs = {**decoder_inputs(model, towers, ids[0]), "position_ids": positions}
+    try:
+        with _attention(model, "eager"):
+            expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
+    except FAILURES as error:
+        raise ConfigError(f"{name} cannot run on plain text by itself: {error}") from error
+    if not expected.isfinite().all():
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise ConfigError(f"{name} gives NaN or infinity for plain text in dtype={dtype!r}: its weights need another")
+    num_layers = model.config.get_text_config().num_hidden_layers
+    cache = KVCache(num_layers, 1, NUM_TOKENS, num_kv_heads, head_dim, dtype=model.dtype, device=device)
+    errors = []
+    for start, end in ((0, CHUNK), (CHUNK, NUM_TOKENS)):
+        chunk = {key: value[:, start:end] for key, value in inputs.items()}
+        try:
+            with attention_context(AttentionMetadata.build(cache, [Span([0], start, end)])):
+                logits = model(**chunk, use_cache=False).logits[0].float()
+        except FAILURES as error:
+            raise ConfigError(f"{name} cannot run on a paged KV cache: {error}") from error
+        scale = expected[start:end].std(dim=-1).clamp_min(1e-6)
+        errors.append(float(((logits - expected[start:end]).square().mean(dim=-1).sqrt() / scale).median()))
+    return max(errors)
+
+
+@contextmanager
+def _attention(model: Any, name: str) -> Iterator[None]:
+    part = "text_config" if model.config.get_text_config() is not model.config else ""
+    model.set_attn_implementation({part: name})
+    try:
+        yield
+    finally:
+        model.set_attn_implementation({part: ATTENTION_NAME})
+
+
+@contextmanager
+def _window(model: Any, text_config: Any, window: int) -> Iterator[None]:
+    """Shorten the sliding window, in the configuration (masks read it) and in the layers (attention is told)."""
+    changed = [(text_config, text_config.sliding_window)]
+    changed += [(m, m.sliding_window) for m in model.modules() if isinstance(getattr(m, "sliding_window", None), int)]
+    for owner, _ in changed:
+        owner.sliding_window = window
+    try:
+        yield
+    finally:
+        for owner, value in changed:
+            owner.sliding_window = value

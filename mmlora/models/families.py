@@ -1,0 +1,216 @@
+"""The one table of model families: what each takes, and what stands between its media and its decoder.
+
+Nothing else asks for a `model_type` or the name of a class.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import transformers
+from packaging.version import Version
+from transformers import PretrainedConfig
+
+from mmlora.errors import ConfigError
+from mmlora.models import transcription as prompts
+from mmlora.models.layouts import phi4mm, qwen2_5_omni
+from mmlora.models.layouts.base import Layout
+from mmlora.processors.base import MultiModalProcessor
+from mmlora.processors.families.granite_speech import GraniteSpeechProcessor
+from mmlora.processors.families.paligemma import PaliGemmaProcessor
+from mmlora.processors.families.phi4_multimodal import Phi4MultimodalProcessor
+from mmlora.processors.families.pixtral import PixtralProcessor
+from mmlora.processors.families.qwen2_5_omni import Qwen25OmniProcessor
+from mmlora.processors.families.voxtral import VoxtralProcessor
+from mmlora.processors.general import GeneralProcessor
+from mmlora.processors.pretrained import named_class
+from mmlora.towers.base import Towers
+from mmlora.towers.gemma3n import Gemma3nTowers
+from mmlora.towers.general import GeneralTowers
+from mmlora.towers.phi4_multimodal import Phi4MultimodalTowers
+from mmlora.towers.qwen2_5_omni import Qwen25OmniTowers
+from mmlora.towers.qwen2_audio import Qwen2AudioTowers
+from mmlora.utils.library_errors import FAILURES
+
+ProcessorFactory = Callable[[PretrainedConfig, Path, Any], MultiModalProcessor]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models.
+
+    Attributes:
+        name: what people call it.
+        modalities: that it takes beside text.
+        processor, towers: of its media.
+        default_adapters: adapters that its models come with: modalities joined with `+`, and the folder that holds the
+            adapter for them; an empty name is the model's own.
+        transformers_since: the first version of `transformers` whose processor runs without torchvision.
+        transcription: how its models are asked for the words of a clip.
+    """
+
+    name: str
+    modalities: tuple[str, ...] = ()
+    processor: ProcessorFactory = GeneralProcessor
+    towers: Callable[[Any], Towers] = GeneralTowers
+    default_adapters: Mapping[str, str] = field(default_factory=dict)
+    transformers_since: str = "5.17"
+    transcription: prompts.TranscriptionPrompt | None = None
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family("Llama"),
+    "mistral": Family("Mistral"),
+    "qwen2": Family("Qwen2"),
+    "qwen3": Family("Qwen3"),
+    "granite": Family("Granite"),
+    "phi3": Family("Phi-3, Phi-4"),
+    "gemma2": Family("Gemma 2"),
+    "gemma3_text": Family("Gemma 3 (text)"),
+    "mixtral": Family("Mixtral"),
+    "qwen3_moe": Family("Qwen3-MoE"),
+    "granitemoe": Family("GraniteMoE"),
+    "granite_speech": Family(
+        "Granite Speech",
+        ("audio",),
+        GraniteSpeechProcessor,
+        default_adapters={"audio": ""},
+        transcription=prompts.GRANITE_SPEECH,
+    ),
+    "granite_speech_plus": Family(
+        "Granite Speech Plus",
+        ("audio",),
+        GraniteSpeechProcessor,
+        default_adapters={"audio": ""},
+        transcription=prompts.GRANITE_SPEECH,
+    ),
+    "voxtral": Family("Voxtral", ("audio",), VoxtralProcessor, transcription=prompts.VOXTRAL),
+    "qwen2_audio": Family("Qwen2-Audio", ("audio",), towers=Qwen2AudioTowers, transcription=prompts.QWEN2_AUDIO),
+    "qwen3_asr": Family("Qwen3-ASR", ("audio",), transcription=prompts.QWEN3_ASR),
+    "audioflamingo3": Family("Audio Flamingo 3", ("audio",), transcription=prompts.AUDIO_FLAMINGO3),
+    "llava": Family("LLaVA", ("image",)),
+    "llava_next": Family("LLaVA-NeXT", ("image",)),
+    "qwen2_vl": Family("Qwen2-VL", ("image",)),
+    "qwen2_5_vl": Family("Qwen2.5-VL", ("image",)),
+    "qwen3_vl": Family("Qwen3-VL", ("image",)),
+    "idefics3": Family("Idefics3", ("image",), transformers_since="5.18"),
+    "smolvlm": Family("SmolVLM", ("image",), transformers_since="5.18"),
+    "internvl": Family("InternVL", ("image",), transformers_since="5.18"),
+    "mistral3": Family("Mistral 3", ("image",), partial(GeneralProcessor, load=PixtralProcessor)),
+    "gemma3": Family("Gemma 3", ("image",), towers=partial(GeneralTowers, two_way="picture")),
+    "gemma3n": Family(
+        "Gemma 3n", ("audio", "image"), towers=Gemma3nTowers, transformers_since="5.23", transcription=prompts.GEMMA3N
+    ),
+    "paligemma": Family(
+        "PaliGemma 1 and 2",
+        ("image",),
+        PaliGemmaProcessor,
+        partial(GeneralTowers, two_way="prompt", first_position=1),
+    ),
+    "granite4_vision": Family("Granite 4 Vision", ("image",)),
+    "qwen2_5_omni_thinker": Family(
+        "Qwen2.5-Omni (thinker)",
+        ("audio", "image"),
+        Qwen25OmniProcessor,
+        Qwen25OmniTowers,
+        transformers_since="5.23",
+        transcription=prompts.QWEN2_5_OMNI,
+    ),
+    "phi4_multimodal": Family(
+        "Phi-4-multimodal",
+        ("audio", "image"),
+        partial(GeneralProcessor, load=Phi4MultimodalProcessor),
+        Phi4MultimodalTowers,
+        {"audio": "speech-lora", "image": "vision-lora", "audio+image": "vision-lora"},
+        transcription=prompts.PHI4_MULTIMODAL,
+    ),
+}
+# By the class that a checkpoint's files name, whatever its family: LLaVA models with Pixtral's tower name this one.
+STAND_INS: Mapping[str, ProcessorFactory] = {"PixtralProcessor": partial(GeneralProcessor, load=PixtralProcessor)}
+# By the `model_type` that config.json names.
+LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (phi4mm.LAYOUT, qwen2_5_omni.LAYOUT)}
+
+
+def find_layout(path: Path) -> Layout | None:
+    """How the files of a directory are to be read; None for the way of `transformers`."""
+    try:
+        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None  # whoever reads it next says what is wrong
+    return LAYOUTS.get(str(content.get("model_type"))) if isinstance(content, dict) else None
+
+
+def get_key_mapping(path: Path) -> Mapping[str, str] | None:
+    """Return how a directory's tensors and modules are renamed (see `Layout`); None for the names of `transformers`."""
+    layout = find_layout(path)
+    return layout.key_mapping if layout is not None else None
+
+
+def family_key(config: PretrainedConfig) -> str | None:
+    """Return the key of a model's family in the table, None where it has none."""
+    return config.model_type if config.model_type in FAMILIES else None
+
+
+def check_modalities(config: PretrainedConfig, model_class: Any) -> None:
+    """Refuse a model with towers that the table does not have, instead of serving its decoder alone.
+
+    Raises:
+        ConfigError: names what the model takes.
+    """
+    family = FAMILIES.get(config.model_type)
+    takes = model_class.input_modalities
+    media = sorted({takes} if isinstance(takes, str) else set(takes)) if config.sub_configs else []
+    media = [modality for modality in media if modality != "text"]  # a text decoder may inherit them, its config not
+    if media and (family is None or not family.modalities):
+        raise ConfigError(
+            f"{model_class.__name__} takes {' and '.join(media)} beside text, and {config.model_type} is not among the "
+            "families with media that are served (`mmlora models` lists them)"
+        )
+
+
+def get_default_adapters(config: PretrainedConfig) -> Mapping[str, str]:
+    """Return the adapters that models of a configuration's family come with; see `Family`."""
+    family = FAMILIES.get(config.model_type)
+    return family.default_adapters if family is not None else {}
+
+
+def get_transcription_prompt(config: PretrainedConfig) -> prompts.TranscriptionPrompt | None:
+    """Return how models of a configuration's family are asked for the words of a clip; None where none are known."""
+    family = FAMILIES.get(config.model_type)
+    return family.transcription if family is not None else None
+
+
+def get_processor(config: PretrainedConfig, model_path: str | Path, tokenizer: Any) -> MultiModalProcessor | None:
+    """Build the processor of a model, or return None for one that takes only text.
+
+    Args:
+        config: the model's configuration.
+        model_path: its local directory (for a Hub id, the snapshot folder).
+        tokenizer: its tokenizer, which must know the placeholder tokens.
+
+    Raises:
+        ConfigError: the preprocessor files or the tokenizer do not fit the model, or `transformers` is too old for it.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None or not family.modalities:
+        return None
+    if Version(transformers.__version__) < Version(family.transformers_since):
+        raise ConfigError(
+            f"{family.name} needs transformers {family.transformers_since} or newer, whose processor runs without "
+            f"torchvision; this is {transformers.__version__}"
+        )
+    try:
+        factory = STAND_INS.get(named_class(Path(model_path)), family.processor)
+        return factory(config, Path(model_path), tokenizer)
+    except FAILURES as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"the processor of {str(model_path)!r} cannot be built: {reason}") from error
+
+
+def get_towers(model: Any) -> Towers | None:
+    """Return the towers of a loaded `transformers` model, None for a text-only one."""
+    family = FAMILIES.get(model.config.model_type)
+    return family.towers(model) if family is not None and family.modalities else None

@@ -1,0 +1,57 @@
+"""longrope with the factors of each sequence's own length: `transformers` takes one set for a whole batch.
+
+A sequence has short factors up to the length that the model was first trained on, and long ones beyond it. When it
+grows over that length, its keys are computed anew.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from mmlora.attention.paged import current_attention
+
+
+class LongRope(nn.Module):
+    """Rotary embedding of flattened tokens, in place of the model's own.
+
+    Args:
+        base: a rotary embedding of `transformers` with `rope_type="longrope"`, for all layers alike.
+    """
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base = base
+        self.original_length: int = base.config.rope_parameters["original_max_position_embeddings"]
+        device = base.inv_freq.device
+        long_inv_freq, _ = ROPE_INIT_FUNCTIONS["longrope"](base.config, device, seq_len=self.original_length + 1)
+        self.inv_freq = nn.Buffer(torch.stack([base.original_inv_freq, long_inv_freq]), persistent=False)
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosines and sines `[1, num_tokens, rotary_dim]` for positions `[1, num_tokens]`."""
+        metadata = current_attention()
+        if metadata is None:
+            cos_sin: tuple[torch.Tensor, torch.Tensor] = self.base(x, position_ids)
+            return cos_sin
+        is_long = metadata.is_long if metadata.is_long is not None else torch.zeros_like(position_ids[0])
+        inv_freq = self.inv_freq.float()[is_long.long()]  # [num_tokens, rotary_dim / 2]
+        angles = position_ids[..., None].float() * inv_freq
+        angles = torch.cat([angles, angles], dim=-1)
+        scaling = self.base.attention_scaling
+        return (angles.cos() * scaling).to(x.dtype), (angles.sin() * scaling).to(x.dtype)
+
+
+def replace_longrope(model: nn.Module) -> int | None:
+    """Put `LongRope` in place of a model's rotary embeddings.
+
+    Returns:
+        The length beyond which a sequence has long factors; None for a model without longrope.
+    """
+    lengths = []
+    for name, module in list(model.named_modules()):
+        if getattr(module, "rope_type", None) == "longrope":
+            rope = LongRope(module)
+            model.set_submodule(name, rope)
+            lengths.append(rope.original_length)
+    return min(lengths, default=None)

@@ -1,0 +1,1 @@
+"""Processors of model families that the general one does not fit."""

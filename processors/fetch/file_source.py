@@ -1,0 +1,83 @@
+"""`FileSource`: the bytes behind `file:` URLs, of regular files under one directory."""
+
+import os
+import stat
+from pathlib import Path
+from typing import Final
+from urllib.parse import unquote, urlsplit
+
+from mmlora.errors import ConfigError, MediaError
+from mmlora.processors.media.items import MediaLimits
+
+MAX_URL_CHARS: Final = 3 * 4096  # of the longest path, each byte of it encoded; each of its parts is looked at
+
+_SHOWN: Final = 80  # characters of a URL in an error message
+_NOT_FOLLOWED: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class FileSource:
+    """Reads files of a directory.
+
+    Args:
+        root: the directory; links in it may only lead to places in it.
+        limits: of the media.
+
+    Raises:
+        ConfigError: it is no directory.
+    """
+
+    def __init__(self, root: str, limits: MediaLimits) -> None:
+        self._root = Path(root).expanduser().resolve()
+        if not self._root.is_dir():
+            raise ConfigError(f"allowed_local_media_path={root!r} is not a directory")
+        self._limits = limits
+
+    def read(self, url: str) -> bytes:
+        """Read a `file:` URL.
+
+        Raises:
+            MediaError: it leads to no regular file under the directory (whether there is a file elsewhere is not
+                told), or to one that is too large.
+        """
+        try:
+            with open(self._open(_path_of(url)), "rb") as file:
+                content = file.read(self._limits.max_bytes + 1)
+        except (OSError, ValueError):  # ValueError: a NUL in the path, a host, or a place outside
+            message = f"media URL {url[:_SHOWN]!r} leads to no regular file under --allowed-local-media-path"
+            raise MediaError(message) from None
+        if len(content) > self._limits.max_bytes:
+            raise MediaError(f"media URL {url[:_SHOWN]!r} has more than the allowed {self._limits.max_bytes} bytes")
+        return content
+
+    def _open(self, path: str) -> int:
+        """Open a file by its real path, part by part, so that a link put there meanwhile is not followed."""
+        parts = Path(os.path.realpath(path)).relative_to(self._root).parts
+        folder = os.open(self._root, _NOT_FOLLOWED | os.O_DIRECTORY)
+        try:
+            for part in parts[:-1]:
+                inner = os.open(part, _NOT_FOLLOWED | os.O_DIRECTORY, dir_fd=folder)
+                os.close(folder)
+                folder = inner
+            # Not blocking: to open a named pipe would wait for somebody who writes to it.
+            file = os.open(parts[-1] if parts else ".", _NOT_FOLLOWED | os.O_NONBLOCK, dir_fd=folder)
+        finally:
+            os.close(folder)
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise ValueError("not a regular file")
+        return file
+
+
+def _path_of(url: str) -> str:
+    """The path of a `file:` URL.
+
+    Raises:
+        ValueError: it names another machine, or no absolute path, or is too long for one.
+    """
+    if len(url) > MAX_URL_CHARS:
+        raise ValueError("too long")
+    parts = urlsplit(url)
+    path = unquote(parts.path, errors="strict")
+    if parts.netloc not in ("", "localhost") or parts.query or not path.startswith("/"):
+        raise ValueError(url)
+    return path

@@ -1,0 +1,196 @@
+"""`HTTPSource`: the bytes behind `http:` and `https:` URLs that clients choose, within bounds of place, size and time.
+
+It uses httpcore, which httpx is built on: without cookies, proxies, environment variables and decompression.
+"""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Collection, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from functools import cached_property
+from typing import Final
+
+import httpcore
+import httpx
+
+from mmlora.errors import MediaError
+from mmlora.processors.fetch.addresses import Network
+from mmlora.processors.fetch.checked_network import CheckedNetwork
+from mmlora.processors.fetch.fetch_loop import fetch_loop
+from mmlora.processors.media.items import MediaLimits
+
+MAX_URL_CHARS: Final = 8192
+MAX_AT_ONCE: Final = 8  # of one prompt
+MAX_OPEN: Final = 256  # of all prompts
+MAX_REDIRECTS: Final = 5
+MAX_SILENCE_S: Final = 5.0  # until a connection stands, and between two pieces of an answer
+REDIRECTS: Final = (301, 302, 303, 307, 308)
+# Below 1024 live services that are no web servers, such as SSH, SMTP and LDAP; some obey what stands in a request.
+WEB_PORTS: Final = (80, 443)
+FREE_PORTS: Final = range(1024, 65536)
+
+_SHOWN = 80  # characters of a URL in an error message
+_FAILURES = (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError, ssl.SSLError, OSError)
+
+
+class HTTPSource:
+    """Reads URLs on the loop of `fetch_loop`.
+
+    Args:
+        domains: hosts that are allowed, `example.org`, or `*.example.org` for all below it; None for any.
+        networks: that are allowed beside public addresses.
+        timeout_s: of one URL, redirects included.
+        limits: of the media.
+    """
+
+    def __init__(
+        self, domains: Sequence[str] | None, networks: Sequence[Network], timeout_s: float, limits: MediaLimits
+    ) -> None:
+        self._domains = None if domains is None else [_plain(domain) for domain in domains]
+        self._network = CheckedNetwork(networks)
+        self._timeout_s = timeout_s
+        self._limits = limits
+        self._open = asyncio.Semaphore(MAX_OPEN)  # of the one loop that it is used on
+
+    def read(self, urls: Collection[str]) -> "Future[dict[str, bytes]]":
+        """Begin to read the URLs of one prompt; cancelling the future stops it.
+
+        Returns:
+            Contents by URL, or a `MediaError`: a URL that is not allowed, cannot be read or is too large.
+        """
+        return asyncio.run_coroutine_threadsafe(self._read_all(urls), fetch_loop())
+
+    async def _read_all(self, urls: Collection[str]) -> dict[str, bytes]:
+        at_once = asyncio.Semaphore(MAX_AT_ONCE)
+        contents: dict[str, bytes] = {}
+
+        async def read(url: str) -> None:
+            async with at_once, self._open:
+                contents[url] = await self._read(url)
+            num_bytes, allowed = sum(map(len, contents.values())), self._limits.max_decoded_bytes
+            if num_bytes > allowed:
+                raise MediaError(f"the media of the prompt have {num_bytes} bytes or more; allowed are {allowed}")
+
+        tasks = [asyncio.ensure_future(read(url)) for url in urls]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        return contents
+
+    async def _read(self, url: str) -> bytes:
+        shown = url[:_SHOWN]
+        target = self._check(url, url)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                for _ in range(MAX_REDIRECTS + 1):
+                    async with self._get(target) as response:
+                        if response.status not in REDIRECTS:
+                            return await self._read_body(response, shown)
+                        location = _header(response, b"location")
+                    target = self._check(_join(target, location, shown), shown)
+        except TimeoutError:
+            raise MediaError(f"media URL {shown!r} was not read within {self._timeout_s:g} s") from None
+        except _FAILURES as error:
+            raise MediaError(f"media URL {shown!r} cannot be read: {type(error).__name__}: {error}") from None
+        raise MediaError(f"media URL {shown!r} is redirected more than {MAX_REDIRECTS} times")
+
+    def _check(self, url: str, shown: str) -> httpx.URL:
+        """Read a URL and check all of it but the addresses of its host, which the connection checks.
+
+        Raises:
+            MediaError: what is wrong with it. User names and passwords are not repeated.
+        """
+        if len(url) > MAX_URL_CHARS:
+            raise MediaError(f"media URL of {len(url)} characters; allowed are {MAX_URL_CHARS}")
+        try:
+            target = httpx.URL(url)
+        except (httpx.InvalidURL, ValueError) as error:
+            raise MediaError(f"malformed media URL: {error}") from None
+        if target.userinfo:
+            raise MediaError(f"the media URL for the host {target.host!r} holds a user name or password; leave it out")
+        if target.scheme not in ("http", "https") or not target.host:
+            raise MediaError(f"media URL {shown[:_SHOWN]!r} leads to {url[:_SHOWN]!r}; it must be an http(s) URL")
+        if target.port is not None and target.port not in (*WEB_PORTS, *FREE_PORTS):
+            allowed = f"{', '.join(map(str, WEB_PORTS))} and {FREE_PORTS[0]} to {FREE_PORTS[-1]}"
+            raise MediaError(f"media URL with port {target.port}; allowed are {allowed}")
+        if not self._is_allowed(_plain(target.raw_host.decode("ascii")), _plain(target.host)):
+            allowed = ", ".join(self._domains or ()) or "none"
+            raise MediaError(f"media URL with host {target.host!r}; --allowed-media-domains allows {allowed}")
+        return target
+
+    def _is_allowed(self, *hosts: str) -> bool:
+        """Whether a host, in either of its spellings, is one of those that are allowed."""
+        if self._domains is None:
+            return True
+        return any(
+            host == domain or (domain.startswith("*.") and host.endswith(domain[1:]))
+            for host in hosts
+            for domain in self._domains
+        )
+
+    @asynccontextmanager
+    async def _get(self, target: httpx.URL) -> AsyncIterator[httpcore.Response]:
+        """Ask for a URL over a connection of its own."""
+        url = httpcore.URL(scheme=target.raw_scheme, host=target.raw_host, port=target.port, target=target.raw_path)
+        headers: list[tuple[bytes | str, bytes | str]] = [
+            ("Host", target.netloc),
+            ("User-Agent", "mmlora"),
+            ("Accept", "*/*"),
+            ("Accept-Encoding", "identity"),  # what unpacks to gigabytes is not unpacked at all
+            ("Connection", "close"),
+        ]
+        silence_s = min(MAX_SILENCE_S, self._timeout_s)
+        timeouts = dict.fromkeys(("connect", "read", "write", "pool"), silence_s)
+        pool = httpcore.AsyncConnectionPool(
+            self._ssl_context, max_keepalive_connections=0, network_backend=self._network
+        )
+        async with pool, pool.stream("GET", url, headers=headers, extensions={"timeout": timeouts}) as response:
+            yield response
+
+    @cached_property
+    def _ssl_context(self) -> ssl.SSLContext:
+        return httpcore.default_ssl_context()
+
+    async def _read_body(self, response: httpcore.Response, shown: str) -> bytes:
+        if response.status != 200:
+            raise MediaError(f"media URL {shown!r} was answered with status {response.status}")
+        encoding = _header(response, b"content-encoding").lower()
+        if encoding not in ("", "identity"):
+            raise MediaError(f"media URL {shown!r} is sent in the encoding {encoding[:20]!r}; only identity is allowed")
+        allowed = self._limits.max_bytes
+        claim = _header(response, b"content-length")
+        if claim.isdecimal() and int(claim) > allowed:
+            raise MediaError(f"media URL {shown!r} claims {claim} bytes, more than the allowed {allowed} bytes")
+        chunks, num_bytes = [], 0
+        async for chunk in response.aiter_stream():
+            num_bytes += len(chunk)
+            if num_bytes > allowed:
+                raise MediaError(f"media URL {shown!r} has more than the allowed {allowed} bytes")
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+
+def _plain(host: str) -> str:
+    return host.lower().rstrip(".")
+
+
+def _header(response: httpcore.Response, name: bytes) -> str:
+    """The value of a header, or an empty text."""
+    return next((value.decode("latin-1").strip() for key, value in response.headers if key.lower() == name), "")
+
+
+def _join(target: httpx.URL, location: str, shown: str) -> str:
+    """Where a redirect leads.
+
+    Raises:
+        MediaError: nowhere.
+    """
+    try:
+        if location:
+            return str(target.join(location))
+    except (httpx.InvalidURL, ValueError):
+        pass
+    raise MediaError(f"media URL {shown!r} is redirected to {location[:_SHOWN]!r}, which is no URL")

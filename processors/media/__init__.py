@@ -1,0 +1,1 @@
+"""Media items: recognizing, decoding and checking audio and images."""

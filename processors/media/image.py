@@ -1,0 +1,120 @@
+"""Turn encoded pictures, PIL images or arrays into `ImageItem`: decoding, EXIF orientation, alpha on white, RGB."""
+
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from mmlora.errors import MediaError
+from mmlora.processors.media.items import DEFAULT_LIMITS, ImageItem, MediaLimits, strips
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+def decode_image(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> ImageItem:
+    """Decode the first frame of PNG, JPEG, WebP, GIF or BMP bytes; the size is checked in the header first.
+
+    Raises:
+        MediaError: undecodable, truncated, or more than `limits.max_pixels`.
+    """
+    _check_complete(data)
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except _BOMB as error:
+        raise MediaError(f"image is larger than the allowed {limits.max_pixels} px: {error}") from error
+    except UnidentifiedImageError as error:  # its text tells the address of our buffer
+        raise MediaError(f"cannot decode the image content ({len(data)} bytes): its header is damaged") from error
+    except Exception as error:  # Pillow's plugins raise nearly anything on damaged headers
+        raise MediaError(f"cannot decode the image content ({len(data)} bytes): {error}") from error
+    return image_from_pil(image, limits)
+
+
+def image_from_pil(image: Image.Image, limits: MediaLimits = DEFAULT_LIMITS) -> ImageItem:
+    """Load, orient and convert a PIL image to RGB; the given image is not changed.
+
+    Raises:
+        MediaError: no pixels, too many, undecodable, or a mode whose range is not defined (`F`).
+    """
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise MediaError(f"image of {width}x{height} px holds no pixels")
+    if width * height > limits.max_pixels:
+        raise MediaError(f"image of {width}x{height} px is larger than the allowed {limits.max_pixels} px")
+    try:
+        image.load()
+    except Exception as error:  # as above: damaged or truncated data
+        raise MediaError(
+            f"cannot decode the {image.format or image.mode} image of {width}x{height} px: {error}"
+        ) from error
+    return ImageItem.from_rgb(_to_rgb(_oriented(image)))
+
+
+def image_from_array(array: Any, limits: MediaLimits = DEFAULT_LIMITS) -> ImageItem:
+    """Take `[height, width, 3] uint8`, numpy or torch.
+
+    Raises:
+        MediaError: another shape or type, empty or too large.
+    """
+    values = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else array
+    if values.ndim != 3 or values.shape[2] != 3 or values.dtype != np.uint8:
+        raise MediaError(
+            f"array of shape {tuple(values.shape)} and type {values.dtype}: "
+            "an image array is [height, width, 3] uint8, an audio array is given as (array, sample_rate)"
+        )
+    if values.size == 0:
+        raise MediaError(f"image array of shape {tuple(values.shape)} holds no pixels")
+    return image_from_pil(Image.fromarray(np.ascontiguousarray(values)), limits)
+
+
+def _check_complete(data: bytes) -> None:
+    """Refuse what Pillow would accept: a WebP shorter than its RIFF header claims."""
+    if data.startswith(b"RIFF"):
+        claimed = int.from_bytes(data[4:8], "little") + 8
+        if claimed > len(data):
+            raise MediaError(f"truncated WebP: its header claims {claimed} bytes, {len(data)} are there")
+
+
+def _oriented(image: Image.Image) -> Image.Image:
+    try:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+            return image  # which `exif_transpose` would copy
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a damaged EXIF block must not make a good picture unusable
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise MediaError("image of mode 'F' has no defined range: convert it to 8-bit 'L' or 'RGB' first")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _sixteen_bit_to_rgb(image)
+    if image.has_transparency_data:
+        return _on_white(image)
+    return image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Lay a picture on white, in strips: each step of it would need memory for the whole picture."""
+    rgb = Image.new("RGB", image.size)
+    for box in strips(*image.size):
+        strip = image.crop(box).convert("RGBA")
+        white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
+        rgb.paste(Image.alpha_composite(white, strip).convert("RGB"), box)
+    return rgb
+
+
+def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
+    """Scale 0…65535 to 0…255; Pillow's own conversion clips at 255 instead."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise MediaError(
+            f"image of mode {image.mode!r} holds values {values.min()} to {values.max()}: 0 to 65535 are allowed"
+        )
+    gray = ((values + 128) // 257).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        gray[values == transparent] = 255
+    return Image.fromarray(gray).convert("RGB")

@@ -1,0 +1,1 @@
+"""The HTTP layer: listener, connections, admission, authentication and limits."""

@@ -1,0 +1,1 @@
+"""Adapters over HTTP: what is served, runtime updates, and resolved names."""

@@ -1,0 +1,94 @@
+"""Adapters that resolvers find for a server: loaded, which is what verifies them, and served from then on."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from mmlora.async_llm import AsyncLLM
+from mmlora.errors import AdapterNotFound, ResolverError
+from mmlora.lora.loading.files import CONFIG_FILE
+from mmlora.lora.request import LoRARequest
+from mmlora.lora.resolver import LoRAResolverRegistry
+from mmlora.lora.resolving.resolution import LoRAResolution, ResolutionLimits
+from mmlora.lora.store.store import AdapterStore
+from mmlora.plugins import load_general_plugins
+from mmlora.server.lora.served_adapter import ServedAdapter
+from mmlora.server.lora.served_models import ServedModels
+from mmlora.utils.environment import read_bool
+
+logger = logging.getLogger(__name__)
+
+ALLOW_VARIABLE = "MMLORA_ALLOW_RUNTIME_LORA_UPDATING"
+
+
+def start_resolution(llm: AsyncLLM, models: ServedModels, environment: Mapping[str, str]) -> None:
+    """Load plugins, and have unknown names resolved if `MMLORA_ALLOW_RUNTIME_LORA_UPDATING` is true.
+
+    Args:
+        llm: the engine that loads what is found.
+        models: served names; its `resolution` is set.
+        environment: of the process; see `docs/resolvers.md`.
+
+    Raises:
+        ConfigError: a variable cannot be read, or a plugin cannot be loaded.
+    """
+    is_allowed = read_bool(ALLOW_VARIABLE, environment)
+    limits = ResolutionLimits.from_environment(environment)
+    load_general_plugins(environment)
+    store = llm.engine.parts.store
+    if is_allowed and store is not None:
+        models.resolution = LoRAResolution(llm.model_name, _Acceptance(llm, models, store), limits)
+    elif LoRAResolverRegistry.get_supported_resolvers():
+        needs = "enable_lora=True" if is_allowed else f"{ALLOW_VARIABLE}=true"
+        logger.warning("%s needs %s: it is not asked", ", ".join(LoRAResolverRegistry.get_supported_resolvers()), needs)
+
+
+class _Acceptance:
+    """Loads an adapter that was found, and serves it."""
+
+    def __init__(self, llm: AsyncLLM, models: ServedModels, store: AdapterStore) -> None:
+        self._llm = llm
+        self._models = models
+        self._store = store
+
+    async def __call__(self, request: LoRARequest) -> None:
+        await self._llm.run_in_pool(self._load, request, is_load=True)
+
+    def _load(self, request: LoRARequest) -> None:
+        request = _as_directory(request)
+        with self._models.changes.hold(request.lora_name):
+            if request.lora_name in self._models.names:
+                return  # a client loaded one of this name meanwhile
+            if self._store.is_draining(request.lora_name):  # which passes
+                raise ResolverError(f"adapter {request.lora_name!r} is being unloaded")
+            adapter = self._store.get(request)
+            self._warn_of_other_base(request, adapter.path)
+            self._models.add(ServedAdapter(request.lora_name, request, adapter.digest, adapter.report))
+
+    def _warn_of_other_base(self, request: LoRARequest, directory: Path | None) -> None:
+        trained_on = request.base_model_name or _base_model_in(directory)
+        if trained_on not in (None, *self._llm.engine.args.model_names, self._llm.engine.args.model):
+            logger.warning("adapter %r says it is for %r; its shapes fit, so it is used", request.lora_name, trained_on)
+
+
+def _as_directory(request: LoRARequest) -> LoRARequest:
+    """Make the path absolute: a relative one that is gone would be asked for on the Hub, a client having named it.
+
+    Raises:
+        AdapterNotFound: there is no such directory.
+    """
+    directory = os.path.abspath(os.path.expanduser(request.lora_path))
+    if not os.path.isdir(directory):
+        raise AdapterNotFound(f"lora_path is {request.lora_path!r}; a resolver must return a local directory")
+    return replace(request, lora_path=directory)
+
+
+def _base_model_in(directory: Path | None) -> str | None:
+    """The base model that an adapter's configuration names."""
+    if directory is None:
+        return None
+    name = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None

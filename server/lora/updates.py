@@ -1,0 +1,192 @@
+"""`POST /v1/load_lora_adapter` and `/v1/unload_lora_adapter`: adapters that come and go while the server runs."""
+
+import logging
+import secrets
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Final
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import Field
+from starlette.responses import PlainTextResponse
+
+from mmlora.async_llm import AsyncLLM
+from mmlora.errors import AdapterNotFound, RequestError
+from mmlora.lora.request import MAX_INT_ID, MEMORY, LoRARequest
+from mmlora.lora.store.store import AdapterStore
+from mmlora.server.bodies import Body, body_schema, parse_body
+from mmlora.server.errors import Refusal
+from mmlora.server.http.limits import read_body
+from mmlora.server.lora.resolved import ALLOW_VARIABLE
+from mmlora.server.lora.served_adapter import ServedAdapter
+from mmlora.server.lora.served_models import ServedModels
+from mmlora.server.openai.protocol import FieldError, shorten
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES: Final = 2**16
+MAX_NAME_CHARS: Final = 255
+MAX_PATH_CHARS: Final = 4096
+FIRST_ID: Final = (
+    2**52
+)  # random ids are from here to twice that: exact in JavaScript's numbers, and not those of others
+
+
+class LoadBody(Body):
+    """What to load, and the name that clients use for it."""
+
+    lora_name: str = Field(min_length=1, max_length=MAX_NAME_CHARS)
+    lora_path: str = Field(min_length=1, max_length=MAX_PATH_CHARS)
+    base_model_name: str | None = Field(None, min_length=1, max_length=MAX_NAME_CHARS)
+    load_inplace: bool | None = None
+
+
+class UnloadBody(Body):
+    """What to unload: a name, an id, or both of one adapter."""
+
+    lora_name: str | None = None
+    lora_int_id: int | None = Field(None, ge=1, le=MAX_INT_ID)
+
+
+def adapter_routes(llm: AsyncLLM, models: ServedModels, *, is_allowed: bool) -> APIRouter:
+    """Build the routes.
+
+    Args:
+        llm: the engine.
+        models: served names, which the routes change.
+        is_allowed: whether clients may; if not, both routes are 404 and say what allows them.
+    """
+    updates = AdapterUpdates(llm, models)
+
+    def check_allowed(request: Request) -> None:
+        if not is_allowed:
+            message = f"{request.url.path} is turned off; {ALLOW_VARIABLE}=true in the server's environment turns it on"
+            raise Refusal(404, message)
+
+    routes = APIRouter(prefix="/v1", dependencies=[Depends(check_allowed)])
+
+    @routes.post("/load_lora_adapter", openapi_extra=body_schema(LoadBody))
+    async def load(request: Request) -> PlainTextResponse:
+        body = parse_body(LoadBody, await read_body(request, MAX_BODY_BYTES))
+        return PlainTextResponse(await updates.load(body))
+
+    @routes.post("/unload_lora_adapter", openapi_extra=body_schema(UnloadBody))
+    async def unload(request: Request) -> PlainTextResponse:
+        body = parse_body(UnloadBody, await read_body(request, MAX_BODY_BYTES))
+        return PlainTextResponse(await updates.unload(body))
+
+    return routes
+
+
+class AdapterUpdates:
+    """Loads and unloads adapters of one server. A change that has begun ends, whether its client waits or not.
+
+    Args:
+        llm: the engine.
+        models: served names.
+    """
+
+    def __init__(self, llm: AsyncLLM, models: ServedModels) -> None:
+        self._llm = llm
+        self._models = models
+
+    async def load(self, body: LoadBody) -> str:
+        """Load an adapter and serve it, or replace a served one by another version at once.
+
+        Returns:
+            What the client is told.
+
+        Raises:
+            RequestError: the name cannot be had, or the adapter cannot be used; nothing was changed.
+        """
+        name = body.lora_name
+        if not name.isprintable():
+            raise FieldError(f"lora_name is {shorten(name)}; it must hold printable characters only", "lora_name")
+        if body.lora_path.startswith(MEMORY):
+            message = f"lora_path is {shorten(body.lora_path)}; it must be a directory or a Hub id"
+            raise FieldError(message, "lora_path")
+        await self._llm.change_loras(partial(self._load, body, self._store()))
+        logger.info("adapter %r was loaded from %r", name, body.lora_path)
+        return f"Success: LoRA adapter '{name}' added successfully"
+
+    async def unload(self, body: UnloadBody) -> str:
+        """Serve an adapter no more; requests that run with it finish, then its memory is freed.
+
+        Returns:
+            What the client is told.
+
+        Raises:
+            RequestError: there is no such adapter, or it has to stay.
+        """
+        if body.lora_name is None and body.lora_int_id is None:
+            raise FieldError("lora_name or lora_int_id is required", "lora_name")
+        name = body.lora_name if body.lora_name is not None else self._name_of(body.lora_int_id)
+        await self._llm.change_loras(partial(self._unload, name, body.lora_int_id, self._store()))
+        logger.info("adapter %r was unloaded", name)
+        return f"Success: LoRA adapter '{name}' removed successfully"
+
+    def _store(self) -> AdapterStore:
+        store = self._llm.engine.parts.store
+        if store is None:
+            raise RequestError("adapters cannot be loaded: the server runs without --enable-lora")
+        return store
+
+    def _load(self, body: LoadBody, store: AdapterStore) -> None:
+        name = body.lora_name
+        with self._models.changes.hold(name):
+            served = self._check_name(name, may_replace=bool(body.load_inplace))
+            former = served.request if served is not None else None
+            request = LoRARequest(
+                name,
+                former.lora_int_id if former is not None else FIRST_ID + secrets.randbelow(FIRST_ID),
+                body.lora_path,
+                body.base_model_name or (former.base_model_name if former is not None else None),
+                load_inplace=bool(body.load_inplace),
+            )
+            # What `--lora-modules` names comes back at the next start as it was: only `add` writes to the registry.
+            adapter = store.get(request) if served is not None else store.add(request)
+            request = replace(request, lora_int_id=store.find(name).request.lora_int_id, load_inplace=False)
+            self._models.add(ServedAdapter(name, request, adapter.digest, adapter.report), replace=True)
+
+    def _check_name(self, name: str, *, may_replace: bool) -> ServedAdapter | None:
+        """The adapter that has the name already."""
+        if self._models.is_base(name):
+            raise FieldError(f"lora_name {shorten(name)} is the name of the base model; choose another", "lora_name")
+        served = self._models.adapters.get(name)
+        if served is not None and served.default_for is not None:
+            message = f"lora_name {name!r} is the name of the default adapter for {served.default_for}; choose another"
+            raise FieldError(message, "lora_name")
+        if served is not None and not may_replace:
+            message = (
+                f"the adapter {shorten(name)} is loaded already, from {shorten(served.request.lora_path)}; "
+                "load_inplace=true replaces it"
+            )
+            raise FieldError(message, "lora_name")
+        return served
+
+    def _unload(self, name: str, lora_int_id: int | None, store: AdapterStore) -> None:
+        if self._models.is_base(name):
+            raise FieldError(f"{shorten(name)} is the base model, which cannot be unloaded", "lora_name")
+        with self._models.changes.hold(name):
+            served = self._models.adapters.get(name)
+            if served is not None and lora_int_id not in (None, served.request.lora_int_id):
+                message = (
+                    f"lora_name={shorten(name)} and lora_int_id={lora_int_id} contradict each other: "
+                    f"the id of {shorten(name)} is {served.request.lora_int_id}"
+                )
+                raise FieldError(message, "lora_int_id")
+            adapter = self._models.remove(name)  # first, so that no request asks for what the engine lacks
+            try:
+                with suppress(AdapterNotFound):  # it was removed from Python
+                    store.remove(name)
+            except RequestError:  # the registry cannot be written
+                self._models.add(adapter)
+                raise
+
+    def _name_of(self, lora_int_id: int | None) -> str:
+        for name, adapter in self._models.adapters.items():
+            if adapter.request.lora_int_id == lora_int_id:
+                return name
+        message = f"there is no adapter with lora_int_id={lora_int_id}; /v1/models lists those that there are"
+        raise Refusal(404, message, param="lora_int_id", code="adapter_not_found")

@@ -1,0 +1,113 @@
+"""The body of `POST /v1/chat/completions`: parsed, checked, and turned into sampling options.
+
+What `messages` may hold beyond roles and fields is `mmlora.inputs.chat`'s matter.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any
+
+from pydantic import Field, WithJsonSchema
+
+from mmlora.server.openai.chat.message_schemas import MESSAGES
+from mmlora.server.openai.constraints import read_constraint
+from mmlora.server.openai.protocol import FieldError, FirstOnly, GenerationRequest, answer_limit, shorten
+from mmlora.server.openai.tools.choice import ToolChoice, read_tool_choice
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MESSAGE_FIELDS = frozenset({"role", "content", "name", "refusal", "tool_calls", "tool_call_id"})
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """The fields of a chat completion that this server reads."""
+
+    NEUTRAL_VALUES = {
+        "add_special_tokens": (None, False),
+        "audio": (None,),
+        "chat_template": (None,),
+        "documents": (None, []),
+        "function_call": (None, "none"),
+        "functions": (None, []),
+        "modalities": (None, ["text"]),
+        "moderation": (None,),
+        "prediction": (None,),
+        "reasoning_effort": (None,),
+        "verbosity": (None,),
+        "web_search_options": (None,),
+    }
+
+    messages: Annotated[FirstOnly[dict[str, Any]], Field(min_length=1), WithJsonSchema(MESSAGES)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    echo: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: FirstOnly[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | str | None = None
+    parallel_tool_calls: bool | None = None
+
+    @cached_property
+    def tooling(self) -> ToolChoice:
+        """The tools and how they may be called.
+
+        Raises:
+            FieldError: a field has another form.
+        """
+        return read_tool_choice(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    def sampling_options(self) -> dict[str, Any]:
+        """The fields of `SamplingParams` that the request sets.
+
+        Raises:
+            FieldError: two fields contradict each other.
+        """
+        return {
+            **self.given_sampling_options(),
+            "max_tokens": answer_limit(self.max_tokens, self.max_completion_tokens),
+            "logprobs": self._num_logprobs(),
+            "prompt_logprobs": self.prompt_logprobs,
+            "structured_outputs": self.tooling.constrain(read_constraint(self)),
+        }
+
+    def _num_logprobs(self) -> int | None:
+        if self.logprobs:
+            return self.top_logprobs or 0
+        if self.top_logprobs:
+            raise FieldError(f"top_logprobs={self.top_logprobs} needs logprobs=true", "top_logprobs")
+        return None
+
+
+def parse_chat_request(body: bytes) -> ChatCompletionRequest:
+    """Read a request body.
+
+    Raises:
+        FieldError: the body is not JSON, a field has the wrong type, or is not supported.
+    """
+    request = ChatCompletionRequest.parse(body)
+    _ = request.tooling
+    for index, message in enumerate(request.messages):
+        check_message(message, f"messages[{index}]")
+    if request.prompt_logprobs is not None and request.stream:
+        raise FieldError(f"prompt_logprobs={request.prompt_logprobs} needs stream=false", "prompt_logprobs")
+    return request
+
+
+def check_message(message: Mapping[str, Any], name: str) -> None:
+    """Refuse a message with an unknown role, without content, or with fields that would change the answer.
+
+    Raises:
+        FieldError: naming the message and what is wrong with it.
+    """
+    role = message.get("role")
+    if role not in ROLES:
+        raise FieldError(f"{name}.role={shorten(role, json.dumps)} must be one of {', '.join(ROLES)}", "messages")
+    for field, value in message.items():
+        if field not in MESSAGE_FIELDS and value not in (None, []):
+            raise FieldError(f"{name} has the field {shorten(field)}, which this server does not support", "messages")
+    if message.get("tool_calls") and role != "assistant":
+        raise FieldError(f"{name} has tool_calls; only messages of the assistant may have them", "messages")
+    if message.get("content") in (None, []) and role != "assistant":
+        raise FieldError(f"{name}.content is missing or empty; it must be text or a list of parts", "messages")

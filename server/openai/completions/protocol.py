@@ -1,0 +1,109 @@
+"""The body of `POST /v1/completions`: parsed, checked, and turned into prompts and sampling options."""
+
+import json
+from functools import cached_property
+from typing import Annotated, Any
+
+from pydantic import WithJsonSchema
+
+from mmlora.server.openai.constraints import read_constraint
+from mmlora.server.openai.protocol import FieldError, GenerationRequest, shorten
+
+MAX_PROMPTS, MAX_CHOICES = 256, 1024  # the engine queues all of them at once
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+PROMPT_FORMS = "text, a list of texts, a list of token ids or a list of such lists"
+TextOrTokens = str | list[int]
+
+_TOKENS = {"type": "array", "items": {"type": "integer"}}
+_TEXTS = {"type": "array", "items": {"type": "string"}}
+_PROMPT_SCHEMA = {"anyOf": [{"type": "string"}, _TEXTS, _TOKENS, {"type": "array", "items": _TOKENS}]}
+
+
+class CompletionRequest(GenerationRequest):
+    """The fields of a completion that this server reads."""
+
+    NEUTRAL_VALUES = {"suffix": (None, "")}
+
+    prompt: Annotated[Any, WithJsonSchema(_PROMPT_SCHEMA)]
+    multi_modal_data: dict[str, Any] | None = None
+    multi_modal_uuids: dict[str, Any] | None = None
+    best_of: int | None = None
+    echo: bool | None = None
+    logprobs: int | None = None
+    add_special_tokens: bool | None = None
+
+    @cached_property
+    def prompts(self) -> list[TextOrTokens]:
+        """The prompts; first asked for by `parse_completion_request`, as to check long ones takes a while.
+
+        Raises:
+            FieldError: `prompt` has another form.
+        """
+        return _as_prompts(self.prompt)
+
+    @property
+    def is_prompt_only(self) -> bool:
+        """Whether the client wants its prompt back, with log probabilities perhaps, and no answer."""
+        return bool(self.echo) and self.max_tokens == 0
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Alternatives that are wanted at each token of a prompt, or None."""
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        numbers = [number for number in wanted if number is not None]
+        return min(numbers) if -1 in numbers else max(numbers, default=None)  # -1 is the whole vocabulary
+
+    def sampling_options(self) -> dict[str, Any]:
+        """The fields of `SamplingParams` that the request sets."""
+        max_tokens = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        return {
+            **self.given_sampling_options(),
+            "structured_outputs": read_constraint(self),
+            "max_tokens": 1 if self.is_prompt_only else max_tokens,  # the engine always chooses a token
+            "logprobs": self.logprobs,
+            "prompt_logprobs": self.num_prompt_logprobs,
+        }
+
+
+def parse_completion_request(body: bytes) -> CompletionRequest:
+    """Read a request body.
+
+    Raises:
+        FieldError: the body is not JSON, a field has the wrong type or value, or is not supported.
+    """
+    request = CompletionRequest.parse(body)
+    num_prompts, n = len(request.prompts), 1 if request.n is None else request.n
+    if num_prompts > MAX_PROMPTS:
+        raise FieldError(f"prompt holds {num_prompts} prompts; allowed are {MAX_PROMPTS}", "prompt")
+    if num_prompts * n > MAX_CHOICES:
+        raise FieldError(f"n={shorten(n)} for {num_prompts} prompts; allowed are {MAX_CHOICES // num_prompts}", "n")
+    for name in ("multi_modal_data", "multi_modal_uuids"):
+        if num_prompts > 1 and getattr(request, name):
+            message = f"{name} belongs to one prompt, but prompt holds {num_prompts}; send them one by one"
+            raise FieldError(message, name)
+    if request.best_of not in (None, n):
+        message = f"best_of={request.best_of} is not supported; it must be n, which is {n}, or be left out"
+        raise FieldError(message, "best_of")
+    if request.prompt_logprobs is not None and request.stream:
+        message = (
+            f"prompt_logprobs={request.prompt_logprobs} needs stream=false; a stream has them with echo and logprobs"
+        )
+        raise FieldError(message, "prompt_logprobs")
+    return request
+
+
+def _as_prompts(prompt: Any) -> list[TextOrTokens]:
+    if isinstance(prompt, str) or (prompt and _is_tokens(prompt)):
+        return [prompt]
+    if not isinstance(prompt, list) or not prompt:
+        raise FieldError(f"prompt={shorten(prompt, json.dumps)} must be {PROMPT_FORMS}, not empty", "prompt")
+    for index, part in enumerate(prompt):
+        is_alike = type(part) is type(prompt[0])
+        if not is_alike or not (isinstance(part, str) or _is_tokens(part)):
+            shown = shorten(part, json.dumps)
+            raise FieldError(f"prompt[{index}] is {shown}; prompt must be {PROMPT_FORMS}", "prompt")
+    return list(prompt)
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int for token in value)

@@ -1,0 +1,148 @@
+"""The `input` of a response as the messages of a chat, which is how the model is asked."""
+
+import contextlib
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from mmlora.server.openai.protocol import FieldError, shorten
+
+Json = dict[str, Any]
+ROLES = ("system", "developer", "user", "assistant")
+MESSAGE_FIELDS = ("type", "role", "content", "id", "status", "phase")
+CALL_FIELDS = ("type", "call_id", "name", "arguments", "id", "status")
+OUTPUT_FIELDS = ("type", "call_id", "output", "id", "status")
+PART_FIELDS = {
+    "input_text": ("type", "text", "prompt_cache_breakpoint"),
+    "input_image": ("type", "image_url", "detail", "uuid", "prompt_cache_breakpoint"),
+    "input_audio": ("type", "input_audio", "uuid"),
+    "output_text": ("type", "text", "annotations", "logprobs"),
+    "refusal": ("type", "refusal"),
+}
+
+
+def as_messages(instructions: str | None, given: Any) -> list[Json]:
+    """Return the messages that `mmlora.inputs.chat.render_chat` takes; their media are not looked at.
+
+    Args:
+        instructions: become a system message before all others.
+        given: text, or a list of messages, calls of functions and their outputs.
+
+    Raises:
+        FieldError: naming the item or the part that has another form.
+    """
+    before = [] if instructions is None else [{"role": "system", "content": instructions}]
+    if isinstance(given, str):
+        return [*before, {"role": "user", "content": given}]
+    if not isinstance(given, list) or not given:
+        raise _must_be("input", given, "text or a list of at least one item")
+    return [*before, *_messages(given)]
+
+
+def _messages(items: list[Any]) -> list[Json]:
+    messages: list[Json] = []
+    call_ids: set[str] = set()
+    for index, item in enumerate(items):
+        place = f"input[{index}]"
+        if not isinstance(item, dict):
+            raise _must_be(place, item, "an object")
+        match item.get("type", "message"):
+            case "message":
+                messages.append(_message(item, place))
+            case "function_call":
+                call = _call(item, place)
+                call_ids.add(call["id"])
+                # What the model wrote in one turn is one message: text if there was any, and calls.
+                if not messages or messages[-1]["role"] != "assistant":
+                    messages.append({"role": "assistant", "content": None})
+                messages[-1].setdefault("tool_calls", []).append(call)
+            case "function_call_output":
+                messages.append(_output(item, call_ids, place))
+            case kind:
+                allowed = (
+                    "message, function_call or function_call_output: there are no other tools, and nothing is kept"
+                )
+                raise _must_be(f"{place}.type", kind, allowed)
+    return messages
+
+
+def _message(item: Json, place: str) -> Json:
+    role = item.get("role")
+    if role not in ROLES:
+        raise _must_be(f"{place}.role", role, f"one of {', '.join(ROLES)}")
+    _check_fields(item, MESSAGE_FIELDS, place)
+    return {"role": role, "content": _content(item, "content", place)}
+
+
+def _call(item: Json, place: str) -> Json:
+    """A call as messages of the assistant have it, with its arguments read."""
+    _check_fields(item, CALL_FIELDS, place)
+    text, arguments = _text(item, "arguments", place), None
+    with contextlib.suppress(ValueError, RecursionError):
+        arguments = json.loads(text)
+    if not isinstance(arguments, dict):
+        raise _must_be(f"{place}.arguments", text, "a JSON object, as text")
+    function = {"name": _text(item, "name", place), "arguments": arguments}
+    return {"id": _text(item, "call_id", place), "type": "function", "function": function}
+
+
+def _output(item: Json, call_ids: Collection[str], place: str) -> Json:
+    _check_fields(item, OUTPUT_FIELDS, place)
+    call_id = _text(item, "call_id", place)
+    if call_id not in call_ids:
+        raise _must_be(f"{place}.call_id", call_id, "that of a function_call before it")
+    return {"role": "tool", "tool_call_id": call_id, "content": _content(item, "output", place)}
+
+
+def _content(item: Json, field: str, place: str) -> str | list[Json]:
+    """Text, or parts."""
+    content, place = item.get(field), f"{place}.{field}"
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise _must_be(place, content, "text or a list of at least one part")
+    return [_part(part, f"{place}[{index}]") for index, part in enumerate(content)]
+
+
+def _part(part: Any, place: str) -> Json:
+    if not isinstance(part, dict):
+        raise _must_be(place, part, "an object")
+    kind = part.get("type")
+    if not isinstance(kind, str) or kind not in PART_FIELDS:
+        raise _must_be(f"{place}.type", kind, f"one of {', '.join(PART_FIELDS)}")
+    _check_fields(part, PART_FIELDS[kind], place)
+    match kind:
+        case "input_image" if part.get("image_url") is None and part.get("uuid") is not None:
+            return {"type": "image_url", "uuid": part["uuid"]}
+        case "input_image":
+            url = _text(part, "image_url", place)
+            return {"type": "image_url", "image_url": {"url": url}, "uuid": part.get("uuid")}
+        case "input_audio" if part.get("input_audio") is None and part.get("uuid") is not None:
+            return {"type": "input_audio", "uuid": part["uuid"]}
+        case "input_audio":
+            audio = part.get("input_audio")
+            if not isinstance(audio, dict):
+                raise _must_be(f"{place}.input_audio", audio, "an object with data and format")
+            data = _text(audio, "data", f"{place}.input_audio")
+            return {"type": "input_audio", "input_audio": {"data": data}, "uuid": part.get("uuid")}
+        case "refusal":
+            return {"type": "text", "text": _text(part, "refusal", place)}
+        case _:
+            return {"type": "text", "text": _text(part, "text", place)}
+
+
+def _check_fields(received: Mapping[str, Any], allowed: Collection[str], place: str) -> None:
+    for field, value in received.items():
+        if field not in allowed and value is not None:
+            raise FieldError(f"{place} has the field {shorten(field)}, which this server does not support", place)
+
+
+def _text(received: Mapping[str, Any], field: str, place: str) -> str:
+    value = received.get(field)
+    if not isinstance(value, str):
+        raise _must_be(f"{place}.{field}", value, "a string")
+    return value
+
+
+def _must_be(place: str, received: Any, allowed: str) -> FieldError:
+    return FieldError(f"{place}={shorten(received, json.dumps)} must be {allowed}", place)

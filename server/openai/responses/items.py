@@ -1,0 +1,180 @@
+"""`OutputItems`: what a response holds, messages and calls of functions, one after the other as the text comes."""
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from mmlora.server.openai.tools.parser import Piece, TextParser
+
+Json = dict[str, Any]
+Event = tuple[str, Json]  # its type, and what it tells
+
+
+class MessageItem:
+    """A message of one part of text.
+
+    Args:
+        output_index: its place in the response.
+    """
+
+    def __init__(self, output_index: int) -> None:
+        self._head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant"}
+        self._place = {"output_index": output_index}
+        self._part_place = {"item_id": self._head["id"], **self._place, "content_index": 0}
+        self._texts: list[str] = []
+        self._logprobs: list[Json] = []
+
+    def open(self) -> list[Event]:
+        """The message and its part begin."""
+        item = {**self._head, "status": "in_progress", "content": []}
+        return [
+            ("response.output_item.added", {**self._place, "item": item}),
+            ("response.content_part.added", {**self._part_place, "part": self._part()}),
+        ]
+
+    def add(self, text: str, logprobs: list[Json]) -> list[Event]:
+        """More text, with the log probabilities of its tokens."""
+        if not (text or logprobs):
+            return []
+        self._texts.append(text)
+        self._logprobs += logprobs
+        return [("response.output_text.delta", {**self._part_place, "delta": text, "logprobs": logprobs})]
+
+    def close(self, status: str) -> list[Event]:
+        """The whole text, the part and the message."""
+        part = self._part()
+        done = {"text": part["text"], "logprobs": part["logprobs"]}
+        return [
+            ("response.output_text.done", {**self._part_place, **done}),
+            ("response.content_part.done", {**self._part_place, "part": part}),
+            ("response.output_item.done", {**self._place, "item": self.content(status)}),
+        ]
+
+    def content(self, status: str) -> Json:
+        """The item as it is by now."""
+        return {**self._head, "status": status, "content": [self._part()]}
+
+    def _part(self) -> Json:
+        return {"type": "output_text", "text": "".join(self._texts), "annotations": [], "logprobs": self._logprobs[:]}
+
+
+class FunctionCallItem:
+    """A call of a function.
+
+    Args:
+        output_index: its place in the response.
+        name: of the function.
+        call_id: under which the client tells what came of it.
+    """
+
+    def __init__(self, output_index: int, name: str, call_id: str) -> None:
+        self._head = {"id": f"fc_{uuid.uuid4().hex}", "type": "function_call", "call_id": call_id, "name": name}
+        self._place = {"output_index": output_index}
+        self._arguments_place = {"item_id": self._head["id"], **self._place}
+        self._arguments: list[str] = []
+
+    def open(self) -> list[Event]:
+        """The call begins."""
+        return [("response.output_item.added", {**self._place, "item": self.content("in_progress")})]
+
+    def add(self, arguments: str, logprobs: list[Json]) -> list[Event]:
+        """More of the arguments; log probabilities have no place in a call."""
+        if not arguments:
+            return []
+        self._arguments.append(arguments)
+        return [("response.function_call_arguments.delta", {**self._arguments_place, "delta": arguments})]
+
+    def close(self, status: str) -> list[Event]:
+        """All arguments, and the call."""
+        item = self.content(status)
+        done = {"name": item["name"], "arguments": item["arguments"]}
+        return [
+            ("response.function_call_arguments.done", {**self._arguments_place, **done}),
+            ("response.output_item.done", {**self._place, "item": item}),
+        ]
+
+    def content(self, status: str) -> Json:
+        """The item as it is by now."""
+        return {**self._head, "arguments": "".join(self._arguments), "status": status}
+
+
+class OutputItems:
+    """The items of a response in the making; at most the last of them is open.
+
+    Args:
+        parser: finds the calls in the text; None where there are none.
+        new_call_id: makes the id of a call.
+    """
+
+    def __init__(self, parser: TextParser | None, new_call_id: Callable[[], str]) -> None:
+        self._parser = parser
+        self._new_call_id = new_call_id
+        self._num_items = 0
+        self._closed: list[Json] = []
+        self._open: MessageItem | FunctionCallItem | None = None
+        self._logprobs: list[Json] = []  # of tokens whose text the parser holds back
+
+    def feed(self, text: str, logprobs: list[Json]) -> list[Event]:
+        """Take the next text, and the log probabilities of its tokens."""
+        self._logprobs += logprobs
+        pieces: list[Piece] = self._parser.feed(text) if self._parser is not None else [text] if text else []
+        return [event for piece in pieces for event in self._take(piece)]
+
+    def finish(self, status: str) -> list[Event]:
+        """Take the end of the text; an answer that holds nothing at all is an empty message.
+
+        Args:
+            status: of the last item, unless it is known to be whole.
+        """
+        pieces = self._parser.finish() if self._parser is not None else []
+        events = [event for piece in pieces for event in self._take(piece)]
+        if self._num_items == 0 or (self._logprobs and isinstance(self._open, MessageItem)):
+            events += self._take("")
+        return events + self._close(status)
+
+    def content(self, status: str) -> list[Json]:
+        """The items as they are by now.
+
+        Args:
+            status: of the one that is open, if any is.
+        """
+        return [*self._closed, *([self._open.content(status)] if self._open is not None else [])]
+
+    def _take(self, piece: Piece) -> list[Event]:
+        logprobs, self._logprobs = self._logprobs, []
+        events: list[Event] = []
+        if isinstance(piece, str):
+            text, is_last = piece, False
+            if not isinstance(self._open, MessageItem):
+                logprobs = _of_text(piece, logprobs) if self._num_items else logprobs
+                events = self._begin(MessageItem(self._num_items))
+        else:
+            text, is_last = piece.arguments, piece.is_last
+            if piece.name is not None:
+                events = self._begin(FunctionCallItem(self._num_items, piece.name, self._new_call_id()))
+        assert self._open is not None
+        events += self._open.add(text, logprobs)
+        return events + (self._close("completed") if is_last else [])
+
+    def _begin(self, item: MessageItem | FunctionCallItem) -> list[Event]:
+        events = self._close("completed")
+        self._open = item
+        self._num_items += 1
+        return events + item.open()
+
+    def _close(self, status: str) -> list[Event]:
+        if self._open is None:
+            return []
+        item, self._open = self._open, None
+        self._closed.append(item.content(status))
+        return item.close(status)
+
+
+def _of_text(text: str, logprobs: list[Json]) -> list[Json]:
+    """Leave out the tokens in front of a text that follows a call: they end the call."""
+    start, position = "".join(token["token"] for token in logprobs).rfind(text), 0
+    for index, token in enumerate(logprobs):
+        position += len(token["token"])
+        if position > start:
+            return logprobs[index:]
+    return []

@@ -1,0 +1,156 @@
+"""`ResponsesAnswer`: OpenAI's response object, whole or in typed events."""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+
+from mmlora.outputs import LoRAChoice, RequestOutput
+from mmlora.sampling_params import SamplingParams
+from mmlora.server.errors import error_body
+from mmlora.server.openai.chat.output import list_logprobs
+from mmlora.server.openai.output import Answer, Json, count_tokens, event
+from mmlora.server.openai.responses.items import Event, OutputItems
+from mmlora.server.openai.responses.protocol import ResponsesRequest
+
+_TOOL: Json = {"description": None, "parameters": None, "strict": None}
+
+
+class ResponsesAnswer(Answer):
+    """One response in the making.
+
+    Args:
+        request_id: the response's id, `resp_…`.
+        model: what the client asked for.
+        asked: the request, of which a response repeats much.
+        defaults: the model's own, for what the request leaves out.
+        items: none yet; takes the text.
+    """
+
+    def __init__(
+        self, request_id: str, model: str, asked: ResponsesRequest, defaults: SamplingParams, items: OutputItems
+    ) -> None:
+        self._num_top = asked.num_logprobs
+        self._outputs: list[RequestOutput] = []
+        self._num_events = 0
+        self._head = {
+            "id": request_id,
+            "object": "response",
+            "created_at": int(time.time()),
+            "model": model,
+            **_echo(asked, defaults),
+        }
+        self._items = items
+
+    def complete(self, outputs: list[RequestOutput]) -> Json:
+        """The whole response from all deltas."""
+        self._outputs = outputs
+        for output in outputs:
+            self._feed(output)
+        self._items.finish(self._status)
+        return self._response(self._status)
+
+    def lora(self, outputs: Iterable[RequestOutput]) -> LoRAChoice:
+        """What was chosen."""
+        return next(iter(outputs)).lora
+
+    def events(self, output: RequestOutput) -> Iterator[str]:
+        """What is new since the last output; the first events tell of the response and so of the adapter."""
+        is_first = not self._outputs
+        self._outputs.append(output)
+        if is_first:
+            response = self._response("in_progress")
+            yield self._event("response.created", response=response)
+            yield self._event("response.in_progress", response=response)
+        yield from self._events(self._feed(output))
+
+    def last_events(self) -> Iterator[str]:
+        """The end of the last item, and the response that holds them all."""
+        yield from self._events(self._items.finish(self._status))
+        yield self._event(f"response.{self._status}", response=self._response(self._status))
+
+    def failure(self, error: Exception) -> Iterator[str]:
+        """The response as far as it came, and why it ended."""
+        told = error_body(error)["error"]
+        reason = {"code": "server_error", "message": told["message"], "type": told["type"]}
+        yield self._event("response.failed", response=self._response("failed", reason))
+
+    def _feed(self, output: RequestOutput) -> list[Event]:
+        delta = output.outputs[0]
+        logprobs = list_logprobs([delta], self._num_top) if self._num_top is not None else []
+        return self._items.feed(delta.text, list(map(_token, logprobs)))
+
+    @property
+    def _status(self) -> str:
+        return "incomplete" if self._outputs[-1].outputs[0].finish_reason == "length" else "completed"
+
+    def _response(self, status: str, error: Json | None = None) -> Json:
+        return {
+            **self._head,
+            "status": status,
+            "completed_at": int(time.time()) if status == "completed" else None,
+            "error": error,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "output": self._items.content("incomplete"),
+            "usage": self._usage() if status != "in_progress" else None,
+            "lora": asdict(self._outputs[-1].lora),
+        }
+
+    def _usage(self) -> Json:
+        num_tokens = sum(len(output.outputs[0].token_ids) for output in self._outputs)
+        counts = count_tokens(self._outputs[-1:], num_tokens)
+        return {
+            "input_tokens": counts["prompt_tokens"],
+            # Every prompt may be kept in the prefix cache; OpenAI's second count is of what it costs to have it kept.
+            "input_tokens_details": {**counts["prompt_tokens_details"], "cache_write_tokens": 0},
+            "output_tokens": counts["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": counts["total_tokens"],
+        }
+
+    def _events(self, events: Iterable[Event]) -> Iterator[str]:
+        return (self._event(kind, **content) for kind, content in events)
+
+    def _event(self, kind: str, **content: object) -> str:
+        number = self._num_events
+        self._num_events += 1
+        return event({"type": kind, "sequence_number": number, **content}, kind)
+
+
+def _token(entry: Json) -> Json:
+    """An entry as it is here, where OpenAI's types have no null for bytes that are not known."""
+    return {**_with_bytes(entry), "top_logprobs": list(map(_with_bytes, entry["top_logprobs"]))}
+
+
+def _with_bytes(token: Json) -> Json:
+    return {**token, "bytes": token["bytes"] or []}
+
+
+def _echo(asked: ResponsesRequest, defaults: SamplingParams) -> Json:
+    """What a response repeats of its request, with what holds where it says nothing."""
+    name = asked.tooling.name
+    return {
+        "background": False,
+        "instructions": asked.instructions,
+        "max_output_tokens": asked.max_output_tokens,
+        "max_tool_calls": None,
+        "metadata": asked.metadata or {},
+        "parallel_tool_calls": asked.parallel_tool_calls is not False,
+        "previous_response_id": None,
+        "prompt_cache_key": asked.prompt_cache_key,
+        "reasoning": {"effort": None, "summary": None},
+        "safety_identifier": asked.safety_identifier,
+        "service_tier": "default",
+        "store": False,
+        "temperature": defaults.temperature if asked.temperature is None else asked.temperature,
+        "text": {"format": {"type": "text"}, "verbosity": "medium", **_given(asked.text or {})},
+        "tool_choice": {"type": "function", "name": name} if name is not None else asked.tool_choice or "auto",
+        "tools": [{**_TOOL, **_given(tool)} for tool in asked.tools or ()],
+        "top_logprobs": asked.top_logprobs or 0,
+        "top_p": defaults.top_p if asked.top_p is None else asked.top_p,
+        "truncation": "disabled",
+        "user": asked.user,
+    }
+
+
+def _given(options: Json) -> Json:
+    return {name: value for name, value in options.items() if value is not None}

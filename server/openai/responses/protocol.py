@@ -1,0 +1,130 @@
+"""The body of `POST /v1/responses`: parsed, checked, and turned into sampling options.
+
+What `input` holds is `server.responses_input`'s matter.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, JsonValue, WithJsonSchema
+
+from mmlora.server.openai.chat.message_schemas import INPUT
+from mmlora.server.openai.constraints import read_constraint
+from mmlora.server.openai.protocol import FieldError, FirstOnly, GenerationRequest, check_other_fields, shorten
+from mmlora.server.openai.tools.choice import ToolChoice, read_tool_choice
+
+MAX_METADATA = 16
+MAX_TOOLS_LENGTH = 2**20  # they come back in the answer, in several events of a stream
+# The last is what this server can include. The others belong to OpenAI's own tools and to reasoning, which it has not.
+Includable = Literal[
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "reasoning.encrypted_content",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+    "message.output_text.logprobs",
+]
+TEXT_VALUES: Mapping[str, tuple[JsonValue, ...]] = {"text.verbosity": (None, "medium")}
+Label = Annotated[str, Field(max_length=512)]  # comes back in the answer, in several events of a stream
+
+
+def _check_metadata(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_METADATA:
+        raise ValueError(f"it has {len(value)} keys; allowed are {MAX_METADATA}")
+    return value
+
+
+Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Label], BeforeValidator(_check_metadata)]
+
+
+class ResponsesRequest(GenerationRequest):
+    """The fields of a request for a response that this server reads."""
+
+    NEUTRAL_VALUES = {
+        "background": (None, False),
+        "context_management": (None, []),
+        "conversation": (None,),
+        "max_tool_calls": (None,),
+        "moderation": (None,),
+        "previous_response_id": (None,),
+        "prompt": (None,),
+        "reasoning": (None, {}, {"effort": None, "summary": None}),
+        "truncation": (None, "disabled"),
+    }
+
+    input: Annotated[Any, WithJsonSchema(INPUT)]
+    instructions: str | None = None
+    n: Literal[1] | None = None
+    prompt_logprobs: None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    include: FirstOnly[Includable] | None = None
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    text: dict[str, Any] | None = None
+    metadata: Metadata | None = None
+    tools: FirstOnly[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | str | None = None
+    parallel_tool_calls: bool | None = None
+    prompt_cache_key: Label | None = None
+    safety_identifier: Label | None = None
+    user: Label | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to report at each token; None for no log probabilities."""
+        return self.top_logprobs or 0 if "message.output_text.logprobs" in (self.include or ()) else None
+
+    @cached_property
+    def tooling(self) -> ToolChoice:
+        """The tools and how they may be called.
+
+        Raises:
+            FieldError: a field has another form.
+        """
+        # Not every text of tools goes through the model's limits: with tool_choice="none" the model is told of none.
+        if (length := _length(self.tools, "tools")) > MAX_TOOLS_LENGTH:
+            raise FieldError(f"tools has {length} characters; allowed are {MAX_TOOLS_LENGTH}", "tools")
+        return read_tool_choice(self.tools, self.tool_choice, self.parallel_tool_calls, is_flat=True)
+
+    def sampling_options(self) -> dict[str, Any]:
+        """The fields of `SamplingParams` that the request sets.
+
+        Raises:
+            FieldError: a field needs another one or is not supported.
+        """
+        if self.max_tokens is not None:
+            message = f"max_tokens={self.max_tokens} is not supported here; use max_output_tokens"
+            raise FieldError(message, "max_tokens")
+        if self.top_logprobs and self.num_logprobs is None:
+            message = f'top_logprobs={self.top_logprobs} needs include=["message.output_text.logprobs"]'
+            raise FieldError(message, "top_logprobs")
+        limits = {"max_tokens": self.max_output_tokens, "logprobs": self.num_logprobs}
+        return {**self.given_sampling_options(), **limits, **self._constraint()}
+
+    def _constraint(self) -> dict[str, Any]:
+        """The sampling options that `text` and the fields of others stand for."""
+        if self.response_format is not None:
+            raise FieldError("response_format is not supported here; use text.format", "response_format")
+        _length(self.text, "text")
+        text = dict(self.text or {})
+        text_format = text.pop("format", None)
+        check_other_fields({f"text.{name}": value for name, value in text.items()}, TEXT_VALUES)
+        if not isinstance(text_format, dict | None):
+            raise FieldError(f"text.format={shorten(text_format, json.dumps)} must be an object", "text.format")
+        return {"structured_outputs": self.tooling.constrain(read_constraint(self, text_format))}
+
+
+def _length(value: Any, name: str) -> int:
+    """Characters of a field that comes back in the answer.
+
+    Raises:
+        FieldError: it holds a number that JSON cannot write, such as one that was read from 1e999.
+    """
+    try:
+        return len(json.dumps(value, allow_nan=False))
+    except ValueError:
+        raise FieldError(f"{name} holds NaN or an infinite number; allowed are finite ones", name) from None

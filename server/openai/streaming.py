@@ -1,0 +1,136 @@
+"""From the outputs of the engine to an HTTP response: one JSON object, or server-sent events."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from mmlora.errors import AdapterError, MMLoRAError
+from mmlora.outputs import RequestOutput
+from mmlora.server.errors import Refusal
+from mmlora.server.http.admission import Deadline
+from mmlora.server.http.limits import until_disconnect
+from mmlora.server.lora.lora_field import LoRAField
+from mmlora.server.lora.served_models import ServedModels
+from mmlora.server.openai.output import Answer, lora_headers
+
+logger = logging.getLogger(__name__)
+Outputs = AsyncIterator[RequestOutput]
+
+
+async def respond_with(request: Request, answer: Answer, outputs: Outputs, *, is_stream: bool) -> Response:
+    """Answer with what the engine brings; when the client leaves, `outputs` is closed.
+
+    Args:
+        request: its body must have been read.
+        answer: takes the outputs.
+        outputs: every delta of the answer.
+        is_stream: send events as they come.
+
+    Raises:
+        MMLoRAError: the request failed before the answer began, or took too long.
+        ClientDisconnect: the client left before that.
+    """
+    deadline = getattr(request.state, "deadline", None)
+    if deadline is not None:
+        outputs = _until(deadline, outputs)
+    if not is_stream:
+        parts = await until_disconnect(request, _collect(outputs))
+        headers = lora_headers(answer.lora(parts))
+        return await asyncio.to_thread(answer.response, parts, headers)
+    # The headers name the adapter and a refusal needs its status: both are known with the first output.
+    first = await until_disconnect(request, _next(outputs))
+    return EventStream(_events(answer, first, outputs), headers=lora_headers(first.lora))
+
+
+@contextmanager
+def adapter_faults(models: ServedModels, model: str | None, lora: LoRAField) -> Iterator[None]:
+    """Tell the log what ails an adapter that is served: clients know its name, its files are not theirs.
+
+    Args:
+        models: the names that are served.
+        model, lora: what the request asks for.
+
+    Raises:
+        Refusal: 500, in place of an `AdapterError`; 404 where an adapter was unloaded meanwhile.
+    """
+    try:
+        yield
+    except AdapterError as error:
+        models.resolve(model, lora)
+        logger.exception("an adapter that is served cannot be used")
+        message = "the adapter of this request cannot be used now; the server's log says why"
+        raise Refusal(500, message, param="model") from error
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events that close their source when the client leaves, wherever the stream stood."""
+
+    media_type = "text/event-stream"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await close(self.body_iterator)
+
+
+async def close(iterator: object) -> None:
+    """End an async generator now rather than when it is collected: this is what aborts a request."""
+    close_now = getattr(iterator, "aclose", None)
+    if close_now is not None:
+        await close_now()
+
+
+async def _events(answer: Answer, first: RequestOutput, outputs: Outputs) -> AsyncIterator[str]:
+    """A stream. The status is sent by now, so a failure is an event of its own."""
+    try:
+        yield "".join(answer.events(first))
+        async for output in outputs:
+            if events := "".join(answer.events(output)):
+                yield events
+        yield await asyncio.to_thread(lambda: "".join(answer.last_events()))  # they may repeat the whole answer
+    except Exception as error:
+        if not isinstance(error, MMLoRAError):
+            logger.exception("a stream failed")
+        yield "".join(answer.failure(error))
+    finally:
+        await close(outputs)
+
+
+async def _until(deadline: Deadline, outputs: Outputs) -> Outputs:
+    """The outputs as long as there is time.
+
+    Raises:
+        Refusal: there is no more; the request is aborted.
+    """
+    try:
+        while True:
+            async with asyncio.timeout_at(deadline.end):
+                output = await anext(outputs, None)
+            if output is None:
+                return
+            yield output
+    except TimeoutError:
+        raise deadline.refusal() from None
+    finally:
+        await close(outputs)
+
+
+async def _collect(outputs: Outputs) -> list[RequestOutput]:
+    try:
+        return [output async for output in outputs]
+    finally:
+        await close(outputs)
+
+
+async def _next(outputs: Outputs) -> RequestOutput:
+    try:
+        return await anext(outputs)
+    except BaseException:
+        await close(outputs)
+        raise

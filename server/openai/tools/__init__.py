@@ -1,0 +1,1 @@
+"""Tool calling: choices, prompt formats, and parsers of model output."""

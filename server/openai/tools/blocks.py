@@ -1,0 +1,199 @@
+"""The parts of a text that may be tool calls: where one ends, and which calls are in it."""
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol
+
+from mmlora.server.openai.tools.schema_kinds import kind_of, kinds_of
+
+MAX_HEAD = 256  # characters between a mark and what a call begins with
+Tools = Mapping[str, Mapping[str, Any]]  # OpenAI's, by name
+Call = tuple[str, str]  # name, and arguments as JSON
+
+
+class Block(Protocol):
+    """A part of a text, found as it comes.
+
+    Attributes:
+        head: length of the mark.
+        end: of the calls; None while it is not known.
+        is_broken: there is no call here.
+    """
+
+    head: int
+    end: int | None
+    is_broken: bool
+
+    def scan(self, text: str) -> None:
+        """Go on; `text` is all that there is by now."""
+        ...
+
+    def calls(self, text: str, tools: Tools) -> list[Call]:
+        """Read the calls.
+
+        Raises:
+            ValueError, RecursionError: anything in it is not a call of an offered tool.
+        """
+        ...
+
+
+class JSONBlock:
+    """A call or a list of calls in JSON. Newer Mistral models write the name in front of it."""
+
+    _HEAD = re.compile(r"\s*(?:([\w./-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*)?")
+    _MARK = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
+
+    def __init__(self, head: int) -> None:
+        self.head = head
+        self.end: int | None = None
+        self.is_broken = False
+        self._name: str | None = None  # of the tool, where it stands in front of the JSON
+        self._start: int | None = None  # of the JSON
+        self._position = 0
+        self._depth = 0
+        self._in_string = False
+
+    def scan(self, text: str) -> None:
+        """Go on; `text` is all that there is by now."""
+        if self._start is None:
+            self._find_start(text)
+        if self._start is None or self.end is not None:
+            return
+        last = self._position
+        for match in self._MARK.finditer(text, self._position):
+            last = match.end()
+            if match[0] == '"':
+                self._in_string = not self._in_string
+            elif not self._in_string and match[0] in "[{":
+                self._depth += 1
+            elif not self._in_string and match[0] in "]}":
+                self._depth -= 1
+                if self._depth == 0:
+                    self.end = last
+                    return
+        # A backslash belongs to the character after it, which may be still to come.
+        self._position = max(last, len(text) - text.endswith("\\"))
+
+    def calls(self, text: str, tools: Tools) -> list[Call]:
+        """Read the calls."""
+        value = json.loads(text[self._start : self.end], parse_constant=_refuse_constant)
+        if self._name is not None:
+            value = {"name": self._name, "arguments": value}
+        return [_call(entry, tools) for entry in (value if isinstance(value, list) else [value])]
+
+    def _find_start(self, text: str) -> None:
+        head = self._HEAD.match(text, self.head)
+        assert head is not None  # it may be empty
+        name, rest = head[1], text[head.end() :]
+        if rest == "" or (name is not None and any(mark.startswith(rest) for mark in ("[CALL_ID]", "[ARGS]"))):
+            self.is_broken = len(text) > self.head + MAX_HEAD
+            return
+        self._name, self._start = name, head.end()
+        self._position = self._start
+        is_far = self._start > self.head + MAX_HEAD
+        self.is_broken = is_far or rest[0] not in ("[{" if name is None else "{")
+
+
+class XMLBlock:
+    """A call as Qwen3-Coder writes it: `<function=name>`, each `<parameter=name>` with its value, `</function>`."""
+
+    _START, _END = "<function=", "</function>"
+    _PARAMETER = re.compile(r"\s*<parameter=([^<>\n]+)>(?:\r?\n)?")
+    _MARK = re.compile(r"(?:\r?\n)?</parameter>|<parameter=")
+
+    def __init__(self, head: int) -> None:
+        self.head = head
+        self.end: int | None = None
+        self.is_broken = False
+        self._start: int | None = None  # of the function's name
+        self._position = 0  # up to here there is no end
+
+    def scan(self, text: str) -> None:
+        """Go on; `text` is all that there is by now."""
+        if self._start is None:
+            self._find_start(text)
+        if self._start is None or self.end is not None:
+            return
+        found = text.find(self._END, max(self._start, self._position))
+        self._position = len(text) - len(self._END)
+        if found >= 0:
+            self.end = found + len(self._END)
+
+    def calls(self, text: str, tools: Tools) -> list[Call]:
+        """Read the call. Values are JSON where the tool's schema says so, and else text."""
+        assert self.end is not None
+        name, mark, rest = text[self._start : self.end - len(self._END)].partition(">")
+        name = name.strip()
+        if not mark or name not in tools:
+            raise ValueError("no call of an offered tool")
+        parameters = tools[name]["function"].get("parameters") or {}
+        properties = parameters.get("properties")
+        schemas = properties if isinstance(properties, Mapping) else {}
+        arguments, position, length = {}, 0, len(rest.rstrip())
+        while position < length:
+            head = self._PARAMETER.match(rest, position)
+            if head is None:
+                raise ValueError("no parameter")
+            value, position = self._read_value(rest, head.end())
+            arguments[head[1]] = _value(value, kinds_of(schemas.get(head[1]), parameters))
+        return [(name, _dump(arguments))]
+
+    def _read_value(self, text: str, start: int) -> tuple[str, int]:
+        """A value, up to its mark, or where that is missing to the next parameter or the end; and what comes after."""
+        mark = self._MARK.search(text, start)
+        if mark is None:
+            return text[start:].rstrip(), len(text)
+        if mark[0] == "<parameter=":
+            return text[start : mark.start()].rstrip(), mark.start()
+        return text[start : mark.start()], mark.end()
+
+    def _find_start(self, text: str) -> None:
+        """The mark may be what the function begins with."""
+        rest = text if text.startswith(self._START) else text[self.head :].lstrip()
+        if rest.startswith(self._START):
+            self._start = len(text) - len(rest) + len(self._START)
+            self.is_broken = self._start > self.head + MAX_HEAD
+        else:
+            self.is_broken = not self._START.startswith(rest) or len(text) > self.head + MAX_HEAD
+
+
+def _value(text: str, kinds: Collection[str]) -> Any:
+    """A parameter as its schema wants it, and as text where it is nothing else."""
+    if "string" in kinds:
+        return None if text == "null" and "null" in kinds else text
+    if "boolean" in kinds and text.lower() in ("true", "false"):  # Python's spelling, too
+        return text.lower() == "true"
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+        _dump(value)
+    except (ValueError, RecursionError):
+        return text
+    kind = kind_of(value)
+    return value if kind in kinds or (kind == "integer" and "number" in kinds) else text
+
+
+def _call(entry: Any, tools: Tools) -> Call:
+    """Read one call in JSON.
+
+    Raises:
+        ValueError: it is none.
+    """
+    entry = entry.get("function", entry) if isinstance(entry, dict) else {}
+    entry = entry if isinstance(entry, dict) else {"name": entry}
+    name, arguments = entry.get("name"), entry.get("arguments", entry.get("parameters", {}))
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments, parse_constant=_refuse_constant)
+    if not isinstance(name, str) or name not in tools or not isinstance(arguments, dict):
+        raise ValueError("no call of an offered tool")
+    return name, _dump(arguments)
+
+
+def _dump(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    text.encode()  # half a surrogate pair is no text
+    return text
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")

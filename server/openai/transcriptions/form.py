@@ -1,0 +1,86 @@
+"""Bodies of `multipart/form-data`: fields of text, and files, all of them in memory within the bound of the body."""
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from mmlora.server.openai.protocol import FieldError, shorten
+
+MAX_PARTS = 64
+MAX_NAME_CHARS = 256
+
+
+class _Parts:
+    """What the parser has found so far, as its callbacks."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[str, bytes]] = []
+        self.is_complete = False
+        self._header = bytearray()
+        self._value = bytearray()
+        self._disposition = b""
+        self._content: list[bytes] = []
+
+    def on_part_begin(self) -> None:
+        if len(self.found) == MAX_PARTS:
+            raise FieldError(f"the form has more than {MAX_PARTS} fields", "body")
+        self._disposition, self._content = b"", []
+
+    def on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def on_header_end(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            self._disposition = bytes(self._value)
+        self._header, self._value = bytearray(), bytearray()
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        self._content.append(data[start:end])
+
+    def on_part_end(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        name = options.get(b"name", b"")
+        if not 0 < len(name) <= MAX_NAME_CHARS:
+            shown = shorten(self._disposition.decode("latin-1"))
+            raise FieldError(f"a part of the form has no name, or one that is too long: {shown}", "body")
+        # Some clients write the name of a list as `include[]`.
+        field = name.decode("utf-8", "replace").removesuffix("[]")
+        self.found.append((field, self._content[0] if len(self._content) == 1 else b"".join(self._content)))
+
+    def on_end(self) -> None:
+        self.is_complete = True
+
+
+def parse_form(content_type: str | None, body: bytes) -> dict[str, list[bytes]]:
+    """Take a form apart.
+
+    Args:
+        content_type: the request's header, which names the boundary.
+        body: whole.
+
+    Returns:
+        By name, the contents of all parts of that name.
+
+    Raises:
+        FieldError: it is no such form, it is malformed, or it has more parts than any request needs.
+    """
+    kind, options = parse_options_header(content_type)
+    boundary = options.get(b"boundary")
+    if kind != b"multipart/form-data" or not boundary:
+        raise FieldError(f"content-type is {shorten(content_type)}; it must be multipart/form-data; boundary=…", "body")
+    parts = _Parts()
+    callbacks = {name: getattr(parts, name) for name in dir(parts) if name.startswith("on_")}
+    try:
+        parser = MultipartParser(boundary, callbacks)  # type: ignore[arg-type]
+        parser.write(body)
+        parser.finalize()
+    except FormParserError as error:
+        raise FieldError(f"the body is no valid multipart/form-data: {error}", "body") from None
+    if not parts.is_complete:
+        raise FieldError(f"the form ends without its last boundary, after {len(body)} bytes", "body")
+    fields: dict[str, list[bytes]] = {}
+    for name, content in parts.found:
+        fields.setdefault(name, []).append(content)
+    return fields

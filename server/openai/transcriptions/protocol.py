@@ -1,0 +1,175 @@
+"""The forms of `POST /v1/audio/transcriptions` and `/v1/audio/translations`: parsed, checked, turned into options."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, ValidationError, WithJsonSchema
+
+from mmlora.models.transcription import LANGUAGES
+from mmlora.server.openai.protocol import (
+    SAMPLING_FIELDS,
+    FieldError,
+    FirstOnly,
+    answer_limit,
+    check_other_fields,
+    first_problem,
+    read_json,
+    shorten,
+)
+from mmlora.server.openai.transcriptions.form import parse_form
+
+LISTS = ("include", "timestamp_granularities")
+ResponseFormat = Literal["json", "text", "verbose_json"]
+
+
+def _read_lora(value: Any) -> Any:
+    """A form has only text: a list is JSON."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    return read_json(value, "lora")
+
+
+class AudioRequest(BaseModel):
+    """The fields that both endpoints read; others are in `model_extra` and go through `check_other_fields`.
+
+    `NEUTRAL_VALUES` are the values, as text, that fields which are not supported may have.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    NEUTRAL_VALUES: ClassVar[Mapping[str, tuple[JsonValue, ...]]] = {"n": ("1",)}
+
+    file: bytes
+    model: str | None = None
+    lora: Annotated[
+        str | FirstOnly[dict[str, Any]] | None, BeforeValidator(_read_lora), WithJsonSchema({"type": "string"})
+    ] = None
+    language: str | None = None
+    prompt: str | None = None
+    response_format: ResponseFormat = "json"
+    stream: bool = False
+    stream_include_usage: bool | None = None  # the last event of a stream always has the token counts
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    priority: int = 0
+    cache_salt: str | None = None
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether the client wants the log probability of each token."""
+        return False
+
+    @classmethod
+    def parse(cls, content_type: str | None, body: bytes) -> Self:
+        """Read a form.
+
+        Raises:
+            FieldError: it is malformed, a field has the wrong type or value, is given twice, or is not supported.
+        """
+        fields = {name: _read_field(name, contents) for name, contents in parse_form(content_type, body).items()}
+        try:
+            request = cls.model_validate({name: value for name, value in fields.items() if value is not None})
+        except ValidationError as error:
+            raise first_problem(error) from None
+        check_other_fields(request.model_extra or {}, cls.NEUTRAL_VALUES)
+        request.check()
+        return request
+
+    def check(self) -> None:
+        """Refuse values that do not fit together.
+
+        Raises:
+            FieldError: naming one of them.
+        """
+        if self.stream and self.response_format == "verbose_json":
+            message = "response_format=verbose_json needs stream=false; allowed in a stream are json and text"
+            raise FieldError(message, "response_format")
+        if self.language is not None:
+            self.language = checked_language(self.language, "language")
+
+    def sampling_options(self) -> dict[str, Any]:
+        """The fields of `SamplingParams` that the request sets.
+
+        Raises:
+            FieldError: two fields contradict each other.
+        """
+        given = {name: getattr(self, name) for name in SAMPLING_FIELDS if name in type(self).model_fields}
+        return {
+            **{name: value for name, value in given.items() if value is not None},
+            "max_tokens": answer_limit(self.max_tokens, self.max_completion_tokens),
+            "logprobs": 0 if self.has_logprobs else None,
+        }
+
+
+class TranscriptionRequest(AudioRequest):
+    """The fields of a transcription."""
+
+    NEUTRAL_VALUES = {**AudioRequest.NEUTRAL_VALUES, "timestamp_granularities": ([],)}
+
+    include: FirstOnly[Literal["logprobs"]] = []
+    chunking_strategy: Literal["auto"] | None = None  # a clip is one chunk, or is refused for its length
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether the client wants the log probability of each token."""
+        return "logprobs" in self.include
+
+    def check(self) -> None:
+        """Refuse values that do not fit together.
+
+        Raises:
+            FieldError: naming one of them.
+        """
+        super().check()
+        if self.has_logprobs and self.response_format != "json":
+            message = f"include=logprobs needs response_format=json; received {self.response_format}"
+            raise FieldError(message, "include")
+
+
+class TranslationRequest(AudioRequest):
+    """The fields of a translation."""
+
+    to_language: str = "en"
+
+    def check(self) -> None:
+        """Refuse values that do not fit together.
+
+        Raises:
+            FieldError: naming one of them.
+        """
+        super().check()
+        self.to_language = checked_language(self.to_language, "to_language")
+
+
+def checked_language(code: str, field: str) -> str:
+    """Return the code of a language that is known, in small letters.
+
+    Raises:
+        FieldError: it is not.
+    """
+    if code.lower() not in LANGUAGES:
+        message = f"{field}={shorten(code)} must be an ISO 639-1 code, one of {', '.join(sorted(LANGUAGES))}"
+        raise FieldError(message, field)
+    return code.lower()
+
+
+def _read_field(name: str, contents: list[bytes]) -> bytes | str | list[str] | None:
+    """A field's value; None for an empty one, which counts as left out."""
+    if name not in LISTS and len(contents) > 1:
+        raise FieldError(f"{shorten(name)} is given {len(contents)} times; it must be given once", name[:80])
+    if name == "file":
+        return contents[0]
+    try:
+        texts = [text for content in contents if (text := content.decode())]
+    except UnicodeDecodeError as error:
+        raise FieldError(f"{shorten(name)} is not UTF-8: {error.reason} at byte {error.start}", name[:80]) from None
+    return texts if name in LISTS else next(iter(texts), None)

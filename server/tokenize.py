@@ -1,0 +1,158 @@
+"""`POST /tokenize` and `POST /detokenize`: the tokens that the engine makes of a text or a chat, and their text."""
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Request
+from pydantic import Field
+
+from mmlora.async_llm import AsyncLLM
+from mmlora.inputs.chat import MODALITIES, load_chat_template, render_chat
+from mmlora.server.bodies import Body, body_schema, parse_body
+from mmlora.server.http.limits import read_body
+from mmlora.server.json_answer import JSONAnswer
+from mmlora.server.lora.served_models import ServedModels
+from mmlora.server.openai.chat.protocol import check_message
+from mmlora.server.openai.protocol import FieldError, FirstOnly, shorten
+
+
+class TokenizeBody(Body):
+    """A text in `prompt`, or a chat in `messages`.
+
+    `add_special_tokens` goes with a text, the options of `render_chat` with a chat.
+    """
+
+    model: str | None = None
+    prompt: str | None = None
+    add_special_tokens: bool | None = None
+    messages: Annotated[FirstOnly[dict[str, Any]] | None, Field(min_length=1)] = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(Body):
+    """Token ids."""
+
+    model: str | None = None
+    tokens: FirstOnly[int]
+
+
+B = TypeVar("B", TokenizeBody, DetokenizeBody)
+
+
+def token_routes(llm: AsyncLLM, models: ServedModels, max_request_bytes: int) -> APIRouter:
+    """Build the routes.
+
+    Args:
+        llm: the engine whose tokenizer is asked.
+        models: the names that clients may ask for.
+        max_request_bytes: the largest body.
+    """
+    tokens = TokenService(llm)
+    routes = APIRouter()
+
+    async def respond(request: Request, kind: type[B], answer: Callable[[B], dict[str, Any]]) -> JSONAnswer:
+        content = await read_body(request, max_request_bytes)
+        body = await llm.run_in_pool(parse_body, kind, content)
+        await models.find(body.model, None)
+        return JSONAnswer(await llm.run_in_pool(answer, body))
+
+    @routes.post("/tokenize", openapi_extra=body_schema(TokenizeBody))
+    async def tokenize(request: Request) -> JSONAnswer:
+        return await respond(request, TokenizeBody, tokens.tokenize)
+
+    @routes.post("/detokenize", openapi_extra=body_schema(DetokenizeBody))
+    async def detokenize(request: Request) -> JSONAnswer:
+        return await respond(request, DetokenizeBody, tokens.detokenize)
+
+    return routes
+
+
+class TokenService:
+    """Does as the engine does with a prompt, up to its tokens; placeholders of media are not expanded.
+
+    Args:
+        llm: the engine.
+    """
+
+    def __init__(self, llm: AsyncLLM) -> None:
+        self._engine = llm.engine
+        self._chat_template = load_chat_template(llm.engine.args.chat_template)
+        # Ids beyond the tokenizer's, which fill up the embedding table, have no text but may be sampled.
+        self._num_ids = max(llm.engine.parts.inputs.vocab_size, len(llm.engine.tokenizer))
+
+    def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
+        """Answer with the tokens of a text or a chat.
+
+        Raises:
+            RequestError: the fields do not fit together, the text is too long, or the messages cannot be rendered.
+        """
+        if (body.prompt is None) == (body.messages is None):
+            received = "neither" if body.prompt is None else "both"
+            raise FieldError(f"one of prompt and messages is needed; received {received}", "prompt")
+        ids = self._encode_prompt(body, body.prompt) if body.prompt is not None else self._encode_chat(body)
+        return {
+            "count": len(ids),
+            "max_model_len": self._engine.max_model_len,
+            "tokens": ids,
+            "token_strs": self._engine.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None,
+        }
+
+    def detokenize(self, body: DetokenizeBody) -> dict[str, Any]:
+        """Answer with the text of tokens, special ones included.
+
+        Raises:
+            FieldError: there are too many, or one is outside the vocabulary.
+        """
+        limit = self._engine.max_model_len
+        if len(body.tokens) > limit:
+            raise FieldError(f"tokens has {len(body.tokens)} ids; allowed are max_model_len={limit}", "tokens")
+        for index, token in enumerate(body.tokens):
+            if not 0 <= token < self._num_ids:
+                message = (
+                    f"tokens[{index}]={shorten(token)} is outside the vocabulary; allowed are 0 to {self._num_ids - 1}"
+                )
+                raise FieldError(message, "tokens")
+        text = self._engine.tokenizer.decode(body.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return {"prompt": text}
+
+    def _encode_prompt(self, body: TokenizeBody, prompt: str) -> list[int]:
+        for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
+            if getattr(body, name) is not None:
+                raise FieldError(f"{name} needs messages; received a prompt", name)
+        return self._engine.parts.inputs.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
+
+    def _encode_chat(self, body: TokenizeBody) -> list[int]:
+        if body.add_special_tokens:
+            text = "add_special_tokens=true needs a prompt; the chat template writes those of messages"
+            raise FieldError(text, "add_special_tokens")
+        messages = body.messages or []
+        for index, message in enumerate(messages):
+            check_message(message, f"messages[{index}]")
+            _check_text_only(message, f"messages[{index}]")
+        rendered = render_chat(
+            messages,
+            self._engine.tokenizer,
+            self._engine.parts.inputs.processor,
+            chat_template=self._chat_template,
+            chat_template_kwargs=body.chat_template_kwargs,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=bool(body.continue_final_message),
+            max_model_len=self._engine.max_model_len,
+        )
+        ids: list[int] = rendered["prompt_token_ids"]
+        return ids
+
+
+def _check_text_only(message: Mapping[str, Any], name: str) -> None:
+    content = message.get("content")
+    for part in content if isinstance(content, list) else ():
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if isinstance(kind, str) and kind in MODALITIES:
+            text = (
+                f"{name}.content has a part of type {kind!r}; /tokenize takes text only "
+                "(the usage of a chat completion counts the tokens of media)"
+            )
+            raise FieldError(text, "messages")

@@ -1,0 +1,63 @@
+"""Sequences for tests of the engine's parts: built without a model, tokenizer or files."""
+
+from collections.abc import Sequence as Items
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmlora import LoRAChoice, SamplingParams
+from mmlora.engine.detokenizer import Detokenizer
+from mmlora.engine.sequence import EngineInput, MediaInput, Request, Sequence
+from mmlora.lora.adapter import Adapter, AdapterReport
+from mmlora.processors.base import ProcessedMedia
+from mmlora.towers.base import PromptLayout
+from mmlora.towers.encoder import encoder_key
+
+
+class SpellingTokenizer:
+    """Decodes a token id to a letter; enough for parts that never look at text."""
+
+    def decode(self, token_ids: Items[int], **_: object) -> str:
+        return "".join(chr(97 + token % 26) for token in token_ids)
+
+
+def make_sequence(
+    prompt: Items[int] = (1, 2, 3),
+    *,
+    params: SamplingParams | None = None,
+    adapter: Adapter | None = None,
+    media: tuple[MediaInput, ...] = (),
+    output: Items[int] = (),
+    seed: int = 0,
+    layout: PromptLayout = PromptLayout(),  # noqa: B008  frozen
+    adapter_start: int = 0,
+    **others: Any,
+) -> Sequence:
+    """A sequence of a request of its own, as the engine makes it, with some tokens already generated.
+
+    `others` are fields of its `EngineInput`.
+    """
+    params = params or SamplingParams()
+    reason = "explicit" if adapter else "none"
+    choice = LoRAChoice(adapter.name if adapter else None, adapter.digest if adapter else None, reason)
+    limit = params.max_tokens or 16
+    request_input = EngineInput(
+        "r", None, list(prompt), params, media, adapter, choice, None, limit, adapter_start, layout, **others
+    )
+    request = Request(request_input, arrival_s=0.0)
+    generator = torch.Generator().manual_seed(params.seed if params.seed is not None else seed)
+    seq = Sequence(request, 0, [*prompt, *output], Detokenizer(SpellingTokenizer(), list(prompt)), generator)
+    request.sequences.append(seq)
+    return seq
+
+
+def make_adapter(name: str, uid: int = 1, generation: int = 0) -> Adapter:
+    """An adapter without matrices."""
+    return Adapter(name, f"digest of {name}", None, Path("/nowhere"), {}, AdapterReport(0, {}), uid, generation)
+
+
+def make_media(content: str, start: int, num_tokens: int, *, mode: str = "speech", digest: str | None = None):
+    """A media item at a place in the prompt, without tensors."""
+    processed = ProcessedMedia("audio", content, {}, num_tokens)
+    return MediaInput(processed, start, mode, encoder_key(processed, mode, digest))

@@ -1,0 +1,265 @@
+"""Fair shares: 64 adapters over 4 slots with base traffic. The clock is the number of scheduler steps.
+
+Waits are compared where slots are contended. Where hardly anybody waits the mean is near zero and says nothing; there
+the longest wait itself is bounded.
+"""
+
+import random
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from mmlora import BASE, EngineArgs, LLMEngine, LoRARequest, SamplingParams
+from mmlora.engine.block_manager import BlockManager
+from mmlora.engine.scheduler import MAX_WAIT_STEPS, Scheduler
+from mmlora.lora.layers.slots import LoRASlots
+from tests.checkpoints import AdapterSpec, randomize_adapter, save_adapter, save_text_model
+from tests.engine.sequences import make_adapter, make_sequence
+
+NUM_ADAPTERS, NUM_SLOTS = 64, 4
+MAX_TOKENS = 64
+ZIPF = [1 / rank for rank in range(1, NUM_ADAPTERS + 1)]
+STEEP_ZIPF = [rank**-1.5 for rank in range(1, NUM_ADAPTERS + 1)]
+FOUR_HOT = [0.9 / 4] * 4 + [0.1 / 60] * 60
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that arrives before a step; `adapter` is its number, None for the base model."""
+
+    step: int
+    adapter: int | None
+    num_prompt_tokens: int
+    num_output_tokens: int
+
+
+@dataclass
+class Figures:
+    """What a run took, in steps."""
+
+    adapter_waits: list[int] = field(default_factory=list)  # until a request runs
+    base_waits: list[int] = field(default_factory=list)
+    base_latencies: list[int] = field(default_factory=list)  # until it ends
+
+    @property
+    def mean_wait(self) -> float:
+        return sum(self.adapter_waits) / len(self.adapter_waits)
+
+    @property
+    def ratio(self) -> float:
+        """Longest wait of an adapter request over the mean."""
+        return max(self.adapter_waits) / self.mean_wait
+
+    @property
+    def base_p99(self) -> int:
+        return p99(self.base_latencies)
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.adapter_waits)} adapter requests wait {self.mean_wait:.0f} steps on average, p99 "
+            f"{p99(self.adapter_waits)}, max {max(self.adapter_waits)} = {self.ratio:.1f} x mean; "
+            f"{len(self.base_latencies)} base requests, latency p99 {self.base_p99} steps"
+        )
+
+
+def p99(values):
+    return sorted(values)[int(0.99 * len(values))]
+
+
+def make_traffic(seed, num_steps, adapter_rate, base_rate=0.2, weights=ZIPF, max_tokens=MAX_TOKENS):
+    """Poisson arrivals at so many requests a step, answers of 1 to `max_tokens` tokens."""
+    rng, jobs = random.Random(seed), []
+    for rate, adapters, shares in ((adapter_rate, range(NUM_ADAPTERS), weights), (base_rate, (None,), (1,))):
+        time = rng.expovariate(rate)
+        while time < num_steps:
+            (adapter,) = rng.choices(adapters, shares)
+            jobs.append(Job(int(time), adapter, rng.randint(4, 40), rng.randint(1, max_tokens)))
+            time += rng.expovariate(rate)
+    return sorted(jobs, key=lambda job: job.step)
+
+
+class Simulation:
+    """The scheduler alone; every step takes the place of the model."""
+
+    def __init__(self, *, num_blocks=4096, max_num_seqs=64, budget=256):
+        blocks = BlockManager(num_blocks, 16, enable_prefix_caching=False)
+        self.scheduler = Scheduler(blocks, LoRASlots(nn.Module(), NUM_SLOTS, "cpu"), max_num_seqs, budget)
+        self.adapters = [make_adapter(f"adapter {index}", index + 1) for index in range(NUM_ADAPTERS)]
+        self.ids = {}
+
+    @property
+    def is_busy(self):
+        return self.scheduler.has_unfinished
+
+    def add(self, index, job):
+        adapter = None if job.adapter is None else self.adapters[job.adapter]
+        params = SamplingParams(max_tokens=job.num_output_tokens)
+        seq = make_sequence(range(job.num_prompt_tokens), params=params, adapter=adapter)
+        self.ids[seq] = index
+        self.scheduler.add(seq)
+
+    def step(self):
+        """Return the requests that ran, and those that ended."""
+        items, ended = self.scheduler.schedule(), []
+        assert len({item.seq.adapter.identity for item in items if item.seq.adapter}) <= NUM_SLOTS
+        for item in items:
+            assert len(item.seq.block_table) * self.scheduler.block_manager.block_size >= item.end
+            item.seq.num_computed_tokens = item.end
+            if item.is_sampled:
+                item.seq.token_ids.append(7)
+                if item.seq.num_output_tokens == item.seq.params.max_tokens:
+                    self.scheduler.finish(item.seq, "length")
+                    ended.append(self.ids[item.seq])
+        return [self.ids[item.seq] for item in items], ended
+
+
+def measure(system, jobs):
+    """Let the jobs arrive, and run until all have ended."""
+    figures, seen, num_arrived, num_ended, step = Figures(), set(), 0, 0, 0
+    while num_arrived < len(jobs) or system.is_busy:
+        while num_arrived < len(jobs) and jobs[num_arrived].step <= step:
+            system.add(num_arrived, jobs[num_arrived])
+            num_arrived += 1
+        ran, ended = system.step()
+        for index in set(ran) - seen:
+            waits = figures.base_waits if jobs[index].adapter is None else figures.adapter_waits
+            waits.append(step - jobs[index].step)
+        seen.update(ran)
+        figures.base_latencies += [step - jobs[index].step + 1 for index in ended if jobs[index].adapter is None]
+        num_ended += len(ended)
+        step += 1
+    assert num_ended == len(seen) == len(jobs)
+    return figures
+
+
+def base_only(jobs):
+    return [job for job in jobs if job.adapter is None]
+
+
+def check(figures, alone):
+    assert figures.ratio <= 4
+    assert figures.base_p99 <= 1.5 * alone.base_p99
+
+
+LOADS = {
+    "moderate": {"adapter_rate": 0.3},
+    "busy": {"adapter_rate": 1},
+    "saturated": {"adapter_rate": 3},
+    "steep": {"adapter_rate": 1, "weights": STEEP_ZIPF},
+    "four hot": {"adapter_rate": 1, "weights": FOUR_HOT},
+}
+
+
+@pytest.mark.parametrize("load", ["busy", "four hot"])
+def test_no_adapter_waits_long_and_the_base_does_not_notice(load):
+    jobs = make_traffic(0, 600, **LOADS[load])
+    check(measure(Simulation(), jobs), measure(Simulation(), base_only(jobs)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("load", LOADS)
+def test_fairness_holds_for_other_loads_and_seeds(load, capsys):
+    for seed in range(5):
+        jobs = make_traffic(seed, 4000, **LOADS[load])
+        figures, alone = measure(Simulation(), jobs), measure(Simulation(), base_only(jobs))
+        check(figures, alone)
+        with capsys.disabled():
+            print(f"\nfairness, {load}, seed {seed}: {figures}, alone {alone.base_p99}", end="")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "limits",
+    [{"max_num_seqs": 8}, {"max_num_seqs": 256, "budget": 2048}, {"num_blocks": 60}],
+    ids=["few places", "many places", "few blocks"],
+)
+def test_fairness_holds_whatever_is_scarce(limits):
+    jobs = make_traffic(1, 3000, adapter_rate=0.5, base_rate=0.05)
+    check(measure(Simulation(**limits), jobs), measure(Simulation(**limits), base_only(jobs)))
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.05, 0.1])
+def test_under_light_load_the_longest_wait_is_bounded(rate):
+    figures = measure(Simulation(), make_traffic(3, 3000, adapter_rate=rate))
+    assert max(figures.adapter_waits) <= MAX_WAIT_STEPS + MAX_TOKENS
+    assert figures.mean_wait < MAX_WAIT_STEPS / 2
+    assert max(figures.base_waits) <= 1
+
+
+def test_base_requests_start_at_once_while_adapters_ask_for_everything():
+    jobs = make_traffic(4, 400, adapter_rate=6)
+    assert max(measure(Simulation(max_num_seqs=32), jobs).base_waits) <= 1
+
+
+class Engine:
+    """The real engine on a tiny model."""
+
+    def __init__(self, model, adapters):
+        self.engine = LLMEngine(
+            EngineArgs(
+                str(model),
+                enable_lora=True,
+                max_loras=NUM_SLOTS,
+                max_cpu_loras=NUM_ADAPTERS,
+                max_num_seqs=32,
+                max_num_batched_tokens=128,
+                max_model_len=128,
+            )
+        )
+        self.loras = [LoRARequest(path.name, index, str(path)) for index, path in enumerate(adapters, 1)]
+        self.ran = []
+        schedule = self.engine.scheduler.schedule
+
+        def recorded():
+            items = schedule()
+            self.ran = [int(item.seq.request.request_id) for item in items]
+            return items
+
+        self.engine.scheduler.schedule = recorded
+
+    @property
+    def is_busy(self):
+        return self.engine.has_unfinished_requests
+
+    def add(self, index, job):
+        params = SamplingParams(max_tokens=job.num_output_tokens, temperature=0.0, ignore_eos=True)
+        prompt = {"prompt_token_ids": [7 + (index + i) % 50 for i in range(job.num_prompt_tokens)]}
+        self.engine.add_request(str(index), prompt, params, BASE if job.adapter is None else self.loras[job.adapter])
+
+    def step(self):
+        outputs = self.engine.step()
+        assert all(output.error is None for output in outputs)
+        return self.ran, [int(output.request_id) for output in outputs if output.finished]
+
+
+@pytest.fixture(scope="module")
+def model_with_adapters(tmp_path_factory):
+    """A tiny Llama and 64 adapters for it."""
+    folder = tmp_path_factory.mktemp("fairness")
+    model = save_text_model(folder / "model", "llama")
+    first = save_adapter(model, folder / "adapter-0", AdapterSpec(r".*self_attn\.(q|v)_proj", 0, 4))
+    paths = [first, *(folder / f"adapter-{index}" for index in range(1, NUM_ADAPTERS))]
+    for index, path in enumerate(paths[1:], 1):
+        randomize_adapter(Path(shutil.copytree(first, path)), index)
+    return model, paths
+
+
+def check_engine(model_with_adapters, jobs, capsys):
+    figures = measure(Engine(*model_with_adapters), jobs)
+    alone = measure(Engine(*model_with_adapters), base_only(jobs))
+    with capsys.disabled():
+        print(f"\nfairness, real engine: {figures}, alone {alone.base_p99}")
+    check(figures, alone)
+
+
+def test_the_real_engine_is_fair(model_with_adapters, capsys):
+    jobs = make_traffic(0, 150, adapter_rate=1, max_tokens=16)
+    check_engine(model_with_adapters, jobs, capsys)
+
+
+@pytest.mark.slow
+def test_the_real_engine_is_fair_for_long(model_with_adapters, capsys):
+    check_engine(model_with_adapters, make_traffic(1, 1500, adapter_rate=1), capsys)

@@ -1,0 +1,228 @@
+"""`mmlora.inputs.chat`: messages to a prompt, with templates that take parts and templates that take only strings."""
+
+import base64
+import io
+import time
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from mmlora.errors import ConfigError, MediaError, RequestError
+from mmlora.inputs.chat import _has_all, load_chat_template, render_chat
+from mmlora.processors.fetch import loader
+from mmlora.processors.fetch.loader import MediaLoader
+from mmlora.processors.media.items import MediaLimits
+from tests.checkpoints import AUDIO_ID, IMAGE_ID, build_tokenizer
+
+TOKENIZER = build_tokenizer()
+STRINGS_ONLY = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] + '' }}<|end|>{% endfor %}"
+PRINTS_LISTS = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+DROPS_MEDIA = (
+    "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endif %}{% endfor %}"
+)
+IMAGE = Image.new("RGB", (8, 6), "red")
+AUDIO = (np.zeros(1600, np.float32), 16000)
+
+
+class Processor:
+    """Placeholders of the tiny Phi-4-multimodal."""
+
+    modalities = frozenset({"audio", "image"})
+
+    def placeholder_token(self, modality):
+        return {"audio": "<|audio|>", "image": "<|image|>"}[modality]
+
+    def placeholder_token_id(self, modality):
+        return {"audio": AUDIO_ID, "image": IMAGE_ID}[modality]
+
+
+def render(content, **options):
+    messages = [{"role": "user", "content": content}]
+    return render_chat(messages, TOKENIZER, options.pop("processor", Processor()), **options)
+
+
+def url_of(content, mime):
+    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
+
+
+def png():
+    buffer = io.BytesIO()
+    IMAGE.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def wav():
+    buffer = io.BytesIO()
+    soundfile.write(buffer, AUDIO[0], AUDIO[1], format="WAV")
+    return buffer.getvalue()
+
+
+def test_text_is_rendered_by_the_models_template():
+    prompt = render("hi")
+    assert prompt["prompt"] == "<|user|>hi<|end|><|assistant|>"
+    assert prompt["prompt_token_ids"] == TOKENIZER(prompt["prompt"]).input_ids
+    assert prompt["multi_modal_data"] == {}
+    assert render("hi", add_generation_prompt=False)["prompt"] == "<|user|>hi<|end|>"
+    assert render([{"type": "text", "text": "h"}, "i"])["prompt"] == prompt["prompt"]
+
+
+@pytest.mark.parametrize("template", [None, STRINGS_ONLY, PRINTS_LISTS, DROPS_MEDIA])
+def test_placeholders_stand_where_the_parts_stood_whatever_the_template_takes(template):
+    parts = [
+        {"type": "text", "text": "a"},
+        {"type": "image", "image": IMAGE},
+        {"type": "text", "text": "b"},
+        {"type": "audio", "audio": AUDIO},
+        {"type": "image", "image": IMAGE},
+    ]
+    prompt = render(parts, chat_template=template)
+    assert "a<|image|>b<|audio|><|image|>" in prompt["prompt"]
+    assert prompt["prompt_token_ids"].count(IMAGE_ID) == 2 and prompt["prompt_token_ids"].count(AUDIO_ID) == 1
+    assert {key: len(items) for key, items in prompt["multi_modal_data"].items()} == {"image": 2, "audio": 1}
+
+
+@pytest.mark.parametrize(
+    ("part", "modality"),
+    [
+        ({"type": "image_url", "image_url": {"url": url_of(png(), "image/png")}}, "image"),
+        ({"type": "image_url", "image_url": url_of(png(), "application/whatever")}, "image"),
+        ({"type": "image", "image": IMAGE}, "image"),
+        ({"type": "input_audio", "input_audio": {"data": base64.b64encode(wav()).decode(), "format": "wav"}}, "audio"),
+        ({"type": "audio_url", "audio_url": {"url": url_of(wav(), "audio/wav")}}, "audio"),
+        ({"type": "audio", "audio": AUDIO}, "audio"),
+    ],
+)
+def test_every_kind_of_part_becomes_an_item(part, modality):
+    ((key, items),) = render([part])["multi_modal_data"].items()
+    assert key == modality and [item.modality for item in items] == [modality]
+    expected = render([{"type": modality, modality: IMAGE if modality == "image" else AUDIO}])
+    assert items[0].content_hash == expected["multi_modal_data"][modality][0].content_hash
+
+
+def test_items_keep_their_order_over_several_messages():
+    pictures = [Image.new("RGB", (8, 8), color) for color in ("red", "green", "blue")]
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": pictures[0]}, "first"]},
+        {"role": "assistant", "content": "ok"},
+        {"role": "user", "content": [{"type": "image", "image": picture} for picture in pictures[1:]]},
+    ]
+    items = render_chat(messages, TOKENIZER, Processor())["multi_modal_data"]["image"]
+    assert [item.image.getpixel((0, 0)) for item in items] == [p.getpixel((0, 0)) for p in pictures]
+
+
+def test_text_that_looks_like_a_part_is_text():
+    """As when somebody asks about a Python dictionary."""
+    qwen = (
+        "{% for m in messages %}{% for p in m['content'] %}{% if p['type'] == 'image' %}<v><|image|></v>"
+        "{% else %}{{ p['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    text = "fix {'type': 'dog'}, 'type': please"
+    parts = [{"type": "image", "image": IMAGE}, {"type": "text", "text": text}]
+    assert render(parts, chat_template=qwen)["prompt"] == f"<v><|image|></v>{text}"
+    assert render([parts[1]], chat_template=qwen)["prompt"] == text
+    assert render(parts, chat_template=PRINTS_LISTS)["prompt"].count("<|image|>") == 1
+
+
+def test_template_arguments_reach_the_template():
+    template = "{{ mood }}:{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert render("x", chat_template=template, chat_template_kwargs={"mood": "calm"})["prompt"] == "calm:x"
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "at least one message"),
+        ("hi", "must be a list"),
+        (["hi"], "must be a mapping"),
+        ([{"content": "hi"}], "'role' and 'content'"),
+        ([{"role": "user", "content": 5}], "content is a int"),
+        ([{"role": "user", "content": [{"type": "video_url"}]}], "'video_url'; videos are not taken"),
+        ([{"role": "user", "content": [5]}], "content part of type None"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "lacks its 'text' field"),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "'text' holds a int"),
+        ([{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}], "needs input_audio.data"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 5}}]}], "needs image_url.url"),
+    ],
+)
+def test_a_malformed_message_is_refused_and_named(messages, message):
+    with pytest.raises(RequestError, match=message):
+        render_chat(messages, TOKENIZER, Processor())
+
+
+def test_content_of_the_other_modality_is_refused():
+    with pytest.raises(MediaError, match="is audio, but image was expected"):
+        render([{"type": "image_url", "image_url": {"url": url_of(wav(), "image/png")}}])
+
+
+def test_a_text_only_model_takes_no_media():
+    with pytest.raises(RequestError, match="the prompt holds audio; the model takes text only"):
+        render([{"type": "audio", "audio": AUDIO}], processor=None)
+    assert render("hi", processor=None)["prompt"] == "<|user|>hi<|end|><|assistant|>"
+
+
+def test_limits_hold_for_parts():
+    with pytest.raises(MediaError, match="pixel|px"):
+        render([{"type": "image", "image": IMAGE}], media=MediaLoader(MediaLimits(max_pixels=10)).begin())
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('roles must alternate') }}", "{{ nothing.here.at.all }}"])
+def test_a_template_that_fails_is_the_requests_fault(template):
+    with pytest.raises(RequestError, match="the chat template cannot render"):
+        render("hi", chat_template=template)
+
+
+def test_a_template_is_text_or_a_file(tmp_path):
+    file = tmp_path / "template.jinja"
+    file.write_text("{{ messages }}")
+    assert load_chat_template(str(file)) == load_chat_template("{{ messages }}") == "{{ messages }}"
+    assert load_chat_template(None) is None
+    with pytest.raises(ConfigError, match="neither a Jinja template nor a file"):
+        load_chat_template("missing.jinja")
+
+
+PARTS_ONLY = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{% for p in m['content'] %}{% if p is mapping %}"
+    "{{ p['text'] }}{% endif %}{% endfor %}<|end|>{% endfor %}"
+)
+
+
+def test_text_is_not_lost_in_a_template_that_takes_only_parts():
+    for content in ("what is this?", [{"type": "text", "text": "what is this?"}]):
+        assert render(content, chat_template=PARTS_ONLY)["prompt"] == "<|user|>what is this?<|end|>"
+
+
+def test_a_template_that_drops_text_either_way_is_left_alone():
+    template = "{% for m in messages %}<|{{ m['role'] }}|><|end|>{% endfor %}"
+    assert render("dropped", chat_template=template)["prompt"] == "<|user|><|end|>"
+
+
+def test_the_text_of_many_turns_is_found_without_searching_it_from_the_start_each_time():
+    contents = [f"turn {number:06}" for number in range(200_000)]
+    text, start_s = "<|end|>".join(contents), time.monotonic()
+    assert _has_all(text, contents) and _has_all(text, [*contents, contents[0]])
+    assert not _has_all(text, [*contents, "nothing"])
+    assert time.monotonic() - start_s < 15  # minutes, from the start
+
+
+def test_media_are_counted_before_any_is_decoded(monkeypatch):
+    monkeypatch.setattr(loader, "load_data_url", lambda *_, **__: pytest.fail("decoded before it was counted"))
+    image = {"type": "image_url", "image_url": {"url": url_of(png(), "image/png")}}
+    with pytest.raises(MediaError, match="has 3 image items; limit_mm_per_prompt allows 2"):
+        render([image] * 3, limit_mm_per_prompt={"image": 2})
+
+
+def test_decoding_stops_when_the_media_of_a_conversation_are_too_large(monkeypatch):
+    decoded = []
+    load = loader.load_data_url
+    monkeypatch.setattr(loader, "load_data_url", lambda *args, **options: decoded.append(1) or load(*args, **options))
+    image = {"type": "image_url", "image_url": {"url": url_of(png(), "image/png")}}
+    num_bytes = 3 * IMAGE.width * IMAGE.height
+    tight = MediaLoader(MediaLimits(max_decoded_bytes=2 * num_bytes))
+    assert render([image] * 2, media=tight.begin())
+    decoded.clear()
+    with pytest.raises(MediaError, match=f"have {3 * num_bytes} bytes or more when decoded"):
+        render([image] * 9, media=tight.begin())
+    assert len(decoded) == 3

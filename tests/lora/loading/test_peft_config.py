@@ -1,0 +1,186 @@
+"""The configuration against PEFT's own understanding of the same keys."""
+
+import dataclasses
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig
+
+from mmlora.errors import AdapterMismatch, AdapterNotFound
+from mmlora.lora.loading import peft_config
+from mmlora.lora.loading.files import read_adapter
+from mmlora.lora.loading.peft_config import PeftConfig
+
+NAME = "model.layers.1.self_attn.q_proj"
+
+
+def config(**content: Any) -> PeftConfig:
+    return PeftConfig.from_dict({"peft_type": "LORA", "r": 4, "lora_alpha": 8, **content})
+
+
+def test_every_key_of_the_installed_peft_is_classified() -> None:
+    known = peft_config._UNDERSTOOD | peft_config._IRRELEVANT | peft_config._REFUSED.keys()
+    assert {field.name for field in dataclasses.fields(LoraConfig)} <= known
+
+
+def test_what_peft_saves_by_default_is_accepted(tmp_path: Path) -> None:
+    LoraConfig(r=5, lora_alpha=3, target_modules=["q_proj"]).save_pretrained(tmp_path)
+    loaded = PeftConfig.from_dict(json.loads((tmp_path / "adapter_config.json").read_text()))
+    assert loaded == PeftConfig(r=5, lora_alpha=3, target_modules=("q_proj",))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("layer_replication", [[0, 2]]),
+        ("megatron_config", {"x": 1}),
+        ("use_qalora", True),
+        ("kasa_config", {"beta": 1}),
+        ("arrow_config", {"top_k": 3}),
+        ("peft_type", "IA3"),
+        ("brand_new_key", None),
+        *(("init_lora_weights", init) for init in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga")),
+        ("r", 0),
+        ("r", -8),
+        ("r", 4.0),
+        ("r", True),
+        ("lora_alpha", "8"),
+        ("lora_alpha", float("nan")),
+        ("use_rslora", "yes"),
+        ("rank_pattern", [4]),
+        ("layers_to_transform", ["1"]),
+        ("target_modules", [1]),
+        ("bias", "some"),
+        ("use_dora", 1),
+        ("modules_to_save", "lm_head"),
+        ("target_parameters", [1]),
+        ("trainable_token_indices", [-1]),
+        ("trainable_token_indices", ["a"]),
+        ("alora_invocation_tokens", [1.5]),
+    ],
+    ids=str,
+)
+def test_what_is_not_supported_is_refused_with_key_and_value(key: str, value: object) -> None:
+    with pytest.raises(AdapterMismatch) as refused:
+        config(**{key: value})
+    assert key in str(refused.value) and repr(value) in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_bad_patterns_are_named(key: str) -> None:
+    with pytest.raises(AdapterMismatch, match=rf"{key} has '\*x'"):
+        config(**{key: {"*x": 2}})
+    with pytest.raises(AdapterMismatch, match=rf"{key}\['q_proj'\] is"):
+        config(**{key: {"q_proj": 0 if key == "rank_pattern" else None}})
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "mica"], ids=str)
+def test_initializations_that_leave_the_base_alone_are_accepted(init: object) -> None:
+    assert config(init_lora_weights=init).r == 4
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        ("q_proj", NAME),
+        ("proj", NAME),
+        ("self_attn.q_proj", NAME),
+        ("layers.1.self_attn.q_proj", NAME),
+        (r"layers\.[01]\..*", NAME),
+        ("^model.layers.1.self_attn.q_proj", NAME),
+        ("^layers.1.self_attn.q_proj", NAME),
+        ("^q_proj", NAME),
+        ("k_proj|q_proj", NAME),
+        ("q_proj$", NAME),
+        ("q", NAME),
+        (NAME, NAME),
+        ("lm_head", "lm_head"),
+        ("^lm_head", "lm_head"),
+    ],
+)
+def test_patterns_match_as_in_peft(pattern: str, name: str) -> None:
+    from peft.utils.other import get_pattern_key
+
+    expected = {pattern: 9}.get(get_pattern_key([pattern], name), 4)
+    assert config(rank_pattern={pattern: 9}).rank_of(name) == expected
+
+
+def test_the_first_pattern_and_the_first_name_decide() -> None:
+    patterned = config(rank_pattern={"q_proj": 2, "self_attn.q_proj": 3, "^old.q": 5})
+    assert patterned.rank_of(NAME) == 2
+    assert patterned.rank_of("old.q", NAME) == 5
+    assert patterned.rank_of("other", NAME) == 2
+
+
+def test_scaling_uses_each_modules_own_rank_and_alpha() -> None:
+    patterns = {"rank_pattern": {"q_proj": 16}, "alpha_pattern": {"q_proj": 2, "v_proj": 6}}
+    assert config(**patterns).scaling_of(NAME) == 2 / 16
+    assert config(**patterns).scaling_of("v_proj") == 6 / 4
+    assert config(**patterns).scaling_of("k_proj") == 8 / 4
+    assert config(**patterns, use_rslora=True).scaling_of(NAME) == 2 / 4
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["proj"]},
+        {"target_modules": r".*layers\.1\..*proj"},
+        {"target_modules": "q_proj"},
+        {"target_modules": ["q_proj"], "exclude_modules": ["self_attn.q_proj"]},
+        {"target_modules": ["q_proj"], "exclude_modules": r".*layers\.0.*"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0]},
+        {"target_modules": ["q_proj"], "layers_to_transform": 1},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["h", "blocks"]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", [NAME, "model.layers.0.self_attn.q_proj", "q_proj", "blocks.1.experts.0.q_proj"])
+def test_selection_is_as_in_peft(selection: dict[str, Any], name: str) -> None:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    assert config(**selection).selects(name) == bool(check_target_module_exists(LoraConfig(**selection), name))
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "adapter_config.json"
+    with pytest.raises(AdapterNotFound, match=re.escape(str(tmp_path))):
+        read_adapter(tmp_path)
+    for content, named in (("{", "JSON"), ("[1]", "list"), ("[" * 100_000, "JSON")):
+        file.write_text(content)
+        with pytest.raises(AdapterMismatch, match=named):
+            read_adapter(tmp_path)
+    with pytest.raises(AdapterMismatch, match="peft_type"):
+        PeftConfig.from_dict({"r": 4})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"rank_pattern": {"(?i)q": 4}},
+        {"target_modules": ["q_proj"], "layers_pattern": ["(?i)layers"], "layers_to_transform": [0]},
+        {"target_modules": "a{99999999999}"},
+        {"target_modules": "(" * 5000 + ")" * 5000},
+        {"target_modules": "x" * 200_000},
+        {"exclude_modules": "("},
+    ],
+    ids=lambda content: str(content)[:40],
+)
+def test_patterns_that_are_none_are_refused_briefly(content: dict[str, Any]) -> None:
+    with pytest.raises(AdapterMismatch) as refused:
+        config(**content)
+    assert next(iter(content)) in str(refused.value) or "layers_pattern" in str(refused.value)
+    assert len(str(refused.value)) < 1000
+
+
+def test_a_pattern_that_never_ends_is_refused_in_time() -> None:
+    endless = config(target_modules=r"(?:(?:a|aa)+)+[bc]")
+    start_s = time.monotonic()
+    with pytest.raises(AdapterMismatch, match="takes more than 1 s"):
+        endless.selects("a" * 60)
+    assert time.monotonic() - start_s < 10

@@ -1,0 +1,72 @@
+"""A decoder that computes something else on the paged cache than by itself is refused at load, in one sentence."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mmlora import LLM
+from mmlora.attention.paged import ATTENTION_NAME
+from mmlora.cli import commands as cli
+from mmlora.errors import ConfigError
+from mmlora.models.decoder_check import check_decoder
+from tests.checkpoints import save_text_model
+from tests.equality import Case, Checkpoint, check_cases
+from tests.reference import Reference
+
+REFUSED = {
+    "diffllama": "DiffLlamaForCausalLM gives other logits on a paged KV cache than by itself",
+    "doge": "DogeForCausalLM gives other logits on a paged KV cache than by itself",
+    "deepseek_v3": "DeepseekV3ForCausalLM cannot run on a paged KV cache",
+    "gpt_oss": "GptOssForCausalLM cannot run on a paged KV cache: this model's attention has sinks",
+    "phimoe": "PhimoeForCausalLM hides tokens beyond its sliding window of 64 in its masks only.*max_model_len=64 or",
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_decoder_that_would_be_wrong_is_refused(family: str, tmp_path: Path) -> None:
+    path = save_text_model(tmp_path / family, family)
+    with pytest.raises(ConfigError, match=REFUSED[family]):
+        LLM(str(path), dtype="float32", device="cpu", max_model_len=128)
+
+
+def test_a_window_that_cannot_be_reached_does_not_matter(tmp_path: Path) -> None:
+    path = save_text_model(tmp_path / "phimoe", "phimoe")
+    llm = LLM(str(path), dtype="float32", device="cpu", max_model_len=64, max_logprobs=-1, max_num_batched_tokens=16)
+    checkpoint = Checkpoint(path, {}, Reference(path))
+    check_cases(llm, checkpoint, [Case("text", "<|user|>How many dogs can you count?<|end|><|assistant|>")])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["diffllama", "doge"])
+def test_half_precision_hides_nothing(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    path = save_text_model(tmp_path / family, family)
+    with pytest.raises(ConfigError, match=REFUSED[family]):
+        LLM(str(path), dtype=str(dtype).removeprefix("torch."), device="cpu", max_model_len=128)
+
+
+def test_rounding_in_a_deep_model_with_a_large_vocabulary_is_no_reason_to_refuse() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=32000, num_hidden_layers=48, initializer_range=0.1, **sizes)
+    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    model.set_attn_implementation(ATTENTION_NAME)
+    check_decoder(model, None, 2, 16, 128)
+
+
+def test_a_model_that_gives_no_numbers_is_refused(tmp_path: Path) -> None:
+    path = save_text_model(tmp_path / "llama", "llama")
+    weights = load_file(path / "model.safetensors")
+    weights["model.norm.weight"][0] = float("inf")
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match="LlamaForCausalLM gives NaN or infinity for plain text in dtype='float16'"):
+        LLM(str(path), dtype="float16", device="cpu", max_model_len=128)
+
+
+def test_the_command_says_so_and_ends_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save_text_model(tmp_path / "doge", "doge")
+    assert cli.main(["serve", str(path), "--port", "0", "--device", "cpu"]) == 2
+    message = capsys.readouterr().err.strip()
+    assert "\n" not in message and "DogeForCausalLM gives other logits" in message

@@ -1,0 +1,102 @@
+"""`data:` URLs and base64, and what is refused before anything is decoded."""
+
+import base64
+from urllib.parse import quote
+
+import pytest
+
+from mmlora.errors import MediaError
+from mmlora.processors.fetch.data_url import load_base64, load_data_url
+from mmlora.processors.media.decoding import MediaLimits, load_media
+
+
+@pytest.fixture
+def png(picture, encode_image):
+    return encode_image(picture())
+
+
+@pytest.mark.parametrize(
+    "head",
+    ["data:image/png;base64,", "data:;base64,", "DATA:text/plain;charset=utf-8;BASE64,", "data:audio/wav;base64,"],
+)
+def test_base64_url_is_read_whatever_its_mime_type_says(head, png):
+    assert load_data_url(head + base64.b64encode(png).decode()).content_hash == load_media(png).content_hash
+
+
+def test_percent_encoded_urls_are_read(png):
+    expected = load_media(png).content_hash
+    assert load_data_url("data:image/png," + quote(png)).content_hash == expected
+    assert (
+        load_data_url("data:image/png;base64," + quote(base64.b64encode(png).decode(), safe="")).content_hash
+        == expected
+    )
+
+
+def test_base64_is_forgiving_about_form_only(png):
+    expected, text = load_media(png).content_hash, base64.b64encode(png).decode()
+    variants = [
+        text.rstrip("="),
+        base64.encodebytes(png).decode(),
+        base64.urlsafe_b64encode(png).decode(),
+        text.encode(),
+    ]
+    assert [load_base64(v).content_hash for v in variants] == [expected] * 4
+    for broken in (text[:-9] + "*" + text[-8:], "é" + text, "A"):
+        with pytest.raises(MediaError):
+            load_base64(broken)
+
+
+@pytest.mark.parametrize(
+    "url, named",
+    [
+        ("ftp://example.com/a.png", "'ftp'"),
+        ("/etc/passwd", "no scheme"),
+        ("", "no scheme"),
+        ("data:image/png;base64", "no comma"),
+        ("data:image/png;base64,", "0 bytes"),
+        ("data:,hello%20there", "neither audio nor an image"),
+        (b"data:,x", "must be a string"),
+    ],
+)
+def test_other_urls_are_refused_by_name(url, named):
+    with pytest.raises(MediaError, match=named):
+        load_data_url(url)
+
+
+def test_expected_modality_reaches_the_content(png, encode_audio):
+    with pytest.raises(MediaError, match="is audio, but image"):
+        load_data_url("data:image/png;base64," + base64.b64encode(encode_audio()).decode(), expected="image")
+    with pytest.raises(MediaError, match="is image, but audio"):
+        load_base64(base64.b64encode(png).decode(), expected="audio")
+
+
+class ClaimedLength(str):
+    """A string that claims to be 4 billion characters long, so that a 3 GB URL need not be built."""
+
+    def __len__(self) -> int:
+        return 4_000_000_000
+
+
+@pytest.mark.parametrize("head", ["data:image/png;base64,", "data:image/png,"])
+def test_three_gigabytes_are_refused_before_decoding(head, monkeypatch):
+    for name in (
+        "base64.b64decode",
+        "mmlora.processors.fetch.data_url.unquote",
+        "mmlora.processors.fetch.data_url.unquote_to_bytes",
+    ):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("decoded before the check"))
+    with pytest.raises(MediaError, match=r"claims about [234]\d{9} bytes, more than the allowed"):
+        load_data_url(ClaimedLength(head + "AAAA"))
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_the_claim_is_exact_at_the_limit(extra, png):
+    limits = MediaLimits(max_bytes=len(png) - extra)
+    lines = base64.encodebytes(png).decode()
+    urls = [f"data:;base64,{lines}", f"data:;base64,{quote(lines, safe='')}", f"data:,{quote(png)}"]
+    for url in urls:
+        if extra:
+            with pytest.raises(MediaError, match="than the allowed"):
+                load_data_url(url, limits)
+        else:
+            assert load_data_url(url, limits).modality == "image"

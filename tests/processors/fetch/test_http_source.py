@@ -1,0 +1,390 @@
+"""Media from http(s) URLs: real servers on this machine, and names whose addresses the tests choose."""
+
+import asyncio
+import datetime
+import gzip
+import ssl
+import threading
+import time
+import tracemalloc
+
+import httpcore
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from mmlora.errors import MediaError
+from mmlora.processors.fetch import checked_network
+from mmlora.processors.fetch.loader import MAX_URLS, MediaLoader
+from mmlora.processors.fetch.reference import MediaReference
+from mmlora.processors.media.decoding import load_media
+from mmlora.processors.media.items import MediaLimits
+from tests.web import Names, answer, drip, endless, redirect, run_web_server
+
+HERE = ["127.0.0.1/32"]  # the only address that is allowed; the servers listen on all of 127.0.0.0/8
+SMALL = MediaLimits(max_bytes=100_000)
+HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
+
+
+@pytest.fixture
+def names(monkeypatch):
+    return Names(monkeypatch)
+
+
+@pytest.fixture
+def png(picture, encode_image):
+    return encode_image(picture())
+
+
+def load(url, limits=SMALL, networks=HERE, timeout_s=20.0, **options):
+    return MediaLoader(limits, networks=networks, timeout_s=timeout_s, **options).load_url(url)
+
+
+def refuse(url, **options):
+    """Load what must be refused, and give the message and the seconds that it took."""
+    start = time.monotonic()
+    with pytest.raises(MediaError) as refusal:
+        load(url, **options)
+    return str(refusal.value), time.monotonic() - start
+
+
+def test_a_url_is_read_from_the_address_of_its_name_which_is_looked_up_once(names, png, encode_audio):
+    names.answers["media.example"] = names.answers["media.example."] = [["127.0.0.1"]]
+    with run_web_server({"/a.png?size=1": answer(png), "/b": answer(encode_audio(), "Content-Type: text/html")}) as web:
+        item = load(web.url("/a.png?size=1#top", "media.example"))
+        assert item.content_hash == load_media(png).content_hash and names.lookups == ["media.example"]
+        assert load(web.url("/b", "MEDIA.example.")).modality == "audio"
+    head = web.requests[0].lower()
+    assert f"host: media.example:{web.port}\r\n" in head and "accept-encoding: identity\r\n" in head
+    assert "cookie" not in head and "authorization" not in head
+
+
+@pytest.mark.parametrize(
+    "addresses",
+    [
+        ["127.0.0.2"], ["10.0.0.1"], ["169.254.169.254"], ["::1"], ["::ffff:127.0.0.2"], ["::ffff:169.254.169.254"],
+        ["64:ff9b::a9fe:a9fe"], ["fe80::1"], ["fd00:ec2::254"], ["0.0.0.0"], ["127.0.0.1", "10.0.0.1"],
+        ["8.8.8.8", "::1"],
+    ],
+    ids=", ".join,
+)  # fmt: skip
+def test_a_name_with_an_address_that_is_not_allowed_is_not_connected_to(names, monkeypatch, addresses):
+    monkeypatch.setattr(httpcore.AnyIOBackend, "connect_tcp", lambda *_: pytest.fail("connected"))
+    names.answers["inner.example"] = [addresses]
+    message, _ = refuse("http://inner.example:8080/a.png")
+    assert "'inner.example'" in message and "has an address that is not allowed" in message
+    assert not any(address in message for address in addresses)
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.2", "2130706434", "0x7f.2", "127.2", "[::1]", "[::ffff:127.0.0.2]", "[::ffff:7f00:2]", "0"]
+)
+def test_addresses_are_checked_however_a_url_spells_them(host):
+    with run_web_server({"/": answer(b"")}) as web:
+        message, _ = refuse(web.url("/", host))
+    assert "has an address that is not allowed" in message or "malformed" in message
+    assert not web.requests
+
+
+def test_a_name_that_is_bound_anew_after_the_check_changes_nothing(names, png):
+    names.answers["rebind.example"] = [["127.0.0.1"], ["127.0.0.2"]]
+    peers = []
+
+    def route(connection):
+        peers.append(connection.getsockname()[0])
+        connection.sendall(answer(png))
+
+    with run_web_server({"/a": route}) as web:
+        load(web.url("/a", "rebind.example"))
+        assert peers == ["127.0.0.1"] and names.lookups == ["rebind.example"]
+        assert "not allowed" in refuse(web.url("/a", "rebind.example"))[0]
+    assert peers == ["127.0.0.1"]
+
+
+def test_the_next_address_is_tried_when_one_does_not_answer(names, png):
+    names.answers["two.example"] = [["127.0.0.3", "127.0.0.1"]]
+    with run_web_server({"/a": answer(png)}, host="127.0.0.1") as web:
+        assert load(web.url("/a", "two.example"), networks=["127.0.0.0/8"]).modality == "image"
+
+
+def test_a_public_address_of_this_machine_is_refused(monkeypatch, png):
+    monkeypatch.setattr(checked_network, "is_public", lambda address: True)
+    with run_web_server({"/a": answer(png)}) as web:
+        assert "not allowed" in refuse(web.url("/a"), networks=[])[0]
+        assert load(web.url("/a")).modality == "image"
+    assert len(web.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "location, named",
+    [
+        ("http://127.0.0.2:{port}/a", "not allowed"),
+        ("http://[::ffff:127.0.0.2]:{port}/a", "not allowed"),
+        ("//169.254.169.254/latest/meta-data", "not allowed"),
+        ("http://inner.example/", "not allowed"),
+        ("http://other.example/", "--allowed-media-domains allows"),
+        ("file:///etc/passwd", "must be an http(s) URL"),
+        ("data:image/png;base64,AAAA", "must be an http(s) URL"),
+        ("gopher://127.0.0.1:{port}/", "must be an http(s) URL"),
+        ("http://user:secret@127.0.0.1:{port}/a", "user name or password"),
+        ("http://127.0.0.1:22/", "port 22"),
+        ("", "which is no URL"),
+        ("http://127.0.0.1:x/", "which is no URL"),
+    ],
+)
+def test_everything_is_checked_again_where_a_redirect_leads(names, png, location, named):
+    names.answers["inner.example"] = [["10.0.0.1"]]
+    domains = ["127.0.0.1", "127.0.0.2", "::ffff:127.0.0.2", "::ffff:7f00:2", "169.254.169.254", "inner.example"]
+    routes = {"/a": answer(png)}
+    with run_web_server(routes) as web:
+        routes["/start"] = redirect(location.format(port=web.port))
+        message, _ = refuse(web.url("/start"), domains=domains)
+    assert named in message and web.paths == ["/start"] and "secret" not in message
+
+
+def test_redirects_are_followed_a_few_times(png):
+    routes = {f"/{index}": redirect(f"{index + 1}") for index in range(20)}
+    routes |= {"/5": answer(png), "/loop": redirect("/loop")}
+    with run_web_server(routes) as web:
+        assert load(web.url("/0")).modality == "image" and len(web.requests) == 6
+        routes["/5"] = redirect("/6")
+        assert "redirected more than 5 times" in refuse(web.url("/0"))[0] and len(web.requests) == 12
+        assert "redirected more than 5 times" in refuse(web.url("/loop"))[0] and len(web.requests) == 18
+
+
+@pytest.mark.parametrize(
+    "url, named",
+    [
+        ("http://user:secret@127.0.0.1/a", "user name or password"),
+        ("http://user@127.0.0.1/a", "user name or password"),
+        ("http://127.0.0.1:22/", "port 22; allowed are 80, 443 and 1024 to 65535"),
+        ("http://127.0.0.1:99999/", "malformed|port"),
+        ("http:///a.png", "must be an http"),
+        ("http:a.png", "must be an http"),
+        ("http://a.example/" + "a" * 9000, "allowed are 8192"),
+        ("http://a.example/\x00", "malformed"),
+        ("http://a.example\r\nX: y/", "malformed"),
+        ("http://[::1/", "malformed"),
+        ("http://" + "a" * 70 + ".example/", "cannot be found|malformed"),
+        ("http://not-there.invalid/", "cannot be found"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_bad_urls_are_refused_by_name(url, named):
+    with pytest.raises(MediaError, match=named) as refusal:
+        load(url)
+    assert "secret" not in str(refusal.value) and len(str(refusal.value)) < 400
+
+
+def test_hosts_are_those_that_are_allowed(names, png):
+    hosts = ["a.example", "sub.b.example", "b.example", "xb.example", "a.example.evil", "bücher.example"]
+    names.answers.update({host: [["127.0.0.1"]] for host in [*hosts, "xn--bcher-kva.example"]})
+
+    def is_loaded(host):
+        try:
+            return load(web.url("/", host), domains=["A.example", "*.b.example", "bücher.example"]).modality == "image"
+        except MediaError as error:
+            assert "--allowed-media-domains allows a.example, *.b.example" in str(error)
+            return False
+
+    with run_web_server({"/": answer(png)}) as web:
+        assert [is_loaded(host) for host in hosts] == [True, True, False, False, False, True]
+        assert "allows none" in refuse(web.url("/"), domains=[])[0]
+
+
+@pytest.mark.parametrize("name", ["endless", "endless chunks", "claim", "endless head", "endless headers", "100"])
+def test_an_endless_answer_is_cut_at_the_limit(name):
+    piece = b"\x89PNG" * 4096
+    routes = {
+        "endless": endless(HEAD, piece),
+        "endless chunks": endless(
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"4000\r\n" + piece + b"\r\n"
+        ),
+        "claim": endless(b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n", piece),
+        "endless head": endless(b"HTTP/1.1 200 OK\r\nX: ", b"x" * 4096),
+        "endless headers": endless(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n" * 100),
+        "100": endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 100),
+    }
+    tracemalloc.start()
+    try:
+        with run_web_server({"/": routes[name]}) as web:
+            message, seconds = refuse(web.url("/"), timeout_s=2.0)
+            _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    named = {"claim": "claims 99999999999 bytes, more than the allowed 100000 bytes", "100": "within 2 s"}
+    assert named.get(name, "more than the allowed 100000" if "chunks" in name or name == "endless" else "") in message
+    assert seconds < 15 and peak < 8_000_000
+
+
+@pytest.mark.parametrize("name", ["silent", "slow head", "slow body", "slow redirects"])
+def test_a_slow_server_is_left_when_the_time_is_up(name, png):
+    slow = {
+        "silent": lambda connection: time.sleep(3),
+        "slow head": drip(HEAD + png, 0.1),
+        "slow body": lambda connection: (connection.sendall(HEAD), drip(png, 0.1)(connection)),
+        "slow redirects": lambda connection: (time.sleep(0.4), connection.sendall(redirect("/"))),
+    }[name]
+    with run_web_server({"/": slow}) as web:
+        message, seconds = refuse(web.url("/"), timeout_s=1.0)
+    assert "was not read within 1 s" in message or "ReadTimeout" in message
+    assert 0.5 < seconds < 10
+
+
+def test_a_compressed_answer_is_refused_and_not_unpacked():
+    bomb = gzip.compress(bytes(10_000_000))
+    assert len(bomb) < 20_000
+    tracemalloc.start()
+    try:
+        with run_web_server({"/": answer(bomb, "Content-Encoding: gzip")}) as web:
+            message, _ = refuse(web.url("/"))
+            _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert "in the encoding 'gzip'; only identity is allowed" in message and peak < 8_000_000
+
+
+@pytest.mark.parametrize(
+    "raw, named",
+    [
+        (answer(b"\x89PNG\r\n\x1a\n", length=500), "RemoteProtocolError|ReadError"),
+        (answer(b"", status="404 Not Found"), "status 404"),
+        (answer(b"", status="204 No Content"), "status 204"),
+        (answer(b"root:x:0:0:root:/root"), "neither audio nor an image"),
+        (answer(b""), "neither audio nor an image"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n", "RemoteProtocolError"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello!", "RemoteProtocolError"),
+        (b"SSH-2.0-OpenSSH_9.9\r\n", "RemoteProtocolError"),
+        (b"", "RemoteProtocolError"),
+    ],
+)
+def test_what_is_no_media_is_refused_and_not_quoted(raw, named):
+    with run_web_server({"/": raw}) as web, pytest.raises(MediaError, match=named) as refusal:
+        load(web.url("/"))
+    assert "root:x" not in str(refusal.value)
+
+
+def test_a_content_length_that_is_too_short_cuts_the_picture(png):
+    with run_web_server({"/": answer(png, length=len(png) // 2)}) as web, pytest.raises(MediaError, match="decode"):
+        load(web.url("/"))
+
+
+def test_the_certificate_must_be_that_of_the_name(names, monkeypatch, png, tmp_path):
+    names.answers["media.example"] = names.answers["other.example"] = [["127.0.0.1"]]
+    server_tls, trusting = _certificate("media.example", tmp_path)
+    asked = []
+    server_tls.sni_callback = lambda _, name, __: asked.append(name)
+    with run_web_server({"/": answer(png)}, server_tls) as web:
+        assert "CERTIFICATE_VERIFY_FAILED" in refuse(web.url("/", "media.example", "https"))[0]
+        monkeypatch.setattr(httpcore, "default_ssl_context", lambda: trusting)
+        assert load(web.url("/", "media.example", "https")).modality == "image"
+        assert "CERTIFICATE_VERIFY_FAILED" in refuse(web.url("/", "other.example", "https"))[0]
+    assert asked == ["media.example", "media.example", "other.example"] and web.paths == ["/"]
+
+
+def _certificate(name, folder):
+    """TLS contexts of a server with a certificate for a name, and of a client that trusts it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder(subject, subject, key.public_key(), 1, now, now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = certificate.public_bytes(serialization.Encoding.PEM)
+    key_pem = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    file = folder / "server.pem"
+    file.write_bytes(key_pem + pem)
+    server_tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server_tls.load_cert_chain(file)
+    return server_tls, ssl.create_default_context(cadata=pem.decode())
+
+
+def test_neither_proxies_nor_netrc_of_the_environment_are_used(monkeypatch, tmp_path, png):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\n")
+    with run_web_server({"/": answer(png)}) as web:
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, "http://127.0.0.1:9")
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+        assert load(web.url("/")).modality == "image"
+    assert "authorization" not in web.requests[0].lower()
+
+
+async def _fetch(loader, *urls):
+    media = loader.begin()
+    references = [MediaReference("image", url) for url in urls]
+    await media.fetch(references)
+    return [media.load(reference) for reference in references]
+
+
+def run(coroutine):
+    return asyncio.run(coroutine)
+
+
+def test_the_urls_of_a_prompt_are_read_together_and_each_only_once(png):
+    barrier = threading.Barrier(8, timeout=20)  # passes when all of them are being read at once
+
+    def route(connection):
+        barrier.wait()
+        connection.sendall(answer(png))
+
+    with run_web_server({f"/{index}": route for index in range(8)}) as web:
+        urls = [web.url(f"/{index % 8}") for index in range(16)]
+        items = run(_fetch(MediaLoader(SMALL, networks=HERE), *urls))
+    assert len(items) == 16 and sorted(web.paths) == [f"/{index}" for index in range(8)]
+
+
+def test_when_one_cannot_be_read_the_others_are_left():
+    asked, left = threading.Event(), threading.Event()
+
+    def slow(connection):
+        asked.set()
+        connection.sendall(HEAD)
+        while connection.recv(1):
+            pass
+        left.set()
+
+    def missing(connection):
+        asked.wait(10)
+        connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+
+    with run_web_server({"/slow": slow, "/missing": missing}) as web, pytest.raises(MediaError, match="status 404"):
+        run(_fetch(MediaLoader(SMALL, networks=HERE), web.url("/slow"), web.url("/missing")))
+    assert left.wait(10)
+
+
+def test_the_urls_of_a_prompt_are_bounded_in_number_and_bytes(png):
+    loader = MediaLoader(SMALL, networks=HERE)
+    with pytest.raises(MediaError, match=rf"has {MAX_URLS + 1} http\(s\) URLs; allowed are {MAX_URLS}"):
+        run(_fetch(loader, *["http://127.0.0.1/"] * (MAX_URLS + 1)))
+    loader = MediaLoader(MediaLimits(max_decoded_bytes=3 * len(png)), networks=HERE)
+    message = f"have {4 * len(png)} bytes or more; allowed are {3 * len(png)}"
+    routes = {f"/{index}": answer(png) for index in range(50)}
+    with run_web_server(routes) as web, pytest.raises(MediaError, match=message):
+        run(_fetch(loader, *[web.url(path) for path in routes]))
+    assert len(web.requests) < 20
+
+
+def test_a_hundred_silent_servers_do_not_hold_up_another(png):
+    def silent(connection):
+        connection.recv(1)
+
+    with run_web_server({"/": answer(png), "/silent": silent}) as web:
+        loader = MediaLoader(SMALL, networks=HERE, timeout_s=30)
+        waiting = [loader.http.read([web.url("/silent")]) for _ in range(100)]
+        try:
+            deadline = time.monotonic() + 20
+            while len(web.requests) < 100 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            start = time.monotonic()
+            assert loader.load_url(web.url("/")).modality == "image"
+            assert time.monotonic() - start < 5 and not any(future.done() for future in waiting)
+        finally:
+            for future in waiting:
+                future.cancel()

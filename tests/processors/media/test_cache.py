@@ -1,0 +1,70 @@
+"""Media that are kept by uuid: whose they are, what they replace, and how much of them is kept."""
+
+import pytest
+
+from mmlora.errors import MediaError, MediaNotHeld
+from mmlora.processors.fetch.loader import MediaLoader
+from mmlora.processors.fetch.reference import MAX_UUID_CHARS, MediaReference
+from mmlora.processors.media.cache import ENTRY_BYTES, CachedMedia, MediaCache
+from mmlora.processors.media.items import AudioItem
+
+
+def entry(tone, num_samples=250, url=None):
+    return CachedMedia(AudioItem.from_samples(tone(num_samples), 16000), url)
+
+
+def test_the_least_recently_used_items_leave(tone):
+    entries = {name: entry(tone) for name in "abcd"}
+    size = entries["a"].num_bytes
+    assert size == 1000 + ENTRY_BYTES
+    cache = MediaCache(3 * size)
+    for name in "abc":
+        cache.put("", name, entries[name])
+    assert cache.get("", "a") is entries["a"] and cache.num_bytes == 3 * size
+    cache.put("", "d", entries["d"])
+    assert [name for name in "abcd" if cache.get("", name)] == ["a", "c", "d"]
+    cache.put("", "a", entry(tone, 500))  # 1000 bytes more
+    assert [name for name in "abcd" if cache.get("", name)] == ["a", "d"]
+    assert cache.num_bytes == 3000 + 2 * ENTRY_BYTES
+
+
+def test_an_item_that_is_too_large_is_not_kept_and_its_former_content_is_forgotten(tone):
+    cache = MediaCache(5000)
+    cache.put("", "a", entry(tone))
+    cache.put("", "a", entry(tone, 2000))
+    assert cache.get("", "a") is None and cache.num_bytes == 0
+    nothing = MediaCache(0)
+    nothing.put("", "a", entry(tone))
+    assert nothing.get("", "a") is None and nothing.num_bytes == 0
+
+
+def test_callers_do_not_see_each_others_items(tone):
+    loader = MediaLoader()
+    first = loader.begin("alice").load(MediaReference("audio", (tone(), 16000), "object", uuid="x"))
+    assert loader.begin("alice").load(MediaReference("audio", None, uuid="x")) is first
+    with pytest.raises(MediaNotHeld, match="no media item is held for the uuid 'x'"):
+        loader.begin("bob").load(MediaReference("audio", None, uuid="x"))
+    loader.begin("bob").load(MediaReference("audio", (tone(100), 16000), "object", uuid="x"))
+    assert loader.begin("alice").load(MediaReference("audio", None, uuid="x")) is first
+
+
+def test_other_content_under_the_same_uuid_takes_its_place(tone):
+    media = MediaLoader().begin()
+    first, second = (
+        media.load(MediaReference("audio", (tone(number), 16000), "object", uuid="x")) for number in (100, 200)
+    )
+    assert first.content_hash != second.content_hash
+    assert media.load(MediaReference("audio", None, uuid="x")) is second
+
+
+def test_an_item_of_the_other_modality_is_refused(tone):
+    media = MediaLoader().begin()
+    media.load(MediaReference("audio", (tone(), 16000), "object", uuid="x"))
+    with pytest.raises(MediaError, match="is audio, but image was expected"):
+        media.load(MediaReference("image", None, uuid="x"))
+
+
+@pytest.mark.parametrize("uuid", ["", "x" * (MAX_UUID_CHARS + 1), 5, ["x"], {}])
+def test_a_uuid_is_short_text(uuid):
+    with pytest.raises(MediaError, match="it must be text of 1 to 256 characters"):
+        MediaReference("image", "data:,x", uuid=uuid)

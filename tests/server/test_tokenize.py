@@ -1,0 +1,191 @@
+"""`/tokenize` and `/detokenize`: the engine's own tokens, and a named error for everything else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from mmlora.server.api import build_app
+from mmlora.server.launch import load_served_models
+from mmlora.server.lora.served_models import LoRAModule
+from tests.server.conftest import RunningServer, ServerFactory, input_audio_part, run_app, text_part, url_part
+
+CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": [text_part("what is two plus three?")]}]
+
+
+@pytest.fixture(scope="module")
+def server(start_server: ServerFactory, adapters: dict[str, str]) -> RunningServer:
+    return start_server(LoRAModule("words", adapters["words"]), default_mm_loras={"audio": adapters["speech"]})
+
+
+def post(server: RunningServer, route: str, **body: Any) -> httpx.Response:
+    return httpx.post(f"{server.address}/{route}", json=body, timeout=60)
+
+
+def tokenize(server: RunningServer, **body: Any) -> dict[str, Any]:
+    response = post(server, "tokenize", **body)
+    assert response.status_code == 200, response.text
+    answer = dict(response.json())
+    assert answer["count"] == len(answer["tokens"]) and answer["max_model_len"] == server.llm.engine.max_model_len
+    assert set(answer) == {"count", "max_model_len", "tokens", "token_strs"}
+    return answer
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and len(str(error)) < 800
+    return dict(error)
+
+
+@pytest.mark.parametrize("model", [None, "tiny", "words", "audio"])
+def test_a_text_has_the_tokens_that_the_engine_gives_it(server: RunningServer, model: str | None) -> None:
+    answer = tokenize(server, prompt="what is two plus three?", model=model)
+    ready = server.llm.engine.process_input("r", "what is two plus three?")
+    assert answer["tokens"] == ready.prompt_token_ids and answer["token_strs"] is None
+
+
+def test_placeholders_are_not_expanded(server: RunningServer) -> None:
+    tokens = tokenize(server, prompt="<|audio_1|>hi", add_special_tokens=False)["tokens"]
+    assert (
+        tokens == tokenize(server, prompt="<|audio|>hi", add_special_tokens=False)["tokens"]
+    )  # as the engine reads it
+    assert tokens == server.llm.tokenizer("<|audio|>hi", add_special_tokens=False).input_ids
+
+
+def test_special_tokens_are_added_unless_told_otherwise(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def encode(*_: object, add_special_tokens: bool) -> list[int]:
+        asked.append(add_special_tokens)
+        return [1]
+
+    monkeypatch.setattr("mmlora.inputs.input_processor.encode_text", encode)
+    for fields in ({}, {"add_special_tokens": None}, {"add_special_tokens": True}, {"add_special_tokens": False}):
+        tokenize(server, prompt="hi", **fields)
+    assert asked == [True, True, True, False]
+
+
+def test_token_strings_are_told_on_request(server: RunningServer) -> None:
+    answer = tokenize(server, prompt="two plus three", return_token_strs=True)
+    assert answer["token_strs"] == server.llm.tokenizer.convert_ids_to_tokens(answer["tokens"])
+    assert tokenize(server, messages=CHAT, return_token_strs=True)["token_strs"][0].startswith("<|")
+    assert tokenize(server, prompt="two", return_token_strs=False)["token_strs"] is None
+
+
+def test_a_chat_has_the_tokens_that_its_completion_counts(server: RunningServer) -> None:
+    with server.client as client:
+        completion = client.chat.completions.create(model="tiny", messages=CHAT, max_tokens=1)  # type: ignore[arg-type]
+    assert completion.usage is not None
+    answer = tokenize(server, messages=CHAT)
+    assert answer["count"] == completion.usage.prompt_tokens
+    text = server.llm.tokenizer.decode(answer["tokens"])
+    assert text.endswith("<|assistant|>") and "two plus three" in text
+    without = tokenize(server, messages=CHAT, add_generation_prompt=False, add_special_tokens=False)["tokens"]
+    assert answer["tokens"][: len(without)] == without and len(without) < answer["count"]
+    same = tokenize(server, messages=CHAT, chat_template_kwargs={"add_generation_prompt": False})
+    assert same["tokens"] == without
+
+
+def test_an_empty_text_has_no_tokens_of_its_own(server: RunningServer) -> None:
+    assert tokenize(server, prompt="", add_special_tokens=False)["tokens"] == []
+
+
+def test_a_text_longer_than_a_prompt_may_be_is_still_counted(server: RunningServer) -> None:
+    answer = tokenize(server, prompt="two plus three " * 400)
+    assert answer["count"] > answer["max_model_len"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "text"),
+    [
+        ({}, 400, "prompt", "one of prompt and messages is needed; received neither"),
+        ({"prompt": "a", "messages": CHAT}, 400, "prompt", "received both"),
+        ({"prompt": ["a"]}, 400, "prompt", '["a"]'),
+        ({"prompt": "a", "truncate": 3}, 400, "truncate", "unknown field 'truncate'; allowed are model, prompt"),
+        ({"prompt": "a", "model": "nobody"}, 404, "model", "'nobody' does not exist"),
+        ({"prompt": "a", "add_generation_prompt": False}, 400, "add_generation_prompt", "needs messages"),
+        ({"prompt": "a", "chat_template_kwargs": {}}, 400, "chat_template_kwargs", "needs messages"),
+        ({"prompt": "a", "return_token_strs": "yes"}, 400, "return_token_strs", '"yes"'),
+        ({"prompt": "a" * 200_000}, 400, None, "200000 characters"),
+        ({"messages": []}, 400, "messages", "messages"),
+        ({"messages": CHAT, "add_special_tokens": True}, 400, "add_special_tokens", "needs a prompt"),
+        ({"messages": [{"role": "banana", "content": "x"}]}, 400, "messages", "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, 400, "messages", "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, 400, None, "video"),
+        ({"messages": [{"role": "user", "content": [3]}]}, 400, None, "content part"),
+        ({"messages": CHAT, "chat_template_kwargs": {"tokenize": True}}, 400, None, "tokenize"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_bad_request_to_tokenize_is_named(
+    server: RunningServer, body: dict[str, Any], status: int, param: str | None, text: str
+) -> None:
+    error = error_of(post(server, "tokenize", **body), status)
+    assert error["param"] == param and text in error["message"]
+
+
+def test_media_are_refused_by_name(server: RunningServer, wav: bytes, png: bytes) -> None:
+    for part in (
+        input_audio_part(wav),
+        url_part("image_url", png, "image/png"),
+        url_part("audio_url", wav, "audio/wav"),
+    ):
+        messages = [CHAT[0], {"role": "user", "content": [text_part("hi"), part]}]
+        error = error_of(post(server, "tokenize", messages=messages), 400)
+        assert error["param"] == "messages"
+        assert f"messages[1].content has a part of type {part['type']!r}; /tokenize takes text only" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "text", ["what is two plus three?", "  two  spaces ,  and . ", "<|user|>hi<|end|><|assistant|>", ""]
+)
+def test_detokenize_gives_a_text_back(server: RunningServer, text: str) -> None:
+    tokens = tokenize(server, prompt=text, add_special_tokens=False)["tokens"]
+    response = post(server, "detokenize", tokens=tokens, model="words")
+    assert response.status_code == 200
+    expected = server.llm.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert response.json() == {"prompt": expected}
+    if text.startswith("<|user|>"):
+        assert expected == text
+
+
+def test_every_id_of_the_embedding_table_has_a_text(server: RunningServer) -> None:
+    last = server.llm.engine.parts.inputs.vocab_size - 1
+    assert post(server, "detokenize", tokens=[0, last]).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "text"),
+    [
+        ({}, 400, "tokens", "tokens is required"),
+        ({"tokens": [1, 2, 10**6]}, 400, "tokens", "tokens[2]=1000000 is outside the vocabulary; allowed are 0 to "),
+        ({"tokens": [-1]}, 400, "tokens", "tokens[0]=-1"),
+        ({"tokens": [10**400]}, 400, "tokens", "tokens[0]=1000"),
+        ({"tokens": [1, True]}, 400, "tokens", "tokens.1: "),
+        ({"tokens": [1.5]}, 400, "tokens", "1.5"),
+        ({"tokens": "12"}, 400, "tokens", '"12"'),
+        ({"tokens": [1] * 513}, 400, "tokens", "513 ids; allowed are max_model_len=512"),
+        ({"tokens": [1], "text": "a"}, 400, "text", "unknown field 'text'"),
+        ({"tokens": [1], "model": "nobody"}, 404, "model", "'nobody' does not exist"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_bad_request_to_detokenize_is_named(
+    server: RunningServer, body: dict[str, Any], status: int, param: str, text: str
+) -> None:
+    error = error_of(post(server, "detokenize", **body), status)
+    assert error["param"] == param and text in error["message"]
+
+
+def test_both_need_the_key_and_bound_their_bodies(server: RunningServer) -> None:
+    models = load_served_models(server.llm)
+    with run_app(build_app(server.llm, models, api_key="key", max_request_bytes=200)) as address:
+        for route, body in (("tokenize", {"prompt": "a"}), ("detokenize", {"tokens": [1]})):
+            headers = {"authorization": "Bearer key"}
+            assert httpx.post(f"{address}/{route}", json=body).status_code == 401
+            assert httpx.post(f"{address}/{route}", json=body, headers=headers).status_code == 200
+            large = {"prompt": "a" * 200} if "prompt" in body else {"tokens": [1] * 200}
+            assert httpx.post(f"{address}/{route}", json=large, headers=headers).status_code == 413
