@@ -11,7 +11,7 @@ from mmlora.processors.base import ProcessedMedia
 
 
 @dataclass(frozen=True)
-class TwoWaySpan:
+class BidirectionalSpan:
     """Tokens `[start, end)` of a prompt that all see each other; they are computed in one step.
 
     `ignores_window` says that they do so beyond a sliding window.
@@ -29,12 +29,12 @@ class PromptLayout:
     Attributes:
         positions: `[num_rows][num_tokens]`, rotary positions; None where they count up from 0.
         shift: from where a generated token stands to its rotary position.
-        two_way: spans that do not overlap, by start.
+        bidirectional_spans: spans that do not overlap, by start.
     """
 
     positions: tuple[tuple[int, ...], ...] | None = None
     shift: int = 0
-    two_way: tuple[TwoWaySpan, ...] = ()
+    bidirectional_spans: tuple[BidirectionalSpan, ...] = ()
 
 
 class Towers(Protocol):

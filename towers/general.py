@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mmlora.processors.base import ProcessedMedia
-from mmlora.towers.base import PromptLayout, Towers, TwoWaySpan
+from mmlora.towers.base import BidirectionalSpan, PromptLayout, Towers
 from mmlora.towers.deepstack import added_features, deep_layers
 
 FEATURES = {"image": "get_image_features", "audio": "get_audio_features"}
@@ -22,13 +22,14 @@ class GeneralTowers:
 
     Args:
         model: the loaded model.
-        two_way: what sees itself both ways: each `picture`, or a whole `prompt` that holds media; None for nothing.
+        bidirectional: which tokens attend to each other: those of each `picture`, or of a whole `prompt` with media;
+            None for causal attention everywhere.
         first_position: of every prompt, where the model has no `get_rope_index`.
     """
 
     modalities: frozenset[str]
 
-    def __init__(self, model: Any, *, two_way: str | None = None, first_position: int = 0) -> None:
+    def __init__(self, model: Any, *, bidirectional: str | None = None, first_position: int = 0) -> None:
         self.model = model
         inner = getattr(model, "model", model)
         self._encoders = {
@@ -40,7 +41,7 @@ class GeneralTowers:
         self.modalities = frozenset(self._encoders)
         self._rope_index = getattr(inner, "get_rope_index", getattr(model, "get_rope_index", None))
         self.num_position_rows = 3 if self._rope_index is not None else 1
-        self._two_way, self._first_position = two_way, first_position
+        self._bidirectional, self._first_position = bidirectional, first_position
         self._deep_layers: tuple[int, ...] = ()
         self._parts = _parts(model)
 
@@ -58,22 +59,30 @@ class GeneralTowers:
 
     def layout(self, token_ids: Sequence[int], media: Sequence[tuple[int, ProcessedMedia]]) -> PromptLayout:
         """See `Towers.layout`; the positions are the model's own where it has `get_rope_index`."""
-        two_way = self._two_way_spans(len(token_ids), media)
+        spans = self._bidirectional_spans(len(token_ids), media)
         if self._rope_index is None:
             start, end = self._first_position, self._first_position + len(token_ids)
-            return PromptLayout((tuple(range(start, end)),), start, two_way) if start else PromptLayout(two_way=two_way)
+            return (
+                PromptLayout((tuple(range(start, end)),), start, spans)
+                if start
+                else PromptLayout(bidirectional_spans=spans)
+            )
         if not media:
-            return PromptLayout(two_way=two_way)
+            return PromptLayout(bidirectional_spans=spans)
         positions, _ = self._rope_index(torch.tensor([token_ids]), **self.rope_arguments(token_ids, media))
         shift = int(positions.max()) + 1 - len(token_ids)
-        return PromptLayout(tuple(map(tuple, positions[:, 0].tolist())), shift, two_way)
+        return PromptLayout(tuple(map(tuple, positions[:, 0].tolist())), shift, spans)
 
-    def _two_way_spans(self, num_tokens: int, media: Sequence[tuple[int, ProcessedMedia]]) -> tuple[TwoWaySpan, ...]:
-        if self._two_way is None or not media:
+    def _bidirectional_spans(
+        self, num_tokens: int, media: Sequence[tuple[int, ProcessedMedia]]
+    ) -> tuple[BidirectionalSpan, ...]:
+        if self._bidirectional is None or not media:
             return ()
-        if self._two_way == "prompt":
-            return (TwoWaySpan(0, num_tokens, ignores_window=True),)
-        return tuple(TwoWaySpan(*run) for run in _runs([start + i for start, item in media for i in places_of(item)]))
+        if self._bidirectional == "prompt":
+            return (BidirectionalSpan(0, num_tokens, ignores_window=True),)
+        return tuple(
+            BidirectionalSpan(*run) for run in _runs([start + i for start, item in media for i in places_of(item)])
+        )
 
     def rope_arguments(
         self, token_ids: Sequence[int], media: Sequence[tuple[int, ProcessedMedia]]

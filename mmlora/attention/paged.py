@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
-from mmlora.towers.base import TwoWaySpan
+from mmlora.towers.base import BidirectionalSpan
 
 ATTENTION_NAME = "mmlora_paged"
 
@@ -55,7 +55,7 @@ class Span:
     start: int
     end: int
     is_long: bool = False  # beyond the length at which longrope changes its factors
-    two_way: tuple[TwoWaySpan, ...] = ()  # that hold tokens of this step
+    bidirectional_spans: tuple[BidirectionalSpan, ...] = ()  # that hold tokens of this step
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,14 +67,14 @@ class QueryGroup:
         slots: `[num_seqs, context_len]`, the rows of the cache with their contexts; shorter ones are padded.
         positions: `[num_seqs, query_len]`, where their tokens of this step stand.
         is_even: no context is padded.
-        two_way: spans of the sequence whose tokens all see each other; none where there are several sequences.
+        bidirectional_spans: spans of the sequence whose tokens all attend to each other; empty for several sequences.
     """
 
     rows: torch.Tensor
     slots: torch.Tensor
     positions: torch.Tensor
     is_even: bool
-    two_way: tuple[TwoWaySpan, ...] = ()
+    bidirectional_spans: tuple[BidirectionalSpan, ...] = ()
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     def mask(self, sliding_window: int | None) -> torch.Tensor | None:
@@ -84,16 +84,16 @@ class QueryGroup:
             return None
         if sliding_window not in self._masks:
             queries, keys = self.positions[:, None, :, None], torch.arange(context_len, device=self.slots.device)
-            seen = _with_spans(keys <= queries, self.two_way, queries, keys)
+            seen = _with_spans(keys <= queries, self.bidirectional_spans, queries, keys)
             if sliding_window is not None:
-                beyond = [span for span in self.two_way if span.ignores_window]
+                beyond = [span for span in self.bidirectional_spans if span.ignores_window]
                 seen = _with_spans(seen & (keys > queries - sliding_window), beyond, queries, keys)
             self._masks[sliding_window] = seen
         return self._masks[sliding_window]
 
 
 def _with_spans(
-    seen: torch.Tensor, spans: Sequence[TwoWaySpan], queries: torch.Tensor, keys: torch.Tensor
+    seen: torch.Tensor, spans: Sequence[BidirectionalSpan], queries: torch.Tensor, keys: torch.Tensor
 ) -> torch.Tensor:
     """Let the tokens of each span see each other, too."""
     for span in spans:
@@ -101,7 +101,7 @@ def _with_spans(
     return seen
 
 
-def _is_inside(span: TwoWaySpan, positions: torch.Tensor) -> torch.Tensor:
+def _is_inside(span: BidirectionalSpan, positions: torch.Tensor) -> torch.Tensor:
     return (positions >= span.start) & (positions < span.end)
 
 
@@ -131,14 +131,16 @@ class AttentionMetadata:
         members: dict[object, list[int]] = defaultdict(list)
         for index, span in enumerate(spans):
             # Contexts that differ by less than a factor of two share a group: little is computed in vain.
-            members[index if span.end - span.start > 1 or span.two_way else f"2^{span.end.bit_length()}"].append(index)
+            members[
+                index if span.end - span.start > 1 or span.bidirectional_spans else f"2^{span.end.bit_length()}"
+            ].append(index)
         groups = [
             QueryGroup(
                 torch.tensor([row for i in found for row in range(first_rows[i], first_rows[i + 1])], device=device),
                 pad_sequence([slots[i] for i in found], batch_first=True).to(device),
                 torch.tensor([list(range(spans[i].start, spans[i].end)) for i in found], device=device),
                 is_even=len({spans[i].end for i in found}) == 1,
-                two_way=spans[found[0]].two_way,
+                bidirectional_spans=spans[found[0]].bidirectional_spans,
             )
             for found in members.values()
         ]

@@ -9,7 +9,7 @@ import hashlib
 from collections import OrderedDict
 
 from mmlora.engine.sequence import Sequence
-from mmlora.towers.base import TwoWaySpan
+from mmlora.towers.base import BidirectionalSpan
 
 
 class BlockManager:
@@ -107,8 +107,8 @@ class BlockManager:
         start, end = index * self.block_size, (index + 1) * self.block_size
         root = (("long", seq.is_long), ("salt", seq.request.input.cache_salt))
         parent = seq.block_hashes[-1] if index else root
-        two_way = seq.two_way_between(start, end)
-        seen_end = max([end, *(span.end for span in two_way)])
+        spans = seq.bidirectional_spans_between(start, end)
+        seen_end = max([end, *(span.end for span in spans)])
         adapter = None  # blocks that see nothing an activated LoRA holds for are the base model's, and shared with it
         if seq.adapter is not None and seen_end > seq.adapter_start:
             adapter = ("adapter", seq.adapter.identity, max(0, seq.adapter_start - start))
@@ -124,12 +124,12 @@ class BlockManager:
             media,
             ("positions", [row[start:end] for row in seq.layout.positions or ()]),
             # Tokens that see beyond the block depend on all that they see.
-            ("two-way", [(span.start - start, _span_digest(seq, span)) for span in two_way]),
+            ("two-way", [(span.start - start, _span_digest(seq, span)) for span in spans]),
         )
         return hashlib.sha256(repr(content).encode()).digest()
 
 
-def _span_digest(seq: Sequence, span: TwoWaySpan) -> bytes:
+def _span_digest(seq: Sequence, span: BidirectionalSpan) -> bytes:
     if span not in seq.span_digests:
         media = [
             (item.encoder_key, item.start - span.start)

@@ -75,7 +75,7 @@ def prompt_positions(item: ScheduledSequence) -> range:
 
 def _span(item: ScheduledSequence) -> Span:
     seq, start, end = item.seq, item.start, item.end
-    return Span(seq.block_table, start, end, seq.is_long, seq.two_way_between(start, end))
+    return Span(seq.block_table, start, end, seq.is_long, seq.bidirectional_spans_between(start, end))
 
 
 def _slot_of(item: ScheduledSequence) -> int:

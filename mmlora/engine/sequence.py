@@ -21,7 +21,7 @@ from mmlora.outputs import LoRAChoice, TokenLogprobs
 from mmlora.processors.base import ProcessedMedia
 from mmlora.sampling_params import SamplingParams
 from mmlora.structured_outputs import Matcher
-from mmlora.towers.base import PromptLayout, TwoWaySpan
+from mmlora.towers.base import BidirectionalSpan, PromptLayout
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Sequence:
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks, filled by the block manager
-    span_digests: dict[TwoWaySpan, bytes] = field(default_factory=dict)  # likewise
+    span_digests: dict[BidirectionalSpan, bytes] = field(default_factory=dict)  # likewise
     media_embeds: dict[int, torch.Tensor] = field(default_factory=dict)  # media index: [num_tokens, hidden_size]
     slot: int | None = None  # LoRA slot held while running
     is_long: bool = False  # beyond the length at which longrope changes its factors
@@ -166,13 +166,13 @@ class Sequence:
         prompt = layout.positions[row][start:end]
         return [*prompt, *range(start + len(prompt) + layout.shift, end + layout.shift)]
 
-    def two_way_between(self, start: int, end: int) -> tuple[TwoWaySpan, ...]:
+    def bidirectional_spans_between(self, start: int, end: int) -> tuple[BidirectionalSpan, ...]:
         """Spans that hold some of the tokens `[start, end)`."""
-        return tuple(span for span in self.layout.two_way if span.start < end and start < span.end)
+        return tuple(span for span in self.layout.bidirectional_spans if span.start < end and start < span.end)
 
     def whole_chunk_end(self, start: int, end: int) -> int:
         """Where a chunk from `start` to about `end` may end: not inside a span whose tokens all see each other."""
-        for span in self.two_way_between(end - 1, end + 1):
+        for span in self.bidirectional_spans_between(end - 1, end + 1):
             if span.start < end < span.end:
                 return span.start if span.start > start else span.end
         return end

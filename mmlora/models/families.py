@@ -100,7 +100,7 @@ FAMILIES: Mapping[str, Family] = {
     "smolvlm": Family("SmolVLM", ("image",), transformers_since="5.18"),
     "internvl": Family("InternVL", ("image",), transformers_since="5.18"),
     "mistral3": Family("Mistral 3", ("image",), partial(GeneralProcessor, load=PixtralProcessor)),
-    "gemma3": Family("Gemma 3", ("image",), towers=partial(GeneralTowers, two_way="picture")),
+    "gemma3": Family("Gemma 3", ("image",), towers=partial(GeneralTowers, bidirectional="picture")),
     "gemma3n": Family(
         "Gemma 3n", ("audio", "image"), towers=Gemma3nTowers, transformers_since="5.23", transcription=prompts.GEMMA3N
     ),
@@ -108,7 +108,7 @@ FAMILIES: Mapping[str, Family] = {
         "PaliGemma 1 and 2",
         ("image",),
         PaliGemmaProcessor,
-        partial(GeneralTowers, two_way="prompt", first_position=1),
+        partial(GeneralTowers, bidirectional="prompt", first_position=1),
     ),
     "granite4_vision": Family("Granite 4 Vision", ("image",)),
     "qwen2_5_omni_thinker": Family(

@@ -4,7 +4,7 @@ import pytest
 
 from mmlora import SamplingParams
 from mmlora.engine.block_manager import BlockManager
-from mmlora.towers.base import PromptLayout, TwoWaySpan
+from mmlora.towers.base import BidirectionalSpan, PromptLayout
 from tests.engine.sequences import make_adapter, make_media, make_sequence
 
 BLOCK = 4
@@ -154,18 +154,18 @@ def test_tokens_that_see_ahead_depend_on_all_that_they_see():
     def shared(second, layout, other_layout=None):
         return num_shared(make_sequence(range(12), layout=layout), make_sequence(second, layout=other_layout or layout))
 
-    both = PromptLayout(two_way=(TwoWaySpan(2, 9),))
+    both = PromptLayout(bidirectional_spans=(BidirectionalSpan(2, 9),))
     assert shared(range(12), both) == 8
     assert shared([*range(8), 77, *range(9, 12)], both) == 0
     assert shared([*range(9), 77, 78], both) == 8  # beyond the span
-    assert shared(range(12), both, PromptLayout(two_way=(TwoWaySpan(2, 10),))) == 0
+    assert shared(range(12), both, PromptLayout(bidirectional_spans=(BidirectionalSpan(2, 10),))) == 0
     assert shared(range(12), both, PromptLayout()) == 0
-    assert shared(range(12), PromptLayout(two_way=(TwoWaySpan(4, 9),)), PromptLayout()) == 4
+    assert shared(range(12), PromptLayout(bidirectional_spans=(BidirectionalSpan(4, 9),)), PromptLayout()) == 4
 
 
 def test_media_further_on_in_a_span_count():
     def shared(content, start):
-        layout = PromptLayout(two_way=(TwoWaySpan(0, 12),))
+        layout = PromptLayout(bidirectional_spans=(BidirectionalSpan(0, 12),))
         first = make_sequence(range(12), layout=layout, media=(make_media("x", 9, 2),))
         return num_shared(first, make_sequence(range(12), layout=layout, media=(make_media(content, start, 2),)))
 
@@ -180,7 +180,7 @@ def test_an_activated_lora_reaches_back_through_a_span():
         return num_shared(base[0], activated[0]), num_shared(activated[1], base[1])
 
     assert shared(PromptLayout()) == (8, 8)
-    assert shared(PromptLayout(two_way=(TwoWaySpan(0, 10),))) == (0, 0)
+    assert shared(PromptLayout(bidirectional_spans=(BidirectionalSpan(0, 10),))) == (0, 0)
 
 
 def test_positions_are_part_of_the_name():
