@@ -16,8 +16,8 @@ from mmlora.async_loras import AsyncLoRAs
 from mmlora.config import EngineArgs
 from mmlora.engine.llm_engine import LLMEngine
 from mmlora.engine.request_record import OPEN_RECORDS, ReadyRequest, RequestHistograms, RequestRecord
-from mmlora.engine.sequence import EngineInput
 from mmlora.errors import EngineDeadError, MMLoRAError
+from mmlora.inputs.engine_input import EngineInput
 from mmlora.inputs.prompts import Prompt
 from mmlora.lora.request import LoRARequest
 from mmlora.outputs import RequestOutput

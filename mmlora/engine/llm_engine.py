@@ -17,8 +17,9 @@ from mmlora.engine.metrics import EngineMetrics, RequestCounters, measure
 from mmlora.engine.model_runner import SampledToken
 from mmlora.engine.output_builder import build_output
 from mmlora.engine.scheduler import ScheduledSequence
-from mmlora.engine.sequence import EngineInput, Request, Sequence, Status
+from mmlora.engine.sequence import Request, Sequence, Status
 from mmlora.errors import MMLoRAError, RequestError
+from mmlora.inputs.engine_input import EngineInput
 from mmlora.inputs.prompts import Prompt
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.store.info import LoRAInfo

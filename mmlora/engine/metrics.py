@@ -5,7 +5,8 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from mmlora.engine.loading import EngineParts
-from mmlora.engine.sequence import EngineInput, Request, Status
+from mmlora.engine.sequence import Request, Status
+from mmlora.inputs.engine_input import EngineInput
 from mmlora.lora.adapter import AdapterIdentity
 from mmlora.lora.mix import LoRAMix
 from mmlora.lora.store.manager import LoRAManager

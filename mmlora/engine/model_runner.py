@@ -16,8 +16,9 @@ from mmlora.attention.paged import KVCache, attention_context
 from mmlora.engine.model_input import Batch, prompt_positions
 from mmlora.engine.sampler import sample, top_logprobs
 from mmlora.engine.scheduler import ScheduledSequence
-from mmlora.engine.sequence import MediaInput, Sequence
+from mmlora.engine.sequence import Sequence
 from mmlora.errors import AdapterError, MMLoRAError
+from mmlora.inputs.engine_input import MediaInput
 from mmlora.lora.layers.state import LoRAState
 from mmlora.outputs import TokenLogprobs
 from mmlora.towers.encoder import EncoderJob, MediaEncoder

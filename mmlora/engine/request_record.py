@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from mmlora.engine.histogram import SECONDS, TOKENS, Histogram
-from mmlora.engine.sequence import EngineInput
+from mmlora.inputs.engine_input import EngineInput
 from mmlora.outputs import LoRAChoice, RequestMetrics, RequestOutput
 from mmlora.sampling_params import SamplingParams
 from mmlora.stream import Stream

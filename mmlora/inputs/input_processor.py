@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmlora.config import PRIORITY, EngineArgs
-from mmlora.engine.sequence import EngineInput, MediaInput
 from mmlora.errors import MediaError, RequestError
 from mmlora.inputs.adapter_policy import choose_adapter
+from mmlora.inputs.engine_input import EngineInput, MediaInput
 from mmlora.inputs.prompts import Prompt, as_items, encode_text, prompt_fields
 from mmlora.lora.adapter import Adapter
 from mmlora.lora.mix import LoRAMix, MixCache

@@ -8,7 +8,8 @@ import torch
 
 from mmlora import LoRAChoice, SamplingParams
 from mmlora.engine.detokenizer import Detokenizer
-from mmlora.engine.sequence import EngineInput, MediaInput, Request, Sequence
+from mmlora.engine.sequence import Request, Sequence
+from mmlora.inputs.engine_input import EngineInput, MediaInput
 from mmlora.lora.adapter import Adapter, AdapterReport
 from mmlora.processors.base import ProcessedMedia
 from mmlora.towers.base import PromptLayout
