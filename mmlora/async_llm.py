@@ -15,6 +15,7 @@ from typing import Any, Final, Literal, TypeVar
 from mmlora.async_loras import AsyncLoRAs
 from mmlora.config import EngineArgs
 from mmlora.engine.llm_engine import LLMEngine
+from mmlora.engine.metrics import EngineMetrics, EngineSummary
 from mmlora.engine.request_record import OPEN_RECORDS, ReadyRequest, RequestHistograms, RequestRecord
 from mmlora.errors import EngineDeadError, MMLoRAError
 from mmlora.inputs.engine_input import EngineInput
@@ -34,7 +35,16 @@ class AsyncLLM(AsyncLoRAs):
     """Serve concurrent requests from an event loop.
 
     Attributes:
-        engine: the engine; see `engine.metrics`.
+        engine: the engine, which runs in a thread.
+        args: the engine's options.
+        tokenizer: the model's `transformers` tokenizer.
+        processor: the model's media processor; None for a text-only model.
+        media: loader of the media that requests carry or refer to.
+        max_model_len: limit of prompt and output tokens together.
+        vocab_size: rows of the model's embedding table.
+        transcription_prompt: how to ask the model for a transcription; None where that is not known.
+        default_adapters: by modality key, with the request that names each.
+        adapter_store: the adapters on the host; None without LoRA.
         histograms: latencies and lengths of the requests.
 
     Args:
@@ -46,7 +56,16 @@ class AsyncLLM(AsyncLoRAs):
     """
 
     def __init__(self, args: EngineArgs, *, num_workers: int = 4) -> None:
-        self.engine = LLMEngine(args)
+        self.engine = engine = LLMEngine(args)
+        self.args = args
+        self.tokenizer = engine.tokenizer
+        self.processor = engine.processor
+        self.media = engine.media
+        self.max_model_len = engine.max_model_len
+        self.vocab_size = engine.input_processor.vocab_size
+        self.transcription_prompt = engine.transcription_prompt
+        self.default_adapters = engine.default_adapters
+        self.adapter_store = engine.store
         self.histograms = RequestHistograms()
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="mmlora-input")
         self._loaders = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="mmlora-loader")
@@ -61,14 +80,26 @@ class AsyncLLM(AsyncLoRAs):
         self._thread.start()
 
     @property
-    def tokenizer(self) -> Any:
-        """The model's `transformers` tokenizer."""
-        return self.engine.tokenizer
-
-    @property
     def model_name(self) -> str:
         """What clients call the base model."""
-        return self.engine.args.model_name
+        return self.args.model_name
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        """A snapshot of the engine's metrics."""
+        return self.engine.metrics
+
+    def default_sampling_params(self, **changes: Any) -> SamplingParams:
+        """Return sampling parameters with the model's defaults, updated with `changes`."""
+        return self.engine.default_sampling_params(**changes)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Tokenize a prompt; see `InputProcessor.encode`."""
+        return self.engine.input_processor.encode(text, add_special_tokens=add_special_tokens)
+
+    def summary(self) -> EngineSummary:
+        """Return what was loaded."""
+        return self.engine.summary()
 
     @property
     def is_alive(self) -> bool:
@@ -146,7 +177,7 @@ class AsyncLLM(AsyncLoRAs):
         )
         self._preparing[stream] = request_id
         try:
-            ready = await self.run_in_pool(process, is_load=self._must_load(lora_request))
+            ready = await self.run_in_pool(process, is_load=self.engine.must_load_lora(lora_request))
         finally:
             del self._preparing[stream]
         return ReadyRequest(ready, stream, record)
@@ -184,11 +215,6 @@ class AsyncLLM(AsyncLoRAs):
         self._thread.join()
         self._pool.shutdown()
         self._loaders.shutdown()
-
-    def _must_load(self, lora_request: object) -> bool:
-        lora, defaults = self.engine.parts.lora, self.engine.default_loras.values()
-        is_default = any(lora_request is default for default in defaults)
-        return lora is not None and not is_default and lora.is_missing(lora_request)
 
     def _send(self, message: Callable[[], None], *, or_ignore: bool = False) -> None:
         """Have the engine thread run a message.

@@ -78,8 +78,7 @@ class LLM:
         params = _one_per_prompt(sampling_params, len(batch), "sampling_params")
         loras = _one_per_prompt(lora_request, len(batch), "lora_request")
         priorities = _one_per_prompt(0 if priority is None else priority, len(batch), "priority")
-        if self.llm_engine.parts.lora is not None:
-            self.llm_engine.parts.lora.prefetch(loras)
+        self.llm_engine.prefetch_loras(loras)
         inputs = [
             self.llm_engine.process_input(str(next(self._ids)), prompt, param, lora, prompt_priority)
             for prompt, param, lora, prompt_priority in zip(batch, params, loras, priorities, strict=True)
@@ -127,12 +126,12 @@ class LLM:
             prompt = render_chat(
                 conversation,
                 self.llm_engine.tokenizer,
-                self.llm_engine.parts.inputs.processor,
+                self.llm_engine.processor,
                 chat_template=load_chat_template(chat_template) or self._chat_template,
                 chat_template_kwargs=chat_template_kwargs,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                media=self.llm_engine.parts.inputs.media.begin(),
+                media=self.llm_engine.media.begin(),
                 limit_mm_per_prompt=self.llm_engine.args.limit_mm_per_prompt,
                 max_model_len=self.llm_engine.max_model_len,
                 tools=tools,

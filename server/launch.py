@@ -84,7 +84,7 @@ def build_server(
         on_ready: called when requests are served.
     """
     admission = Admission(
-        llm.engine.args.max_num_seqs,
+        llm.args.max_num_seqs,
         args.max_queued_requests,
         request_timeout=args.request_timeout,
         body_timeout=args.body_timeout,
@@ -123,35 +123,35 @@ def load_served_models(llm: AsyncLLM, lora_modules: Sequence[LoRAModule] = ()) -
         ConfigError: two models share a name, or adapters are given to an engine without LoRA.
         AdapterError: an adapter cannot be loaded.
     """
-    args, parts = llm.engine.args, llm.engine.parts
+    args, store, defaults = llm.args, llm.adapter_store, llm.default_adapters
     adapters = [
         ServedAdapter(key, request, adapter.digest, adapter.report, default_for=key)
-        for key, (request, adapter) in parts.defaults.items()
+        for key, (request, adapter) in defaults.items()
     ]
-    if lora_modules and parts.store is None:
+    if lora_modules and store is None:
         raise ConfigError(f"lora_modules: {lora_modules[0].name!r} needs enable_lora=True")
     for name in args.model_names:
-        if name in parts.defaults:
+        if name in defaults:
             raise ConfigError(f"served_model_name={name!r} is the key of a default adapter; choose another name")
-    names = [*args.model_names, *parts.defaults]
+    names = [*args.model_names, *defaults]
     # The bar is drawn only where standard error is a terminal.
     for lora_int_id, module in enumerate(tqdm(lora_modules, "Loading adapters", disable=None, leave=False), start=1):
         if module.name in names:
             raise ConfigError(f"lora_modules: the name {module.name!r} is taken; taken are {', '.join(names)}")
         names.append(module.name)
         request = LoRARequest(module.name, lora_int_id, module.path, module.base_model_name)
-        assert parts.store is not None
-        adapter = parts.store.get(request)
+        assert store is not None
+        adapter = store.get(request)
         adapters.append(ServedAdapter(module.name, request, adapter.digest, adapter.report))
-    restored = llm.engine.list_loras() if parts.store is not None else []
+    restored = llm.engine.list_loras() if store is not None else []
     adapters += [_restored(llm, info) for info in restored if info.name not in names]
     base_name, *aliases = args.model_names
-    return ServedModels(base_name, args.model, llm.engine.max_model_len, adapters, aliases)
+    return ServedModels(base_name, args.model, llm.max_model_len, adapters, aliases)
 
 
 def _restored(llm: AsyncLLM, info: LoRAInfo) -> ServedAdapter:
     """An adapter that the registry kept, whether it can be used or not."""
-    store, problem = llm.engine.parts.store, info.problem
+    store, problem = llm.adapter_store, info.problem
     assert store is not None
     if problem is None:
         try:

@@ -78,10 +78,10 @@ class TokenService:
     """
 
     def __init__(self, llm: AsyncLLM) -> None:
-        self._engine = llm.engine
-        self._chat_template = load_chat_template(llm.engine.args.chat_template)
+        self._llm = llm
+        self._chat_template = load_chat_template(llm.args.chat_template)
         # Ids beyond the tokenizer's, which fill up the embedding table, have no text but may be sampled.
-        self._num_ids = max(llm.engine.parts.inputs.vocab_size, len(llm.engine.tokenizer))
+        self._num_ids = max(llm.vocab_size, len(llm.tokenizer))
 
     def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
         """Answer with the tokens of a text or a chat.
@@ -95,9 +95,9 @@ class TokenService:
         ids = self._encode_prompt(body, body.prompt) if body.prompt is not None else self._encode_chat(body)
         return {
             "count": len(ids),
-            "max_model_len": self._engine.max_model_len,
+            "max_model_len": self._llm.max_model_len,
             "tokens": ids,
-            "token_strs": self._engine.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None,
+            "token_strs": self._llm.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None,
         }
 
     def detokenize(self, body: DetokenizeBody) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class TokenService:
         Raises:
             FieldError: there are too many, or one is outside the vocabulary.
         """
-        limit = self._engine.max_model_len
+        limit = self._llm.max_model_len
         if len(body.tokens) > limit:
             raise FieldError(f"tokens has {len(body.tokens)} ids; allowed are max_model_len={limit}", "tokens")
         for index, token in enumerate(body.tokens):
@@ -115,14 +115,14 @@ class TokenService:
                     f"tokens[{index}]={shorten(token)} is outside the vocabulary; allowed are 0 to {self._num_ids - 1}"
                 )
                 raise FieldError(message, "tokens")
-        text = self._engine.tokenizer.decode(body.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self._llm.tokenizer.decode(body.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return {"prompt": text}
 
     def _encode_prompt(self, body: TokenizeBody, prompt: str) -> list[int]:
         for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
             if getattr(body, name) is not None:
                 raise FieldError(f"{name} needs messages; received a prompt", name)
-        return self._engine.parts.inputs.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
+        return self._llm.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
 
     def _encode_chat(self, body: TokenizeBody) -> list[int]:
         if body.add_special_tokens:
@@ -134,13 +134,13 @@ class TokenService:
             _check_text_only(message, f"messages[{index}]")
         rendered = render_chat(
             messages,
-            self._engine.tokenizer,
-            self._engine.parts.inputs.processor,
+            self._llm.tokenizer,
+            self._llm.processor,
             chat_template=self._chat_template,
             chat_template_kwargs=body.chat_template_kwargs,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=bool(body.continue_final_message),
-            max_model_len=self._engine.max_model_len,
+            max_model_len=self._llm.max_model_len,
         )
         ids: list[int] = rendered["prompt_token_ids"]
         return ids

@@ -94,7 +94,7 @@ def model_type_of(path: Path | str) -> str:
 @contextmanager
 def recorded_logits(llm: LLM) -> Iterator[dict[str, Logits]]:
     """Record raw logits `[vocab_size]` by request id and position, for the first answer of each request."""
-    runner: Any = llm.llm_engine.parts.runner
+    runner: Any = llm.llm_engine.runner
     forward, found = runner._forward, defaultdict(dict)
 
     def record(batch: Any) -> tuple[list[int], torch.Tensor]:
@@ -142,7 +142,7 @@ def check_cases(llm: LLM, checkpoint: Checkpoint, cases: Sequence[Case], **optio
 
 
 def _changed_parts(llm: LLM, output: RequestOutput) -> set[str]:
-    store = llm.llm_engine.parts.store
+    store = llm.llm_engine.store
     if store is None or not isinstance(output.lora_request, LoRARequest):
         return set()
     return {part for part, count in store.get(output.lora_request).report.parts.items() if count}

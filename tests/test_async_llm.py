@@ -41,9 +41,9 @@ def tokens_of(outputs, index=0):
 async def until_idle(llm):
     while llm.engine.has_unfinished_requests or llm._streams:
         await asyncio.sleep(0.005)
-    manager = llm.engine.parts.block_manager
+    manager = llm.engine.block_manager
     assert manager.num_free_blocks == manager.num_blocks
-    assert llm.engine.parts.slots.num_users(0) == 0
+    assert llm.engine.slots.num_users(0) == 0
 
 
 def test_deltas_add_up_to_what_the_engine_says_at_once(llm):
@@ -93,13 +93,13 @@ def test_priorities_decide_who_is_next(tiny_phi4):
             await asyncio.sleep(0.005)
         await asyncio.gather(first, ask("late", 2), ask("early", 1))
 
-    run_step = llm.engine.parts.runner.run
+    run_step = llm.engine.runner.run
 
     def run_slowly(scheduled):
         time.sleep(0.02 if len(llm.engine.scheduler.waiting) < 2 and not ended else 0)
         return run_step(scheduled)
 
-    llm.engine.parts.runner.run = run_slowly
+    llm.engine.runner.run = run_slowly
     try:
         run(check())
     finally:
@@ -226,7 +226,7 @@ def test_a_failed_step_ends_its_requests_and_the_engine_lives(llm, monkeypatch):
             raise RuntimeError("device lost")
 
         with monkeypatch.context() as patch:
-            patch.setattr(llm.engine.parts.runner, "run", fail)
+            patch.setattr(llm.engine.runner, "run", fail)
             (output,) = await collect(llm)
         assert output.finished and output.outputs[0].finish_reason == "error"
         assert "device lost" in str(output.error)

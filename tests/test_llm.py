@@ -264,13 +264,13 @@ def test_prompts_share_their_prefix_within_a_salt(tiny_phi4):
 
 def test_priorities_are_one_for_all_or_one_per_prompt(tiny_phi4, monkeypatch):
     llm = LLM(str(tiny_phi4), max_model_len=256, max_num_seqs=1, scheduling_policy="priority")
-    run, ran = llm.llm_engine.parts.runner.run, []
+    run, ran = llm.llm_engine.runner.run, []
 
     def recorded(scheduled):
         ran.extend(item.seq.request.request_id for item in scheduled)
         return run(scheduled)
 
-    monkeypatch.setattr(llm.llm_engine.parts.runner, "run", recorded)
+    monkeypatch.setattr(llm.llm_engine.runner, "run", recorded)
     llm.generate(["a", "b", "c", "d"], GREEDY, use_tqdm=False, priority=[3, 1, 2, 1])
     assert list(dict.fromkeys(ran)) == ["1", "3", "2", "0"]
     chats = [[{"role": "user", "content": text}] for text in "ab"]
@@ -376,7 +376,7 @@ def test_an_interrupted_call_leaves_nothing_behind(llm, monkeypatch):
         llm.generate(["a", "b"], GREEDY, use_tqdm=False)
     monkeypatch.undo()
     assert not llm.llm_engine.has_unfinished_requests
-    manager = llm.llm_engine.parts.block_manager
+    manager = llm.llm_engine.block_manager
     assert manager.num_free_blocks == manager.num_blocks
     assert len(answer(llm).token_ids) == 8
 
@@ -409,7 +409,7 @@ def test_siblings_of_an_answer_that_fails_take_nobody_with_them(
     llm = LLM(
         str(path), enable_lora=True, max_loras=1, max_cpu_loras=2, dtype="float32", device="cpu", max_model_len=64
     )
-    engine, slots = llm.llm_engine, llm.llm_engine.parts.slots
+    engine, slots = llm.llm_engine, llm.llm_engine.slots
     requests = {name: llm.add_lora(name, str(adapters[name])) for name in adapters}
     params = SamplingParams(temperature=1.0, seed=1, n=3, max_tokens=1, ignore_eos=True)
     engine.add_request("siblings", "once upon", params, requests["a"])

@@ -4,16 +4,19 @@ One step is: schedule, run, postprocess, collect, return. `LLM` drives it in the
 thread of its own; only `process_input` may be called from other threads.
 """
 
+import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from mmlora.config import EngineArgs
-from mmlora.engine.loading import EngineParts, load_engine_parts
-from mmlora.engine.metrics import EngineMetrics, RequestCounters, measure
+from mmlora.engine.detokenizer import Detokenizer
+from mmlora.engine.loading import load_engine_parts
+from mmlora.engine.metrics import EngineMetrics, EngineSummary, RequestCounters, measure
 from mmlora.engine.model_runner import SampledToken
 from mmlora.engine.output_builder import build_output
 from mmlora.engine.scheduler import ScheduledSequence
@@ -25,6 +28,8 @@ from mmlora.lora.request import LoRARequest
 from mmlora.lora.store.info import LoRAInfo
 from mmlora.lora.store.manager import LoRAManager
 from mmlora.outputs import RequestOutput
+from mmlora.processors.base import MultiModalProcessor
+from mmlora.processors.fetch.loader import MediaLoader
 from mmlora.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -42,10 +47,24 @@ class LLMEngine:
     """
 
     def __init__(self, args: EngineArgs) -> None:
+        parts = load_engine_parts(args)
         self.args = args
-        self.parts: EngineParts = load_engine_parts(args)
-        self.tokenizer: Any = self.parts.tokenizer
-        self.scheduler = self.parts.scheduler
+        self.tokenizer = parts.tokenizer
+        self.max_model_len = parts.max_model_len
+        self.input_processor = parts.input_processor
+        self.runner = parts.runner
+        self.block_manager = parts.block_manager
+        self.scheduler = parts.scheduler
+        self.store = parts.store
+        self.slots = parts.slots
+        self.default_adapters = parts.default_adapters
+        self.stop_ids = parts.stop_ids
+        self.sampling_defaults = parts.sampling_defaults
+        self.transcription_prompt = parts.transcription_prompt
+        self._lora = parts.lora
+        self._default_load_s = parts.default_load_s
+        self._long_length = parts.long_length
+        self._num_seeds = itertools.count()
         self._requests: dict[str, Request] = {}
         self._warned: set[str] = set()
         self._counters = RequestCounters()
@@ -58,12 +77,7 @@ class LLMEngine:
     @property
     def default_loras(self) -> dict[str, LoRARequest]:
         """The default adapters by modality key (`audio`, `audio+image`)."""
-        return {key: request for key, (request, _) in self.parts.defaults.items()}
-
-    @property
-    def max_model_len(self) -> int:
-        """Most tokens in prompt and answer together."""
-        return self.parts.max_model_len
+        return {key: request for key, (request, _) in self.default_adapters.items()}
 
     @property
     def lora(self) -> LoRAManager:
@@ -72,18 +86,55 @@ class LLMEngine:
         Raises:
             RequestError: the engine runs without adapters.
         """
-        if self.parts.lora is None:
+        if self._lora is None:
             raise RequestError("adapters cannot be managed: the engine has enable_lora=False")
-        return self.parts.lora
+        return self._lora
+
+    @property
+    def processor(self) -> MultiModalProcessor | None:
+        """The model's media processor; None for a text-only model."""
+        return self.input_processor.processor
+
+    @property
+    def media(self) -> MediaLoader:
+        """Loader of the media that requests carry or refer to."""
+        return self.input_processor.media
 
     @property
     def metrics(self) -> EngineMetrics:
         """A snapshot of everything that is counted; may be taken from any thread."""
-        return measure(self.parts, self._counters, list(self._requests.values()))  # copied in one step, in C
+        return measure(
+            self._counters,
+            list(self._requests.values()),  # copied in one step, in C
+            self.scheduler,
+            self.runner.encoder,
+            self._lora,
+            {key: adapter for key, (_, adapter) in self.default_adapters.items()},
+            self._default_load_s,
+        )
+
+    def summary(self) -> EngineSummary:
+        """Return what was loaded."""
+        model, cache = self.runner.model, self.runner.kv_cache
+        towers = self.runner.encoder.towers if self.runner.encoder is not None else None
+        num_parameters: Counter[str] = Counter()
+        for name, parameter in model.named_parameters():
+            num_parameters[towers.part_of(name) if towers is not None else "language_model"] += parameter.numel()
+        return EngineSummary(
+            model_class=type(model).__name__,
+            modalities=tuple(sorted(self.processor.modalities)) if self.processor is not None else (),
+            num_parameters=num_parameters,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(self.runner.device),
+            num_lora_slots=self.slots.max_loras if self.slots is not None else 0,
+            kv_cache_bytes=cache.keys.nbytes + cache.values.nbytes,
+            kv_cache_tokens=self.block_manager.num_blocks * self.args.block_size,
+            encoder_cache_bytes=self.args.encoder_cache_memory_bytes if towers is not None else 0,
+        )
 
     def default_sampling_params(self, **changes: Any) -> SamplingParams:
         """Sampling parameters with the model's `generation_config.json` as defaults, then `changes`."""
-        return SamplingParams(**{**self.parts.sampling_defaults, **changes})
+        return SamplingParams(**{**self.sampling_defaults, **changes})
 
     def process_input(
         self,
@@ -99,7 +150,7 @@ class LLMEngine:
             RequestError: the request cannot be served; a subclass says whether media or adapter are at fault.
         """
         params = params or self.default_sampling_params()
-        return self.parts.inputs.process(request_id, prompt, params, lora_request, priority)
+        return self.input_processor.process(request_id, prompt, params, lora_request, priority)
 
     def add_request(
         self,
@@ -136,7 +187,7 @@ class LLMEngine:
             self._warned.add(warning)
             logger.warning("%s", warning)
         request = Request(request_input, arrival_s=time.monotonic())
-        request.sequences = [self.parts.new_sequence(request, index) for index in range(request_input.params.n)]
+        request.sequences = [self._new_sequence(request, index) for index in range(request_input.params.n)]
         self._requests[request.request_id] = request
         self._counters.add(request_input)
         if request_input.adapter is not None:
@@ -209,6 +260,41 @@ class LLMEngine:
         """The adapters that are known; may be asked from any thread."""
         return self.lora.infos()
 
+    def prefetch_loras(self, lora_requests: Iterable[object]) -> None:
+        """Load the missing adapters of several requests in parallel; errors are left to `process_input`."""
+        if self._lora is not None:
+            self._lora.prefetch(lora_requests)
+
+    def must_load_lora(self, lora_request: object) -> bool:
+        """Return whether `process_input` has to load an adapter for this request; may be called from any thread."""
+        is_default = any(lora_request is default for default, _ in self.default_adapters.values())
+        return self._lora is not None and not is_default and self._lora.is_missing(lora_request)
+
+    def _new_sequence(self, request: Request, index: int) -> Sequence:
+        params = request.input.params
+        generator = torch.Generator(device=self.runner.device)
+        generator.manual_seed(params.seed + index if params.seed is not None else self._next_seed())
+        detokenizer = Detokenizer(
+            self.tokenizer,
+            request.input.prompt_token_ids,
+            stop=params.stop_strings,
+            include_stop=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+        )
+        seq = Sequence(request, index, list(request.input.prompt_token_ids), detokenizer, generator)
+        seq.is_long = self._is_too_long(seq)
+        if request.input.matchers:
+            seq.matcher = request.input.matchers[index]
+        return seq
+
+    def _next_seed(self) -> int:
+        """Return a seed for a sequence whose request has none; the n-th is the same in every run."""
+        return (self.args.seed * 1_000_003 + next(self._num_seeds)) % 2**63
+
+    def _is_too_long(self, seq: Sequence) -> bool:
+        """Return whether a sequence exceeds the length from which longrope uses its long factors."""
+        return self._long_length is not None and len(seq.token_ids) > self._long_length
+
     def _advance(self) -> list[Request]:
         scheduled = self.scheduler.schedule()
         touched = self._fail(self.scheduler.failed)
@@ -218,7 +304,7 @@ class LLMEngine:
         for item in scheduled:
             if item.seq.request.scheduled_s is None:
                 item.seq.request.scheduled_s = now
-                is_prefix_sought = self.parts.block_manager.is_prefix_sought(item.seq)
+                is_prefix_sought = self.block_manager.is_prefix_sought(item.seq)
                 self._counters.begin(item.seq.request, is_prefix_sought=is_prefix_sought)
         if scheduled:
             touched += self._run(scheduled)
@@ -227,7 +313,7 @@ class LLMEngine:
     def _run(self, scheduled: list[ScheduledSequence]) -> list[Request]:
         """Run the model and take its results in; whatever fails, fails with its requests alone."""
         try:
-            result = self.parts.runner.run(scheduled)
+            result = self.runner.run(scheduled)
         except Exception as error:  # the engine outlives any request; those of this step do not
             logger.exception("a step failed")
             failure = MMLoRAError(f"the model failed on this step: {error}")
@@ -236,7 +322,7 @@ class LLMEngine:
         for item in scheduled:
             if item.seq.status is Status.RUNNING:
                 item.seq.num_computed_tokens = item.end
-                self.parts.block_manager.mark_computed(item.seq)
+                self.block_manager.mark_computed(item.seq)
         for token in result.sampled:
             if token.seq.status is Status.RUNNING:
                 self._append(token)
@@ -266,7 +352,7 @@ class LLMEngine:
             seq.logprobs.append(sampled.top)
             seq.cumulative_logprob += sampled.logprob or 0.0
         can_stop = seq.num_output_tokens >= params.min_tokens
-        if token_id in self.parts.stop_ids and not params.ignore_eos and can_stop:
+        if token_id in self.stop_ids and not params.ignore_eos and can_stop:
             self.scheduler.finish(seq, "stop")
         elif token_id in (params.stop_token_ids or ()) and can_stop:
             seq.stop_reason = token_id
@@ -284,7 +370,7 @@ class LLMEngine:
                 self.scheduler.finish(seq, "length")
         if seq.status is Status.FINISHED and not isinstance(seq.stop_reason, str):
             seq.detokenizer.finish()
-        elif seq.status is Status.RUNNING and not seq.is_long and self.parts.is_too_long(seq):
+        elif seq.status is Status.RUNNING and not seq.is_long and self._is_too_long(seq):
             seq.is_long = True
             seq.block_hashes.clear()
             self.scheduler.recompute(seq)  # the keys of all its tokens change
@@ -304,8 +390,8 @@ class LLMEngine:
             outputs.append(build_output(request, is_delta=is_delta))
             if request.is_finished:
                 self._forget(request)
-        if self.parts.lora is not None:
-            self.parts.lora.settle()
+        if self._lora is not None:
+            self._lora.settle()
         return outputs
 
     def _forget(self, request: Request) -> None:

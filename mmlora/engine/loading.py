@@ -1,6 +1,5 @@
 """Everything an engine is made of, loaded in order: model, processor, towers, adapters, KV cache, scheduler."""
 
-import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +12,8 @@ from mmlora.attention.kv_memory import kv_cache_bytes, kv_shape, num_kv_blocks
 from mmlora.attention.paged import KVCache
 from mmlora.config import PRIORITY, EngineArgs
 from mmlora.engine.block_manager import BlockManager
-from mmlora.engine.detokenizer import Detokenizer
 from mmlora.engine.model_runner import ModelRunner
 from mmlora.engine.scheduler import Scheduler
-from mmlora.engine.sequence import Request, Sequence
 from mmlora.errors import ConfigError
 from mmlora.inputs.adapter_policy import parse_defaults
 from mmlora.inputs.input_processor import InputProcessor
@@ -51,53 +48,25 @@ DEFAULT_LORA_IDS = 2**62  # ids of default adapters start here, far from those t
 GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-@dataclass
+@dataclass(frozen=True)
 class EngineParts:
-    """The pieces of a loaded engine."""
+    """Everything that `LLMEngine` consists of once its model is loaded."""
 
     tokenizer: Any
     max_model_len: int
-    inputs: InputProcessor
+    input_processor: InputProcessor
     runner: ModelRunner
     block_manager: BlockManager
     scheduler: Scheduler
     store: AdapterStore | None
     slots: LoRASlots | None
     lora: LoRAManager | None
-    defaults: dict[str, tuple[LoRARequest, Adapter]]
+    default_adapters: dict[str, tuple[LoRARequest, Adapter]]
     default_load_s: dict[str, float]  # by adapter name
     stop_ids: frozenset[int]
     long_length: int | None  # of a sequence, beyond which longrope changes its factors
     sampling_defaults: dict[str, Any]
-    transcription: TranscriptionPrompt | None  # None where it is not known how to ask the model
-    seed: int
-    _num_seeds: "itertools.count[int]" = field(default_factory=itertools.count)
-
-    def next_seed(self) -> int:
-        """A seed for a sequence whose request brings none; the n-th is the same in every run."""
-        return (self.seed * 1_000_003 + next(self._num_seeds)) % 2**63
-
-    def new_sequence(self, request: Request, index: int) -> Sequence:
-        """Begin an answer of a request; `index` tells it from the others."""
-        params = request.input.params
-        generator = torch.Generator(device=self.runner.device)
-        generator.manual_seed(params.seed + index if params.seed is not None else self.next_seed())
-        detokenizer = Detokenizer(
-            self.tokenizer,
-            request.input.prompt_token_ids,
-            stop=params.stop_strings,
-            include_stop=params.include_stop_str_in_output,
-            skip_special_tokens=params.skip_special_tokens,
-        )
-        seq = Sequence(request, index, list(request.input.prompt_token_ids), detokenizer, generator)
-        seq.is_long = self.is_too_long(seq)
-        if request.input.matchers:
-            seq.matcher = request.input.matchers[index]
-        return seq
-
-    def is_too_long(self, seq: Sequence) -> bool:
-        """Whether a sequence is beyond the length at which longrope changes its factors."""
-        return self.long_length is not None and len(seq.token_ids) > self.long_length
+    transcription_prompt: TranscriptionPrompt | None  # None where it is not known how to ask the model
 
 
 def load_engine_parts(args: EngineArgs) -> EngineParts:
@@ -141,7 +110,7 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
     return EngineParts(
         tokenizer=tokenizer,
         max_model_len=max_model_len,
-        inputs=InputProcessor(
+        input_processor=InputProcessor(
             args,
             tokenizer,
             vocab_size=model.get_input_embeddings().weight.shape[0],
@@ -164,13 +133,12 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
         store=adapters.store,
         slots=adapters.slots,
         lora=adapters.lora,
-        defaults=adapters.defaults,
+        default_adapters=adapters.defaults,
         default_load_s=adapters.default_load_s,
         stop_ids=stop_ids,
         long_length=long_length,
         sampling_defaults=sampling_defaults,
-        transcription=transcription,
-        seed=args.seed,
+        transcription_prompt=transcription,
     )
 
 

@@ -4,12 +4,13 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from mmlora.engine.loading import EngineParts
+from mmlora.engine.scheduler import Scheduler
 from mmlora.engine.sequence import Request, Status
 from mmlora.inputs.engine_input import EngineInput
-from mmlora.lora.adapter import AdapterIdentity
+from mmlora.lora.adapter import Adapter, AdapterIdentity
 from mmlora.lora.mix import LoRAMix
 from mmlora.lora.store.manager import LoRAManager
+from mmlora.towers.encoder import MediaEncoder
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,29 @@ class EngineMetrics:
     total_adapter_evictions: int
 
 
+@dataclass(frozen=True)
+class EngineSummary:
+    """What an engine loaded.
+
+    Attributes:
+        model_class: of `transformers`.
+        modalities: of media that the model takes, sorted.
+        num_parameters: by part of the model, adapters not counted.
+        num_lora_slots: adapters in one step; 0 without LoRA.
+        encoder_cache_bytes: limit of the encoder cache; 0 for a text-only model.
+    """
+
+    model_class: str
+    modalities: tuple[str, ...]
+    num_parameters: Mapping[str, int]
+    dtype: str
+    device: str
+    num_lora_slots: int
+    kv_cache_bytes: int
+    kv_cache_tokens: int
+    encoder_cache_bytes: int
+
+
 @dataclass
 class RequestCounters:
     """What is counted as requests come and go."""
@@ -97,23 +121,34 @@ class RequestCounters:
             self.finished[seq.finish_reason or "none"] += 1
 
 
-def measure(parts: EngineParts, counters: RequestCounters, requests: Iterable[Request]) -> EngineMetrics:
-    """Take stock of an engine.
+def measure(
+    counters: RequestCounters,
+    requests: Iterable[Request],
+    scheduler: Scheduler,
+    encoder: MediaEncoder | None,
+    lora: LoRAManager | None,
+    default_adapters: Mapping[str, Adapter],
+    default_load_s: Mapping[str, float],
+) -> EngineMetrics:
+    """Return a snapshot of an engine's metrics.
 
     Args:
-        parts: of the engine.
-        counters: what it counted.
-        requests: those that are unfinished.
+        counters: what the engine counted so far.
+        requests: unfinished ones.
+        scheduler, encoder, lora: of the engine.
+        default_adapters: by modality key.
+        default_load_s: seconds that loading each of them took, by adapter name.
     """
     running: list[Request] = []
     waiting: list[Request] = []
     for request in requests:
         is_running = any(seq.status is Status.RUNNING for seq in request.sequences)
         (running if is_running else waiting).append(request)
-    encoder, lora = parts.runner.encoder, parts.lora
+    block_manager, slots = scheduler.block_manager, scheduler.slots
+    defaults = {adapter.identity: adapter for adapter in default_adapters.values()}
     num_loads, load_s = lora.loads if lora is not None else (0, 0.0)
     return EngineMetrics(
-        adapters=tuple(_adapters(parts, lora, running, waiting)) if lora is not None else (),
+        adapters=tuple(_adapters(lora, defaults, default_load_s, running, waiting)) if lora is not None else (),
         num_requests_running=len(running),
         num_requests_waiting=len(waiting),
         total_requests=dict(counters.reasons),
@@ -122,13 +157,13 @@ def measure(parts: EngineParts, counters: RequestCounters, requests: Iterable[Re
         total_prefix_queries=counters.num_prefix_queries,
         total_cached_tokens=counters.num_cached_tokens,
         total_output_tokens=counters.num_output_tokens,
-        total_preemptions=parts.scheduler.num_preemptions,
-        num_kv_blocks=parts.block_manager.num_blocks,
-        num_kv_blocks_used=parts.block_manager.num_blocks - parts.block_manager.num_free_blocks,
+        total_preemptions=scheduler.num_preemptions,
+        num_kv_blocks=block_manager.num_blocks,
+        num_kv_blocks_used=block_manager.num_blocks - block_manager.num_free_blocks,
         total_encoder_hits=encoder.num_hits if encoder is not None else 0,
         total_encoder_misses=encoder.num_encoded if encoder is not None else 0,
         num_encoder_cache_bytes=encoder.num_bytes if encoder is not None else 0,
-        max_loras=parts.slots.max_loras if parts.slots is not None else 0,
+        max_loras=slots.max_loras if slots is not None else 0,
         num_host_adapter_bytes=lora.num_host_bytes if lora is not None else 0,
         num_device_adapter_bytes=lora.num_device_bytes if lora is not None else 0,
         total_adapter_loads=num_loads,
@@ -138,9 +173,12 @@ def measure(parts: EngineParts, counters: RequestCounters, requests: Iterable[Re
 
 
 def _adapters(
-    parts: EngineParts, lora: LoRAManager, running: list[Request], waiting: list[Request]
+    lora: LoRAManager,
+    defaults: Mapping[AdapterIdentity, Adapter],
+    default_load_s: Mapping[str, float],
+    running: list[Request],
+    waiting: list[Request],
 ) -> Iterator[AdapterMetrics]:
-    defaults = {adapter.identity: adapter for _, adapter in parts.defaults.values()}
     num_running, num_waiting = (Counter(_kinds_of(requests, defaults)) for requests in (running, waiting))
     infos = {info.name: info for info in lora.infos()}
     asked = [(name, is_mix) for name, is_default, is_mix in num_running + num_waiting if not is_default]
@@ -154,7 +192,7 @@ def _adapters(
     for adapter in defaults.values():
         key = adapter.name, True, False
         counts = num_running[key], num_waiting[key]
-        load_s = parts.default_load_s[adapter.name]
+        load_s = default_load_s[adapter.name]
         yield AdapterMetrics(adapter.name, True, *counts, True, lora.is_on_device(adapter), 1, load_s)
 
 

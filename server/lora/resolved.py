@@ -38,7 +38,7 @@ def start_resolution(llm: AsyncLLM, models: ServedModels, environment: Mapping[s
     is_allowed = read_bool(ALLOW_VARIABLE, environment)
     limits = ResolutionLimits.from_environment(environment)
     load_general_plugins(environment)
-    store = llm.engine.parts.store
+    store = llm.adapter_store
     if is_allowed and store is not None:
         models.resolution = LoRAResolution(llm.model_name, _Acceptance(llm, models, store), limits)
     elif LoRAResolverRegistry.get_supported_resolvers():
@@ -70,7 +70,7 @@ class _Acceptance:
 
     def _warn_of_other_base(self, request: LoRARequest, directory: Path | None) -> None:
         trained_on = request.base_model_name or _base_model_in(directory)
-        if trained_on not in (None, *self._llm.engine.args.model_names, self._llm.engine.args.model):
+        if trained_on not in (None, *self._llm.args.model_names, self._llm.args.model):
             logger.warning("adapter %r says it is for %r; its shapes fit, so it is used", request.lora_name, trained_on)
 
 

@@ -127,7 +127,7 @@ class AdapterUpdates:
         return f"Success: LoRA adapter '{name}' removed successfully"
 
     def _store(self) -> AdapterStore:
-        store = self._llm.engine.parts.store
+        store = self._llm.adapter_store
         if store is None:
             raise RequestError("adapters cannot be loaded: the server runs without --enable-lora")
         return store

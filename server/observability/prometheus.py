@@ -68,7 +68,7 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Take a snapshot and yield its metrics."""
-        metrics, make = self._llm.engine.metrics, self._families
+        metrics, make = self._llm.metrics, self._families
         yield from _requests(make, metrics)
         yield from _caches(make, metrics)
         yield from _adapters(make, metrics)

@@ -1,7 +1,6 @@
 """What a server says of itself once it is ready: the model, its parts and adapters, memory, bounds, and where it is."""
 
 import logging
-from collections import Counter
 from typing import Any
 
 from mmlora.async_llm import AsyncLLM
@@ -33,26 +32,23 @@ def announce(llm: AsyncLLM, models: ServedModels, args: ServerArgs, address: str
 
 def summary(llm: AsyncLLM, models: ServedModels, args: ServerArgs, url: str) -> dict[str, Any]:
     """All that is told, by name."""
-    engine = llm.engine
-    parts, options = engine.parts, engine.args
-    cache, model = parts.runner.kv_cache, parts.runner.model
-    processor = parts.inputs.processor
+    engine, options = llm.summary(), llm.args
     return {
         "url": url,
         "model": options.model,
-        "class": type(model).__name__,
-        "takes": ["text", *sorted(processor.modalities if processor is not None else ())],
-        "parameters": _num_parameters(llm),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(parts.runner.device),
-        "max_model_len": parts.max_model_len,
+        "class": engine.model_class,
+        "takes": ["text", *engine.modalities],
+        "parameters": dict(engine.num_parameters),
+        "dtype": engine.dtype,
+        "device": engine.device,
+        "max_model_len": llm.max_model_len,
         "adapters": [name for name, adapter in models.adapters.items() if adapter.default_for is None],
-        "default_adapters": {key: request.lora_path for key, (request, _) in parts.defaults.items()},
+        "default_adapters": {key: request.lora_path for key, (request, _) in llm.default_adapters.items()},
         "broken_adapters": {name: adapter.problem for name, adapter in models.adapters.items() if adapter.problem},
-        "lora_slots": options.max_loras if parts.slots is not None else 0,
-        "kv_cache_bytes": cache.keys.nbytes + cache.values.nbytes,
-        "kv_cache_tokens": parts.block_manager.num_blocks * options.block_size,
-        "encoder_cache_bytes": options.encoder_cache_memory_bytes if parts.runner.encoder is not None else 0,
+        "lora_slots": engine.num_lora_slots,
+        "kv_cache_bytes": engine.kv_cache_bytes,
+        "kv_cache_tokens": engine.kv_cache_tokens,
+        "encoder_cache_bytes": engine.encoder_cache_bytes,
         "max_num_seqs": options.max_num_seqs,
         "max_queued_requests": args.max_queued_requests,
         "request_timeout": args.request_timeout,
@@ -85,16 +81,6 @@ def as_text(facts: dict[str, Any]) -> str:
         "access": keys + origins,
     }
     return "\n".join(printable(f"  {name:<18}{text}") for name, text in lines.items() if text)
-
-
-def _num_parameters(llm: AsyncLLM) -> dict[str, int]:
-    """Parameters of the model by its parts, those that no adapter brought."""
-    parts = llm.engine.parts
-    towers = parts.runner.encoder.towers if parts.runner.encoder is not None else None
-    counts: Counter[str] = Counter()
-    for name, parameter in parts.runner.model.named_parameters():
-        counts[towers.part_of(name) if towers is not None else "language_model"] += parameter.numel()
-    return dict(counts)
 
 
 def _count_text(count: int) -> str:

@@ -60,7 +60,7 @@ class Conversations:
     def __init__(self, llm: AsyncLLM, models: ServedModels) -> None:
         self.llm = llm
         self.models = models
-        self._chat_template = load_chat_template(llm.engine.args.chat_template)
+        self._chat_template = load_chat_template(llm.args.chat_template)
 
     @property
     def chat_template(self) -> str:
@@ -75,7 +75,7 @@ class Conversations:
             MMLoRAError: the request cannot be served, or failed.
         """
         model, lora = conversation.model, conversation.lora
-        params: SamplingParams = self.llm.engine.default_sampling_params(**conversation.sampling_options)
+        params: SamplingParams = self.llm.default_sampling_params(**conversation.sampling_options)
         lora_request = await self.models.find(model, lora)
         prompt = await self._load(conversation)
         with adapter_faults(self.models, model, lora):
@@ -92,27 +92,25 @@ class Conversations:
 
     async def _load(self, conversation: Conversation) -> dict[str, Any]:
         """The prompt, its media fetched and decoded."""
-        media = self.llm.engine.parts.inputs.media.begin(CALLER.get())
+        media = self.llm.media.begin(CALLER.get())
         checked = await self.llm.run_in_pool(self._check, conversation)
         await media.fetch(checked.media)
         return await self.llm.run_in_pool(self._render, conversation, checked, media)
 
     def _check(self, conversation: Conversation) -> CheckedMessages:
-        engine = self.llm.engine
-        return check_messages(conversation.messages, engine.parts.inputs.processor, engine.args.limit_mm_per_prompt)
+        return check_messages(conversation.messages, self.llm.processor, self.llm.args.limit_mm_per_prompt)
 
     def _render(self, conversation: Conversation, checked: CheckedMessages, media: PromptMedia) -> dict[str, Any]:
-        engine = self.llm.engine
         prompt = render_chat(
             checked,
-            engine.tokenizer,
-            engine.parts.inputs.processor,
+            self.llm.tokenizer,
+            self.llm.processor,
             chat_template=conversation.chat_template or self._chat_template,
             chat_template_kwargs=conversation.chat_template_kwargs,
             media=media,
             add_generation_prompt=conversation.add_generation_prompt,
             continue_final_message=conversation.continue_final_message,
-            max_model_len=engine.max_model_len,
+            max_model_len=self.llm.max_model_len,
             tools=conversation.tools,
         )
         options = {"mm_processor_kwargs": conversation.mm_processor_kwargs, "cache_salt": conversation.cache_salt}

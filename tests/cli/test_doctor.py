@@ -68,13 +68,13 @@ def test_memory_is_what_the_engine_takes(llama: Path, capsys: pytest.CaptureFixt
     for dtype in ("float32", "bfloat16"):
         _, found = doctor(capsys, llama, "--dtype", dtype, "--max-model-len", 64)
         llm = LLM(str(llama), dtype=dtype, max_model_len=64, max_num_seqs=1, device="cpu", enable_lora=True)
-        parts = llm.llm_engine.parts
-        assert found["weight_bytes"] == sum(p.nbytes for p in parts.runner.model.parameters())
-        cache = parts.runner.kv_cache
-        num_tokens = parts.block_manager.num_blocks * llm.llm_engine.args.block_size
+        engine = llm.llm_engine
+        assert found["weight_bytes"] == sum(p.nbytes for p in engine.runner.model.parameters())
+        cache = engine.runner.kv_cache
+        num_tokens = engine.block_manager.num_blocks * engine.args.block_size
         assert found["kv_token_bytes"] * num_tokens == cache.keys.nbytes + cache.values.nbytes
         assert found["kv_bytes"] == 64 * found["kv_token_bytes"]
-        assert found["stored_bytes"] == {"F32": sum(p.numel() * 4 for p in parts.runner.model.parameters())}
+        assert found["stored_bytes"] == {"F32": sum(p.numel() * 4 for p in engine.runner.model.parameters())}
 
 
 def test_the_command_can_be_pasted(

@@ -31,7 +31,7 @@ def ask(llm: LLM, lora: object, media: Media = MEDIA, prompt: str = PROMPT) -> t
 
 
 def num_encoded(llm: LLM) -> int:
-    encoder = llm.llm_engine.parts.runner.encoder
+    encoder = llm.llm_engine.runner.encoder
     assert encoder is not None
     return encoder.num_encoded
 

@@ -64,7 +64,7 @@ def test_unloading_refuses_at_once_and_frees_with_the_last_request(engine: LLMEn
 def test_a_version_keeps_its_slot_while_requests_for_it_wait(contents: Contents, monkeypatch: Any) -> None:
     engine = start(contents.model, max_num_seqs=1).llm_engine
     a = engine.add_lora("a", str(contents.paths[0]))
-    slots: Any = engine.parts.slots
+    slots: Any = engine.slots
     loads: list[str] = []
     load = slots._load
     monkeypatch.setattr(slots, "_load", lambda slot, adapter: (loads.append(adapter.name), load(slot, adapter)))
@@ -230,8 +230,8 @@ def test_an_engine_without_adapters_says_so(contents: Contents) -> None:
 def test_a_batch_loads_its_adapters_side_by_side(contents: Contents, monkeypatch: Any) -> None:
     llm = start(contents.model)
     meeting = threading.Barrier(3, timeout=30)
-    load = llm.llm_engine.parts.store._load_adapter
-    monkeypatch.setattr(llm.llm_engine.parts.store, "_load_adapter", lambda *args: (meeting.wait(), load(*args))[1])
+    load = llm.llm_engine.store._load_adapter
+    monkeypatch.setattr(llm.llm_engine.store, "_load_adapter", lambda *args: (meeting.wait(), load(*args))[1])
     requests = [LoRARequest(f"a{i}", 1 + i, str(contents.paths[i])) for i in range(3)]
     missing = LoRARequest("missing", 9, "/no/such/adapter")
     with pytest.raises(AdapterNotFound, match="/no/such/adapter"):

@@ -120,7 +120,7 @@ def test_preemptions_evictions_and_failures_are_counted(
         "a": (2, True),
         "b": (1, False),
     }
-    monkeypatch.setattr(llm.llm_engine.parts.runner, "run", lambda _: 1 / 0)
+    monkeypatch.setattr(llm.llm_engine.runner, "run", lambda _: 1 / 0)
     llm.generate("x", GREEDY, use_tqdm=False)
     assert llm.llm_engine.metrics.total_finished["error"] == 1
 

@@ -163,7 +163,7 @@ def test_no_answer_is_stale(world: World, tmp_path: Path, num_requests: int, cap
     poisoner = Poisoner(world, tmp_path, num_requests)
     with torch.inference_mode():
         poisoner.run(num_requests)
-    encoder = poisoner.engine.parts.runner.encoder
+    encoder = poisoner.engine.runner.encoder
     with capsys.disabled():
         print(
             f"\n{poisoner.num_checked} answers, {poisoner.num_reloads} reloads, {poisoner.num_cached} from the prefix "

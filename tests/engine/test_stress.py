@@ -64,7 +64,7 @@ def make_engine(model, **options) -> LLMEngine:
 
 
 def kv_bytes(engine, num_blocks):
-    cache = engine.parts.runner.kv_cache
+    cache = engine.runner.kv_cache
     return num_blocks * 2 * cache.keys[:, : cache.block_size].nbytes
 
 
@@ -85,12 +85,11 @@ def run_all(engine, jobs):
 
 
 def assert_nothing_leaked(engine):
-    parts = engine.parts
-    assert not engine.has_unfinished_requests and not parts.scheduler.has_unfinished
-    assert not parts.scheduler.waiting and not parts.scheduler.running and not parts.scheduler.failed
-    assert parts.block_manager.num_free_blocks == parts.block_manager.num_blocks
-    assert all(count == 0 for count in parts.block_manager._ref_counts)
-    assert all(parts.slots.num_users(slot) == 0 for slot in range(parts.slots.max_loras))
+    assert not engine.has_unfinished_requests and not engine.scheduler.has_unfinished
+    assert not engine.scheduler.waiting and not engine.scheduler.running and not engine.scheduler.failed
+    assert engine.block_manager.num_free_blocks == engine.block_manager.num_blocks
+    assert all(count == 0 for count in engine.block_manager._ref_counts)
+    assert all(engine.slots.num_users(slot) == 0 for slot in range(engine.slots.max_loras))
 
 
 def alone(engine, job, **changes):

@@ -34,10 +34,10 @@ def serves_on(llm, tiny_adapters):
     yield
     after = llm.generate(good, PARAMS, lora, use_tqdm=False)
     assert [o.outputs[0].token_ids for o in after] == [o.outputs[0].token_ids for o in before]
-    parts = llm.llm_engine.parts
-    assert not llm.llm_engine.has_unfinished_requests
-    assert parts.block_manager.num_free_blocks == parts.block_manager.num_blocks
-    assert parts.slots.num_users(0) == 0
+    engine = llm.llm_engine
+    assert not engine.has_unfinished_requests
+    assert engine.block_manager.num_free_blocks == engine.block_manager.num_blocks
+    assert engine.slots.num_users(0) == 0
 
 
 def png(size=(80, 60)):

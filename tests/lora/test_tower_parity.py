@@ -74,7 +74,7 @@ def _with(case: Case, adapter: str | None) -> Case:
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_alone(llm: LLM, checkpoint: Checkpoint, adapter: str) -> None:
-    llm.llm_engine.parts.runner.encoder.clear()
+    llm.llm_engine.runner.encoder.clear()
     cases = [_with(AUDIO, adapter), _with(IMAGE, adapter)]
     check_cases(llm, checkpoint, cases)
     base = [checkpoint.expected(_with(case, None)).logits for case in (AUDIO, IMAGE)]
@@ -83,7 +83,7 @@ def test_alone(llm: LLM, checkpoint: Checkpoint, adapter: str) -> None:
 
 
 def test_mixed(llm: LLM, checkpoint: Checkpoint) -> None:
-    llm.llm_engine.parts.runner.encoder.clear()
+    llm.llm_engine.runner.encoder.clear()
     check_cases(llm, checkpoint, [_with(case, adapter) for adapter in (None, *ADAPTERS) for case in (AUDIO, IMAGE)])
 
 

@@ -64,7 +64,7 @@ def llm(phi4_checkpoint: Checkpoint) -> LLM:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_alone(llm: LLM, phi4_checkpoint: Checkpoint, case: Case) -> None:
-    llm.llm_engine.parts.runner.encoder.clear()
+    llm.llm_engine.runner.encoder.clear()
     check_cases(llm, phi4_checkpoint, [case])
 
 

@@ -93,8 +93,7 @@ def test_cached_and_preempted(family: str, family_checkpoint: Callable[[str], Ch
     check_cases(llm, checkpoint, cases, prompt_logprobs=None)
     outputs = check_cases(llm, checkpoint, cases, prompt_logprobs=None)
     assert all((output.num_cached_tokens or 0) > len(output.prompt_token_ids) / 2 for output in outputs)
-    parts = llm.llm_engine.parts
-    block_bytes = parts.runner.kv_cache.keys[:, :4].nbytes * 2
+    block_bytes = llm.llm_engine.runner.kv_cache.keys[:, :4].nbytes * 2
     few = -(-(longest + 1) // 4) + 4
     llm = load(
         checkpoint,
@@ -136,7 +135,7 @@ def test_every_adapter_changes_its_part(family: str, family_checkpoint: Callable
     cases = {case.name: case for case in cases_of(family, checkpoint.adapters)}
     with_media = "one" if FAMILIES[family].other_placeholder is None else "both"
     base = checkpoint.expected(cases[f"{with_media}, None"])
-    store = load(checkpoint).llm_engine.parts.store
+    store = load(checkpoint).llm_engine.store
     assert store is not None
     for name in checkpoint.adapters:
         changed = checkpoint.expected(cases[f"{with_media}, {name}"])

@@ -478,13 +478,13 @@ def test_tokenizer_splits_as_its_file_says(llm: LLM) -> None:
 
 
 def test_settings_come_from_microsofts_files(llm: LLM, checkpoints: SimpleNamespace) -> None:
-    processor = llm.llm_engine.parts.inputs.processor
+    processor = llm.llm_engine.input_processor.processor
     stand_in = Phi4MultimodalProcessor(load_config(checkpoints.path), checkpoints.path, llm.get_tokenizer())
     assert stand_in.image_processor.dynamic_hd == 4
     assert stand_in.feature_extractor.audio_compression_rate == 4
     assert processor.placeholder_token("image") == "<|endoftext10|>"
     assert processor.placeholder_token("audio") == "<|endoftext11|>"
-    assert llm.llm_engine.parts.stop_ids == {0, 4}
+    assert llm.llm_engine.stop_ids == {0, 4}
 
 
 @pytest.mark.parametrize("prompt", ["<|image_2|>", "<|audio_1|><|image_1|><|image_1|>", "<|image_2|><|image_1|>"])
@@ -495,7 +495,7 @@ def test_numbers_out_of_turn(llm: LLM, prompt: str) -> None:
 
 def test_chat_writes_placeholders_into_the_text(llm: LLM) -> None:
     content = [{"type": "image", "image": picture(30, 30, 1)}, {"type": "text", "text": "12?"}]
-    inputs = llm.llm_engine.parts.inputs
+    inputs = llm.llm_engine.input_processor
     rendered = render_chat([{"role": "user", "content": content}], inputs.tokenizer, inputs.processor)
     assert rendered["prompt"] == "<|user|><|endoftext10|>12?<|end|><|assistant|>"
     assert rendered["prompt_token_ids"].count(IMAGE_ID) == 1

@@ -78,7 +78,7 @@ def test_a_prompt_that_cannot_be_laid_out_is_refused(thinker: Path, text: str) -
 
 
 def test_a_short_clip_is_small(thinker: Path) -> None:
-    processor = load(thinker).llm_engine.parts.inputs.processor
+    processor = load(thinker).llm_engine.input_processor.processor
     assert processor is not None
     item = AudioItem.from_samples(*clip(0.25, 1))
     assert sum(tensor.nbytes for tensor in processor.process(item).tensors.values()) < 20_000

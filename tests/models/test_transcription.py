@@ -51,13 +51,13 @@ def test_words_of_another_form_are_refused(content: Any, named: str) -> None:
 
 
 def test_the_checkpoint_wins_over_its_family(tiny_phi4: Path, tmp_path: Path) -> None:
-    assert LLM(str(tiny_phi4), device="cpu").llm_engine.parts.transcription == PHI4_MULTIMODAL
+    assert LLM(str(tiny_phi4), device="cpu").llm_engine.transcription_prompt == PHI4_MULTIMODAL
     path = shutil.copytree(tiny_phi4, tmp_path / "model")
     file = path / "generation_config.json"
     content = json.loads(file.read_text())
     file.write_text(json.dumps({**content, "transcription_prompt": {"transcribe": "write it down"}}))
-    own = LLM(str(path), device="cpu", generation_config="none").llm_engine.parts
-    assert own.transcription == TranscriptionPrompt("write it down") and own.sampling_defaults == {}
+    own = LLM(str(path), device="cpu", generation_config="none").llm_engine
+    assert own.transcription_prompt == TranscriptionPrompt("write it down") and own.sampling_defaults == {}
     file.write_text(json.dumps({**content, "transcription_prompt": {"transcribe": 1}}))
     with pytest.raises(ConfigError, match="transcribe=1"):
         LLM(str(path), device="cpu")

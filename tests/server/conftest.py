@@ -231,7 +231,7 @@ def paused(llm: AsyncLLM) -> Iterator[None]:
 @contextmanager
 def slow_steps(llm: AsyncLLM, seconds: float) -> Iterator[list[float]]:
     """Have each step that runs the model take longer, and give when each began."""
-    runner, times = llm.engine.parts.runner, list[float]()
+    runner, times = llm.engine.runner, list[float]()
     run = runner.run
 
     def run_slowly(scheduled: Any) -> Any:

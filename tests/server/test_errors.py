@@ -211,7 +211,7 @@ def test_a_step_that_fails_tells_no_details(server: RunningServer, monkeypatch: 
         raise RuntimeError("a secret")
 
     with monkeypatch.context() as patch:
-        patch.setattr(server.llm.engine.parts.runner, "run", fail)
+        patch.setattr(server.llm.engine.runner, "run", fail)
         error = refuse(server, {"messages": MESSAGES}, 500)
     assert error == {"message": "internal server error", "type": "internal_server_error", "param": None, "code": None}
 

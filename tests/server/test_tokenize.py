@@ -153,7 +153,7 @@ def test_detokenize_gives_a_text_back(server: RunningServer, text: str) -> None:
 
 
 def test_every_id_of_the_embedding_table_has_a_text(server: RunningServer) -> None:
-    last = server.llm.engine.parts.inputs.vocab_size - 1
+    last = server.llm.engine.input_processor.vocab_size - 1
     assert post(server, "detokenize", tokens=[0, last]).status_code == 200
 
 

@@ -56,7 +56,7 @@ class CompletionService:
         return await respond_with(request, answer, outputs, is_stream=bool(asked.stream))
 
     async def _generate(self, asked: CompletionRequest, answer: CompletionAnswer) -> Outputs:
-        params: SamplingParams = self._llm.engine.default_sampling_params(**asked.sampling_options())
+        params: SamplingParams = self._llm.default_sampling_params(**asked.sampling_options())
         lora_request = await self._models.find(asked.model, asked.lora)
         prompts = asked.prompts
         ready = []
@@ -92,24 +92,23 @@ class CompletionService:
 
     async def _load(self, asked: CompletionRequest, prompt: TextOrTokens) -> dict[str, Any]:
         """A prompt as the engine takes it, its media fetched and decoded."""
-        media = self._llm.engine.parts.inputs.media.begin(CALLER.get())
+        media = self._llm.media.begin(CALLER.get())
         references = await self._llm.run_in_pool(self._references, asked)
         await media.fetch(reference for found in references.values() for reference in found)
         return await self._llm.run_in_pool(self._decode, asked, prompt, references, media)
 
     def _references(self, asked: CompletionRequest) -> References:
-        processor = self._llm.engine.parts.inputs.processor
+        processor = self._llm.processor
         return references_of(
             asked.multi_modal_data or {},
             asked.multi_modal_uuids or {},
             processor.modalities if processor is not None else (),
-            self._llm.engine.args.limit_mm_per_prompt,
+            self._llm.args.limit_mm_per_prompt,
         )
 
     def _decode(
         self, asked: CompletionRequest, prompt: TextOrTokens, references: References, media: PromptMedia
     ) -> dict[str, Any]:
-        engine = self._llm.engine
         items = {modality: [media.load(reference) for reference in found] for modality, found in references.items()}
         fields: dict[str, Any] = {
             "multi_modal_data": items,
@@ -119,7 +118,7 @@ class CompletionService:
         if not isinstance(prompt, str):
             return {**fields, "prompt_token_ids": prompt}
         if asked.add_special_tokens is False:
-            fields["prompt_token_ids"] = engine.parts.inputs.encode(prompt, add_special_tokens=False)
+            fields["prompt_token_ids"] = self._llm.encode(prompt, add_special_tokens=False)
         return {**fields, "prompt": prompt}
 
 

@@ -28,7 +28,7 @@ class ResponsesService:
         self._conversations = conversations
         self._max_request_bytes = max_request_bytes
         self._tool_calling = tool_calling
-        self._defaults = conversations.llm.engine.default_sampling_params()
+        self._defaults = conversations.llm.default_sampling_params()
 
     async def respond(self, request: Request) -> Response:
         """Serve one HTTP request; when the client leaves, the work stops.

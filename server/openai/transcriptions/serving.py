@@ -51,7 +51,7 @@ class TranscriptionService:
         asked = kind.parse(content_type, body)
         prompt = self._prompt()
         instruction, language = _instruction(prompt, asked)
-        clip = load_media(asked.file, self._llm.engine.parts.inputs.media.limits, expected="audio")
+        clip = load_media(asked.file, self._llm.media.limits, expected="audio")
         assert isinstance(clip, AudioItem)
         answer = TranscriptionAnswer(
             Asked(
@@ -71,13 +71,12 @@ class TranscriptionService:
         Raises:
             Refusal: it does not hear, or cannot be asked.
         """
-        parts, name = self._llm.engine.parts, self._llm.model_name
-        processor, prompt = parts.inputs.processor, parts.transcription
+        name, processor, prompt = self._llm.model_name, self._llm.processor, self._llm.transcription_prompt
         modalities = processor.modalities if processor is not None else frozenset()
         if prompt is None or "audio" not in modalities:
             takes = ", ".join(sorted(modalities)) or "text only"
             raise _no_model(f"the model {name!r} cannot be asked for a transcription; it takes {takes}")
-        token, tokenizer = prompt.special_token, parts.tokenizer
+        token, tokenizer = prompt.special_token, self._llm.tokenizer
         if token is not None and tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
             raise _no_model(f"the tokenizer of {name!r} lacks the token {token!r}, which asks for a transcription")
         return prompt

@@ -151,7 +151,7 @@ def test_a_stream_that_is_left_and_one_that_fails(
         chunk = next(iter(stream))
         stream.close()
         access_lines(log)
-        monkeypatch.setattr(server.llm.engine.parts.runner, "run", lambda _: 1 / 0)
+        monkeypatch.setattr(server.llm.engine.runner, "run", lambda _: 1 / 0)
         failed = httpx.post(f"{server.address}/v1/chat/completions", json={"messages": messages}, timeout=60)
     assert failed.status_code == 500
     left, broken = access_lines(log, 2)

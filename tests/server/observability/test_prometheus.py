@@ -167,7 +167,7 @@ def test_adapters_are_told_apart_and_vanish_when_they_are_unloaded(
 
 def test_a_scrape_sees_what_runs_and_waits_for_no_step(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine stands still in a step; the page comes all the same."""
-    runner, may_go = server.llm.engine.parts.runner, threading.Event()
+    runner, may_go = server.llm.engine.runner, threading.Event()
     run = runner.run
     monkeypatch.setattr(runner, "run", lambda scheduled: may_go.wait(60) and run(scheduled))
     threads = [threading.Thread(target=post, args=(server,), kwargs={"model": name}) for name in ("words", "audio")]
@@ -197,7 +197,7 @@ def test_mixes_share_one_series_and_names_that_run_are_listed(
 ) -> None:
     """With two slots the third adapter waits."""
     engine = server.llm.engine
-    runner, scrapes = engine.parts.runner, []
+    runner, scrapes = engine.runner, []
     run = runner.run
 
     def run_and_scrape(scheduled: Any) -> Any:
@@ -253,7 +253,7 @@ def test_aborts_errors_and_preemptions_are_counted(
     assert found("generation_tokens_total") == found("request_generation_tokens_sum")
 
     with monkeypatch.context() as patch:
-        patch.setattr(server.llm.engine.parts.runner, "run", lambda _: 1 / 0)
+        patch.setattr(server.llm.engine.runner, "run", lambda _: 1 / 0)
         assert post(server).status_code == 500
     found = scrape(server)
     assert found.by("request_success_total", "finished_reason") == {"length": 4, "abort": 1, "error": 1}

@@ -160,7 +160,7 @@ def test_a_trace_that_is_not_sampled_stays_so(traced: Traced) -> None:
 
 
 def test_failures_are_marked(traced: Traced, server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.llm.engine.parts.runner, "run", lambda _: 1 / 0)
+    monkeypatch.setattr(server.llm.engine.runner, "run", lambda _: 1 / 0)
     assert traced.post("/v1/completions", prompt="x").status_code == 500
     request, http = traced.spans(2)
     assert not request.status.is_ok and not http.status.is_ok and not http.status.is_unset

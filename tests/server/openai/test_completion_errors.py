@@ -201,7 +201,7 @@ def fail_at(
 ) -> None:
     """Have the sequence of one prompt fail, from a step on; those of other prompts wait for it in the first step."""
     engine, calls = server.llm.engine, []
-    run = engine.parts.runner.run
+    run = engine.runner.run
 
     def run_and_fail(scheduled: Any) -> Any:
         result = run(scheduled)
@@ -213,7 +213,7 @@ def fail_at(
             result.sampled.clear()
         return result
 
-    patch.setattr(engine.parts.runner, "run", run_and_fail)
+    patch.setattr(engine.runner, "run", run_and_fail)
 
 
 def test_a_prompt_that_fails_in_the_middle_ends_the_stream(

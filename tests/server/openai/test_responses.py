@@ -324,7 +324,7 @@ def test_a_client_that_leaves_before_the_answer_aborts_its_request(
 
 
 def test_a_failure_in_the_middle_of_a_stream_ends_it(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner, calls = server.llm.engine.parts.runner, []
+    runner, calls = server.llm.engine.runner, []
     run = runner.run
 
     def fail_on_third(scheduled: Any) -> Any:

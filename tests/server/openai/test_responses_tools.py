@@ -299,7 +299,7 @@ def test_one_call_where_several_are_not_wanted(server: RunningServer, monkeypatc
 
 
 def test_a_failure_in_the_middle_of_a_call_ends_it(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner, steps = server.llm.engine.parts.runner, []
+    runner, steps = server.llm.engine.runner, []
     run = runner.run
 
     def fail_on_fourth(scheduled: Any) -> Any:

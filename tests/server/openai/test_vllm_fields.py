@@ -58,7 +58,7 @@ def test_prefixes_are_shared_only_among_requests_with_one_salt(server: RunningSe
 
 
 def test_encoded_media_are_shared_only_among_requests_with_one_salt(server: RunningServer, png: bytes) -> None:
-    encoder = server.llm.engine.parts.runner.encoder
+    encoder = server.llm.engine.runner.encoder
     assert encoder is not None
     before, counts = encoder.num_encoded, []
     for salt in ("a", "a", "b", None):
@@ -88,7 +88,7 @@ def test_usage_counts_cached_tokens_once_for_all_answers_and_media_apart(
 
 
 def test_the_first_in_priority_is_the_first_served(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    scheduler, runner = server.llm.engine.scheduler, server.llm.engine.parts.runner
+    scheduler, runner = server.llm.engine.scheduler, server.llm.engine.runner
     run, is_over = runner.run, threading.Event()
 
     def run_slowly(scheduled: Any) -> Any:
