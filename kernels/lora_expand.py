@@ -6,11 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from mmlora.kernels.lora_shrink import TRITON_DTYPES, dot_dtype
+from mmlora.kernels.lora_shrink import BLOCK_R, TRITON_DTYPES, dot_dtype
 from mmlora.kernels.segments import BLOCK_M
 
 BLOCK_N = 128
-BLOCK_R = 16
 
 
 @triton.jit
@@ -21,10 +20,10 @@ def lora_expand_kernel(
     scaling_ptr,
     tiles_ptr,
     out_features,
-    num_parts,
+    num_splits,
     stride_y,
     stride_h,
-    stride_part,
+    stride_split,
     DTYPE: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -51,9 +50,9 @@ def lora_expand_kernel(
         ranks = r + tl.arange(0, BLOCK_R)
         is_rank = ranks < rank
         h = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-        for part in range(num_parts):  # in order, so that equal rows give equal bits
-            h_part = h_rows + part * stride_part
-            h += tl.load(h_part + ranks[None, :], mask=is_row[:, None] & is_rank[None, :], other=0.0)
+        for split in range(num_splits):  # in order, so that equal rows give equal bits
+            h_split = h_rows + split * stride_split
+            h += tl.load(h_split + ranks[None, :], mask=is_row[:, None] & is_rank[None, :], other=0.0)
         b = tl.load(b_rows + ranks[:, None], mask=is_rank[:, None] & is_column[None, :], other=0.0)
         b = b.to(DOT_DTYPE)
         high = h.to(DTYPE)
@@ -80,7 +79,7 @@ def lora_expand(
 
     Args:
         y: `[num_rows, out_features]` with contiguous rows.
-        h: `[num_rows, num_parts, max_rank] fp32` of `lora_shrink`.
+        h: `[num_rows, num_splits, max_rank] fp32` of `lora_shrink`.
         table: `[max_loras, 3] int64`, see `SlotWeights.table`.
         scaling: `[max_loras] fp32`.
         tiles: `[num_tiles, 3] int32`, see `RowSegments.tiles`.

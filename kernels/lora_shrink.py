@@ -10,11 +10,11 @@ import triton.language as tl
 
 from mmlora.kernels.segments import BLOCK_M
 
-BLOCK_R = 16
+BLOCK_R = 16  # of lora_expand, too
 BLOCK_K = 128
 
-PART_SIZE, MAX_PARTS = 512, 8
-"""Programs side by side sum parts of in_features: of at most this many, unless that were more than so many parts."""
+SPLIT_SIZE, MAX_SPLITS = 512, 8
+"""Split-K: a program sums `SPLIT_SIZE` features, or more where that would make more than `MAX_SPLITS` splits."""
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -32,10 +32,10 @@ def lora_shrink_kernel(
     table_ptr,
     tiles_ptr,
     in_features,
-    part_size,
+    split_size,
     stride_x,
     stride_h,
-    stride_part,
+    stride_split,
     DTYPE: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -57,25 +57,25 @@ def lora_shrink_kernel(
     is_rank = ranks < rank
     x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride_x
     a_rows = lora_A + ranks.to(tl.int64)[None, :] * in_features
-    # One program sums one part of in_features and stores it; `lora_expand` adds the parts up in order, without atomics.
+    # Each program stores the sum over one split of in_features; `lora_expand` adds them in order, without atomics.
     h = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for k in range(0, part_size, BLOCK_K):
-        features = tl.program_id(2) * part_size + k + tl.arange(0, BLOCK_K)
+    for k in range(0, split_size, BLOCK_K):
+        features = tl.program_id(2) * split_size + k + tl.arange(0, BLOCK_K)
         is_feature = features < in_features
         x = tl.load(x_rows + features[None, :], mask=is_row[:, None] & is_feature[None, :], other=0.0)
         a = tl.load(a_rows + features[:, None], mask=is_feature[:, None] & is_rank[None, :], other=0.0)
         h = tl.dot(x.to(DTYPE).to(DOT_DTYPE), a.to(DOT_DTYPE), h, input_precision="ieee")
     h_rows = h_ptr + rows.to(tl.int64)[:, None] * stride_h
-    h_block = h_rows + tl.program_id(2) * stride_part + ranks[None, :]
+    h_block = h_rows + tl.program_id(2) * stride_split + ranks[None, :]
     tl.store(h_block, h, mask=is_row[:, None] & is_rank[None, :])
 
 
 def lora_shrink(
     x: torch.Tensor, table: torch.Tensor, tiles: torch.Tensor, max_rank: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return h whose parts add up to `h[rows of a tile, :, :r].sum(1) = x[rows] @ lora_A[slot].T`, in fp32.
+    """Return h with `h[rows of a tile, :, :r].sum(1) = x[rows] @ lora_A[slot].T`, in fp32: one partial sum per split.
 
-    How many parts there are depends on in_features alone. The rest of h is uninitialised.
+    The number of splits depends on in_features alone. The rest of h is uninitialised.
 
     Args:
         x: `[num_rows, in_features]` with contiguous rows.
@@ -85,19 +85,19 @@ def lora_shrink(
         dtype: of the lora_A that the table points to.
 
     Returns:
-        h: `[num_rows, num_parts, max_rank] fp32`.
+        h: `[num_rows, num_splits, max_rank] fp32`.
     """
     num_rows, in_features = x.shape
-    num_parts = min(triton.cdiv(in_features, PART_SIZE), MAX_PARTS)
-    part_size = triton.cdiv(triton.cdiv(in_features, num_parts), BLOCK_K) * BLOCK_K
-    h = torch.empty(num_rows, num_parts, max_rank, dtype=torch.float32, device=x.device)
-    lora_shrink_kernel[(tiles.shape[0], triton.cdiv(max_rank, BLOCK_R), num_parts)](
+    num_splits = min(triton.cdiv(in_features, SPLIT_SIZE), MAX_SPLITS)
+    split_size = triton.cdiv(triton.cdiv(in_features, num_splits), BLOCK_K) * BLOCK_K
+    h = torch.empty(num_rows, num_splits, max_rank, dtype=torch.float32, device=x.device)
+    lora_shrink_kernel[(tiles.shape[0], triton.cdiv(max_rank, BLOCK_R), num_splits)](
         x,
         h,
         table,
         tiles,
         in_features,
-        part_size,
+        split_size,
         x.stride(0),
         h.stride(0),
         h.stride(1),

@@ -23,7 +23,7 @@ from mmlora.utils.text import is_finite_number
 
 logger = logging.getLogger(__name__)
 
-MAX_CHARS = 131_072  # of a schema, an expression, a grammar or all choices together
+MAX_CONSTRAINT_CHARS = 131_072  # of a schema, an expression, a grammar or all choices together
 MAX_DEPTH = 64  # of a schema
 # llguidance follows references by recursion and would overflow its stack, which ends the process: at more than three
 # times as many levels, or rules.
@@ -73,8 +73,8 @@ class StructuredOutputsParams:
         if choice is not None and not (_is_list(choice) and choice and all(isinstance(c, str) and c for c in choice)):
             self.refuse("choice must be a list of at least one text, none of them empty")
         size = sum(len(part) for part in (self.regex, self.grammar, *(choice or ())) if part is not None)
-        if size > MAX_CHARS:
-            self.refuse(f"{given[0]} has {size} characters; allowed are {MAX_CHARS}")
+        if size > MAX_CONSTRAINT_CHARS:
+            self.refuse(f"{given[0]} has {size} characters; allowed are {MAX_CONSTRAINT_CHARS}")
 
     def _given(self) -> list[str]:
         values = {name: getattr(self, name) for name in CONSTRAINT_FIELDS}
@@ -240,8 +240,8 @@ def _checked_schema(params: StructuredOutputsParams, schema: Any) -> str:
         params.refuse(f"the JSON schema is not valid JSON: {error}")
     if not isinstance(schema, Mapping):
         params.refuse(f"the JSON schema is {text[:80]}; it must be an object, or true")
-    if len(text) > MAX_CHARS:
-        params.refuse(f"the JSON schema has {len(text)} characters; allowed are {MAX_CHARS}")
+    if len(text) > MAX_CONSTRAINT_CHARS:
+        params.refuse(f"the JSON schema has {len(text)} characters; allowed are {MAX_CONSTRAINT_CHARS}")
     if multiple > MAX_MULTIPLE:
         params.refuse(
             f"the common multiple of all values of multipleOf is {multiple}; allowed are up to {MAX_MULTIPLE}"

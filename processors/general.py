@@ -23,7 +23,7 @@ from mmlora.processors.pretrained import load_processor
 
 TEXT_KEYS: Final = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
 MAX_REST_S: Final = 0.1  # of a clip, that fills no frame of its own
-FAILURES: Final = (
+INPUT_ERRORS: Final = (
     *(ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AttributeError, AssertionError, OSError),
     StrictDataclassError,
 )
@@ -81,7 +81,7 @@ class GeneralProcessor(Placeholders):
         modality, chosen = item.modality, self._checked_options(item.modality, options or {})
         try:
             output = self.model_inputs(item, chosen)
-        except FAILURES as error:
+        except INPUT_ERRORS as error:
             kind = RequestError if chosen else MediaError
             raise kind(f"the {modality} cannot be processed: {error}") from error
         all_ids = output["input_ids"][0].tolist()

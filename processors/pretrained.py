@@ -9,7 +9,7 @@ import transformers
 from transformers import PretrainedConfig
 
 from mmlora.errors import ConfigError
-from mmlora.utils.library_errors import FAILURES
+from mmlora.utils.library_errors import LIBRARY_ERRORS
 
 SETTINGS_FILES = ("processor_config.json", "preprocessor_config.json")
 
@@ -30,7 +30,7 @@ def load_processor(config: PretrainedConfig, path: Path, tokenizer: Any) -> Any:
     try:
         named = getattr(transformers, named_class(path) or "none", None)
         return _build(named if named is not None else PROCESSOR_MAPPING[type(config)], path, tokenizer)
-    except FAILURES as error:
+    except LIBRARY_ERRORS as error:
         raise ConfigError(f"{path} has no processor that runs here: {error}") from error
 
 
@@ -65,7 +65,7 @@ def load_part(name: str, path: Path) -> Any:
     }
     try:
         return loaders[name](path) if name in loaders else None
-    except FAILURES as error:
+    except LIBRARY_ERRORS as error:
         raise ConfigError(f"{path} has no {name} that runs here: {error}") from error
 
 

@@ -14,7 +14,7 @@ from mmlora.towers.deepstack import added_features, deep_layers
 
 FEATURES = {"image": "get_image_features", "audio": "get_audio_features"}
 CONNECTOR = re.compile(r"merger|projector")  # where a family has it inside a tower
-TOWERS = {"vision_config": "vision_tower", "audio_config": "audio_tower", "encoder_config": "audio_tower"}
+TOWER_CONFIGS = {"vision_config": "vision_tower", "audio_config": "audio_tower", "encoder_config": "audio_tower"}
 
 
 class GeneralTowers:
@@ -172,7 +172,9 @@ def _joined(media: Sequence[tuple[int, ProcessedMedia]], name: str) -> dict[str,
 def _parts(model: nn.Module) -> dict[str, str]:
     """Return the part of every module by its prefix: towers have a configuration of their own, decoders `layers`."""
     config: Any = model.config
-    kinds = {id(found): part for name, part in TOWERS.items() if (found := getattr(config, name, None)) is not None}
+    kinds = {
+        id(found): part for name, part in TOWER_CONFIGS.items() if (found := getattr(config, name, None)) is not None
+    }
     kinds[id(config.get_text_config())] = "language_model"
     parts: dict[str, str] = {}
     for name, module in model.named_modules():

@@ -13,7 +13,7 @@ import torch
 from mmlora.processors.base import ProcessedMedia
 from mmlora.towers.general import GeneralTowers
 
-PARTS = {
+MODULE_PARTS = {
     ".img_processor.": "vision_tower",
     ".audio_embed.encoder.": "audio_tower",
     ".embed_tokens_extend.": "connector",
@@ -33,7 +33,7 @@ class Phi4MultimodalTowers(GeneralTowers):
 
     def part_of(self, module_name: str) -> str:
         """See `Towers.part_of`."""
-        return next((part for name, part in PARTS.items() if name in f"{module_name}."), "language_model")
+        return next((part for name, part in MODULE_PARTS.items() if name in f"{module_name}."), "language_model")
 
     def mode(self, modality: str, modalities: Iterable[str]) -> str:
         """Return `vision` for audio beside an image, else the projection of the modality itself."""

@@ -30,7 +30,7 @@ from mmlora.server.args import ServerArgs
 from mmlora.server.launch import serve
 from mmlora.server.lora.served_models import LoRAModule
 from mmlora.server.observability.log_format import TEXT_FORMAT, configure_logging
-from mmlora.utils.library_errors import FAILURES
+from mmlora.utils.library_errors import LIBRARY_ERRORS
 from mmlora.utils.printable import one_line
 
 ASSISTANT_NAME = "assistant"
@@ -98,7 +98,7 @@ def _doctor(model: str | None, is_json: bool, **options: Any) -> int:
     try:
         found = diagnose(args)
         print(json.dumps(found.as_dict(), indent=2) if is_json else found.as_text())
-    except (*FAILURES, MemoryError) as error:  # of libraries that read strange files
+    except (*LIBRARY_ERRORS, MemoryError) as error:  # of libraries that read strange files
         raise ConfigError(f"model {args.model!r} cannot be examined: {type(error).__name__}: {error}") from error
     return 2 if found.problem is not None else 0
 

@@ -29,7 +29,7 @@ from mmlora.models.loader import (
     resolve_model_path,
 )
 from mmlora.models.stored_weights import stored_bytes
-from mmlora.utils.library_errors import FAILURES
+from mmlora.utils.library_errors import LIBRARY_ERRORS
 from mmlora.utils.printable import one_line, printable
 
 FILES: Final = [pattern for pattern in MODEL_FILES if pattern != "*.safetensors"]
@@ -134,7 +134,7 @@ def diagnose(args: EngineArgs) -> Diagnosis:
         _examine(args, path, config, facts)
     except ConfigError as error:
         problem = one_line(str(error))
-    except FAILURES as error:  # of libraries that read strange files
+    except LIBRARY_ERRORS as error:  # of libraries that read strange files
         problem = one_line(f"{type(error).__name__}: {error}")
     key = family_key(config)
     defaults = _as_given(args, path, find_default_adapters(config, path))

@@ -15,7 +15,7 @@ from mmlora.lora.request import LoRARequest
 from mmlora.lora.weights import LoRAWeights, ModuleWeights
 from mmlora.utils.text import is_finite_number
 
-MAX_PARTS = 16
+MAX_MIX_PARTS = 16
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class LoRAMix:
     parts: Sequence[tuple[LoRARequest, float]]
 
     def __post_init__(self) -> None:
-        is_listed = isinstance(self.parts, Sequence) and 1 <= len(self.parts) <= MAX_PARTS
+        is_listed = isinstance(self.parts, Sequence) and 1 <= len(self.parts) <= MAX_MIX_PARTS
         if not is_listed or not all(isinstance(part, tuple | list) and len(part) == 2 for part in self.parts):
-            raise AdapterError(f"LoRAMix must hold 1 to {MAX_PARTS} pairs (LoRARequest, scale){_told(self.parts)}")
+            raise AdapterError(f"LoRAMix must hold 1 to {MAX_MIX_PARTS} pairs (LoRARequest, scale){_told(self.parts)}")
         for request, scale in self.parts:
             if not isinstance(request, LoRARequest):
                 raise AdapterError(f"LoRAMix holds {request!r}; it must be a LoRARequest")

@@ -8,7 +8,7 @@ from transformers import MODEL_MAPPING, AutoConfig, PretrainedConfig, PreTrained
 
 from mmlora.errors import ConfigError
 from mmlora.models.families import check_modalities, find_layout
-from mmlora.utils.library_errors import FAILURES
+from mmlora.utils.library_errors import LIBRARY_ERRORS
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 MAX_LAYERS = 1000
@@ -38,7 +38,7 @@ def read_config(path: Path) -> PretrainedConfig:
             if layout is not None
             else AutoConfig.from_pretrained(path, trust_remote_code=False)
         )
-    except FAILURES as error:
+    except LIBRARY_ERRORS as error:
         raise ConfigError(f"model={str(path)!r} has no configuration that transformers understands: {error}") from None
     return config
 

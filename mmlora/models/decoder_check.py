@@ -14,7 +14,7 @@ from mmlora.attention.paged import ATTENTION_NAME, AttentionMetadata, KVCache, S
 from mmlora.errors import ConfigError
 from mmlora.towers.base import Towers
 from mmlora.towers.general import decoder_inputs
-from mmlora.utils.library_errors import FAILURES
+from mmlora.utils.library_errors import LIBRARY_ERRORS
 
 NUM_TOKENS, CHUNK = 40, 23
 TEST_WINDOW = 8
@@ -69,7 +69,7 @@ def _error(model: Any, towers: Towers | None, num_kv_heads: int, head_dim: int) 
     try:
         with _attention(model, "eager"):
             expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
-    except FAILURES as error:
+    except LIBRARY_ERRORS as error:
         raise ConfigError(f"{name} cannot run on plain text by itself: {error}") from error
     if not expected.isfinite().all():
         dtype = str(model.dtype).removeprefix("torch.")
@@ -82,7 +82,7 @@ def _error(model: Any, towers: Towers | None, num_kv_heads: int, head_dim: int) 
         try:
             with attention_context(AttentionMetadata.build(cache, [Span([0], start, end)])):
                 logits = model(**chunk, use_cache=False).logits[0].float()
-        except FAILURES as error:
+        except LIBRARY_ERRORS as error:
             raise ConfigError(f"{name} cannot run on a paged KV cache: {error}") from error
         scale = expected[start:end].std(dim=-1).clamp_min(1e-6)
         errors.append(float(((logits - expected[start:end]).square().mean(dim=-1).sqrt() / scale).median()))

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from mmlora.config import AUTO, EngineArgs
 from mmlora.lora.loading.files import CONFIG_FILE
 from mmlora.models.families import find_layout, get_default_adapters
-from mmlora.utils.library_errors import FAILURES
+from mmlora.utils.library_errors import LIBRARY_ERRORS
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def _embedded_adapters(path: Path) -> set[Path]:
     layout = find_layout(path)
     try:
         return set(layout.find_adapters(path).values()) if layout is not None else set()
-    except FAILURES:
+    except LIBRARY_ERRORS:
         return set()  # whoever loads the weights says what is wrong
 
 

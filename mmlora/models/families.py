@@ -16,8 +16,9 @@ from transformers import PretrainedConfig
 
 from mmlora.errors import ConfigError
 from mmlora.models import transcription as prompts
-from mmlora.models.layouts import phi4mm, qwen2_5_omni
 from mmlora.models.layouts.base import Layout
+from mmlora.models.layouts.phi4mm import PHI4MM_LAYOUT
+from mmlora.models.layouts.qwen2_5_omni import QWEN2_5_OMNI_LAYOUT
 from mmlora.processors.base import MultiModalProcessor
 from mmlora.processors.families.granite_speech import GraniteSpeechProcessor
 from mmlora.processors.families.paligemma import PaliGemmaProcessor
@@ -33,7 +34,7 @@ from mmlora.towers.general import GeneralTowers
 from mmlora.towers.phi4_multimodal import Phi4MultimodalTowers
 from mmlora.towers.qwen2_5_omni import Qwen25OmniTowers
 from mmlora.towers.qwen2_audio import Qwen2AudioTowers
-from mmlora.utils.library_errors import FAILURES
+from mmlora.utils.library_errors import LIBRARY_ERRORS
 
 ProcessorFactory = Callable[[PretrainedConfig, Path, Any], MultiModalProcessor]
 
@@ -131,7 +132,7 @@ FAMILIES: Mapping[str, Family] = {
 # By the class that a checkpoint's files name, whatever its family: LLaVA models with Pixtral's tower name this one.
 STAND_INS: Mapping[str, ProcessorFactory] = {"PixtralProcessor": partial(GeneralProcessor, load=PixtralProcessor)}
 # By the `model_type` that config.json names.
-LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (phi4mm.LAYOUT, qwen2_5_omni.LAYOUT)}
+LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (PHI4MM_LAYOUT, QWEN2_5_OMNI_LAYOUT)}
 
 
 def find_layout(path: Path) -> Layout | None:
@@ -205,7 +206,7 @@ def get_processor(config: PretrainedConfig, model_path: str | Path, tokenizer: A
     try:
         factory = STAND_INS.get(named_class(Path(model_path)), family.processor)
         return factory(config, Path(model_path), tokenizer)
-    except FAILURES as error:
+    except LIBRARY_ERRORS as error:
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"the processor of {str(model_path)!r} cannot be built: {reason}") from error
 

@@ -20,7 +20,7 @@ from mmlora.config import DTYPES, EngineArgs
 from mmlora.errors import ConfigError
 from mmlora.models.config import find_model_class
 from mmlora.models.families import find_layout
-from mmlora.utils.library_errors import FAILURES
+from mmlora.utils.library_errors import LIBRARY_ERRORS
 
 CONFIG_FILES = ["*.json"]
 MODEL_FILES = [*CONFIG_FILES, "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -65,7 +65,7 @@ def load_tokenizer(args: EngineArgs, path: Path) -> Any:
         file = source / "chat_template.json"  # of older processors; it knows media, the tokenizer's own may not
         if file.is_file():
             tokenizer.chat_template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
-    except FAILURES as error:
+    except LIBRARY_ERRORS as error:
         raise ConfigError(f"tokenizer={str(source)!r} cannot be loaded: {error}") from None
     return tokenizer
 
@@ -85,7 +85,7 @@ def load_model(config: PretrainedConfig, path: Path, *, dtype: torch.dtype, devi
             model, info = model_class.from_pretrained(
                 view, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
             )
-        except FAILURES as error:
+        except LIBRARY_ERRORS as error:
             name = model_class.__name__
             raise ConfigError(f"the weights of {str(path)!r} cannot be loaded as {name}: {error}") from None
     if layout is not None:
@@ -113,7 +113,7 @@ def load_meta_model(config: PretrainedConfig) -> Any:
     try:
         with torch.device("meta"):
             return model_class(config)
-    except FAILURES as error:
+    except LIBRARY_ERRORS as error:
         raise ConfigError(f"{model_class.__name__} cannot be built from its configuration: {error}") from None
 
 

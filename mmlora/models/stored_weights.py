@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from mmlora.errors import ConfigError
 
-WEIGHTS_FILE: Final = "model.safetensors"
+MODEL_WEIGHTS_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 
 
@@ -40,7 +40,7 @@ def stored_bytes(model: str, revision: str | None, path: Path) -> dict[str, int]
 def _weight_files(path: Path) -> list[Path]:
     index = path / INDEX_FILE
     if not index.exists():
-        return [path / WEIGHTS_FILE]
+        return [path / MODEL_WEIGHTS_FILE]
     names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     if any(Path(name).name != name for name in names):
         raise ValueError(f"{INDEX_FILE} names files outside of the directory")

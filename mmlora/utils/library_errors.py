@@ -6,7 +6,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 # A RecursionError is a RuntimeError, a KeyError a LookupError.
-FAILURES: Final = (
+LIBRARY_ERRORS: Final = (
     *(ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError),
     *(SafetensorError, StrictDataclassError),
 )

@@ -20,7 +20,7 @@ from mmlora.processors.media.audio import RESAMPLER, resample
 from mmlora.processors.media.items import AudioItem, MediaItem
 from mmlora.processors.placeholders import Placeholders, placeholder_id
 
-SETTINGS_FILES = ("preprocessor_config.json", "processor_config.json")
+FEATURE_SETTINGS_FILES = ("preprocessor_config.json", "processor_config.json")
 MELSPEC = {"sample_rate": 16000, "n_fft": 512, "win_length": 400, "hop_length": 160, "n_mels": 80}
 
 
@@ -87,7 +87,7 @@ class GraniteSpeechProcessor(Placeholders):
 
 
 def _read_melspec(path: Path) -> dict[str, int]:
-    for name in SETTINGS_FILES:
+    for name in FEATURE_SETTINGS_FILES:
         if (path / name).is_file():
             content = json.loads((path / name).read_text(encoding="utf-8"))
             content = content.get("audio_processor", content)

@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 from mmlora.errors import ConfigError, MediaError
 from mmlora.processors.media.items import MediaLimits
 
-MAX_URL_CHARS: Final = 3 * 4096  # of the longest path, each byte of it encoded; each of its parts is looked at
+MAX_FILE_URL_CHARS: Final = 3 * 4096  # of the longest path, each byte of it encoded; each of its parts is looked at
 
 _SHOWN: Final = 80  # characters of a URL in an error message
 _NOT_FOLLOWED: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -74,7 +74,7 @@ def _path_of(url: str) -> str:
     Raises:
         ValueError: it names another machine, or no absolute path, or is too long for one.
     """
-    if len(url) > MAX_URL_CHARS:
+    if len(url) > MAX_FILE_URL_CHARS:
         raise ValueError("too long")
     parts = urlsplit(url)
     path = unquote(parts.path, errors="strict")

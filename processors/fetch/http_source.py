@@ -20,7 +20,7 @@ from mmlora.processors.fetch.checked_network import CheckedNetwork
 from mmlora.processors.fetch.fetch_loop import fetch_loop
 from mmlora.processors.media.items import MediaLimits
 
-MAX_URL_CHARS: Final = 8192
+MAX_HTTP_URL_CHARS: Final = 8192
 MAX_AT_ONCE: Final = 8  # of one prompt
 MAX_OPEN: Final = 256  # of all prompts
 MAX_REDIRECTS: Final = 5
@@ -103,8 +103,8 @@ class HTTPSource:
         Raises:
             MediaError: what is wrong with it. User names and passwords are not repeated.
         """
-        if len(url) > MAX_URL_CHARS:
-            raise MediaError(f"media URL of {len(url)} characters; allowed are {MAX_URL_CHARS}")
+        if len(url) > MAX_HTTP_URL_CHARS:
+            raise MediaError(f"media URL of {len(url)} characters; allowed are {MAX_HTTP_URL_CHARS}")
         try:
             target = httpx.URL(url)
         except (httpx.InvalidURL, ValueError) as error:

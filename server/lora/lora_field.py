@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mmlora.lora.mix import MAX_PARTS
+from mmlora.lora.mix import MAX_MIX_PARTS
 from mmlora.server.openai.protocol import FieldError, shorten
 from mmlora.utils.text import is_finite_number
 
@@ -17,8 +17,8 @@ def parse_lora_field(lora: LoRAField) -> list[tuple[str, float]]:
     """
     if lora is None or isinstance(lora, str):
         return [(lora, 1.0)] if lora is not None else []
-    if len(lora) > MAX_PARTS:
-        raise FieldError(f"lora holds {len(lora)} adapters; allowed are {MAX_PARTS}", "lora")
+    if len(lora) > MAX_MIX_PARTS:
+        raise FieldError(f"lora holds {len(lora)} adapters; allowed are {MAX_MIX_PARTS}", "lora")
     found = [_entry(entry) for entry in lora]
     names = [name for name, _ in found]
     if len(set(names)) != len(names):

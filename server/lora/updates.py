@@ -26,8 +26,8 @@ from mmlora.server.openai.protocol import FieldError, shorten
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES: Final = 2**16
-MAX_NAME_CHARS: Final = 255
-MAX_PATH_CHARS: Final = 4096
+MAX_LORA_NAME_CHARS: Final = 255
+MAX_LORA_PATH_CHARS: Final = 4096
 FIRST_ID: Final = (
     2**52
 )  # random ids are from here to twice that: exact in JavaScript's numbers, and not those of others
@@ -36,9 +36,9 @@ FIRST_ID: Final = (
 class LoadBody(Body):
     """What to load, and the name that clients use for it."""
 
-    lora_name: str = Field(min_length=1, max_length=MAX_NAME_CHARS)
-    lora_path: str = Field(min_length=1, max_length=MAX_PATH_CHARS)
-    base_model_name: str | None = Field(None, min_length=1, max_length=MAX_NAME_CHARS)
+    lora_name: str = Field(min_length=1, max_length=MAX_LORA_NAME_CHARS)
+    lora_path: str = Field(min_length=1, max_length=MAX_LORA_PATH_CHARS)
+    base_model_name: str | None = Field(None, min_length=1, max_length=MAX_LORA_NAME_CHARS)
     load_inplace: bool | None = None
 
 

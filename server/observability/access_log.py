@@ -18,7 +18,7 @@ from mmlora.utils.printable import printable
 
 ACCESS_LOGGER: Final = "mmlora.access"
 NO_ROUTE: Final = "other"
-MAX_PATH_CHARS: Final = 200
+MAX_LOGGED_PATH_CHARS: Final = 200
 HttpCounts = Counter[tuple[str, int]]
 
 # Whose media a uuid may stand for: a digest of the bearer token, so that clients with keys of their own share none.
@@ -108,7 +108,7 @@ def _caller(scope: Scope) -> str:
 
 
 def _http_fields(scope: Scope, status: int, seconds: float) -> dict[str, Any]:
-    path = quote(scope["path"], safe="/:@+,", errors="replace")[:MAX_PATH_CHARS]
+    path = quote(scope["path"], safe="/:@+,", errors="replace")[:MAX_LOGGED_PATH_CHARS]
     return {"method": scope["method"][:16], "path": path, "status": status, "seconds": round(seconds, 4)}
 
 

@@ -24,7 +24,7 @@ from mmlora.server.observability.access_log import AccessLog, HttpCounts
 from mmlora.server.observability.tracing import Tracer
 from mmlora.utils.printable import as_utf8
 
-PREFIX = "mmlora:"
+METRIC_PREFIX = "mmlora:"
 FINISH_REASONS = ("stop", "length", "abort", "error")
 Labelled = Mapping[Any, float]  # by the values of the labels, in their order
 
@@ -89,15 +89,15 @@ class _Families:
         self._model_name = as_utf8(model_name)
 
     def counter(self, name: str, text: str, values: float | Labelled, labels: Sequence[str] = ()) -> Metric:
-        return self._fill(CounterMetricFamily(PREFIX + name, text, labels=["model_name", *labels]), values)
+        return self._fill(CounterMetricFamily(METRIC_PREFIX + name, text, labels=["model_name", *labels]), values)
 
     def gauge(self, name: str, text: str, values: float | Labelled, labels: Sequence[str] = ()) -> Metric:
-        return self._fill(GaugeMetricFamily(PREFIX + name, text, labels=["model_name", *labels]), values)
+        return self._fill(GaugeMetricFamily(METRIC_PREFIX + name, text, labels=["model_name", *labels]), values)
 
     def histogram(self, name: str, text: str, histogram: Histogram) -> Metric:
         counts = histogram.counts()
         ends = [*(f"{bound:g}" for bound in counts.bounds), "+Inf"]
-        family = HistogramMetricFamily(PREFIX + name, text, labels=["model_name"])
+        family = HistogramMetricFamily(METRIC_PREFIX + name, text, labels=["model_name"])
         family.add_metric([self._model_name], list(zip(ends, counts.cumulative, strict=True)), counts.total)
         return family
 

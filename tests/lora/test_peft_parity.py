@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from mmlora import LLM, LoRAMix, LoRARequest
 from mmlora.errors import AdapterError, AdapterMismatch, RequestError
-from mmlora.lora.layers.whole_module import LoRAModule
+from mmlora.lora.layers.whole_module import LoRAWholeModule
 from mmlora.lora.loading.files import read_adapter
 from mmlora.lora.loading.load import load_adapter
 from mmlora.lora.loading.module_index import ModuleIndex
@@ -447,14 +447,14 @@ def test_a_pass_of_an_adapter_fails_alone(
     ids = {name: index for index, name in enumerate(SPECS, start=1)}
     request = LoRARequest(name, ids[name], str(adapters[name]))
     before = llm.generate([PROMPTS[0]] * 2, greedy(), [None, request], use_tqdm=False)
-    forward = LoRAModule.forward
+    forward = LoRAWholeModule.forward
 
-    def fail(layer: LoRAModule, *arguments: Any, **options: Any) -> Any:
+    def fail(layer: LoRAWholeModule, *arguments: Any, **options: Any) -> Any:
         if layer.state.uniform_slot is not None:
             raise RuntimeError("boom")
         return forward(layer, *arguments, **options)
 
-    monkeypatch.setattr(LoRAModule, "forward", fail)
+    monkeypatch.setattr(LoRAWholeModule, "forward", fail)
     base, failed = llm.generate([PROMPTS[0]] * 2, greedy(), [None, request], use_tqdm=False)
     assert base.outputs[0].token_ids == before[0].outputs[0].token_ids and base.error is None
     assert isinstance(failed.error, AdapterError) and "boom" in str(failed.error)

@@ -12,7 +12,7 @@ from mmlora.lora.layers.convolution import LoRAConvolution
 from mmlora.lora.layers.embedding import LoRAEmbedding
 from mmlora.lora.layers.linear import LoRALayer, LoRALinear
 from mmlora.lora.layers.state import LoRAState
-from mmlora.lora.layers.whole_module import LoRAModule
+from mmlora.lora.layers.whole_module import LoRAWholeModule
 from mmlora.lora.loading.module_index import kind_of, output_layer_of
 
 
@@ -136,5 +136,5 @@ _LAYERS: Final[dict[str, type[LoRALayer]]] = {
     "linear": LoRALinear,
     "embedding": LoRAEmbedding,
     "convolution": LoRAConvolution,
-    "other": LoRAModule,
+    "other": LoRAWholeModule,
 }

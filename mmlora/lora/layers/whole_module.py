@@ -1,4 +1,4 @@
-"""`LoRAModule`: adapters that change parameters of a module as a whole: norms, experts, routers."""
+"""`LoRAWholeModule`: adapters that change parameters of a module as a whole: norms, experts, routers."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from mmlora.lora.layers.state import LoRAState
 from mmlora.lora.weights import LoRAWeights, ModuleWeights
 
 
-class LoRAModule(LoRALayer):
+class LoRAWholeModule(LoRALayer):
     """Run any module with an adapter's parameters in place of its own.
 
     What such a module makes of rows is not known (norms of heads see them transposed, experts several times), so an

@@ -9,7 +9,7 @@ import regex
 
 from mmlora.errors import AdapterMismatch
 
-MAX_CHARS = 100_000
+MAX_PATTERN_CHARS = 100_000
 MATCH_TIMEOUT_S = 1.0
 
 
@@ -23,8 +23,8 @@ def check_pattern(pattern: str, key: str) -> str:
     Raises:
         AdapterMismatch: it is none, or too long.
     """
-    if len(pattern) > MAX_CHARS:
-        raise AdapterMismatch(f"{key} has a pattern of {len(pattern)} characters; allowed are {MAX_CHARS}")
+    if len(pattern) > MAX_PATTERN_CHARS:
+        raise AdapterMismatch(f"{key} has a pattern of {len(pattern)} characters; allowed are {MAX_PATTERN_CHARS}")
     try:
         for composed in (pattern, rf"(?:.*\.)?(?:{pattern})"):
             re.compile(composed)

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-PREFIX: Final = "base_model.model."
+PEFT_PREFIX: Final = "base_model.model."
 _BASE: Final = ".base_layer"
 _ROLES: Final = {
     "lora_A.weight": "lora_A",
@@ -51,7 +51,7 @@ class TensorKey:
 
 def parse_key(key: str) -> TensorKey | None:
     """Read a key; None for one that names no parameter of any module."""
-    name = key.removeprefix(PREFIX)
+    name = key.removeprefix(PEFT_PREFIX)
     if match := _TRAINING.fullmatch(name):
         return TensorKey(key, match["module"], "training")
     if match := _LORA.fullmatch(name):

@@ -21,7 +21,7 @@ from mmlora.lora.store.stored_adapter import StoredAdapter
 logger = logging.getLogger(__name__)
 
 RUNTIME_LORA_IDS: Final = 2**61  # random ids are from here to twice that, far from those that callers choose
-NUM_LOADERS: Final = 4
+NUM_PREFETCH_THREADS: Final = 4
 
 
 class LoRAManager:
@@ -200,7 +200,7 @@ class LoRAManager:
         present = {entry.name for entry in self._store.entries if entry.adapter is not None}
         missing = [request for name, request in wanted.items() if name not in present]
         if len(missing) > 1:
-            with ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="mmlora-prefetch") as pool:
+            with ThreadPoolExecutor(NUM_PREFETCH_THREADS, thread_name_prefix="mmlora-prefetch") as pool:
                 for request in missing[: self._store.host.max_adapters]:
                     pool.submit(self._store.get, request)
 

@@ -11,7 +11,7 @@ from mmlora.errors import AdapterError, ConfigError
 from mmlora.lora.request import LoRARequest
 
 APPLICATION_ID: Final = 0x6D6D6C6F  # "mmlo", in the header of the file
-LAYOUT: Final = 1
+SCHEMA_VERSION: Final = 1
 BUSY_TIMEOUT_S: Final = 30.0  # how long one writer waits for another
 
 _CREATE = """
@@ -116,16 +116,16 @@ class AdapterRegistry:
     def _check_or_create(self, connection: sqlite3.Connection) -> None:
         found = tuple(connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
         is_empty = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
-        if found == (APPLICATION_ID, LAYOUT):
+        if found == (APPLICATION_ID, SCHEMA_VERSION):
             return
         if not is_empty:
             raise ConfigError(
                 f"lora_registry={str(self._path)!r} is a SQLite file with application_id {found[0]} and user_version "
-                f"{found[1]}; a registry of this version has {APPLICATION_ID} and {LAYOUT}"
+                f"{found[1]}; a registry of this version has {APPLICATION_ID} and {SCHEMA_VERSION}"
             )
         connection.execute(_CREATE)
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        connection.execute(f"PRAGMA user_version = {LAYOUT}")
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

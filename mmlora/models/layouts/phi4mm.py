@@ -215,7 +215,7 @@ def _value(content: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-LAYOUT = Layout(
+PHI4MM_LAYOUT = Layout(
     "phi4mm",
     load_config,
     KEY_MAPPING,

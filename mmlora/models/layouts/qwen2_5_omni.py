@@ -18,7 +18,7 @@ def load_config(path: Path) -> PretrainedConfig:
     return config
 
 
-LAYOUT = Layout(
+QWEN2_5_OMNI_LAYOUT = Layout(
     "qwen2_5_omni",
     load_config,
     key_mapping={r"^thinker\.": ""},

@@ -8,7 +8,7 @@ from mmlora.outputs import TokenLogprobs
 from mmlora.server.openai.logprobs import is_reported
 from mmlora.server.openai.output import Json, finite
 
-COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+LOGPROB_COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
 def legacy_logprobs(
@@ -25,7 +25,7 @@ def legacy_logprobs(
         num_top: alternatives to report at each token, beside the token itself; -1 for all that are known.
         tokenizer: spells tokens of unknown probability.
     """
-    lists: Json = {column: [] for column in COLUMNS}
+    lists: Json = {column: [] for column in LOGPROB_COLUMNS}
     for token_id, top, offset in zip(token_ids, logprobs, offsets, strict=True):
         own = top.get(token_id) if top is not None else None
         lists["tokens"].append(own.decoded_token if own is not None else tokenizer.decode([token_id]))
@@ -39,7 +39,7 @@ def join_logprobs(first: Json | None, second: Json | None) -> Json | None:
     """The lists of a text that is followed by another."""
     if first is None or second is None:
         return first if second is None else second
-    return {column: first[column] + second[column] for column in COLUMNS}
+    return {column: first[column] + second[column] for column in LOGPROB_COLUMNS}
 
 
 def prompt_offsets(tokenizer: Any, token_ids: Iterable[int], text: str) -> list[int]:

@@ -8,8 +8,8 @@ from typing import Any
 from mmlora.server.openai.protocol import FieldError, shorten
 
 Json = dict[str, Any]
-ROLES = ("system", "developer", "user", "assistant")
-MESSAGE_FIELDS = ("type", "role", "content", "id", "status", "phase")
+INPUT_ROLES = ("system", "developer", "user", "assistant")
+INPUT_MESSAGE_FIELDS = ("type", "role", "content", "id", "status", "phase")
 CALL_FIELDS = ("type", "call_id", "name", "arguments", "id", "status")
 OUTPUT_FIELDS = ("type", "call_id", "output", "id", "status")
 PART_FIELDS = {
@@ -68,9 +68,9 @@ def _messages(items: list[Any]) -> list[Json]:
 
 def _message(item: Json, place: str) -> Json:
     role = item.get("role")
-    if role not in ROLES:
-        raise _must_be(f"{place}.role", role, f"one of {', '.join(ROLES)}")
-    _check_fields(item, MESSAGE_FIELDS, place)
+    if role not in INPUT_ROLES:
+        raise _must_be(f"{place}.role", role, f"one of {', '.join(INPUT_ROLES)}")
+    _check_fields(item, INPUT_MESSAGE_FIELDS, place)
     return {"role": role, "content": _content(item, "content", place)}
 
 

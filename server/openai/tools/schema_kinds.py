@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-MAX_PARTS = 64  # alternatives and references of one schema that are looked at
+MAX_SCHEMA_PARTS = 64  # alternatives and references of one schema that are looked at
 _KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
 
 
@@ -35,7 +35,7 @@ def kinds_of(schema: Any, root: Mapping[str, Any]) -> frozenset[str]:
             more = [one for key in ("anyOf", "oneOf", "allOf") for one in _list(part.get(key))]
             more += [_referred(part["$ref"], root)] if "$ref" in part else []
         known = {id(one) for one in parts}
-        parts += [one for one in more if id(one) not in known][: MAX_PARTS - len(parts)]
+        parts += [one for one in more if id(one) not in known][: MAX_SCHEMA_PARTS - len(parts)]
     return frozenset(found)
 
 

@@ -5,8 +5,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from mmlora.server.openai.protocol import FieldError, shorten
 
-MAX_PARTS = 64
-MAX_NAME_CHARS = 256
+MAX_FORM_FIELDS = 64
+MAX_FIELD_NAME_CHARS = 256
 
 
 class _Parts:
@@ -21,8 +21,8 @@ class _Parts:
         self._content: list[bytes] = []
 
     def on_part_begin(self) -> None:
-        if len(self.found) == MAX_PARTS:
-            raise FieldError(f"the form has more than {MAX_PARTS} fields", "body")
+        if len(self.found) == MAX_FORM_FIELDS:
+            raise FieldError(f"the form has more than {MAX_FORM_FIELDS} fields", "body")
         self._disposition, self._content = b"", []
 
     def on_header_field(self, data: bytes, start: int, end: int) -> None:
@@ -42,7 +42,7 @@ class _Parts:
     def on_part_end(self) -> None:
         _, options = parse_options_header(self._disposition)
         name = options.get(b"name", b"")
-        if not 0 < len(name) <= MAX_NAME_CHARS:
+        if not 0 < len(name) <= MAX_FIELD_NAME_CHARS:
             shown = shorten(self._disposition.decode("latin-1"))
             raise FieldError(f"a part of the form has no name, or one that is too long: {shown}", "body")
         # Some clients write the name of a list as `include[]`.

@@ -15,7 +15,7 @@ from mmlora.lora.layers.convolution import LoRAConvolution
 from mmlora.lora.layers.embedding import LoRAEmbedding
 from mmlora.lora.layers.linear import LoRALinear
 from mmlora.lora.layers.slots import LoRASlots
-from mmlora.lora.layers.whole_module import LoRAModule
+from mmlora.lora.layers.whole_module import LoRAWholeModule
 from mmlora.lora.weights import LoRAWeights, ModuleWeights
 
 
@@ -122,7 +122,7 @@ def test_each_module_gets_its_wrapper() -> None:
         Conv1D(4, 4): LoRALinear,
         nn.Embedding(4, 4): LoRAEmbedding,
         nn.Conv2d(4, 4, 1): LoRAConvolution,
-        nn.LayerNorm(4): LoRAModule,
+        nn.LayerNorm(4): LoRAWholeModule,
     }
     net = nn.ModuleList(kinds)
     slots = LoRASlots(net, 1, "cpu")

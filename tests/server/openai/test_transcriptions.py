@@ -20,7 +20,7 @@ from mmlora.outputs import RequestOutput
 from mmlora.server.api import build_app
 from mmlora.server.launch import load_served_models
 from mmlora.server.lora.served_models import LoRAModule
-from mmlora.server.openai.transcriptions.form import MAX_PARTS
+from mmlora.server.openai.transcriptions.form import MAX_FORM_FIELDS
 from tests.server.conftest import RunningServer, ServerFactory, input_audio_part, run_app, text_part, wait_until_idle
 
 TRANSCRIBE = "Transcribe the audio clip into text."
@@ -279,7 +279,7 @@ def test_forms_are_read_leniently_and_refused_clearly(server: RunningServer, wav
         (form(("file", wav), ("prompt", b"\xff")), kind, "'prompt' is not UTF-8"),
         (form(("file", wav), ("", b"x")), kind, "no name"),
         (form(("file", wav), ("x" * 999, b"x")), kind, "too long"),
-        (form(("file", wav), *[("prompt", b"x")] * MAX_PARTS), kind, f"more than {MAX_PARTS} fields"),
+        (form(("file", wav), *[("prompt", b"x")] * MAX_FORM_FIELDS), kind, f"more than {MAX_FORM_FIELDS} fields"),
         (form(("file", wav))[:-6], kind, "without its last boundary"),
         (form(("file", wav), boundary="other"), kind, "no valid multipart"),
         (b"", kind, "without its last boundary"),
