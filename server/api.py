@@ -10,14 +10,11 @@ from starlette.responses import Response
 from mmlora.async_llm import AsyncLLM
 from mmlora.errors import MMLoRAError
 from mmlora.server.bodies import body_schema, form_schema
-from mmlora.server.errors import Refusal, error_response
+from mmlora.server.errors import Refusal, UTF8JSONResponse, error_response
 from mmlora.server.health import status_routes
-from mmlora.server.http.admission import Admission, AdmissionGate
-from mmlora.server.http.auth import APIKeys
-from mmlora.server.http.cors import CORS
-from mmlora.server.http.limits import DEFAULT_MAX_REQUEST_BYTES
-from mmlora.server.http.root_path import RootPath
-from mmlora.server.json_answer import JSONAnswer
+from mmlora.server.http.admission import DEFAULT_MAX_REQUEST_BYTES, Admission, AdmissionGate
+from mmlora.server.http.auth import CORS, Authentication
+from mmlora.server.http.listener import RootPath
 from mmlora.server.lora.served_models import ServedModels
 from mmlora.server.lora.updates import adapter_routes
 from mmlora.server.observability.prometheus import add_metrics
@@ -78,8 +75,7 @@ def build_app(
     app.include_router(playground_routes())
     # The last is the outermost: refusals are logged, and pages of other sites can read them.
     app.add_middleware(AdmissionGate, admission=admission)
-    if api_key is not None:
-        app.add_middleware(APIKeys, keys=[api_key] if isinstance(api_key, str) else api_key)
+    app.add_middleware(Authentication, keys=[api_key] if isinstance(api_key, str) else api_key)
     if cors is not None:
         cors.add_to(app)
     add_metrics(app, llm, admission, log_requests=log_requests, tracer=tracer)
@@ -135,12 +131,12 @@ def model_routes(models: ServedModels) -> APIRouter:
     routes = APIRouter(prefix="/v1")
 
     @routes.get("/models")
-    async def list_models() -> JSONAnswer:
-        return JSONAnswer({"object": "list", "data": models.cards()})
+    async def list_models() -> UTF8JSONResponse:
+        return UTF8JSONResponse({"object": "list", "data": models.cards()})
 
     @routes.get("/models/{name:path}")
-    async def get_model(name: str) -> JSONAnswer:
-        return JSONAnswer(models.card(name))
+    async def get_model(name: str) -> UTF8JSONResponse:
+        return UTF8JSONResponse(models.card(name))
 
     return routes
 

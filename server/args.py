@@ -9,8 +9,7 @@ import uvicorn
 
 from mmlora.config import Groups
 from mmlora.errors import ConfigError
-from mmlora.server.http.admission import DEFAULT_BODY_TIMEOUT_S, DEFAULT_MAX_QUEUED
-from mmlora.server.http.limits import DEFAULT_MAX_REQUEST_BYTES
+from mmlora.server.http.admission import DEFAULT_BODY_TIMEOUT_S, DEFAULT_MAX_QUEUED, DEFAULT_MAX_REQUEST_BYTES
 from mmlora.server.lora.served_models import LoRAModule
 from mmlora.server.observability.log_format import LOG_FORMATS
 from mmlora.server.openai.tools.formats import PARSER_NAMES

@@ -1,10 +1,12 @@
 """Errors as HTTP answers: OpenAI's error body, 4xx for what the client did, 5xx for what the server did."""
 
+import json
 from collections.abc import Mapping
 from typing import Any, Final
 
+from starlette.responses import JSONResponse
+
 from mmlora.errors import AdapterNotFound, EngineDeadError, MMLoRAError, RequestError, ResolverError
-from mmlora.server.json_answer import JSONAnswer
 
 KINDS: Final = {
     401: "authentication_error",
@@ -14,6 +16,18 @@ KINDS: Final = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
+
+
+class UTF8JSONResponse(JSONResponse):
+    """JSON response in which `?` replaces characters that UTF-8 cannot encode.
+
+    Directory names that are not UTF-8 hold such characters; one of them must not make a whole list fail.
+    """
+
+    def render(self, content: object) -> bytes:
+        """Encode the content."""
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8", "replace")
 
 
 class Refusal(MMLoRAError):
@@ -64,10 +78,10 @@ def error_body(error: Exception) -> dict[str, Any]:
     }
 
 
-def error_response(error: Exception, headers: Mapping[str, str] | None = None) -> JSONAnswer:
+def error_response(error: Exception, headers: Mapping[str, str] | None = None) -> UTF8JSONResponse:
     """Answer with an error."""
     headers = headers if headers is not None else getattr(error, "headers", None)
-    return JSONAnswer(error_body(error), status_code=status_of(error), headers=headers)
+    return UTF8JSONResponse(error_body(error), status_code=status_of(error), headers=headers)
 
 
 def _code(error: Exception) -> str | None:

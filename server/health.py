@@ -5,8 +5,8 @@ from importlib.metadata import version
 from fastapi import APIRouter
 
 from mmlora.async_llm import AsyncLLM
+from mmlora.server.errors import UTF8JSONResponse
 from mmlora.server.http.admission import Admission
-from mmlora.server.json_answer import JSONAnswer
 
 
 def status_routes(llm: AsyncLLM, admission: Admission) -> APIRouter:
@@ -20,16 +20,17 @@ def status_routes(llm: AsyncLLM, admission: Admission) -> APIRouter:
     number = version("mmlora")
 
     @routes.get("/health")
-    async def health() -> JSONAnswer:
-        return JSONAnswer({"status": "ok"}) if llm.is_alive else JSONAnswer({"status": "dead"}, status_code=503)
+    async def health() -> UTF8JSONResponse:
+        status = "ok" if llm.is_alive else "dead"
+        return UTF8JSONResponse({"status": status}, status_code=200 if status == "ok" else 503)
 
     @routes.get("/ready")
-    async def ready() -> JSONAnswer:
+    async def ready() -> UTF8JSONResponse:
         status = "shutting down" if admission.is_closed else llm.status
-        return JSONAnswer({"status": status}, status_code=200 if status == "ready" else 503)
+        return UTF8JSONResponse({"status": status}, status_code=200 if status == "ready" else 503)
 
     @routes.get("/version")
-    async def tell_version() -> JSONAnswer:
-        return JSONAnswer({"version": number})
+    async def tell_version() -> UTF8JSONResponse:
+        return UTF8JSONResponse({"version": number})
 
     return routes

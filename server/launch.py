@@ -17,8 +17,8 @@ from mmlora.lora.store.info import LoRAInfo
 from mmlora.server.api import build_app
 from mmlora.server.args import ServerArgs
 from mmlora.server.http.admission import Admission
+from mmlora.server.http.auth import CORS
 from mmlora.server.http.connection import ConnectionLimits
-from mmlora.server.http.cors import CORS
 from mmlora.server.http.listener import address_of, listening, raise_file_limit, tls_of
 from mmlora.server.http.server import HTTPServer
 from mmlora.server.lora.resolved import ALLOW_VARIABLE, start_resolution

@@ -9,8 +9,8 @@ from pydantic import Field
 from mmlora.async_llm import AsyncLLM
 from mmlora.inputs.chat import MODALITIES, load_chat_template, render_chat
 from mmlora.server.bodies import Body, body_schema, parse_body
-from mmlora.server.http.limits import read_body
-from mmlora.server.json_answer import JSONAnswer
+from mmlora.server.errors import UTF8JSONResponse
+from mmlora.server.http.admission import read_body
 from mmlora.server.lora.served_models import ServedModels
 from mmlora.server.openai.chat.protocol import check_message
 from mmlora.server.openai.protocol import FieldError, FirstOnly, shorten
@@ -53,18 +53,18 @@ def token_routes(llm: AsyncLLM, models: ServedModels, max_request_bytes: int) ->
     tokens = TokenService(llm)
     routes = APIRouter()
 
-    async def respond(request: Request, kind: type[B], answer: Callable[[B], dict[str, Any]]) -> JSONAnswer:
+    async def respond(request: Request, kind: type[B], answer: Callable[[B], dict[str, Any]]) -> UTF8JSONResponse:
         content = await read_body(request, max_request_bytes)
         body = await llm.run_in_pool(parse_body, kind, content)
         await models.find(body.model, None)
-        return JSONAnswer(await llm.run_in_pool(answer, body))
+        return UTF8JSONResponse(await llm.run_in_pool(answer, body))
 
     @routes.post("/tokenize", openapi_extra=body_schema(TokenizeBody))
-    async def tokenize(request: Request) -> JSONAnswer:
+    async def tokenize(request: Request) -> UTF8JSONResponse:
         return await respond(request, TokenizeBody, tokens.tokenize)
 
     @routes.post("/detokenize", openapi_extra=body_schema(DetokenizeBody))
-    async def detokenize(request: Request) -> JSONAnswer:
+    async def detokenize(request: Request) -> UTF8JSONResponse:
         return await respond(request, DetokenizeBody, tokens.detokenize)
 
     return routes

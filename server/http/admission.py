@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mmlora.server.errors import Refusal, error_response
-from mmlora.server.http.root_path import route_path
+from mmlora.server.http.auth import route_path
 
+DEFAULT_MAX_REQUEST_BYTES: Final = 128 * 2**20
 DEFAULT_MAX_QUEUED: Final = 1024
 DEFAULT_BODY_TIMEOUT_S: Final = 60.0
 MAX_RETRY_AFTER_S: Final = 60
@@ -173,3 +175,29 @@ def _until_body_is_late(receive: Receive, end: float, timeout: float) -> Receive
         return message
 
     return receive_in_time
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Read a body of at most `max_bytes`.
+
+    A larger one is refused by its `content-length`, or as soon as more has arrived.
+
+    Raises:
+        Refusal: 413 for a body that is too large, 400 for a `content-length` that is not a number.
+    """
+    claim = request.headers.get("content-length")
+    if claim is not None and not claim.isdecimal():
+        raise Refusal(400, f"content-length is {claim!r}; it must be a number of bytes")
+    if claim is not None and int(claim) > max_bytes:
+        raise _too_large(f"{claim} bytes", max_bytes)
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > max_bytes:
+            raise _too_large(f"at least {size} bytes", max_bytes)
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _too_large(size: str, max_bytes: int) -> Refusal:
+    return Refusal(413, f"the request body has {size}; allowed are {max_bytes} bytes", code="request_too_large")

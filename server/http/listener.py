@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
 
+from starlette.types import ASGIApp, Receive, Scope, Send
+
 from mmlora.errors import ConfigError
 from mmlora.server.args import ServerArgs
 
@@ -25,6 +27,26 @@ def address_of(listener: socket.socket, *, is_tls: bool, root_path: str = "") ->
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     return f"{'https' if is_tls else 'http'}://{host}:{port}{root_path}"
+
+
+class RootPath:
+    """ASGI middleware that accepts requests with and without the prefix of a reverse proxy: some proxies strip it.
+
+    Args:
+        app: the application.
+        root_path: the prefix; starts with a slash and does not end with one.
+    """
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self._app = app
+        self._root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] == "http":
+            root, path = self._root_path, scope["path"]
+            scope = {**scope, "root_path": root, "path": path if path.startswith(f"{root}/") else root + path}
+        await self._app(scope, receive, send)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from mmlora.lora.request import MAX_INT_ID, MEMORY, LoRARequest
 from mmlora.lora.store.store import AdapterStore
 from mmlora.server.bodies import Body, body_schema, parse_body
 from mmlora.server.errors import Refusal
-from mmlora.server.http.limits import read_body
+from mmlora.server.http.admission import read_body
 from mmlora.server.lora.resolved import ALLOW_VARIABLE
 from mmlora.server.lora.served_adapter import ServedAdapter
 from mmlora.server.lora.served_models import ServedModels

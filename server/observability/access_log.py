@@ -1,11 +1,9 @@
 """`AccessLog`: a line for each HTTP request, and how many there were by route and status."""
 
-import hashlib
 import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextvars import ContextVar
 from dataclasses import asdict
 from typing import Any, Final
 from urllib.parse import quote
@@ -20,9 +18,6 @@ ACCESS_LOGGER: Final = "mmlora.access"
 NO_ROUTE: Final = "other"
 MAX_LOGGED_PATH_CHARS: Final = 200
 HttpCounts = Counter[tuple[str, int]]
-
-# Whose media a uuid may stand for: a digest of the bearer token, so that clients with keys of their own share none.
-CALLER: Final[ContextVar[str]] = ContextVar("CALLER", default="")
 
 logger = logging.getLogger(ACCESS_LOGGER)
 
@@ -59,7 +54,6 @@ class AccessLog:
 
         records: list[RequestRecord] = []
         token = OPEN_RECORDS.set(records)
-        CALLER.set(_caller(scope))
         try:
             await self._app(scope, receive, note_status)
         finally:
@@ -100,11 +94,6 @@ def as_line(fields: dict[str, Any]) -> str:
     rest = [(name, value) for name, value in fields.items() if name not in ("method", "path", "status", "requests")]
     told = " ".join(f"{name}={value}" for name, value in rest if value is not None)
     return printable(f"{fields['method']} {fields['path']} {fields['status']} {told}")
-
-
-def _caller(scope: Scope) -> str:
-    tokens = [value for name, value in scope["headers"] if name == b"authorization"]
-    return hashlib.sha256(b"\n".join(tokens)).hexdigest()
 
 
 def _http_fields(scope: Scope, status: int, seconds: float) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import logging
 from typing import Any
 
 from mmlora.async_llm import AsyncLLM
-from mmlora.cli.doctor import size_text
 from mmlora.server.args import ServerArgs
 from mmlora.server.lora.served_models import ServedModels
 from mmlora.server.observability.log_format import STARTUP_LOGGER
@@ -59,6 +58,8 @@ def summary(llm: AsyncLLM, models: ServedModels, args: ServerArgs, url: str) -> 
 
 def as_text(facts: dict[str, Any]) -> str:
     """A few lines for people."""
+    from mmlora.cli.doctor import size_text
+
     parameters = ", ".join(f"{part.replace('_', ' ')} {_count_text(num)}" for part, num in facts["parameters"].items())
     keys_of: dict[str, list[str]] = {}
     for key, path in facts["default_adapters"].items():

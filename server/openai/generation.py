@@ -8,9 +8,9 @@ from mmlora.async_llm import AsyncLLM
 from mmlora.inputs.chat import CheckedMessages, check_messages, load_chat_template, render_chat
 from mmlora.processors.fetch.loader import PromptMedia
 from mmlora.sampling_params import SamplingParams
+from mmlora.server.http.auth import CALLER
 from mmlora.server.lora.lora_field import LoRAField
 from mmlora.server.lora.served_models import ServedModels
-from mmlora.server.observability.access_log import CALLER
 from mmlora.server.openai.logprobs import check_prompt_logprobs
 from mmlora.server.openai.output import raise_failure
 from mmlora.server.openai.streaming import Outputs, adapter_faults, close

@@ -13,8 +13,7 @@ from starlette.responses import Response
 
 from mmlora.errors import EngineDeadError, RequestError
 from mmlora.outputs import CompletionOutput, LoRAChoice, RequestOutput
-from mmlora.server.errors import error_body
-from mmlora.server.json_answer import JSONAnswer
+from mmlora.server.errors import UTF8JSONResponse, error_body
 
 logger = logging.getLogger(__name__)
 Json = dict[str, Any]
@@ -82,7 +81,7 @@ class Answer(ABC):
 
     def response(self, outputs: list[RequestOutput], headers: Mapping[str, str]) -> Response:
         """The whole answer over HTTP."""
-        return JSONAnswer(self.complete(outputs), headers=headers)
+        return UTF8JSONResponse(self.complete(outputs), headers=headers)
 
     @abstractmethod
     def lora(self, outputs: Iterable[RequestOutput]) -> LoRAChoice:

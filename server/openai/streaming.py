@@ -2,10 +2,11 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -13,13 +14,13 @@ from mmlora.errors import AdapterError, MMLoRAError
 from mmlora.outputs import RequestOutput
 from mmlora.server.errors import Refusal
 from mmlora.server.http.admission import Deadline
-from mmlora.server.http.limits import until_disconnect
 from mmlora.server.lora.lora_field import LoRAField
 from mmlora.server.lora.served_models import ServedModels
 from mmlora.server.openai.output import Answer, lora_headers
 
 logger = logging.getLogger(__name__)
 Outputs = AsyncIterator[RequestOutput]
+T = TypeVar("T")
 
 
 async def respond_with(request: Request, answer: Answer, outputs: Outputs, *, is_stream: bool) -> Response:
@@ -134,3 +135,27 @@ async def _next(outputs: Outputs) -> RequestOutput:
     except BaseException:
         await close(outputs)
         raise
+
+
+async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` and cancel it when the client disconnects. The body must have been read before.
+
+    Raises:
+        ClientDisconnect: the client disconnected first.
+    """
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_wait_for_disconnect(request))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for pending in (task, watch):
+            pending.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _wait_for_disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mmlora.inputs.chat import message_text
-from mmlora.server.http.limits import read_body
+from mmlora.server.http.admission import read_body
 from mmlora.server.openai.chat.output import ChatAnswer
 from mmlora.server.openai.chat.protocol import ChatCompletionRequest, parse_chat_request
 from mmlora.server.openai.generation import Conversation, Conversations

@@ -15,9 +15,9 @@ from mmlora.processors.fetch.loader import PromptMedia
 from mmlora.processors.fetch.reference import MediaReference, references_of
 from mmlora.sampling_params import SamplingParams
 from mmlora.server.errors import Refusal, error_body, status_of
-from mmlora.server.http.limits import read_body
+from mmlora.server.http.admission import read_body
+from mmlora.server.http.auth import CALLER
 from mmlora.server.lora.served_models import ServedModels
-from mmlora.server.observability.access_log import CALLER
 from mmlora.server.openai.completions.merge import merge
 from mmlora.server.openai.completions.output import CompletionAnswer
 from mmlora.server.openai.completions.protocol import CompletionRequest, TextOrTokens, parse_completion_request

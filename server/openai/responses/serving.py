@@ -5,7 +5,7 @@ import uuid
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mmlora.server.http.limits import read_body
+from mmlora.server.http.admission import read_body
 from mmlora.server.openai.generation import Conversation, Conversations
 from mmlora.server.openai.responses.input import as_messages
 from mmlora.server.openai.responses.items import OutputItems

@@ -10,7 +10,7 @@ from mmlora.models.transcription import LANGUAGES, TranscriptionPrompt
 from mmlora.processors.media.decoding import load_media
 from mmlora.processors.media.items import AudioItem
 from mmlora.server.errors import Refusal
-from mmlora.server.http.limits import read_body
+from mmlora.server.http.admission import read_body
 from mmlora.server.openai.generation import Conversation, Conversations
 from mmlora.server.openai.protocol import FieldError
 from mmlora.server.openai.streaming import respond_with

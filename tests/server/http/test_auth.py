@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from mmlora.server.api import build_app
-from mmlora.server.http.cors import CORS
+from mmlora.server.http.auth import CORS
 from mmlora.server.launch import load_served_models
 from tests.server.conftest import RunningServer, ServerFactory, run_app
 
