@@ -7,23 +7,29 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any, Final, Literal, TypeVar
 
-from mmlora.async_loras import AsyncLoRAs
+import torch
+
 from mmlora.config import EngineArgs
 from mmlora.engine.llm_engine import LLMEngine
-from mmlora.engine.metrics import EngineMetrics, EngineSummary
-from mmlora.engine.request_record import OPEN_RECORDS, ReadyRequest, RequestHistograms, RequestRecord
+from mmlora.engine.metrics import (
+    OPEN_RECORDS,
+    EngineMetrics,
+    EngineSummary,
+    RequestHistograms,
+    RequestRecord,
+)
 from mmlora.errors import EngineDeadError, MMLoRAError
 from mmlora.inputs.engine_input import EngineInput
 from mmlora.inputs.prompts import Prompt
 from mmlora.lora.request import LoRARequest
+from mmlora.lora.store.info import LoRAInfo
 from mmlora.outputs import RequestOutput
 from mmlora.sampling_params import SamplingParams
-from mmlora.stream import Stream
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -31,7 +37,46 @@ T = TypeVar("T")
 NUM_LOADERS: Final = 16  # many of them only wait: for a load that another one does, or for the end of a step
 
 
-class AsyncLLM(AsyncLoRAs):
+class RequestStream:
+    """One request of `AsyncLLM`, ready to run, and its outputs on their way from the engine thread to an event loop.
+
+    Attributes:
+        input: what the engine runs.
+        record: what is known about the request, for logs and histograms.
+    """
+
+    def __init__(self, request_input: EngineInput, record: RequestRecord, histograms: RequestHistograms) -> None:
+        self.input = request_input
+        self.record = record
+        self._histograms = histograms
+        self._loop = asyncio.get_running_loop()
+        self._outputs: asyncio.Queue[RequestOutput | MMLoRAError] = asyncio.Queue()
+
+    def put(self, output: RequestOutput | MMLoRAError) -> None:
+        """Hand over an output; called by the engine thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._receive, output)
+        except RuntimeError:  # the loop is closed, so nothing reads the output
+            logger.debug("an output was dropped: its event loop is closed")
+
+    def _receive(self, output: RequestOutput | MMLoRAError) -> None:
+        self._outputs.put_nowait(output)  # first, so that it is delivered even if the histograms fail
+        if isinstance(output, RequestOutput):
+            self._histograms.take(self.record, output)
+
+    async def get(self) -> RequestOutput:
+        """Wait for the next output.
+
+        Raises:
+            MMLoRAError: the request could not be queued, or the engine died.
+        """
+        output = await self._outputs.get()
+        if isinstance(output, MMLoRAError):
+            raise output
+        return output
+
+
+class AsyncLLM:
     """Serve concurrent requests from an event loop.
 
     Attributes:
@@ -70,8 +115,8 @@ class AsyncLLM(AsyncLoRAs):
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="mmlora-input")
         self._loaders = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="mmlora-loader")
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._streams: dict[str, Stream] = {}  # touched by the engine thread only
-        self._preparing: dict[Stream, str] = {}  # requests in the pool; touched by event loops only
+        self._streams: dict[str, RequestStream] = {}  # touched by the engine thread only
+        self._preparing: list[RequestRecord] = []  # requests in the pool; touched by event loops only
         self._ids = itertools.count()
         self._is_alive = True
         self._is_stopping = False
@@ -159,7 +204,7 @@ class AsyncLLM(AsyncLoRAs):
         request_id: str | None = None,
         lora_request: LoRARequest | object | None = None,
         priority: int = 0,
-    ) -> ReadyRequest:
+    ) -> RequestStream:
         """Make a request ready for `run`, so that several can be checked before any is started; nothing is queued.
 
         Raises:
@@ -171,23 +216,22 @@ class AsyncLLM(AsyncLoRAs):
         records = OPEN_RECORDS.get()
         if records is not None:
             records.append(record)
-        stream = Stream(functools.partial(self.histograms.take, record))
         process = functools.partial(
             self.engine.process_input, request_id, prompt, sampling_params, lora_request, priority
         )
-        self._preparing[stream] = request_id
+        self._preparing.append(record)
         try:
-            ready = await self.run_in_pool(process, is_load=self.engine.must_load_lora(lora_request))
+            request_input = await self.run_in_pool(process, is_load=self.engine.must_load_lora(lora_request))
         finally:
-            del self._preparing[stream]
-        return ReadyRequest(ready, stream, record)
+            self._preparing.remove(record)
+        return RequestStream(request_input, record, self.histograms)
 
-    async def run(self, ready: ReadyRequest) -> AsyncGenerator[RequestOutput, None]:
+    async def run(self, stream: RequestStream) -> AsyncGenerator[RequestOutput, None]:
         """Complete what `prepare` made ready, as `generate` does."""
-        request_id, stream = ready.input.request_id, ready.stream
-        ready.record.queue(ready.input, time.monotonic())
-        self._send(lambda: self._add(ready.input, stream))
-        if stream.is_aborted:
+        request_id = stream.input.request_id
+        stream.record.queue(stream.input, time.monotonic())
+        self._send(lambda: self._add(stream))
+        if stream.record.is_aborted:
             self._send(lambda: self._abort(request_id, stream), or_ignore=True)
         is_finished = False
         try:
@@ -202,10 +246,106 @@ class AsyncLLM(AsyncLoRAs):
             if not is_finished:
                 self._send(lambda: self._abort(request_id, stream), or_ignore=True)
 
+    async def add_lora(
+        self,
+        lora: str | LoRARequest,
+        path: str | None = None,
+        *,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        config: object | None = None,
+    ) -> LoRARequest:
+        """Load an adapter beside the steps, as `LLM.add_lora` does.
+
+        Raises:
+            AdapterError: see there.
+            EngineDeadError: the engine has stopped.
+        """
+        add = functools.partial(self.engine.lora.add, lora, path, tensors=tensors, config=config)
+        return await self.change_loras(add)
+
+    async def reload_lora(
+        self,
+        lora: str | int,
+        path: str | None = None,
+        *,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        config: object | None = None,
+    ) -> LoRARequest:
+        """Load another version of an adapter beside the steps and swap it in between two, as `LLM.reload_lora` does.
+
+        Raises:
+            AdapterError: see there.
+            EngineDeadError: the engine has stopped.
+        """
+        return await self.change_loras(
+            functools.partial(self.engine.lora.reload, lora, path, tensors=tensors, config=config)
+        )
+
+    async def remove_lora(self, lora: str | int) -> None:
+        """Unload an adapter; returns at once, while the memory is freed when the last request with it ends.
+
+        Raises:
+            AdapterNotFound: it is unknown.
+            EngineDeadError: the engine has stopped.
+        """
+        await self.change_loras(functools.partial(self.engine.lora.remove, lora))
+
+    async def pin_lora(self, lora: str | int, *, is_pinned: bool = True) -> None:
+        """Keep an adapter on the host and in a slot, or let it be evicted again, as `LLM.pin_lora` does.
+
+        Raises:
+            AdapterError: see there.
+            EngineDeadError: the engine has stopped.
+        """
+        if is_pinned:
+            await self.run_in_pool(self.engine.lora.pin, lora, self._run_in_engine, is_load=True)
+        else:
+            await self.change_loras(functools.partial(self.engine.lora.unpin, lora))
+
+    async def change_loras(self, change: Callable[[], T]) -> T:
+        """Change the host's adapters beside the steps, then have the engine thread bring the slots in line.
+
+        Args:
+            change: calls `engine.lora`. Once begun it ends, whether the caller still waits or not.
+
+        Raises:
+            EngineDeadError: the engine has stopped.
+        """
+
+        def change_and_settle() -> T:
+            result = change()
+            self._run_in_engine(self.engine.lora.settle)
+            return result
+
+        return await self.run_in_pool(change_and_settle, is_load=True)
+
+    async def list_loras(self) -> list[LoRAInfo]:
+        """The adapters that are known, as `LLM.list_loras` has them."""
+        return self.engine.list_loras()
+
+    def _run_in_engine(self, function: Callable[[], None]) -> None:
+        """Run something short between two steps and wait for it, in a loader.
+
+        Raises:
+            EngineDeadError: the engine has stopped.
+        """
+        done: Future[None] = Future()
+
+        def message() -> None:
+            try:
+                function()
+            except BaseException as error:  # whoever waits is told, whatever it is
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        self._send(message)
+        done.result()
+
     async def abort(self, request_id: str) -> None:
         """End a request; its iterator yields a last output with `finish_reason="abort"`."""
-        for stream, preparing_id in self._preparing.items():
-            stream.is_aborted |= preparing_id == request_id
+        for record in self._preparing:
+            record.is_aborted |= record.request_id == request_id
         self._send(lambda: self._abort(request_id), or_ignore=True)
 
     def shutdown(self) -> None:
@@ -253,17 +393,17 @@ class AsyncLLM(AsyncLoRAs):
                 return False
             message()
 
-    def _add(self, ready: EngineInput, stream: Stream) -> None:
+    def _add(self, stream: RequestStream) -> None:
         try:
             if not self._is_alive:
                 raise EngineDeadError("the engine stopped before the request began")
-            self.engine.add_input(ready)
+            self.engine.add_input(stream.input)
         except MMLoRAError as error:
             stream.put(error)
         else:
-            self._streams[ready.request_id] = stream
+            self._streams[stream.input.request_id] = stream
 
-    def _abort(self, request_id: str, stream: Stream | None = None) -> None:
+    def _abort(self, request_id: str, stream: RequestStream | None = None) -> None:
         if stream is not None and self._streams.get(request_id) is not stream:
             return  # it has ended, or its id now belongs to another request
         output = self.engine.abort_request(request_id, is_delta=True)

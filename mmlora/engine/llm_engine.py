@@ -18,9 +18,8 @@ from mmlora.engine.detokenizer import Detokenizer
 from mmlora.engine.loading import load_engine_parts
 from mmlora.engine.metrics import EngineMetrics, EngineSummary, RequestCounters, measure
 from mmlora.engine.model_runner import SampledToken
-from mmlora.engine.output_builder import build_output
 from mmlora.engine.scheduler import ScheduledSequence
-from mmlora.engine.sequence import Request, Sequence, Status
+from mmlora.engine.sequence import Request, Sequence, Status, build_output
 from mmlora.errors import MMLoRAError, RequestError
 from mmlora.inputs.engine_input import EngineInput
 from mmlora.inputs.prompts import Prompt

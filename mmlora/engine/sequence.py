@@ -3,7 +3,7 @@
 A request has `n` sequences, one per answer. The scheduler moves sequences; the model runner appends tokens.
 """
 
-from collections.abc import Sequence as Items
+import time
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -13,7 +13,7 @@ from mmlora.engine.detokenizer import Detokenizer
 from mmlora.errors import MMLoRAError
 from mmlora.inputs.engine_input import EngineInput, MediaInput
 from mmlora.lora.adapter import Adapter
-from mmlora.outputs import TokenLogprobs
+from mmlora.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprobs
 from mmlora.sampling_params import SamplingParams
 from mmlora.structured_outputs import Matcher
 from mmlora.towers.base import BidirectionalSpan, PromptLayout
@@ -106,7 +106,7 @@ class Sequence:
         """Positions of the prompt's tokens, and which of them see more than those before them."""
         return self.request.input.layout
 
-    def positions(self, start: int, end: int, row: int) -> Items[int]:
+    def positions(self, start: int, end: int, row: int) -> list[int] | range:
         """Rotary positions of the tokens `[start, end)`, one row of them."""
         layout = self.layout
         if layout.positions is None:
@@ -144,3 +144,57 @@ class Sequence:
     def wants_prompt_logprobs(self) -> bool:
         """Whether this sequence computes its request's prompt log probabilities."""
         return self.index == 0 and self.params.prompt_logprobs is not None and self.request.prompt_logprobs is None
+
+
+def build_output(request: Request, *, is_delta: bool) -> RequestOutput:
+    """State what a request has brought.
+
+    Args:
+        request: running or ended.
+        is_delta: only what is new since the last call, not everything so far.
+    """
+    return RequestOutput(
+        request_id=request.request_id,
+        prompt=request.input.prompt,
+        prompt_token_ids=request.input.prompt_token_ids,
+        outputs=[_completion(seq, is_delta=is_delta) for seq in request.sequences],
+        finished=request.is_finished,
+        lora=request.input.lora,
+        lora_request=request.input.lora_request,
+        prompt_logprobs=request.prompt_logprobs,
+        num_cached_tokens=request.num_cached_tokens or 0,
+        num_media_tokens=request.input.num_media_tokens,
+        metrics=_metrics(request),
+        error=request.error,
+    )
+
+
+def _completion(seq: Sequence, *, is_delta: bool) -> CompletionOutput:
+    tokens, start = seq.output_token_ids, 0
+    if is_delta:
+        start, seq.num_returned_tokens = seq.num_returned_tokens, len(tokens)
+        text = seq.detokenizer.take_new_text(is_finished=seq.status is Status.FINISHED)
+    else:
+        text = seq.detokenizer.text
+    has_logprobs = seq.params.logprobs is not None
+    return CompletionOutput(
+        index=seq.index,
+        text=text,
+        token_ids=tokens[start:],
+        cumulative_logprob=seq.cumulative_logprob if has_logprobs else None,
+        logprobs=seq.logprobs[start:] if has_logprobs else None,
+        finish_reason=seq.finish_reason,
+        stop_reason=seq.stop_reason,
+    )
+
+
+def _metrics(request: Request) -> RequestMetrics:
+    now = time.monotonic()
+    scheduled_s = request.scheduled_s or now
+    first_token_s = request.first_token_s or now
+    return RequestMetrics(
+        queue_s=scheduled_s - request.arrival_s,
+        prefill_s=max(0.0, first_token_s - scheduled_s),
+        decode_s=now - first_token_s,
+        arrival_s=request.arrival_s,
+    )

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mmlora.engine.request_record import OPEN_RECORDS, RequestRecord
+from mmlora.engine.metrics import OPEN_RECORDS, RequestRecord
 from mmlora.server.observability.tracing import Tracer
 from mmlora.utils.printable import printable
 

@@ -6,7 +6,7 @@ import sys
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from mmlora.engine.request_record import OPEN_RECORDS
+from mmlora.engine.metrics import OPEN_RECORDS
 from mmlora.server.observability.access_log import ACCESS_LOGGER
 
 STARTUP_LOGGER: Final = "mmlora.startup"

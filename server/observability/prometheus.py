@@ -16,9 +16,7 @@ from prometheus_client.registry import Collector
 from starlette.responses import Response
 
 from mmlora.async_llm import AsyncLLM
-from mmlora.engine.histogram import Histogram
-from mmlora.engine.metrics import AdapterMetrics, EngineMetrics
-from mmlora.engine.request_record import RequestHistograms
+from mmlora.engine.metrics import AdapterMetrics, EngineMetrics, Histogram, RequestHistograms
 from mmlora.server.http.admission import Admission
 from mmlora.server.observability.access_log import AccessLog, HttpCounts
 from mmlora.server.observability.tracing import Tracer

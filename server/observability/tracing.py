@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import Scope
 
-from mmlora.engine.request_record import RequestRecord
+from mmlora.engine.metrics import RequestRecord
 from mmlora.errors import ConfigError
 from mmlora.utils.printable import as_utf8
 

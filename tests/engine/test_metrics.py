@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from mmlora import BASE, LLM, LoRARequest, SamplingParams
-from mmlora.engine.histogram import Histogram
-from mmlora.engine.metrics import AdapterMetrics, EngineMetrics
+from mmlora.engine.metrics import AdapterMetrics, EngineMetrics, Histogram
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 AUDIO = (np.sin(np.arange(8000) / 20).astype(np.float32), 16000)

@@ -2,7 +2,7 @@
 
 import random
 
-from mmlora.engine.waiting_queue import Place, WaitingQueue
+from mmlora.engine.scheduler import Place, WaitingQueue
 from tests.engine.sequences import make_adapter, make_sequence
 
 A, B = make_adapter("A", 1), make_adapter("B", 2)

@@ -8,8 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mmlora.async_llm import AsyncLLM
-from mmlora.engine.request_record import ReadyRequest
+from mmlora.async_llm import AsyncLLM, RequestStream
 from mmlora.errors import EngineDeadError, MMLoRAError
 from mmlora.processors.fetch.loader import PromptMedia
 from mmlora.processors.fetch.reference import MediaReference, references_of
@@ -75,7 +74,7 @@ class CompletionService:
             await close(outputs)
 
     async def _follow(
-        self, ready: ReadyRequest, answer: CompletionAnswer, asked: CompletionRequest, index: int
+        self, ready: RequestStream, answer: CompletionAnswer, asked: CompletionRequest, index: int
     ) -> Outputs:
         """The deltas of one prompt."""
         outputs, is_first = self._llm.run(ready), True

@@ -21,7 +21,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from mmlora.engine.request_record import RequestRecord
+from mmlora.engine.metrics import RequestRecord
 from mmlora.errors import ConfigError
 from mmlora.outputs import LoRAChoice
 from mmlora.sampling_params import SamplingParams
