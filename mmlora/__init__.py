@@ -7,7 +7,7 @@ from mmlora.engine.metrics import EngineMetrics
 from mmlora.llm import LLM
 from mmlora.lora.mix import LoRAMix
 from mmlora.lora.request import BASE, LoRARequest
-from mmlora.lora.store.info import LoRAInfo
+from mmlora.lora.store.manager import LoRAInfo
 from mmlora.outputs import CompletionOutput, LoRAChoice, RequestOutput
 from mmlora.sampling_params import SamplingParams
 from mmlora.structured_outputs import StructuredOutputsParams

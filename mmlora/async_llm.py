@@ -27,7 +27,7 @@ from mmlora.errors import EngineDeadError, MMLoRAError
 from mmlora.inputs.engine_input import EngineInput
 from mmlora.inputs.prompts import Prompt
 from mmlora.lora.request import LoRARequest
-from mmlora.lora.store.info import LoRAInfo
+from mmlora.lora.store.manager import LoRAInfo
 from mmlora.outputs import RequestOutput
 from mmlora.sampling_params import SamplingParams
 
@@ -312,12 +312,12 @@ class AsyncLLM:
             EngineDeadError: the engine has stopped.
         """
 
-        def change_and_settle() -> T:
+        def change_and_sync() -> T:
             result = change()
-            self._run_in_engine(self.engine.lora.settle)
+            self._run_in_engine(self.engine.lora.sync_slots)
             return result
 
-        return await self.run_in_pool(change_and_settle, is_load=True)
+        return await self.run_in_pool(change_and_sync, is_load=True)
 
     async def list_loras(self) -> list[LoRAInfo]:
         """The adapters that are known, as `LLM.list_loras` has them."""

@@ -14,7 +14,7 @@ from mmlora.inputs.chat import load_chat_template, render_chat
 from mmlora.inputs.chat_tools import Message
 from mmlora.inputs.prompts import Prompt
 from mmlora.lora.request import LoRARequest
-from mmlora.lora.store.info import LoRAInfo
+from mmlora.lora.store.manager import LoRAInfo
 from mmlora.outputs import RequestOutput
 from mmlora.sampling_params import SamplingParams
 

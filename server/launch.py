@@ -13,7 +13,7 @@ from mmlora.config import EngineArgs
 from mmlora.errors import AdapterError, ConfigError
 from mmlora.lora.adapter import AdapterReport
 from mmlora.lora.request import LoRARequest
-from mmlora.lora.store.info import LoRAInfo
+from mmlora.lora.store.manager import LoRAInfo
 from mmlora.server.api import build_app
 from mmlora.server.args import ServerArgs
 from mmlora.server.http.admission import Admission

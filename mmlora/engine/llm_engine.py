@@ -24,8 +24,7 @@ from mmlora.errors import MMLoRAError, RequestError
 from mmlora.inputs.engine_input import EngineInput
 from mmlora.inputs.prompts import Prompt
 from mmlora.lora.request import LoRARequest
-from mmlora.lora.store.info import LoRAInfo
-from mmlora.lora.store.manager import LoRAManager
+from mmlora.lora.store.manager import LoRAInfo, LoRAManager
 from mmlora.outputs import RequestOutput
 from mmlora.processors.base import MultiModalProcessor
 from mmlora.processors.fetch.loader import MediaLoader
@@ -226,7 +225,7 @@ class LLMEngine:
     ) -> LoRARequest:
         """Load an adapter, see `LoRAManager.add`. This and the four below belong to the thread that steps."""
         request = self.lora.add(lora, path, tensors=tensors, config=config)
-        self.lora.settle()
+        self.lora.sync_slots()
         return request
 
     def reload_lora(
@@ -239,13 +238,13 @@ class LLMEngine:
     ) -> LoRARequest:
         """Swap in another version of an adapter, see `LoRAManager.reload`."""
         request = self.lora.reload(lora, path, tensors=tensors, config=config)
-        self.lora.settle()
+        self.lora.sync_slots()
         return request
 
     def remove_lora(self, lora: str | int) -> None:
         """Unload an adapter once the last request that runs with it has ended, see `LoRAManager.remove`."""
         self.lora.remove(lora)
-        self.lora.settle()
+        self.lora.sync_slots()
 
     def pin_lora(self, lora: str | int, *, is_pinned: bool = True) -> None:
         """Keep an adapter on the host and in a slot, or no longer, see `LoRAManager.pin`."""
@@ -253,11 +252,11 @@ class LLMEngine:
             self.lora.pin(lora)
         else:
             self.lora.unpin(lora)
-            self.lora.settle()
+            self.lora.sync_slots()
 
     def list_loras(self) -> list[LoRAInfo]:
         """The adapters that are known; may be asked from any thread."""
-        return self.lora.infos()
+        return self.lora.list_infos()
 
     def prefetch_loras(self, lora_requests: Iterable[object]) -> None:
         """Load the missing adapters of several requests in parallel; errors are left to `process_input`."""
@@ -390,7 +389,7 @@ class LLMEngine:
             if request.is_finished:
                 self._forget(request)
         if self._lora is not None:
-            self._lora.settle()
+            self._lora.sync_slots()
         return outputs
 
     def _forget(self, request: Request) -> None:

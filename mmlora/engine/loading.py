@@ -23,10 +23,9 @@ from mmlora.lora.loading.files import AdapterFiles
 from mmlora.lora.loading.load import load_adapter
 from mmlora.lora.loading.module_index import ModuleIndex
 from mmlora.lora.request import LoRARequest
+from mmlora.lora.store.host_cache import HostCache, LoadAdapter
 from mmlora.lora.store.manager import LoRAManager
 from mmlora.lora.store.registry import AdapterRegistry
-from mmlora.lora.store.store import AdapterStore
-from mmlora.lora.store.stored_adapter import Load
 from mmlora.models.config import load_config
 from mmlora.models.decoder_check import check_decoder
 from mmlora.models.default_adapters import choose_default_adapters
@@ -58,7 +57,7 @@ class EngineParts:
     runner: ModelRunner
     block_manager: BlockManager
     scheduler: Scheduler
-    store: AdapterStore | None
+    store: HostCache | None
     slots: LoRASlots | None
     lora: LoRAManager | None
     default_adapters: dict[str, tuple[LoRARequest, Adapter]]
@@ -153,7 +152,7 @@ def _check_limits(args: EngineArgs, modalities: frozenset[str]) -> None:
 class _AdapterParts:
     """The parts that deal with adapters; none where they are not allowed."""
 
-    store: AdapterStore | None = None
+    store: HostCache | None = None
     slots: LoRASlots | None = None
     lora: LoRAManager | None = None
     defaults: dict[str, tuple[LoRARequest, Adapter]] = field(default_factory=dict)
@@ -161,19 +160,24 @@ class _AdapterParts:
 
 
 def _load_adapter_parts(
-    args: EngineArgs, model: Any, load: Load, device: torch.device, default_paths: dict[str, str], model_path: Path
+    args: EngineArgs,
+    model: Any,
+    load: LoadAdapter,
+    device: torch.device,
+    default_paths: dict[str, str],
+    model_path: Path,
 ) -> _AdapterParts:
     registry = AdapterRegistry(args.lora_registry) if args.lora_registry is not None else None
-    default_store = AdapterStore(load)
+    default_store = HostCache(load)
     defaults = _load_defaults(default_paths, default_store, model_path)
     default_load_s = {entry.name: entry.load_s for entry in default_store.entries}
-    store = AdapterStore(load, max_cpu_loras=args.num_host_loras, max_pinned=args.max_pinned_loras, registry=registry)
+    store = HostCache(load, max_cpu_loras=args.num_host_loras, max_pinned=args.max_pinned_loras, registry=registry)
     slots = LoRASlots(model, args.max_loras, device)
     lora = LoRAManager(store, slots, [adapter for _, adapter in defaults.values()], registry)
     return _AdapterParts(store, slots, lora, defaults, default_load_s)
 
 
-def _adapter_loader(args: EngineArgs, index: ModuleIndex, dtype: torch.dtype) -> Load:
+def _adapter_loader(args: EngineArgs, index: ModuleIndex, dtype: torch.dtype) -> LoadAdapter:
     def load(files: AdapterFiles, name: str) -> Adapter:
         return load_adapter(
             files,
@@ -187,10 +191,8 @@ def _adapter_loader(args: EngineArgs, index: ModuleIndex, dtype: torch.dtype) ->
     return load
 
 
-def _load_defaults(
-    paths: dict[str, str], store: AdapterStore, model_path: Path
-) -> dict[str, tuple[LoRARequest, Adapter]]:
-    """Load each default adapter once per path, in a store of their own so that their names are free for others."""
+def _load_defaults(paths: dict[str, str], store: HostCache, model_path: Path) -> dict[str, tuple[LoRARequest, Adapter]]:
+    """Load each default adapter once per path, in a separate cache so that their names stay free for others."""
     defaults: dict[str, tuple[LoRARequest, Adapter]] = {}
     loaded: dict[str, Adapter] = {}
     layout = find_layout(model_path)

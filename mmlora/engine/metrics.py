@@ -187,7 +187,7 @@ def _adapters(
     waiting: list[Request],
 ) -> Iterator[AdapterMetrics]:
     num_running, num_waiting = (Counter(_kinds_of(requests, defaults)) for requests in (running, waiting))
-    infos = {info.name: info for info in lora.infos()}
+    infos = {info.name: info for info in lora.list_infos()}
     asked = [(name, is_mix) for name, is_default, is_mix in num_running + num_waiting if not is_default]
     for name, is_mix in dict.fromkeys([*((name, False) for name in infos), *asked]):
         key = (name, False, is_mix)  # what was removed and still runs is among them

@@ -15,7 +15,7 @@ from mmlora.inputs.prompts import Prompt, as_items, encode_text, prompt_fields
 from mmlora.lora.adapter import Adapter
 from mmlora.lora.mix import LoRAMix, MixCache
 from mmlora.lora.request import BASE, LoRARequest
-from mmlora.lora.store.store import AdapterStore
+from mmlora.lora.store.host_cache import HostCache
 from mmlora.outputs import LoRAChoice
 from mmlora.processors.base import MultiModalProcessor, ProcessedMedia
 from mmlora.processors.fetch.loader import MediaLoader
@@ -53,7 +53,7 @@ class InputProcessor:
         max_model_len: int,
         processor: MultiModalProcessor | None,
         towers: Towers | None,
-        store: AdapterStore | None,
+        store: HostCache | None,
         defaults: Mapping[str, tuple[LoRARequest, Adapter]],
         constraints: ConstraintCompiler,
     ) -> None:

@@ -39,7 +39,7 @@ class Adapter:
         media_digest: sha256 of the tower and connector tensors alone, None if it has none.
         path: the directory it was read from; None for an adapter from memory.
         modules: by the model's own module name.
-        uid: number of the adapter in this process; 0 until an `AdapterStore` has taken it.
+        uid: number of the adapter in this process; 0 until an `HostCache` has taken it.
         generation: count of in-place reloads.
         invocation_tokens: of an activated LoRA: it holds from the last place where they stand in the prompt; empty
             for an adapter that holds everywhere.

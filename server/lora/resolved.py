@@ -13,7 +13,7 @@ from mmlora.lora.loading.files import CONFIG_FILE
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.resolver import LoRAResolverRegistry
 from mmlora.lora.resolving.resolution import LoRAResolution, ResolutionLimits
-from mmlora.lora.store.store import AdapterStore
+from mmlora.lora.store.host_cache import HostCache
 from mmlora.plugins import load_general_plugins
 from mmlora.server.lora.served_adapter import ServedAdapter
 from mmlora.server.lora.served_models import ServedModels
@@ -49,7 +49,7 @@ def start_resolution(llm: AsyncLLM, models: ServedModels, environment: Mapping[s
 class _Acceptance:
     """Loads an adapter that was found, and serves it."""
 
-    def __init__(self, llm: AsyncLLM, models: ServedModels, store: AdapterStore) -> None:
+    def __init__(self, llm: AsyncLLM, models: ServedModels, store: HostCache) -> None:
         self._llm = llm
         self._models = models
         self._store = store

@@ -14,7 +14,7 @@ from starlette.responses import PlainTextResponse
 from mmlora.async_llm import AsyncLLM
 from mmlora.errors import AdapterNotFound, RequestError
 from mmlora.lora.request import MAX_INT_ID, MEMORY, LoRARequest
-from mmlora.lora.store.store import AdapterStore
+from mmlora.lora.store.host_cache import HostCache
 from mmlora.server.bodies import Body, body_schema, parse_body
 from mmlora.server.errors import Refusal
 from mmlora.server.http.admission import read_body
@@ -126,13 +126,13 @@ class AdapterUpdates:
         logger.info("adapter %r was unloaded", name)
         return f"Success: LoRA adapter '{name}' removed successfully"
 
-    def _store(self) -> AdapterStore:
+    def _store(self) -> HostCache:
         store = self._llm.adapter_store
         if store is None:
             raise RequestError("adapters cannot be loaded: the server runs without --enable-lora")
         return store
 
-    def _load(self, body: LoadBody, store: AdapterStore) -> None:
+    def _load(self, body: LoadBody, store: HostCache) -> None:
         name = body.lora_name
         with self._models.changes.hold(name):
             served = self._check_name(name, may_replace=bool(body.load_inplace))
@@ -165,7 +165,7 @@ class AdapterUpdates:
             raise FieldError(message, "lora_name")
         return served
 
-    def _unload(self, name: str, lora_int_id: int | None, store: AdapterStore) -> None:
+    def _unload(self, name: str, lora_int_id: int | None, store: HostCache) -> None:
         if self._models.is_base(name):
             raise FieldError(f"{shorten(name)} is the base model, which cannot be unloaded", "lora_name")
         with self._models.changes.hold(name):

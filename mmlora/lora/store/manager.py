@@ -1,10 +1,11 @@
-"""`LoRAManager`: the life cycle of adapters, on the host and in the slots, from loading to the last byte freed."""
+"""Life cycle of adapters that users see: add, reload, pin, remove and list, on the host and in the device slots."""
 
 import logging
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Final
 
 from mmlora.errors import AdapterError
@@ -13,54 +14,88 @@ from mmlora.lora.layers.slots import LoRASlots
 from mmlora.lora.loading.files import AdapterFiles, files_from_memory
 from mmlora.lora.mix import LoRAMix
 from mmlora.lora.request import MEMORY, LoRARequest
-from mmlora.lora.store.info import LoRAInfo
+from mmlora.lora.store.host_cache import CacheEntry, HostCache
 from mmlora.lora.store.registry import AdapterRegistry
-from mmlora.lora.store.store import AdapterStore
-from mmlora.lora.store.stored_adapter import StoredAdapter
 
 logger = logging.getLogger(__name__)
 
-RUNTIME_LORA_IDS: Final = 2**61  # random ids are from here to twice that, far from those that callers choose
+RUNTIME_LORA_IDS: Final = 2**61  # random ids start here and end below twice this, far from ids that callers choose
 NUM_PREFETCH_THREADS: Final = 4
 
 
-class LoRAManager:
-    """Add, reload, pin and remove adapters while requests run.
+@dataclass(frozen=True)
+class LoRAInfo:
+    """State of one adapter.
 
-    What changes the host may be called from any thread. `retain`, `release`, `place` and `settle` belong to the thread
-    that runs the engine: it brings the slots in line between two steps.
+    Attributes:
+        request: pass it as `lora_request` to run the adapter.
+        digest: of the current version; None until the first load has succeeded.
+        generation: number of reloads.
+        num_bytes: of the current version; 0 while nothing holds it in memory.
+        is_pinned: whether it is exempt from eviction, on the host and in its slot.
+        is_on_host, is_on_device: where the current version is.
+        num_requests: unfinished requests on any version of it.
+        num_loads, load_s: number of loads, and the seconds they took.
+        problem: why it cannot be used; None when it can.
+    """
+
+    request: LoRARequest
+    digest: str | None
+    generation: int
+    num_bytes: int
+    is_pinned: bool
+    is_on_host: bool
+    is_on_device: bool
+    num_requests: int
+    num_loads: int
+    load_s: float
+    problem: str | None
+
+    @property
+    def name(self) -> str:
+        """Name that requests use."""
+        return self.request.lora_name
+
+
+class LoRAManager:
+    """Adds, reloads, pins and removes adapters while requests run.
+
+    Changes of the host cache may come from any thread. `retain`, `release`, `activate_pinned` and `sync_slots` belong
+    to the engine thread, which syncs the slots between two steps.
 
     Args:
-        store: adapters on the host.
+        cache: adapters in host memory.
         slots: adapters on the device.
-        defaults: adapters that are always there, beside those of the store.
-        registry: where to restore adapters from, now.
+        defaults: adapters outside the cache that are always available.
+        registry: adapters to restore now.
     """
 
     def __init__(
         self,
-        store: AdapterStore,
+        cache: HostCache,
         slots: LoRASlots,
         defaults: Sequence[Adapter] = (),
         registry: AdapterRegistry | None = None,
     ) -> None:
-        self._store = store
+        self._cache = cache
         self._slots = slots
         self._defaults = {adapter.identity for adapter in defaults}
         self._num_requests: Counter[AdapterIdentity] = Counter()
-        self._pins: dict[AdapterIdentity, int] = {}  # slots that are retained for pinned adapters
-        self._resident: tuple[Adapter, ...] = ()  # as of the last `settle`, for other threads
+        self._pins: dict[AdapterIdentity, int] = {}  # slots retained for pinned adapters
+        self._resident: tuple[Adapter, ...] = ()  # as of the last `sync_slots`, for other threads
+        self._is_synced = True
+        self._num_changes = cache.num_changes  # as of the last `sync_slots`
         for adapter in defaults:
-            store.host.count(adapter)
+            cache.track(adapter)
         for record in registry.records() if registry is not None else ():
-            problem = store.restore(record).problem
+            problem = cache.restore(record).problem
             if problem is not None:
                 logger.warning("adapter %r was not restored: %s", record.name, problem)
 
     @property
     def num_host_bytes(self) -> int:
-        """Bytes of all adapter versions in host memory, those included that only requests or slots still hold."""
-        return self._store.host.num_bytes
+        """Bytes of all adapter versions in host memory, including those held only by requests or slots."""
+        return self._cache.num_bytes
 
     @property
     def num_device_bytes(self) -> int:
@@ -69,16 +104,16 @@ class LoRAManager:
 
     @property
     def num_evictions(self) -> int:
-        """Adapters that had to leave the host for others, so far."""
-        return self._store.host.num_evictions
+        """Number of adapters evicted from the host cache."""
+        return self._cache.num_evictions
 
     @property
     def loads(self) -> tuple[int, float]:
-        """Loads so far, and the seconds that they took."""
-        return self._store.num_loads, self._store.load_s
+        """Number of loads, and the seconds they took."""
+        return self._cache.num_loads, self._cache.load_s
 
     def is_on_device(self, adapter: Adapter) -> bool:
-        """Tell whether a version of an adapter was in a slot after the last step."""
+        """Return whether a version of an adapter was in a slot after the last step."""
         return adapter in self._resident
 
     def add(
@@ -89,22 +124,22 @@ class LoRAManager:
         tensors: Mapping[str, Any] | None = None,
         config: object | None = None,
     ) -> LoRARequest:
-        """Load an adapter, from a path or from memory, and keep it known until `remove`.
+        """Load an adapter from a path or from memory, and keep it known until `remove`.
 
-        A name that is known from the same path stays as it is. Tensors replace those that the name had before, between
+        A name that is known from the same path stays as it is. Tensors replace earlier ones of the same name between
         two steps; they are copied.
 
         Args:
-            lora: a name, or a request that holds name, id and path.
+            lora: a name, or a request with name, id and path.
             path: directory or Hub id, see `LoRARequest`.
-            tensors: in place of a path, as in `adapter_model.safetensors`.
-            config: of the tensors, as in `adapter_config.json`, or PEFT's `LoraConfig`.
+            tensors: used instead of a path; with the keys of `adapter_model.safetensors`.
+            config: of the tensors: the content of `adapter_config.json`, or PEFT's `LoraConfig`.
 
         Returns:
-            What to pass as `lora_request`.
+            The request to pass as `lora_request`.
 
         Raises:
-            AdapterError: it cannot be loaded, or the name belongs to another path; nothing was changed.
+            AdapterError: it cannot be loaded, or the name belongs to another path; nothing has changed.
         """
         if isinstance(lora, LoRARequest) + (path is not None) + _is_in_memory(tensors, config) != 1:
             raise AdapterError(
@@ -114,8 +149,8 @@ class LoRAManager:
             request = lora
         else:
             request = LoRARequest(lora, self._id_of(lora), path or f"{MEMORY}{lora}")
-        self._store.add(request, _files(tensors, config))
-        return self._store.find(request.lora_name).request
+        self._cache.add(request, _files(tensors, config))
+        return self._cache.find(request.lora_name).request
 
     def reload(
         self,
@@ -125,89 +160,90 @@ class LoRAManager:
         tensors: Mapping[str, Any] | None = None,
         config: object | None = None,
     ) -> LoRARequest:
-        """Replace an adapter by another version at once; requests in flight finish on the version they started with.
+        """Replace an adapter by another version; running requests finish on the version they started with.
 
         Args:
             lora: name or id.
-            path: of the new version, by default where the old one came from.
-            tensors, config: the new version, in place of a path.
+            path: of the new version; by default the path of the current one.
+            tensors, config: the new version, instead of a path.
 
         Returns:
-            What to pass as `lora_request` from now on.
+            The request to pass as `lora_request` from now on.
 
         Raises:
-            AdapterError: it is unknown, or the new version cannot be loaded; the old one stays.
+            AdapterError: the adapter is unknown, or the new version cannot be loaded; the current one stays.
         """
         if path is not None and _is_in_memory(tensors, config):
             raise AdapterError(f"reload_lora({lora!r}) takes a path or tensors, not both")
-        return self._store.reload(lora, path, _files(tensors, config))
+        return self._cache.reload(lora, path, _files(tensors, config))
 
     def remove(self, lora: str | int) -> None:
-        """Unload an adapter: new requests are refused at once, its memory is freed when the last running one ends.
+        """Unload an adapter: new requests are refused at once; its memory is freed when its last request ends.
 
         Raises:
             AdapterNotFound: it is unknown.
             AdapterError: the registry cannot be written; the adapter stays.
         """
-        self._store.remove(lora)
+        self._cache.remove(lora)
 
     def pin(
         self, lora: str | int, run_in_engine: Callable[[Callable[[], None]], None] = lambda function: function()
     ) -> Adapter:
-        """Keep an adapter on the host and in a slot.
+        """Exempt an adapter from eviction, on the host and in a slot.
 
         Args:
             lora: name or id.
-            run_in_engine: has the engine's thread call a function, and waits; by default, this is that thread.
+            run_in_engine: calls a function in the engine thread and waits; by default, the caller is that thread.
 
         Raises:
-            AdapterError: it is unknown, cannot be loaded, or too many are pinned; nothing was changed. Or the device
-                has no room for it; then it is pinned no more.
+            AdapterError: it is unknown or cannot be loaded, too many are pinned, or the device has no room for it; it
+                is not pinned then.
         """
-        adapter = self._store.pin(lora)
+        adapter = self._cache.pin(lora)
         try:
-            run_in_engine(lambda: self.place(adapter))
+            run_in_engine(lambda: self.activate_pinned(adapter))
         except BaseException:
-            self._store.unpin(adapter.name)
+            self._cache.unpin(adapter.name)
             raise
         return adapter
 
     def unpin(self, lora: str | int) -> None:
-        """Let an adapter leave the host and its slot again.
+        """Make an adapter evictable again, on the host and in its slot.
 
         Raises:
             AdapterError: it is unknown, or the registry cannot be written.
         """
-        self._store.unpin(lora)
+        self._cache.unpin(lora)
 
-    def infos(self) -> list[LoRAInfo]:
-        """The state of every adapter that is known, in the order in which they came."""
+    def list_infos(self) -> list[LoRAInfo]:
+        """Return the state of every known adapter, in the order of their first loads. Safe in any thread."""
         resident = {adapter.identity for adapter in self._resident}
-        num_requests = dict(self._num_requests)  # one step in C: the engine's thread goes on meanwhile
-        return [_info(entry, resident, num_requests) for entry in self._store.entries]
+        num_requests = dict(self._num_requests)  # one step in C, atomic while the engine thread continues
+        return [_info(entry, resident, num_requests) for entry in self._cache.entries]
 
-    def is_missing(self, request: object) -> bool:
-        """Tell whether a request as callers pass it asks for an adapter that has to be loaded first."""
-        return not all(self._store.is_ready(part) for part in _parts(request))
+    def is_missing(self, lora_request: object) -> bool:
+        """Return whether a request names an adapter that has to be loaded first."""
+        return not all(self._cache.is_ready(request) for request in _requests_in(lora_request))
 
-    def prefetch(self, requests: Iterable[object]) -> None:
-        """Load the adapters of requests side by side; whoever asks for one that cannot be loaded is told then.
+    def prefetch(self, lora_requests: Iterable[object]) -> None:
+        """Load missing adapters concurrently. A failed load is not raised here: each request repeats and reports it.
 
         Args:
-            requests: as callers pass them; only adapters count.
+            lora_requests: as callers pass them; entries without an adapter are skipped.
         """
-        wanted = {part.lora_name: part for request in requests for part in _parts(request)}
-        present = {entry.name for entry in self._store.entries if entry.adapter is not None}
-        missing = [request for name, request in wanted.items() if name not in present]
+        wanted = {request.lora_name: request for entry in lora_requests for request in _requests_in(entry)}
+        cached = {entry.name for entry in self._cache.entries if entry.adapter is not None}
+        missing = [request for name, request in wanted.items() if name not in cached]
         if len(missing) > 1:
             with ThreadPoolExecutor(NUM_PREFETCH_THREADS, thread_name_prefix="mmlora-prefetch") as pool:
-                for request in missing[: self._store.host.max_adapters]:
-                    pool.submit(self._store.get, request)
+                for request in missing[: self._cache.max_cpu_loras]:
+                    pool.submit(self._cache.get, request)
 
     def retain(self, adapter: Adapter) -> None:
         """Count a request that runs with a version of an adapter, or with a mix."""
-        self._store.host.count(adapter)
+        self._cache.track(adapter)
         self._num_requests[adapter.identity] += 1
+        self._is_synced = False
 
     def release(self, adapter: Adapter) -> None:
         """Count a request that ended."""
@@ -215,8 +251,8 @@ class LoRAManager:
         if self._num_requests[adapter.identity] == 0:
             del self._num_requests[adapter.identity]
 
-    def place(self, adapter: Adapter) -> None:
-        """Put a pinned adapter into its slot now; if all are in use, it keeps the one that its next request gets.
+    def activate_pinned(self, adapter: Adapter) -> None:
+        """Load a pinned adapter into a slot now; if all slots are in use, its next request gets it one to keep.
 
         Raises:
             AdapterError: the device has no room for it.
@@ -226,10 +262,17 @@ class LoRAManager:
                 self._slots.activate(adapter)
             except Exception as error:
                 raise AdapterError(f"adapter {adapter.name!r} could not be put into a slot: {error}") from error
-        self.settle()
+        self._is_synced = False
+        self.sync_slots()
 
-    def settle(self) -> None:
-        """Bring the slots in line with the host: free versions that nobody can ask for any more, hold pinned ones."""
+    def sync_slots(self) -> None:
+        """Sync the slots with the host cache: retain pinned versions, and free versions that no request can get.
+
+        Does nothing while neither requests with adapters nor changes of the cache have come since the last call.
+        """
+        num_changes = self._cache.num_changes  # read first: a change during the sync makes the next call sync again
+        if self._is_synced and self._num_changes == num_changes:
+            return
         kept = {adapter.identity for adapter in self._slots.resident if self._is_pinned(adapter)}
         for identity in self._pins.keys() - kept:
             self._slots.release(self._pins.pop(identity))
@@ -240,19 +283,20 @@ class LoRAManager:
                 self._slots.retain(slot)
             elif identity not in self._num_requests and not self._is_known(adapter):
                 self._slots.evict(identity)
-        self._store.forget_drained({uid for uid, _, _ in self._num_requests})
+        self._cache.forget_drained({uid for uid, _, _ in self._num_requests})
         self._resident = self._slots.resident
+        self._is_synced, self._num_changes = not self._num_requests, num_changes
 
     def _is_known(self, adapter: Adapter) -> bool:
-        return adapter.identity in self._defaults or self._store.entry_of(adapter) is not None
+        return adapter.identity in self._defaults or self._cache.entry_of(adapter) is not None
 
     def _is_pinned(self, adapter: Adapter) -> bool:
-        entry = self._store.entry_of(adapter)
+        entry = self._cache.entry_of(adapter)
         return entry is not None and entry.is_pinned and self._slots.max_loras > 1
 
     def _id_of(self, name: str) -> int:
-        """The id of a known name, else one that nobody has, in whatever process that shares the registry."""
-        ids = {entry.name: entry.request.lora_int_id for entry in self._store.entries}
+        """Return the id of a known name, else a random one, unique among all processes that share the registry."""
+        ids = {entry.name: entry.request.lora_int_id for entry in self._cache.entries}
         return ids.get(name) or RUNTIME_LORA_IDS + secrets.randbelow(RUNTIME_LORA_IDS)
 
 
@@ -264,10 +308,8 @@ def _files(tensors: object, config: object) -> AdapterFiles | None:
     return files_from_memory(config, tensors) if _is_in_memory(tensors, config) else None
 
 
-def _info(
-    entry: StoredAdapter, resident: Set[AdapterIdentity], num_requests: Mapping[AdapterIdentity, int]
-) -> LoRAInfo:
-    version = entry.living_version
+def _info(entry: CacheEntry, resident: Set[AdapterIdentity], num_requests: Mapping[AdapterIdentity, int]) -> LoRAInfo:
+    version = entry.live_version
     return LoRAInfo(
         entry.request,
         entry.digest,
@@ -283,7 +325,7 @@ def _info(
     )
 
 
-def _parts(request: object) -> list[LoRARequest]:
-    if isinstance(request, LoRAMix):
-        return [part for part, _ in request.parts]
-    return [request] if isinstance(request, LoRARequest) else []
+def _requests_in(lora_request: object) -> list[LoRARequest]:
+    if isinstance(lora_request, LoRAMix):
+        return [request for request, _ in lora_request.parts]
+    return [lora_request] if isinstance(lora_request, LoRARequest) else []
