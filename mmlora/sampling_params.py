@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 from mmlora.errors import RequestError
 from mmlora.structured_outputs import StructuredOutputsParams
-from mmlora.utils.text import is_finite_number
+from mmlora.utils.text import is_finite_number, shorten
 
 MAX_STOPS, MAX_STOP_CHARS = 64, 1024  # each token of the answer is searched for all of them
-MAX_SHOWN_CHARS = 80
 MAX_STOP_TOKENS = 1024  # each token of the answer is compared with all of them
 
 
@@ -97,8 +96,8 @@ class SamplingParams:
         if self.seed is not None:
             self._integer("seed", -(2**63), 2**63 - 1)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            shown = _shown(self.min_tokens)
-            raise RequestError(f"min_tokens={shown} must not exceed max_tokens={_shown(self.max_tokens)}")
+            shown = shorten(self.min_tokens)
+            raise RequestError(f"min_tokens={shown} must not exceed max_tokens={shorten(self.max_tokens)}")
 
     def _check_numbers(self) -> None:
         self._number("temperature", 0.0, 100.0)
@@ -112,7 +111,7 @@ class SamplingParams:
         if not isinstance(self.stop, str | None) and (
             not isinstance(self.stop, Sequence) or not all(isinstance(s, str) for s in self.stop)
         ):
-            raise RequestError(f"stop={_shown(self.stop)} must be a string or a list of strings")
+            raise RequestError(f"stop={shorten(self.stop)} must be a string or a list of strings")
         if any(not s for s in self.stop_strings):
             raise RequestError("stop holds an empty string; every stop string needs at least one character")
         if len(self.stop_strings) > MAX_STOPS or any(len(s) > MAX_STOP_CHARS for s in self.stop_strings):
@@ -124,38 +123,32 @@ class SamplingParams:
         if isinstance(ids, Collection) and len(ids) > MAX_STOP_TOKENS:
             raise RequestError(f"stop_token_ids holds {len(ids)} tokens; allowed are {MAX_STOP_TOKENS}")
         if ids is not None and not (isinstance(ids, Collection) and all(_is_token_id(i) for i in ids)):
-            raise RequestError(f"stop_token_ids={_shown(ids)} must be a list of token ids")
+            raise RequestError(f"stop_token_ids={shorten(ids)} must be a list of token ids")
 
     def _integer(self, name: str, low: int, high: int | None = None) -> None:
         value = getattr(self, name)
         allowed = f"at least {low}" if high is None else f"from {low} to {high}"
         if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-            raise RequestError(f"{name}={_shown(value)} must be an integer, {allowed}")
+            raise RequestError(f"{name}={shorten(value)} must be an integer, {allowed}")
 
     def _number(self, name: str, low: float, high: float, *, open_low: bool = False) -> None:
         value = getattr(self, name)
         if not is_finite_number(value) or value > high or value < low or (open_low and value == low):
             allowed = f"above {low} and at most {high}" if open_low else f"from {low} to {high}"
-            raise RequestError(f"{name}={_shown(value)} must be a number {allowed}")
+            raise RequestError(f"{name}={shorten(value)} must be a number {allowed}")
 
     @staticmethod
     def _parse_logit_bias(bias: Mapping[int, float]) -> dict[int, float]:
         try:
             parsed = {int(token): float(value) for token, value in bias.items()}
         except (AttributeError, TypeError, ValueError, OverflowError):
-            raise RequestError(f"logit_bias={_shown(bias)} must map token ids to numbers") from None
+            raise RequestError(f"logit_bias={shorten(bias)} must map token ids to numbers") from None
         for token, value in parsed.items():
             if token < 0 or not -100 <= value <= 100:
                 raise RequestError(
-                    f"logit_bias[{_shown(token)}]={value!r} must map a token id to a value from -100 to 100"
+                    f"logit_bias[{shorten(token)}]={value!r} must map a token id to a value from -100 to 100"
                 )
         return parsed
-
-
-def _shown(value: object) -> str:
-    """A value in an error: what a client sent may be of any length."""
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}..."
 
 
 def _is_token_id(value: object) -> bool:

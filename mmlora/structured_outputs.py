@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmlora.errors import ConstraintError
-from mmlora.utils.text import is_finite_number
+from mmlora.utils.text import is_finite_number, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +239,7 @@ def _checked_schema(params: StructuredOutputsParams, schema: Any) -> str:
     except (TypeError, ValueError) as error:
         params.refuse(f"the JSON schema is not valid JSON: {error}")
     if not isinstance(schema, Mapping):
-        params.refuse(f"the JSON schema is {text[:80]}; it must be an object, or true")
+        params.refuse(f"the JSON schema is {shorten(text, str)}; it must be an object, or true")
     if len(text) > MAX_CONSTRAINT_CHARS:
         params.refuse(f"the JSON schema has {len(text)} characters; allowed are {MAX_CONSTRAINT_CHARS}")
     if multiple > MAX_MULTIPLE:

@@ -5,7 +5,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mmlora.server.openai.protocol import FieldError, read_fields, reason_of, shorten
+from mmlora.server.openai.protocol import FieldError, read_fields, reason_of
+from mmlora.utils.text import shorten
 
 MAX_NAMED = 8  # fields in one message
 

@@ -13,7 +13,8 @@ from mmlora.server.errors import UTF8JSONResponse
 from mmlora.server.http.admission import read_body
 from mmlora.server.lora.served_models import ServedModels
 from mmlora.server.openai.chat.protocol import check_message
-from mmlora.server.openai.protocol import FieldError, FirstOnly, shorten
+from mmlora.server.openai.protocol import FieldError, FirstOnly
+from mmlora.utils.text import shorten
 
 
 class TokenizeBody(Body):

@@ -31,7 +31,7 @@ from mmlora.server.launch import serve
 from mmlora.server.lora.served_models import LoRAModule
 from mmlora.server.observability.log_format import TEXT_FORMAT, configure_logging
 from mmlora.utils.library_errors import LIBRARY_ERRORS
-from mmlora.utils.printable import one_line
+from mmlora.utils.text import one_line
 
 ASSISTANT_NAME = "assistant"
 

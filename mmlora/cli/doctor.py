@@ -30,7 +30,7 @@ from mmlora.models.loader import (
 )
 from mmlora.models.stored_weights import stored_bytes
 from mmlora.utils.library_errors import LIBRARY_ERRORS
-from mmlora.utils.printable import one_line, printable
+from mmlora.utils.text import one_line, printable, size_text
 
 FILES: Final = [pattern for pattern in MODEL_FILES if pattern != "*.safetensors"]
 OPTIONS: Final = ("revision", "dtype", "device", "max_model_len", "kv_cache_memory_bytes")
@@ -216,9 +216,3 @@ def _command(args: EngineArgs, defaults: dict[str, str]) -> str:
     if defaults:
         words += ["--enable-lora", "--default-mm-loras", json.dumps(defaults)]
     return shlex.join(words)
-
-
-def size_text(num_bytes: int) -> str:
-    """Write bytes for people."""
-    units = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
-    return next((f"{num_bytes / unit:.1f} {name}" for unit, name in units if num_bytes >= unit), f"{num_bytes} bytes")

@@ -20,6 +20,7 @@ from mmlora.processors.fetch.loader import MediaLoader, PromptMedia
 from mmlora.processors.fetch.reference import MediaReference
 from mmlora.processors.media.decoding import check_counts, why_not_taken
 from mmlora.processors.media.items import MediaItem
+from mmlora.utils.text import shorten
 
 MODALITIES = {"image_url": "image", "input_audio": "audio", "audio_url": "audio", "image": "image", "audio": "audio"}
 SPELLED_LIST = "'type':"  # in the text of a template that wrote a list of parts as Python spells it
@@ -232,7 +233,7 @@ def check_messages(
 
 def _check_message(message: Message, name: str) -> tuple[Message, list[str | MediaReference]]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise RequestError(f"a message must be a mapping with a 'role' and 'content', got {str(message)[:80]!r}")
+        raise RequestError(f"a message must be a mapping with a 'role' and 'content', got {shorten(message)}")
     message = with_read_calls(message, name)
     content = message.get("content")
     if content is None or isinstance(content, str):

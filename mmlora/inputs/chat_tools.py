@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mmlora.errors import RequestError
+from mmlora.utils.text import shorten
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
@@ -46,8 +47,8 @@ def _read_call(call: Any, name: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, Mapping):
-        shown = str(function["arguments"])[:80]
-        raise RequestError(f"{name}.function.arguments is {shown!r}; it must be a JSON object, as text")
+        shown = shorten(function["arguments"])
+        raise RequestError(f"{name}.function.arguments is {shown}; it must be a JSON object, as text")
     return {**call, "type": "function", "function": {**function, "arguments": arguments}}
 
 

@@ -25,6 +25,7 @@ from mmlora.sampling_params import SamplingParams
 from mmlora.structured_outputs import ConstraintCompiler, Matcher
 from mmlora.towers.base import PromptLayout, Towers
 from mmlora.towers.encoder import encoder_key
+from mmlora.utils.text import shorten
 
 
 class InputProcessor:
@@ -236,15 +237,15 @@ class InputProcessor:
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(params, name)
             if value is not None and bound != -1 and (value > bound or value == -1):
-                raise RequestError(f"{name}={value!r:.80} exceeds max_logprobs={bound}")
+                raise RequestError(f"{name}={shorten(value)} exceeds max_logprobs={bound}")
         ids = [*(params.logit_bias or {}), *(params.stop_token_ids or ())]
         outside = [token for token in ids if token >= self.vocab_size]
         if outside:
-            raise RequestError(f"token id {outside[0]!r:.80} is outside the vocabulary of {self.vocab_size}")
+            raise RequestError(f"token id {shorten(outside[0])} is outside the vocabulary of {self.vocab_size}")
 
     def _check_priority(self, priority: int) -> None:
         if not isinstance(priority, int) or isinstance(priority, bool) or not -(2**63) <= priority < 2**63:
-            raise RequestError(f"priority={priority!r:.80} must be an integer of 64 bits")
+            raise RequestError(f"priority={shorten(priority)} must be an integer of 64 bits")
         if priority != 0 and self._args.scheduling_policy != PRIORITY:
             raise RequestError(
                 f"priority={priority} needs scheduling_policy={PRIORITY!r}; the engine has "
@@ -264,7 +265,7 @@ class InputProcessor:
             allowed = {self.processor.placeholder_token_id(modality) for modality in self.processor.modalities}
         for token in token_ids:
             if not isinstance(token, int) or not (0 <= token < self.vocab_size or token in allowed):
-                raise RequestError(f"token id {token!r:.80} is outside the vocabulary of {self.vocab_size}")
+                raise RequestError(f"token id {shorten(token)} is outside the vocabulary of {self.vocab_size}")
 
 
 def _last_start(token_ids: list[int], wanted: tuple[int, ...]) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 
 from mmlora.errors import RequestError
 from mmlora.processors.media.decoding import why_not_taken
+from mmlora.utils.text import shorten
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "multi_modal_data", "mm_processor_kwargs", "cache_salt")
 MAX_SALT_CHARS = 1024  # hashed by the engine thread, and kept with what is cached
@@ -71,6 +72,6 @@ def _check_types(fields: Mapping[str, Any]) -> None:
         raise RequestError(f"mm_processor_kwargs is a {type(options).__name__}; it must be a mapping")
     salt = fields.get("cache_salt")
     if salt is not None and not (isinstance(salt, str) and salt):
-        raise RequestError(f"cache_salt={salt!r:.80} must be text, and not empty")
+        raise RequestError(f"cache_salt={shorten(salt)} must be text, and not empty")
     if salt is not None and len(salt) > MAX_SALT_CHARS:
         raise RequestError(f"cache_salt has {len(salt)} characters; allowed are {MAX_SALT_CHARS}")

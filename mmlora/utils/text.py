@@ -1,14 +1,45 @@
-"""Checks of plain values that several modules share."""
+"""Plain values as text: shortened for error messages, escaped for a terminal, sizes in binary units."""
 
 import math
-from typing import TypeGuard
+from collections.abc import Callable
+from typing import Any, TypeGuard
 
 
 def is_finite_number(value: object) -> TypeGuard[int | float]:
-    """Tell whether a value is a number that fits into a float; booleans are none."""
+    """Return whether a value is an int or float, but not a bool, that fits into a finite float."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     try:
         return math.isfinite(value)
     except OverflowError:  # an integer beyond the range of floats
         return False
+
+
+def shorten(value: Any, show: Callable[[Any], str] = repr, max_chars: int = 80) -> str:
+    """Return a value as text for an error message: `show(value)`, cut to `max_chars` characters.
+
+    Of a long string or bytes only the beginning is passed to `show`, so that the cost does not grow with the input.
+    """
+    text = show(value[: max_chars + 1] if isinstance(value, str | bytes) else value)
+    return text if len(text) <= max_chars else text[: max_chars - 3] + "..."
+
+
+def size_text(num_bytes: int) -> str:
+    """Format a number of bytes with a binary unit, such as `1.5 GiB`."""
+    units = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+    return next((f"{num_bytes / unit:.1f} {name}" for unit, name in units if num_bytes >= unit), f"{num_bytes} bytes")
+
+
+def printable(text: str) -> str:
+    """Escape control characters, line breaks and lone surrogates, so that text cannot forge lines or move a cursor."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def one_line(text: str) -> str:
+    """Join the lines of a message into one and escape it."""
+    return printable(" ".join(line.strip() for line in text.splitlines()))
+
+
+def as_utf8(text: str) -> str:
+    """Replace lone surrogates, which a file name that is not UTF-8 decodes to and no UTF-8 output can encode."""
+    return text.encode("utf-8", "replace").decode()

@@ -7,8 +7,8 @@ from urllib.parse import unquote, unquote_to_bytes
 from mmlora.errors import MediaError
 from mmlora.processors.media.decoding import load_media
 from mmlora.processors.media.items import DEFAULT_LIMITS, MediaItem, MediaLimits
+from mmlora.utils.text import shorten
 
-_SHOWN = 48  # characters of a URL in an error message
 _MAX_SCHEME = 32
 _SCHEMES = "data:, http:, https: and file:"  # `MediaLoader` reads the others
 
@@ -24,10 +24,10 @@ def load_data_url(url: str, limits: MediaLimits = DEFAULT_LIMITS, *, expected: s
     scheme, colon, _ = url[:_MAX_SCHEME].partition(":")
     if not colon or scheme.lower() != "data":
         named = f"scheme {scheme.lower()!r}" if colon else "no scheme"
-        raise MediaError(f"media URL with {named} ({url[:_SHOWN]!r}): allowed are {_SCHEMES} URLs")
+        raise MediaError(f"media URL with {named} ({shorten(url)}): allowed are {_SCHEMES} URLs")
     comma = url.find(",", 0, 1024)
     if comma < 0:
-        raise MediaError(f"malformed data: URL ({url[:_SHOWN]!r}): no comma after the media type")
+        raise MediaError(f"malformed data: URL ({shorten(url)}): no comma after the media type")
     if url[5:comma].rstrip().lower().endswith(";base64"):
         if url.find("%", comma) < 0:
             _check_base64_claim(url, comma + 1, limits)
@@ -52,7 +52,7 @@ def load_base64(data: str | bytes, limits: MediaLimits = DEFAULT_LIMITS, *, expe
         packed = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
         decoded = base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise MediaError(f"malformed base64 media ({data[:_SHOWN]!r}): {error}") from error
+        raise MediaError(f"malformed base64 media ({shorten(data)}): {error}") from error
     return load_media(decoded, limits, expected=expected)
 
 

@@ -8,10 +8,10 @@ from urllib.parse import unquote, urlsplit
 
 from mmlora.errors import ConfigError, MediaError
 from mmlora.processors.media.items import MediaLimits
+from mmlora.utils.text import shorten
 
 MAX_FILE_URL_CHARS: Final = 3 * 4096  # of the longest path, each byte of it encoded; each of its parts is looked at
 
-_SHOWN: Final = 80  # characters of a URL in an error message
 _NOT_FOLLOWED: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -43,10 +43,10 @@ class FileSource:
             with open(self._open(_path_of(url)), "rb") as file:
                 content = file.read(self._limits.max_bytes + 1)
         except (OSError, ValueError):  # ValueError: a NUL in the path, a host, or a place outside
-            message = f"media URL {url[:_SHOWN]!r} leads to no regular file under --allowed-local-media-path"
+            message = f"media URL {shorten(url)} leads to no regular file under --allowed-local-media-path"
             raise MediaError(message) from None
         if len(content) > self._limits.max_bytes:
-            raise MediaError(f"media URL {url[:_SHOWN]!r} has more than the allowed {self._limits.max_bytes} bytes")
+            raise MediaError(f"media URL {shorten(url)} has more than the allowed {self._limits.max_bytes} bytes")
         return content
 
     def _open(self, path: str) -> int:

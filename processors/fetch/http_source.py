@@ -19,6 +19,7 @@ from mmlora.processors.fetch.addresses import Network
 from mmlora.processors.fetch.checked_network import CheckedNetwork
 from mmlora.processors.fetch.fetch_loop import fetch_loop
 from mmlora.processors.media.items import MediaLimits
+from mmlora.utils.text import shorten
 
 MAX_HTTP_URL_CHARS: Final = 8192
 MAX_AT_ONCE: Final = 8  # of one prompt
@@ -30,8 +31,7 @@ REDIRECTS: Final = (301, 302, 303, 307, 308)
 WEB_PORTS: Final = (80, 443)
 FREE_PORTS: Final = range(1024, 65536)
 
-_SHOWN = 80  # characters of a URL in an error message
-_FAILURES = (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError, ssl.SSLError, OSError)
+_FETCH_ERRORS = (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError, ssl.SSLError, OSError)
 
 
 class HTTPSource:
@@ -81,8 +81,8 @@ class HTTPSource:
         return contents
 
     async def _read(self, url: str) -> bytes:
-        shown = url[:_SHOWN]
-        target = self._check(url, url)
+        shown = shorten(url)
+        target = self._check(url, shown)
         try:
             async with asyncio.timeout(self._timeout_s):
                 for _ in range(MAX_REDIRECTS + 1):
@@ -92,10 +92,10 @@ class HTTPSource:
                         location = _header(response, b"location")
                     target = self._check(_join(target, location, shown), shown)
         except TimeoutError:
-            raise MediaError(f"media URL {shown!r} was not read within {self._timeout_s:g} s") from None
-        except _FAILURES as error:
-            raise MediaError(f"media URL {shown!r} cannot be read: {type(error).__name__}: {error}") from None
-        raise MediaError(f"media URL {shown!r} is redirected more than {MAX_REDIRECTS} times")
+            raise MediaError(f"media URL {shown} was not read within {self._timeout_s:g} s") from None
+        except _FETCH_ERRORS as error:
+            raise MediaError(f"media URL {shown} cannot be read: {type(error).__name__}: {error}") from None
+        raise MediaError(f"media URL {shown} is redirected more than {MAX_REDIRECTS} times")
 
     def _check(self, url: str, shown: str) -> httpx.URL:
         """Read a URL and check all of it but the addresses of its host, which the connection checks.
@@ -112,7 +112,7 @@ class HTTPSource:
         if target.userinfo:
             raise MediaError(f"the media URL for the host {target.host!r} holds a user name or password; leave it out")
         if target.scheme not in ("http", "https") or not target.host:
-            raise MediaError(f"media URL {shown[:_SHOWN]!r} leads to {url[:_SHOWN]!r}; it must be an http(s) URL")
+            raise MediaError(f"media URL {shown} leads to {shorten(url)}; it must be an http(s) URL")
         if target.port is not None and target.port not in (*WEB_PORTS, *FREE_PORTS):
             allowed = f"{', '.join(map(str, WEB_PORTS))} and {FREE_PORTS[0]} to {FREE_PORTS[-1]}"
             raise MediaError(f"media URL with port {target.port}; allowed are {allowed}")
@@ -156,19 +156,19 @@ class HTTPSource:
 
     async def _read_body(self, response: httpcore.Response, shown: str) -> bytes:
         if response.status != 200:
-            raise MediaError(f"media URL {shown!r} was answered with status {response.status}")
+            raise MediaError(f"media URL {shown} was answered with status {response.status}")
         encoding = _header(response, b"content-encoding").lower()
         if encoding not in ("", "identity"):
-            raise MediaError(f"media URL {shown!r} is sent in the encoding {encoding[:20]!r}; only identity is allowed")
+            raise MediaError(f"media URL {shown} is sent in the encoding {shorten(encoding)}; only identity is allowed")
         allowed = self._limits.max_bytes
         claim = _header(response, b"content-length")
         if claim.isdecimal() and int(claim) > allowed:
-            raise MediaError(f"media URL {shown!r} claims {claim} bytes, more than the allowed {allowed} bytes")
+            raise MediaError(f"media URL {shown} claims {claim} bytes, more than the allowed {allowed} bytes")
         chunks, num_bytes = [], 0
         async for chunk in response.aiter_stream():
             num_bytes += len(chunk)
             if num_bytes > allowed:
-                raise MediaError(f"media URL {shown!r} has more than the allowed {allowed} bytes")
+                raise MediaError(f"media URL {shown} has more than the allowed {allowed} bytes")
             chunks.append(chunk)
         return b"".join(chunks)
 
@@ -193,4 +193,4 @@ def _join(target: httpx.URL, location: str, shown: str) -> str:
             return str(target.join(location))
     except (httpx.InvalidURL, ValueError):
         pass
-    raise MediaError(f"media URL {shown!r} is redirected to {location[:_SHOWN]!r}, which is no URL")
+    raise MediaError(f"media URL {shown} is redirected to {shorten(location)}, which is no URL")

@@ -18,6 +18,7 @@ from mmlora.processors.media.cache import CachedMedia, MediaCache
 from mmlora.processors.media.decoding import check_decoded_bytes, load_media
 from mmlora.processors.media.items import DEFAULT_LIMITS, MediaItem, MediaLimits
 from mmlora.processors.media.sniff import sniff
+from mmlora.utils.text import shorten
 
 if TYPE_CHECKING:
     from mmlora.processors.fetch.http_source import HTTPSource
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 MAX_URLS: Final = 128  # of one prompt: a request must not become a flood somewhere else
 DEFAULT_TIMEOUT_S: Final = 10.0
 DEFAULT_CACHE_BYTES: Final = 256 * 2**20
-_SHOWN: Final = 80  # characters of a URL in an error message
 
 
 class MediaLoader:
@@ -109,7 +109,7 @@ class MediaLoader:
             MediaError: it is unusable.
         """
         if sniff(content[:64]) is None:
-            raise MediaError(f"media URL {url[:_SHOWN]!r} leads to what is neither audio nor an image")
+            raise MediaError(f"media URL {shorten(url)} leads to what is neither audio nor an image")
         return load_media(content, self.limits, expected=expected)
 
 

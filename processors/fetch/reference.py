@@ -6,10 +6,10 @@ from typing import Any, Final, Literal
 
 from mmlora.errors import MediaError
 from mmlora.processors.media.decoding import check_counts, why_not_taken
+from mmlora.utils.text import shorten
 
 MAX_UUID_CHARS: Final = 256
 HTTP_SCHEMES: Final = ("http", "https")
-_SHOWN: Final = 48  # characters of a name in an error message
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +30,9 @@ class MediaReference:
 
     def __post_init__(self) -> None:
         if self.uuid is not None and not (isinstance(self.uuid, str) and 0 < len(self.uuid) <= MAX_UUID_CHARS):
-            shown = f"{self.uuid!r}"[:_SHOWN]
-            raise MediaError(f"uuid {shown} of a media item: it must be text of 1 to {MAX_UUID_CHARS} characters")
+            raise MediaError(
+                f"uuid {shorten(self.uuid)} of a media item: it must be text of 1 to {MAX_UUID_CHARS} characters"
+            )
         if self.content is None and self.uuid is None:
             raise MediaError(f"a media item ({self.modality}) has neither content nor a uuid")
 
@@ -62,7 +63,7 @@ def references_of(
     for name in (*data, *uuids):
         if name not in modalities:
             takes = f"the model takes {', '.join(sorted(modalities)) or 'text only'}"
-            raise MediaError(f"multi_modal_data holds {name[:_SHOWN]!r}; {why_not_taken(name) or takes}")
+            raise MediaError(f"multi_modal_data holds {shorten(name)}; {why_not_taken(name) or takes}")
     references = {}
     for name in dict.fromkeys((*data, *uuids)):
         names = _as_list(uuids.get(name))

@@ -3,8 +3,8 @@
 from typing import Any
 
 from mmlora.lora.mix import MAX_MIX_PARTS
-from mmlora.server.openai.protocol import FieldError, shorten
-from mmlora.utils.text import is_finite_number
+from mmlora.server.openai.protocol import FieldError
+from mmlora.utils.text import is_finite_number, shorten
 
 LoRAField = str | list[dict[str, Any]] | None
 

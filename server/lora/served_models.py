@@ -21,9 +21,8 @@ from mmlora.server.lora.lora_field import LoRAField, parse_lora_field
 from mmlora.server.lora.model_cards import Card, model_card
 from mmlora.server.lora.name_locks import NameLocks
 from mmlora.server.lora.served_adapter import ServedAdapter
-from mmlora.server.openai.protocol import FieldError, shorten
-
-MAX_SHOWN_CHARS = 400
+from mmlora.server.openai.protocol import FieldError
+from mmlora.utils.text import shorten
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class LoRAModule:
         try:
             entry = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{text[:MAX_SHOWN_CHARS]!r}: not JSON: {error}") from None
+            raise ConfigError(f"{shorten(text, max_chars=400)}: not JSON: {error}") from None
         allowed = [field.name for field in fields(cls)]
         if not isinstance(entry, dict):
             raise ConfigError(f"{text!r}: an entry is name=path or a JSON object")

@@ -21,7 +21,8 @@ from mmlora.server.http.admission import read_body
 from mmlora.server.lora.resolved import ALLOW_VARIABLE
 from mmlora.server.lora.served_adapter import ServedAdapter
 from mmlora.server.lora.served_models import ServedModels
-from mmlora.server.openai.protocol import FieldError, shorten
+from mmlora.server.openai.protocol import FieldError
+from mmlora.utils.text import shorten
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mmlora.engine.metrics import OPEN_RECORDS, RequestRecord
 from mmlora.server.observability.tracing import Tracer
-from mmlora.utils.printable import printable
+from mmlora.utils.text import printable
 
 ACCESS_LOGGER: Final = "mmlora.access"
 NO_ROUTE: Final = "other"

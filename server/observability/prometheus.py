@@ -20,7 +20,7 @@ from mmlora.engine.metrics import AdapterMetrics, EngineMetrics, Histogram, Requ
 from mmlora.server.http.admission import Admission
 from mmlora.server.observability.access_log import AccessLog, HttpCounts
 from mmlora.server.observability.tracing import Tracer
-from mmlora.utils.printable import as_utf8
+from mmlora.utils.text import as_utf8
 
 METRIC_PREFIX = "mmlora:"
 FINISH_REASONS = ("stop", "length", "abort", "error")

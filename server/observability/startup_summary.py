@@ -7,7 +7,7 @@ from mmlora.async_llm import AsyncLLM
 from mmlora.server.args import ServerArgs
 from mmlora.server.lora.served_models import ServedModels
 from mmlora.server.observability.log_format import STARTUP_LOGGER
-from mmlora.utils.printable import printable
+from mmlora.utils.text import printable, size_text
 
 logger = logging.getLogger(STARTUP_LOGGER)
 
@@ -58,8 +58,6 @@ def summary(llm: AsyncLLM, models: ServedModels, args: ServerArgs, url: str) -> 
 
 def as_text(facts: dict[str, Any]) -> str:
     """A few lines for people."""
-    from mmlora.cli.doctor import size_text
-
     parameters = ", ".join(f"{part.replace('_', ' ')} {_count_text(num)}" for part, num in facts["parameters"].items())
     keys_of: dict[str, list[str]] = {}
     for key, path in facts["default_adapters"].items():

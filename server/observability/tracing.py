@@ -18,7 +18,7 @@ from starlette.types import Scope
 
 from mmlora.engine.metrics import RequestRecord
 from mmlora.errors import ConfigError
-from mmlora.utils.printable import as_utf8
+from mmlora.utils.text import as_utf8
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmlora.errors import ConstraintError
-from mmlora.server.openai.protocol import GenerationRequest, shorten
+from mmlora.server.openai.protocol import GenerationRequest
 from mmlora.structured_outputs import CONSTRAINT_FIELDS, StructuredOutputsParams
+from mmlora.utils.text import shorten
 
 FORMAT_TYPES = ("text", "json_object", "json_schema")
 

@@ -5,13 +5,14 @@ are accepted. What `model` and `lora` name is `server.models`' matter.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, JsonValue, ValidationError
 from pydantic_core import from_json
 
 from mmlora.errors import RequestError
+from mmlora.utils.text import shorten
 
 HARMLESS_FIELDS = frozenset(
     {
@@ -254,9 +255,3 @@ def first_problem(error: ValidationError) -> FieldError:
 def reason_of(problem: Mapping[str, Any]) -> str:
     """What Pydantic says of a value, in the words of JSON where it has those of Python."""
     return JSON_REASONS.get(problem["type"].removesuffix("_type")) or str(problem["msg"])
-
-
-def shorten(value: Any, show: Callable[[Any], str] = repr) -> str:
-    """Show what a client sent in at most 80 characters."""
-    text = show(value)
-    return text if len(text) <= 80 else text[:77] + "..."

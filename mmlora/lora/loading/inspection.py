@@ -11,7 +11,7 @@ from mmlora.lora.loading.files import AdapterFiles
 from mmlora.lora.loading.load import load_adapter
 from mmlora.lora.loading.module_index import ModuleIndex
 from mmlora.lora.loading.peft_config import refusals
-from mmlora.utils.printable import printable
+from mmlora.utils.text import printable
 
 
 @dataclass(frozen=True)

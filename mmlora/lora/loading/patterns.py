@@ -8,6 +8,7 @@ import re
 import regex
 
 from mmlora.errors import AdapterMismatch
+from mmlora.utils.text import shorten
 
 MAX_PATTERN_CHARS = 100_000
 MATCH_TIMEOUT_S = 1.0
@@ -30,8 +31,7 @@ def check_pattern(pattern: str, key: str) -> str:
             re.compile(composed)
             regex.compile(composed)
     except (re.error, regex.error, OverflowError, RecursionError, ValueError) as error:
-        shown = pattern if len(pattern) <= 80 else f"{pattern[:77]}..."
-        raise AdapterMismatch(f"{key} has {shown!r}, no valid regular expression: {error}") from None
+        raise AdapterMismatch(f"{key} has {shorten(pattern)}, no valid regular expression: {error}") from None
     return pattern
 
 
@@ -59,5 +59,6 @@ def _match(pattern: str, name: str, *, is_whole: bool) -> "regex.Match[str] | No
     try:
         return match(pattern, name, timeout=MATCH_TIMEOUT_S)
     except TimeoutError:
-        shown = pattern if len(pattern) <= 80 else f"{pattern[:77]}..."
-        raise AdapterMismatch(f"the pattern {shown!r} takes more than {MATCH_TIMEOUT_S:g} s on {name!r}") from None
+        raise AdapterMismatch(
+            f"the pattern {shorten(pattern)} takes more than {MATCH_TIMEOUT_S:g} s on {name!r}"
+        ) from None

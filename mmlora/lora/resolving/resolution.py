@@ -16,6 +16,7 @@ from mmlora.lora.request import LoRARequest
 from mmlora.lora.resolver import LoRAResolver, LoRAResolverRegistry, is_lora_name
 from mmlora.lora.resolving.resolver_loop import resolver_loop
 from mmlora.utils.environment import read_number
+from mmlora.utils.text import shorten
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class LoRAResolution:
             ResolverError: some resolver failed and none found it, or too many names are being resolved.
         """
         if not is_lora_name(lora_name):
-            raise AdapterNotFound(f"no resolver is asked for an adapter called {lora_name[:80]!r}")
+            raise AdapterNotFound(f"no resolver is asked for an adapter called {shorten(lora_name)}")
         future = asyncio.run_coroutine_threadsafe(self._join(lora_name), resolver_loop())
         outcome = await asyncio.wrap_future(future)
         if isinstance(outcome, _Failure):

@@ -12,8 +12,9 @@ from pydantic import Field, WithJsonSchema
 
 from mmlora.server.openai.chat.message_schemas import MESSAGES
 from mmlora.server.openai.constraints import read_constraint
-from mmlora.server.openai.protocol import FieldError, FirstOnly, GenerationRequest, answer_limit, shorten
+from mmlora.server.openai.protocol import FieldError, FirstOnly, GenerationRequest, answer_limit
 from mmlora.server.openai.tools.choice import ToolChoice, read_tool_choice
+from mmlora.utils.text import shorten
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MESSAGE_FIELDS = frozenset({"role", "content", "name", "refusal", "tool_calls", "tool_call_id"})

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 from pydantic import WithJsonSchema
 
 from mmlora.server.openai.constraints import read_constraint
-from mmlora.server.openai.protocol import FieldError, GenerationRequest, shorten
+from mmlora.server.openai.protocol import FieldError, GenerationRequest
+from mmlora.utils.text import shorten
 
 MAX_PROMPTS, MAX_CHOICES = 256, 1024  # the engine queues all of them at once
 DEFAULT_MAX_TOKENS = 16  # OpenAI's

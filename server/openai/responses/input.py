@@ -5,7 +5,8 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from mmlora.server.openai.protocol import FieldError, shorten
+from mmlora.server.openai.protocol import FieldError
+from mmlora.utils.text import shorten
 
 Json = dict[str, Any]
 INPUT_ROLES = ("system", "developer", "user", "assistant")

@@ -12,8 +12,9 @@ from pydantic import BeforeValidator, Field, JsonValue, WithJsonSchema
 
 from mmlora.server.openai.chat.message_schemas import INPUT
 from mmlora.server.openai.constraints import read_constraint
-from mmlora.server.openai.protocol import FieldError, FirstOnly, GenerationRequest, check_other_fields, shorten
+from mmlora.server.openai.protocol import FieldError, FirstOnly, GenerationRequest, check_other_fields
 from mmlora.server.openai.tools.choice import ToolChoice, read_tool_choice
+from mmlora.utils.text import shorten
 
 MAX_METADATA = 16
 MAX_TOOLS_LENGTH = 2**20  # they come back in the answer, in several events of a stream

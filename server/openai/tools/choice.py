@@ -8,10 +8,11 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from mmlora.server.openai.protocol import FieldError, check_other_fields, shorten
+from mmlora.server.openai.protocol import FieldError, check_other_fields
 from mmlora.server.openai.tools.formats import REQUIRED_FORMAT, ToolCallFormat
 from mmlora.server.openai.tools.parser import NamedToolParser, TextParser, ToolCallParser
 from mmlora.structured_outputs import ANY_OBJECT, StructuredOutputsParams
+from mmlora.utils.text import shorten
 
 MAX_TOOLS = 128
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")

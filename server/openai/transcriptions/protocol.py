@@ -14,9 +14,9 @@ from mmlora.server.openai.protocol import (
     check_other_fields,
     first_problem,
     read_json,
-    shorten,
 )
 from mmlora.server.openai.transcriptions.form import parse_form
+from mmlora.utils.text import shorten
 
 LISTS = ("include", "timestamp_granularities")
 ResponseFormat = Literal["json", "text", "verbose_json"]
