@@ -1,7 +1,6 @@
 """`Batch`: the tokens of a step, laid one after the other, and what the model must know of each."""
 
 from collections.abc import Iterable
-from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +60,7 @@ class Batch:
         """The rows whose logits are needed, ascending."""
         return [row for item, start in zip(self.items, self.starts, strict=True) for row in _logit_rows(item, start)]
 
-    def segments_of(self, rows: Rows[int]) -> list[Segment] | None:
+    def segments_of(self, rows: list[int]) -> list[Segment] | None:
         """Lay the slots of some rows, ascending, one after the other; None without adapters."""
         if self.segments is None:
             return None
@@ -103,7 +102,7 @@ def _segments(runs: Iterable[tuple[int, int]]) -> list[Segment]:
     return segments
 
 
-def _slots_of_rows(rows: Rows[int], segments: Rows[Segment]) -> list[int]:
+def _slots_of_rows(rows: list[int], segments: list[Segment]) -> list[int]:
     """The slot of each of some rows, ascending."""
     slots, remaining = [], iter(segments)
     segment = next(remaining)
@@ -114,7 +113,7 @@ def _slots_of_rows(rows: Rows[int], segments: Rows[Segment]) -> list[int]:
     return slots
 
 
-def _logit_rows(item: ScheduledSequence, first_row: int) -> Rows[int]:
+def _logit_rows(item: ScheduledSequence, first_row: int) -> list[int]:
     rows = []
     if item.seq.wants_prompt_logprobs:
         rows = [first_row + position - item.start for position in prompt_positions(item)]

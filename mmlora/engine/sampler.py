@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence as Rows
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from mmlora.outputs import Logprob, TokenLogprobs
 from mmlora.sampling_params import SamplingParams
 
 
-def sample(logits: torch.Tensor, seqs: Rows[Sequence], stop_ids: frozenset[int]) -> list[int | MMLoRAError]:
+def sample(logits: torch.Tensor, seqs: list[Sequence], stop_ids: frozenset[int]) -> list[int | MMLoRAError]:
     """Choose one token per sequence.
 
     Each random choice uses the sequence's own generator, so it does not depend on the rest of the batch.
@@ -90,7 +89,7 @@ def _adjust_logits(row: torch.Tensor, seq: Sequence, stop_ids: frozenset[int]) -
         _apply_penalties(row, seq)
 
 
-def _mask_logits(logits: torch.Tensor, seqs: Rows[Sequence]) -> None:
+def _mask_logits(logits: torch.Tensor, seqs: list[Sequence]) -> None:
     """Leave of constrained rows what may come next. An answer that must go on has no end among that."""
     rows = [index for index, seq in enumerate(seqs) if seq.matcher is not None]
     if not rows:

@@ -1,6 +1,6 @@
 """Sequences for tests of the engine's parts: built without a model, tokenizer or files."""
 
-from collections.abc import Sequence as Items
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,17 @@ from mmlora.towers.encoder import encoder_key
 class SpellingTokenizer:
     """Decodes a token id to a letter; enough for parts that never look at text."""
 
-    def decode(self, token_ids: Items[int], **_: object) -> str:
+    def decode(self, token_ids: list[int], **_: object) -> str:
         return "".join(chr(97 + token % 26) for token in token_ids)
 
 
 def make_sequence(
-    prompt: Items[int] = (1, 2, 3),
+    prompt: Collection[int] = (1, 2, 3),
     *,
     params: SamplingParams | None = None,
     adapter: Adapter | None = None,
     media: tuple[MediaInput, ...] = (),
-    output: Items[int] = (),
+    output: Collection[int] = (),
     seed: int = 0,
     layout: PromptLayout = PromptLayout(),  # noqa: B008  frozen
     adapter_start: int = 0,

@@ -11,8 +11,8 @@ import torch
 from mmlora.kernels import ops
 from mmlora.kernels.lora_expand import lora_expand
 from mmlora.kernels.lora_shrink import lora_shrink
-from mmlora.kernels.reference import lora_apply_reference, lora_expand_reference, lora_shrink_reference
 from mmlora.kernels.slot_weights import SlotWeights
+from tests.kernels.reference import lora_apply_reference, lora_expand_reference, lora_shrink_reference
 
 
 def run_case(case: dict, device: torch.device) -> dict:

@@ -35,9 +35,8 @@ def case(
 
 def worker(device: str) -> Iterator[Run]:
     environment = {**os.environ, "TRITON_INTERPRET": "1" if device == "cpu" else "0", "OMP_NUM_THREADS": "1"}
-    script = Path(__file__).with_name("interpreter_worker.py")
     root = Path(__file__).parents[2]
-    command = [sys.executable, str(script), device]
+    command = [sys.executable, "-m", "tests.kernels.interpreter_worker", device]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, cwd=root, text=True) as process:
 

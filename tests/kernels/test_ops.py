@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from mmlora.kernels import ops
-from mmlora.kernels.reference import lora_apply_reference
 from mmlora.kernels.segments import adapter_segments, build_tiles, max_tiles
 from mmlora.kernels.slot_weights import SlotWeights
+from tests.kernels.reference import lora_apply_reference
 
 CPU = torch.device("cpu")
 # Both sides round once: in 16 bits a difference is a unit in the last place of y < 16, and rare.

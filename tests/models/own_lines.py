@@ -1,7 +1,8 @@
 """How much code a family has of its own: its entry in the table, what that names, and what that names in turn.
 
 Only modules of `processors/` and `towers/` that are not for all families count, and whatever else an entry names.
-Blank lines, comments, docstrings and the words of `transcription.py` do not.
+Blank lines, comments, docstrings and the words of `transcription.py` do not; an import counts as one line, however
+long.
 """
 
 import ast
@@ -154,6 +155,8 @@ def _names(node: ast.AST) -> set[str]:
 
 
 def _lines(node: ast.stmt) -> range:
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return range(node.lineno, node.lineno + 1)
     decorators = node.decorator_list if isinstance(node, ast.ClassDef | ast.FunctionDef) else []
     return range(min([node.lineno, *(decorator.lineno for decorator in decorators)]), _last_line(node) + 1)
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 REAL_TORCHVISION = importlib.util.find_spec("torchvision") is not None
 if not REAL_TORCHVISION:
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.insert(0, str(Path(__file__).parents[1]))
     import torchvision_stub
 
     torchvision_stub.install()
