@@ -1,6 +1,8 @@
 """`python -m mmlora.cli`."""
 
-from mmlora.cli.commands import main
+import sys
+
+from mmlora.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

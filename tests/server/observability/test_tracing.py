@@ -118,7 +118,7 @@ def test_a_request_has_a_span_and_its_engine_request_another(traced: Traced, wav
         "gen_ai.usage.output_tokens": 6,
         "mmlora.lora.adapter": "audio",
         "mmlora.lora.reason": "default:audio",
-        "mmlora.lora.loading.digest": answer["lora"]["digest"],
+        "mmlora.lora.digest": answer["lora"]["digest"],
         "mmlora.media.audio": 1,
     }
     queue, first, prefill, decode, whole = (
