@@ -132,11 +132,11 @@ def model_routes(models: ServedModels) -> APIRouter:
 
     @routes.get("/models")
     async def list_models() -> UTF8JSONResponse:
-        return UTF8JSONResponse({"object": "list", "data": models.cards()})
+        return UTF8JSONResponse({"object": "list", "data": models.model_cards()})
 
     @routes.get("/models/{name:path}")
     async def get_model(name: str) -> UTF8JSONResponse:
-        return UTF8JSONResponse(models.card(name))
+        return UTF8JSONResponse(models.model_card(name))
 
     return routes
 

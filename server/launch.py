@@ -22,8 +22,7 @@ from mmlora.server.http.connection import ConnectionLimits
 from mmlora.server.http.listener import address_of, listening, raise_file_limit, tls_of
 from mmlora.server.http.server import HTTPServer
 from mmlora.server.lora.resolved import ALLOW_VARIABLE, start_resolution
-from mmlora.server.lora.served_adapter import ServedAdapter
-from mmlora.server.lora.served_models import LoRAModule, ServedModels
+from mmlora.server.lora.served_models import LoRAModule, ServedAdapter, ServedModels
 from mmlora.server.observability.startup_summary import announce
 from mmlora.server.observability.tracing import Tracer, tracing
 from mmlora.utils.environment import read_bool

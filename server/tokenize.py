@@ -57,7 +57,7 @@ def token_routes(llm: AsyncLLM, models: ServedModels, max_request_bytes: int) ->
     async def respond(request: Request, kind: type[B], answer: Callable[[B], dict[str, Any]]) -> UTF8JSONResponse:
         content = await read_body(request, max_request_bytes)
         body = await llm.run_in_pool(parse_body, kind, content)
-        await models.find(body.model, None)
+        await models.find_adapter(body.model, None)
         return UTF8JSONResponse(await llm.run_in_pool(answer, body))
 
     @routes.post("/tokenize", openapi_extra=body_schema(TokenizeBody))

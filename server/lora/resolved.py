@@ -15,8 +15,7 @@ from mmlora.lora.resolver import LoRAResolverRegistry
 from mmlora.lora.resolving.resolution import LoRAResolution, ResolutionLimits
 from mmlora.lora.store.host_cache import HostCache
 from mmlora.plugins import load_general_plugins
-from mmlora.server.lora.served_adapter import ServedAdapter
-from mmlora.server.lora.served_models import ServedModels
+from mmlora.server.lora.served_models import ServedAdapter, ServedModels
 from mmlora.utils.environment import read_bool
 
 logger = logging.getLogger(__name__)
@@ -59,14 +58,14 @@ class _Acceptance:
 
     def _load(self, request: LoRARequest) -> None:
         request = _as_directory(request)
-        with self._models.changes.hold(request.lora_name):
+        with self._models.name_locks.hold(request.lora_name):
             if request.lora_name in self._models.names:
                 return  # a client loaded one of this name meanwhile
             if self._store.is_draining(request.lora_name):  # which passes
                 raise ResolverError(f"adapter {request.lora_name!r} is being unloaded")
             adapter = self._store.get(request)
             self._warn_of_other_base(request, adapter.path)
-            self._models.add(ServedAdapter(request.lora_name, request, adapter.digest, adapter.report))
+            self._models.add_adapter(ServedAdapter(request.lora_name, request, adapter.digest, adapter.report))
 
     def _warn_of_other_base(self, request: LoRARequest, directory: Path | None) -> None:
         trained_on = request.base_model_name or _base_model_in(directory)

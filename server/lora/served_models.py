@@ -1,28 +1,32 @@
-"""`ServedModels`: the names that clients may ask for, and the cards of `/v1/models`.
+"""Names that clients may request: the base model, its aliases and adapters, with their `/v1/models` cards.
 
-It turns `model` and `lora` of a request into what the engine takes: an explicit adapter, `BASE`, or None for the
-automatic choice, which the engine makes.
+`ServedModels` turns the `model` and `lora` fields of a request into what the engine takes: an explicit adapter, `BASE`,
+or None for the automatic choice, which the engine makes.
 """
 
 import json
+import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeGuard
 
-from mmlora.errors import AdapterNotFound, ConfigError, RequestError
-from mmlora.lora.mix import LoRAMix
+from mmlora.errors import AdapterError, AdapterNotFound, ConfigError, RequestError
+from mmlora.lora.adapter import AdapterReport
+from mmlora.lora.mix import MAX_MIX_PARTS, LoRAMix
 from mmlora.lora.request import BASE, LoRARequest
 from mmlora.lora.resolving.resolution import LoRAResolution
 from mmlora.server.errors import Refusal
-from mmlora.server.lora.lora_field import LoRAField, parse_lora_field
-from mmlora.server.lora.model_cards import Card, model_card
-from mmlora.server.lora.name_locks import NameLocks
-from mmlora.server.lora.served_adapter import ServedAdapter
 from mmlora.server.openai.protocol import FieldError
-from mmlora.utils.text import shorten
+from mmlora.utils.text import is_finite_number, shorten
+
+logger = logging.getLogger(__name__)
+
+ModelCard = dict[str, Any]
+LoRAField = str | list[dict[str, Any]] | None
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class LoRAModule:
 
     @classmethod
     def parse(cls, text: str) -> "LoRAModule":
-        """Read an entry as it stands on the command line.
+        """Parse an entry of the command line.
 
         Raises:
             ConfigError: it has neither form.
@@ -61,18 +65,85 @@ class LoRAModule:
         return cls(**entry)
 
 
-class ServedModels:
-    """All names of one server. Safe to use from several threads.
+@dataclass(frozen=True)
+class ServedAdapter:
+    """Adapter under the name that clients use for it.
+
+    It holds no reference to the weights, which may be evicted from the host while the name is served.
 
     Attributes:
-        resolution: asks resolvers for names that are not served; None where there are none to ask.
-        changes: held by whoever loads or unloads an adapter, from before it until its name is served or gone.
+        name: what clients call it.
+        request: what the engine gets for it.
+        digest, report: of the adapter as it was loaded.
+        default_for: key of a default adapter, such as `audio`; None for other adapters.
+        problem: why requests for it fail; None if they do not.
+    """
+
+    name: str
+    request: LoRARequest
+    digest: str | None
+    report: AdapterReport
+    default_for: str | None = None
+    problem: str | None = None
+
+    def __post_init__(self) -> None:
+        # A request may be in preparation while its adapter is replaced or unloaded: `only_known` then makes it fail
+        # instead of loading the adapter again. Default adapters are recognized by the identity of their request.
+        if self.default_for is None:
+            object.__setattr__(self, "request", replace(self.request, only_known=True))
+
+    def describe(self) -> dict[str, Any]:
+        """Return the `adapter` field of its model card."""
+        return {
+            "name": self.request.lora_name,
+            "lora_int_id": self.request.lora_int_id,
+            "digest": self.digest,
+            "default_for": self.default_for,
+            "matched": self.report.matched,
+            "parts": dict(self.report.parts),
+            "unmatched": list(self.report.unmatched),
+            "problem": self.problem,
+        }
+
+
+class NameLocks:
+    """One lock per name; a lock exists only while it is held or waited for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._locks: dict[str, threading.Lock] = {}
+        self._num_users: Counter[str] = Counter()  # threads that hold a lock or wait for it
+
+    @contextmanager
+    def hold(self, name: str) -> Iterator[None]:
+        """Hold the lock of a name."""
+        with self._lock:
+            self._num_users[name] += 1
+            lock = self._locks.setdefault(name, threading.Lock())
+        try:
+            with lock:
+                yield
+        finally:
+            with self._lock:
+                self._num_users[name] -= 1
+                if not self._num_users[name]:
+                    del self._num_users[name], self._locks[name]
+
+
+class ServedModels:
+    """All names of one server. Thread-safe.
+
+    Attributes:
+        base_name: the main name of the base model.
+        resolution: asks resolvers for names that are not served; None without resolvers.
+        name_locks: a name's lock is held from before its adapter is loaded or unloaded until the name is served or
+            removed.
 
     Args:
         base_name: what clients call the base model.
         root: where the base model came from.
-        max_model_len: tokens of prompt and answer.
-        adapters: named adapters and defaults, no two of one name; a default's name is its key, such as `audio`.
+        max_model_len: maximum number of prompt and output tokens.
+        adapters: named adapters and defaults with unique names; the name of a default is its key, such as `audio`.
         aliases: other names of the base model.
     """
 
@@ -88,33 +159,33 @@ class ServedModels:
         self._base_names = (base_name, *aliases)
         self._root = root
         self._max_model_len = max_model_len
-        self._created = int(time.time())
+        self._created_s = int(time.time())
         self.resolution: LoRAResolution | None = None
-        self.changes = NameLocks()
+        self.name_locks = NameLocks()
         self._lock = threading.Lock()
-        # Replaced whole by whoever holds the lock, so that readers need none.
+        # Copy-on-write: replaced as a whole under the lock, so that readers need no lock.
         self._adapters = {adapter.name: adapter for adapter in adapters}
 
     @property
     def names(self) -> list[str]:
-        """Every name that `model` may have."""
+        """All valid values of the `model` field."""
         return [*self._base_names, *self._adapters]
 
     @property
     def adapters(self) -> Mapping[str, ServedAdapter]:
-        """The adapters by their names, as of now."""
+        """A snapshot of the served adapters by name."""
         return self._adapters
 
     def is_base(self, name: str) -> bool:
-        """Whether a name is the base model's."""
+        """Return whether a name is one of the base model's."""
         return name in self._base_names
 
-    def add(self, adapter: ServedAdapter, *, replace: bool = False) -> None:
-        """Serve an adapter from now on.
+    def add_adapter(self, adapter: ServedAdapter, *, replace: bool = False) -> None:
+        """Start serving an adapter.
 
         Args:
-            adapter: with the name that clients use.
-            replace: take the place of an adapter of this name that is no default.
+            adapter: the adapter with its name.
+            replace: replace a served adapter of this name, unless that is a default.
 
         Raises:
             RequestError: the name is taken.
@@ -123,110 +194,186 @@ class ServedModels:
             taken = self._adapters.get(adapter.name)
             may_replace = replace and taken is not None and taken.default_for is None
             if self.is_base(adapter.name) or (taken is not None and not may_replace):
-                raise RequestError(f"the name {shorten(adapter.name)} is taken; served are {self._listed()}")
+                raise RequestError(f"the name {shorten(adapter.name)} is taken; served are {self._list_names()}")
             self._adapters = {**self._adapters, adapter.name: adapter}
 
-    def remove(self, name: str) -> ServedAdapter:
-        """Serve an adapter no more, and return it. What the engine has of it is left to the caller.
+    def remove_adapter(self, name: str) -> ServedAdapter:
+        """Stop serving an adapter and return it. The caller removes it from the engine.
 
         Raises:
-            RequestError: it is a default, which the engine keeps.
+            RequestError: it is a default, which cannot be unloaded.
             AdapterNotFound: there is no adapter of this name.
         """
         with self._lock:
             adapter = self._adapters.get(name)
             if adapter is None:
-                raise AdapterNotFound(f"there is no adapter {shorten(name)}; served are {self._listed()}")
+                raise AdapterNotFound(f"there is no adapter {shorten(name)}; served are {self._list_names()}")
             if adapter.default_for is not None:
                 raise RequestError(f"the adapter {name!r} is the default for {adapter.default_for}; it stays")
             self._adapters = {other: self._adapters[other] for other in self._adapters if other != name}
             return adapter
 
-    async def find(self, model: str | None, lora: LoRAField) -> LoRARequest | object | None:
-        """Do as `resolve`, after asking the resolvers for each name that is not served.
+    async def find_adapter(self, model: str | None, lora: LoRAField) -> LoRARequest | object | None:
+        """Ask the resolvers for each name that is not served, then select as `select_adapter` does.
 
         Raises:
-            Refusal, FieldError: see `resolve`.
+            Refusal, FieldError: see `select_adapter`.
             AdapterError: a resolver found an adapter that cannot be used.
             ResolverError: a resolver failed, and no other found the adapter.
         """
-        parts = self._parse(model, lora)
+        parts = self._parse_fields(model, lora)
         if self.resolution is not None:
-            with suppress(AdapterNotFound):  # `resolve` says so, and which field names it; the rest is not looked for
+            # `select_adapter` reports a name that is not found, and the field that holds it; skip the remaining names.
+            with suppress(AdapterNotFound):
                 for name in [model or self.base_name, *(name for name, _ in parts)]:
                     if name not in self.names:
                         await self.resolution.resolve(name)
-        return self.resolve(model, lora)
+        return self.select_adapter(model, lora)
 
-    def resolve(self, model: str | None, lora: LoRAField) -> LoRARequest | object | None:
-        """What the engine is to apply.
+    def select_adapter(self, model: str | None, lora: LoRAField) -> LoRARequest | object | None:
+        """Return what the engine is to apply: an adapter, `BASE`, or None for the automatic choice.
 
         Args:
             model: the base model's name (automatic choice), an adapter's, or a default's key; None is the base.
-            lora: None (as `model` says), `[]` (the base model on purpose), a name, or `[{"name": …, "scale": …}, …]`.
+            lora: None (as `model` says), `[]` (explicitly the base model), a name, or
+                `[{"name": …, "scale": …}, …]`.
 
         Raises:
             FieldError: the fields contradict each other, or `lora` has another form.
             Refusal: 404 for an unknown name.
         """
-        parts = self._parse(model, lora)
+        parts = self._parse_fields(model, lora)
         adapters = self._adapters
         named = None
-        if self._is_other(model):
+        if self._names_adapter(model):
             named = adapters.get(model)
             if named is None:
-                message = f"the model {shorten(model)} does not exist; served are {self._listed()}"
+                message = f"the model {shorten(model)} does not exist; served are {self._list_names()}"
                 raise Refusal(404, message, param="model", code="model_not_found")
         if lora is None:
             return named.request if named else None
-        chosen = [(self._chosen(adapters, name).request, scale) for name, scale in parts]
+        chosen = [(_served_adapter(adapters, name).request, scale) for name, scale in parts]
         if not chosen:
             return BASE
         return chosen[0][0] if len(chosen) == 1 and chosen[0][1] == 1 else LoRAMix(chosen)
 
-    def _parse(self, model: str | None, lora: LoRAField) -> list[tuple[str, float]]:
-        """The adapters that `lora` names; `model` may name the base model, or the one adapter that `lora` names."""
-        parts = parse_lora_field(lora)
-        if lora is not None and self._is_other(model) and [name for name, _ in parts] != [model]:
+    @contextmanager
+    def log_failures(self, model: str | None, lora: LoRAField) -> Iterator[None]:
+        """Log adapter failures; clients get a generic 500, so that file paths do not leak.
+
+        Args:
+            model, lora: fields of the request.
+
+        Raises:
+            Refusal: 500 in place of an `AdapterError`; 404 if the adapter was unloaded in the meantime.
+        """
+        try:
+            yield
+        except AdapterError as error:
+            self.select_adapter(model, lora)
+            logger.exception("a served adapter cannot be used")
+            message = "the adapter of this request cannot be used now; the server's log says why"
+            raise Refusal(500, message, param="model") from error
+
+    def model_cards(self) -> list[ModelCard]:
+        """Return the entries of `/v1/models`, the base model first."""
+        bases = [self._build_card(name, self._root) for name in self._base_names]
+        return [*bases, *map(self._build_adapter_card, self._adapters.values())]
+
+    def model_card(self, name: str) -> ModelCard:
+        """Return the `/v1/models` entry of one model.
+
+        Raises:
+            Refusal: 404 for an unknown name.
+        """
+        for card in self.model_cards():
+            if card["id"] == name:
+                return card
+        raise Refusal(404, f"the model {shorten(name)} does not exist", param="model", code="model_not_found")
+
+    def _parse_fields(self, model: str | None, lora: LoRAField) -> list[tuple[str, float]]:
+        """Return the adapters of `lora`; `model` may name the base model, or the only adapter of `lora`."""
+        parts = _parse_lora_field(lora)
+        if lora is not None and self._names_adapter(model) and [name for name, _ in parts] != [model]:
             asked = shorten(lora) if parts else "[], which is the base model,"
             message = f"model={shorten(model)} and lora={asked} contradict each other; give one of them"
             raise FieldError(message, "lora")
         return parts
 
-    def _is_other(self, model: str | None) -> TypeGuard[str]:
-        """Whether `model` names something else than the base model."""
+    def _names_adapter(self, model: str | None) -> TypeGuard[str]:
         return model is not None and not self.is_base(model)
 
-    def _chosen(self, adapters: Mapping[str, ServedAdapter], name: str) -> ServedAdapter:
-        chosen = adapters.get(name)
-        if chosen is None:
-            allowed = ", ".join(map(repr, adapters)) or "none"
-            message = f"the adapter {shorten(name)} does not exist; served are {allowed}, and [] is the base model"
-            raise Refusal(404, message, param="lora", code="adapter_not_found")
-        return chosen
-
-    def cards(self) -> list[Card]:
-        """The entries of `/v1/models`, the base model first."""
-        bases = [self._card(name, self._root, None, None) for name in self._base_names]
-        return [*bases, *(self._adapter_card(adapter) for adapter in self._adapters.values())]
-
-    def card(self, name: str) -> Card:
-        """The entry of one model.
-
-        Raises:
-            Refusal: 404 for an unknown name.
-        """
-        for card in self.cards():
-            if card["id"] == name:
-                return card
-        raise Refusal(404, f"the model {shorten(name)} does not exist", param="model", code="model_not_found")
-
-    def _listed(self) -> str:
+    def _list_names(self) -> str:
         return ", ".join(map(repr, self.names))
 
-    def _adapter_card(self, adapter: ServedAdapter) -> Card:
+    def _build_adapter_card(self, adapter: ServedAdapter) -> ModelCard:
         request = adapter.request
-        return self._card(adapter.name, request.lora_path, request.base_model_name or self.base_name, adapter.facts())
+        parent = request.base_model_name or self.base_name
+        return self._build_card(adapter.name, request.lora_path, parent, adapter.describe())
 
-    def _card(self, name: str, root: str, parent: str | None, adapter: dict[str, Any] | None) -> Card:
-        return model_card(name, root, parent, adapter, self._max_model_len, self._created)
+    def _build_card(
+        self, name: str, root: str, parent: str | None = None, adapter: dict[str, Any] | None = None
+    ) -> ModelCard:
+        """Return OpenAI's model object with vLLM's fields and our `adapter`."""
+        permission = {
+            "id": f"modelperm-{name}",
+            "object": "model_permission",
+            "created": self._created_s,
+            "allow_create_engine": False,
+            "allow_sampling": True,
+            "allow_logprobs": True,
+            "allow_search_indices": False,
+            "allow_view": True,
+            "allow_fine_tuning": False,
+            "organization": "*",
+            "group": None,
+            "is_blocking": False,
+        }
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created_s,
+            "owned_by": "mmlora",
+            "root": root,
+            "parent": parent,
+            "max_model_len": self._max_model_len,
+            "permission": [permission],
+            "adapter": adapter,
+        }
+
+
+def _served_adapter(adapters: Mapping[str, ServedAdapter], name: str) -> ServedAdapter:
+    adapter = adapters.get(name)
+    if adapter is None:
+        allowed = ", ".join(map(repr, adapters)) or "none"
+        message = f"the adapter {shorten(name)} does not exist; served are {allowed}, and [] is the base model"
+        raise Refusal(404, message, param="lora", code="adapter_not_found")
+    return adapter
+
+
+def _parse_lora_field(lora: LoRAField) -> list[tuple[str, float]]:
+    """Return the adapters of a `lora` field with their scales.
+
+    Raises:
+        FieldError: there are too many entries, one has another form, or an adapter is named twice.
+    """
+    if lora is None or isinstance(lora, str):
+        return [(lora, 1.0)] if lora is not None else []
+    if len(lora) > MAX_MIX_PARTS:
+        raise FieldError(f"lora holds {len(lora)} adapters; allowed are {MAX_MIX_PARTS}", "lora")
+    parts = [_parse_lora_entry(entry) for entry in lora]
+    names = [name for name, _ in parts]
+    if len(set(names)) != len(names):
+        raise FieldError(f"lora names an adapter twice: {shorten(names)}; add the scales up", "lora")
+    return parts
+
+
+def _parse_lora_entry(entry: dict[str, Any]) -> tuple[str, float]:
+    unknown = sorted(set(entry) - {"name", "scale"})
+    if unknown or not isinstance(entry.get("name"), str):
+        raise FieldError(f"lora: {shorten(entry)} must be {{'name': …}} or {{'name': …, 'scale': …}}", "lora")
+    scale = entry.get("scale", 1)
+    if not is_finite_number(scale):
+        message = f"lora: scale={shorten(scale)} for {shorten(entry['name'])}; it must be a finite number"
+        raise FieldError(message, "lora")
+    return entry["name"], float(scale)

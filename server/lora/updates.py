@@ -19,8 +19,7 @@ from mmlora.server.bodies import Body, body_schema, parse_body
 from mmlora.server.errors import Refusal
 from mmlora.server.http.admission import read_body
 from mmlora.server.lora.resolved import ALLOW_VARIABLE
-from mmlora.server.lora.served_adapter import ServedAdapter
-from mmlora.server.lora.served_models import ServedModels
+from mmlora.server.lora.served_models import ServedAdapter, ServedModels
 from mmlora.server.openai.protocol import FieldError
 from mmlora.utils.text import shorten
 
@@ -135,7 +134,7 @@ class AdapterUpdates:
 
     def _load(self, body: LoadBody, store: HostCache) -> None:
         name = body.lora_name
-        with self._models.changes.hold(name):
+        with self._models.name_locks.hold(name):
             served = self._check_name(name, may_replace=bool(body.load_inplace))
             former = served.request if served is not None else None
             request = LoRARequest(
@@ -148,7 +147,7 @@ class AdapterUpdates:
             # What `--lora-modules` names comes back at the next start as it was: only `add` writes to the registry.
             adapter = store.get(request) if served is not None else store.add(request)
             request = replace(request, lora_int_id=store.find(name).request.lora_int_id, load_inplace=False)
-            self._models.add(ServedAdapter(name, request, adapter.digest, adapter.report), replace=True)
+            self._models.add_adapter(ServedAdapter(name, request, adapter.digest, adapter.report), replace=True)
 
     def _check_name(self, name: str, *, may_replace: bool) -> ServedAdapter | None:
         """The adapter that has the name already."""
@@ -169,7 +168,7 @@ class AdapterUpdates:
     def _unload(self, name: str, lora_int_id: int | None, store: HostCache) -> None:
         if self._models.is_base(name):
             raise FieldError(f"{shorten(name)} is the base model, which cannot be unloaded", "lora_name")
-        with self._models.changes.hold(name):
+        with self._models.name_locks.hold(name):
             served = self._models.adapters.get(name)
             if served is not None and lora_int_id not in (None, served.request.lora_int_id):
                 message = (
@@ -177,12 +176,12 @@ class AdapterUpdates:
                     f"the id of {shorten(name)} is {served.request.lora_int_id}"
                 )
                 raise FieldError(message, "lora_int_id")
-            adapter = self._models.remove(name)  # first, so that no request asks for what the engine lacks
+            adapter = self._models.remove_adapter(name)  # first, so that no request asks for what the engine lacks
             try:
                 with suppress(AdapterNotFound):  # it was removed from Python
                     store.remove(name)
             except RequestError:  # the registry cannot be written
-                self._models.add(adapter)
+                self._models.add_adapter(adapter)
                 raise
 
     def _name_of(self, lora_int_id: int | None) -> str:

@@ -9,11 +9,10 @@ from mmlora.inputs.chat import CheckedMessages, check_messages, load_chat_templa
 from mmlora.processors.fetch.loader import PromptMedia
 from mmlora.sampling_params import SamplingParams
 from mmlora.server.http.auth import CALLER
-from mmlora.server.lora.lora_field import LoRAField
-from mmlora.server.lora.served_models import ServedModels
+from mmlora.server.lora.served_models import LoRAField, ServedModels
 from mmlora.server.openai.logprobs import check_prompt_logprobs
 from mmlora.server.openai.output import raise_failure
-from mmlora.server.openai.streaming import Outputs, adapter_faults, close
+from mmlora.server.openai.streaming import Outputs, close
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,9 @@ class Conversations:
         """
         model, lora = conversation.model, conversation.lora
         params: SamplingParams = self.llm.default_sampling_params(**conversation.sampling_options)
-        lora_request = await self.models.find(model, lora)
+        lora_request = await self.models.find_adapter(model, lora)
         prompt = await self._load(conversation)
-        with adapter_faults(self.models, model, lora):
+        with self.models.log_failures(model, lora):
             ready = await self.llm.prepare(prompt, params, request_id, lora_request, conversation.priority)
             num_tokens = len(ready.input.prompt_token_ids)
             check_prompt_logprobs(num_tokens, params.prompt_logprobs, len(self.llm.tokenizer))

@@ -2,20 +2,16 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from mmlora.errors import AdapterError, MMLoRAError
+from mmlora.errors import MMLoRAError
 from mmlora.outputs import RequestOutput
-from mmlora.server.errors import Refusal
 from mmlora.server.http.admission import Deadline
-from mmlora.server.lora.lora_field import LoRAField
-from mmlora.server.lora.served_models import ServedModels
 from mmlora.server.openai.output import Answer, lora_headers
 
 logger = logging.getLogger(__name__)
@@ -46,26 +42,6 @@ async def respond_with(request: Request, answer: Answer, outputs: Outputs, *, is
     # The headers name the adapter and a refusal needs its status: both are known with the first output.
     first = await until_disconnect(request, _next(outputs))
     return EventStream(_events(answer, first, outputs), headers=lora_headers(first.lora))
-
-
-@contextmanager
-def adapter_faults(models: ServedModels, model: str | None, lora: LoRAField) -> Iterator[None]:
-    """Tell the log what ails an adapter that is served: clients know its name, its files are not theirs.
-
-    Args:
-        models: the names that are served.
-        model, lora: what the request asks for.
-
-    Raises:
-        Refusal: 500, in place of an `AdapterError`; 404 where an adapter was unloaded meanwhile.
-    """
-    try:
-        yield
-    except AdapterError as error:
-        models.resolve(model, lora)
-        logger.exception("an adapter that is served cannot be used")
-        message = "the adapter of this request cannot be used now; the server's log says why"
-        raise Refusal(500, message, param="model") from error
 
 
 class EventStream(StreamingResponse):

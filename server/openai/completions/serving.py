@@ -22,7 +22,7 @@ from mmlora.server.openai.completions.output import CompletionAnswer
 from mmlora.server.openai.completions.protocol import CompletionRequest, TextOrTokens, parse_completion_request
 from mmlora.server.openai.logprobs import check_prompt_logprobs
 from mmlora.server.openai.output import raise_failure
-from mmlora.server.openai.streaming import Outputs, adapter_faults, close, respond_with
+from mmlora.server.openai.streaming import Outputs, close, respond_with
 
 References = dict[str, list[MediaReference]]
 
@@ -56,11 +56,11 @@ class CompletionService:
 
     async def _generate(self, asked: CompletionRequest, answer: CompletionAnswer) -> Outputs:
         params: SamplingParams = self._llm.default_sampling_params(**asked.sampling_options())
-        lora_request = await self._models.find(asked.model, asked.lora)
+        lora_request = await self._models.find_adapter(asked.model, asked.lora)
         prompts = asked.prompts
         ready = []
         for index, (prompt, request_id) in enumerate(zip(prompts, answer.request_ids, strict=True)):
-            with _naming_prompt(index, len(prompts)), adapter_faults(self._models, asked.model, asked.lora):
+            with _naming_prompt(index, len(prompts)), self._models.log_failures(asked.model, asked.lora):
                 fields = await self._load(asked, prompt)
                 ready.append(await self._llm.prepare(fields, params, request_id, lora_request, asked.priority or 0))
         num_tokens = sum(len(request.input.prompt_token_ids) for request in ready)
@@ -79,7 +79,7 @@ class CompletionService:
         """The deltas of one prompt."""
         outputs, is_first = self._llm.run(ready), True
         try:
-            with _naming_prompt(index, len(asked.prompts)), adapter_faults(self._models, asked.model, asked.lora):
+            with _naming_prompt(index, len(asked.prompts)), self._models.log_failures(asked.model, asked.lora):
                 async for output in outputs:
                     raise_failure(output)
                     if is_first:

@@ -29,8 +29,7 @@ from mmlora.lora.resolving.resolver_loop import resolver_loop
 from mmlora.server.api import build_app
 from mmlora.server.launch import load_served_models
 from mmlora.server.lora.resolved import start_resolution
-from mmlora.server.lora.served_adapter import ServedAdapter
-from mmlora.server.lora.served_models import ServedModels
+from mmlora.server.lora.served_models import ServedAdapter, ServedModels
 from tests.plugins.s3 import put, run_s3
 from tests.server.conftest import RunningServer, run_app
 from tests.server_process import run_process
@@ -317,21 +316,21 @@ def served(name: str, default_for: str | None = None) -> ServedAdapter:
 
 def test_names_are_added_and_removed() -> None:
     models = ServedModels("base", "root", 10, [served("audio", "audio")])
-    models.add(served("sql"))
+    models.add_adapter(served("sql"))
     assert models.names == ["base", "audio", "sql"]
     for name in ("sql", "base", "audio"):
         with pytest.raises(RequestError, match=f"the name '{name}' is taken; served are 'base', 'audio', 'sql'"):
-            models.add(served(name))
+            models.add_adapter(served(name))
     new = served("sql")
-    models.add(new, replace=True)
+    models.add_adapter(new, replace=True)
     for name in ("base", "audio"):
         with pytest.raises(RequestError, match="is taken"):
-            models.add(served(name), replace=True)
-    assert models.remove("sql") is new and models.names == ["base", "audio"]
+            models.add_adapter(served(name), replace=True)
+    assert models.remove_adapter("sql") is new and models.names == ["base", "audio"]
     with pytest.raises(AdapterNotFound, match="there is no adapter 'sql'; served are 'base', 'audio'"):
-        models.remove("sql")
+        models.remove_adapter("sql")
     with pytest.raises(RequestError, match="'audio' is the default for audio; it stays"):
-        models.remove("audio")
+        models.remove_adapter("audio")
 
 
 def test_names_are_safe_between_threads() -> None:
@@ -341,10 +340,10 @@ def test_names_are_safe_between_threads() -> None:
     def work(thread: int) -> None:
         start.wait()
         for index in range(300):
-            models.add(served(f"{thread}-{index}"))
-            assert f"{thread}-{index}" in models.names and len(models.cards()) > 1
+            models.add_adapter(served(f"{thread}-{index}"))
+            assert f"{thread}-{index}" in models.names and len(models.model_cards()) > 1
             if index % 2:
-                models.remove(f"{thread}-{index}")
+                models.remove_adapter(f"{thread}-{index}")
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
@@ -379,7 +378,7 @@ def test_adapters_of_the_registry_are_served_again(tiny_phi4: Path, adapters: di
     config.write_text(config.read_text().replace('"lora_alpha": ', '"lora_alpha": 1'))
     llm = AsyncLLM(EngineArgs(str(tiny_phi4), **options))
     try:
-        cards = {card["id"]: card["adapter"] for card in load_served_models(llm).cards()}
+        cards = {card["id"]: card["adapter"] for card in load_served_models(llm).model_cards()}
         assert cards["kept"]["problem"] is None and cards["kept"]["matched"] > 0
         assert "changed" in cards["changed"]["problem"]
     finally:
