@@ -1,4 +1,4 @@
-"""What the engine needs of a model's towers and connectors."""
+"""Interface of the engine to a model's towers and connectors, and the layout of a prompt that they define."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -12,9 +12,12 @@ from mmlora.processors.base import ProcessedMedia
 
 @dataclass(frozen=True)
 class BidirectionalSpan:
-    """Tokens `[start, end)` of a prompt that all see each other; they are computed in one step.
+    """Tokens `[start, end)` of a prompt that all attend to each other; a step computes all of them or none.
 
-    `ignores_window` says that they do so beyond a sliding window.
+    Attributes:
+        start: the first token.
+        end: the token after the last.
+        ignores_window: the tokens attend to each other even beyond a sliding window.
     """
 
     start: int
@@ -24,12 +27,12 @@ class BidirectionalSpan:
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """Where the tokens of a prompt stand for the decoder, and which see more than those before them.
+    """Rotary positions and bidirectional attention of a prompt.
 
     Attributes:
         positions: `[num_rows][num_tokens]`, rotary positions; None where they count up from 0.
-        shift: from where a generated token stands to its rotary position.
-        bidirectional_spans: spans that do not overlap, by start.
+        shift: what to add to the index of a generated token to get its rotary position.
+        bidirectional_spans: spans that do not overlap, sorted by start.
     """
 
     positions: tuple[tuple[int, ...], ...] | None = None
@@ -38,45 +41,53 @@ class PromptLayout:
 
 
 class Towers(Protocol):
-    """A multimodal model's way from processed media to embeddings of the language model."""
+    """Towers and connectors of a multimodal model: from processed media to embeddings of the language model."""
 
     modalities: frozenset[str]
-    num_position_rows: int  # 1, or 3: time, height and width
+    num_position_rows: int  # 1, or 3 for multimodal RoPE: time, height and width
 
     def part_of(self, module_name: str) -> str:
-        """The part that a module belongs to: `language_model`, `connector`, `vision_tower` or `audio_tower`."""
+        """Return the part of a module: `language_model`, `connector`, `vision_tower` or `audio_tower`."""
         ...
 
     def mode(self, modality: str, modalities: Iterable[str]) -> str:
-        """How a modality is encoded beside the others of its prompt; media of different modes share no embeddings."""
+        """Return how media of `modality` are encoded in a prompt with media of `modalities`.
+
+        Encoded media are cached per mode.
+        """
         ...
 
     def layout(self, token_ids: Sequence[int], media: Sequence[tuple[int, ProcessedMedia]]) -> PromptLayout:
-        """Lay out a prompt, placeholders expanded, whose media begin at the given tokens; called from any thread."""
+        """Return the layout of a prompt. Thread-safe.
+
+        Args:
+            token_ids: of the prompt, placeholders expanded.
+            media: each item with the index of its first token.
+        """
         ...
 
     def encode(self, modality: str, mode: str, items: Sequence[ProcessedMedia]) -> list[torch.Tensor]:
         """Run tower and connector on items whose tensors have equal shapes.
 
         Returns:
-            Per item `[num_embeds, hidden_size]` in the model's dtype; with features for deeper layers
+            Per item `[num_embeds, hidden_size]` in the model's dtype; with deepstack features
             `[num_embeds, (1 + num_deep) * hidden_size]`.
         """
         ...
 
     def decoder_inputs(self, token_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return what the model takes for tokens: `inputs_embeds [1, num_tokens, hidden_size]`, and all else by token.
+        """Return the model's inputs for tokens: `inputs_embeds [1, num_tokens, hidden_size]`, and others per token.
 
         Args:
-            token_ids: `[num_tokens]`; those of placeholders may lie outside the vocabulary.
+            token_ids: `[num_tokens]`; ids of placeholders may lie outside the vocabulary.
         """
         ...
 
     def deepstack(self, mask: torch.Tensor, features: torch.Tensor) -> AbstractContextManager[None]:
-        """Feed the columns beyond `hidden_size` to the decoder's layers in the forward inside the block.
+        """Add deepstack features to the hidden states of deeper layers during the forward inside the block.
 
         Args:
-            mask: `[num_tokens]` bool, the tokens of the batch that take them.
-            features: `[num_masked, num_deep * hidden_size]`.
+            mask: `[num_tokens]` bool, the tokens of the batch that take features.
+            features: `[num_masked, num_deep * hidden_size]`, what `encode` returned beyond `hidden_size`.
         """
         ...

@@ -1,7 +1,8 @@
-"""`MediaEncoder`: from processed media to embeddings, each encoded once per content and tower adapter.
+"""`MediaEncoder`: runs the towers on processed media, and caches embeddings per content and tower adapter.
 
-Items are grouped by modality, mode, adapter slot and tensor shapes; each group is one tower call with one adapter, so
-no row needs a mapping and no clip is padded to the length of another (some towers' output depends on padding).
+Items are grouped by modality, mode, adapter slot and tensor shapes. Each group is one tower call with one adapter, so
+no row-to-slot mapping is needed, and no clip is padded to the length of another (the output of some towers depends on
+padding).
 """
 
 from collections import OrderedDict, defaultdict
@@ -20,9 +21,13 @@ EncoderKey = tuple[tuple[str, object], ...]
 
 @dataclass(frozen=True)
 class EncoderJob:
-    """One media item to encode, under the key of everything that its embeddings depend on.
+    """One media item to encode.
 
-    `slot` is the LoRA slot whose adapter has tower or connector tensors, None for the base towers.
+    Attributes:
+        media: the item.
+        mode: of `Towers.mode`.
+        slot: LoRA slot of an adapter with tower or connector tensors; None for the base towers.
+        key: identity of the embeddings, see `encoder_key`.
     """
 
     media: ProcessedMedia
@@ -34,9 +39,13 @@ class EncoderJob:
 def encoder_key(
     media: ProcessedMedia, mode: str, media_digest: str | None, cache_salt: str | None = None
 ) -> EncoderKey:
-    """Identity of a media item's embeddings: content and processor options, mode, tower part of the adapter.
+    """Return the identity of a media item's embeddings: everything that they depend on.
 
-    With a salt they are found only by requests with the same one.
+    Args:
+        media: the item; its content hash covers the processor options.
+        mode: of `Towers.mode`.
+        media_digest: of the adapter's tower and connector tensors, None for the base towers.
+        cache_salt: of the request; only requests with the same salt share embeddings.
     """
     return (
         ("modality", media.modality),
@@ -48,12 +57,17 @@ def encoder_key(
 
 
 class MediaEncoder:
-    """Run towers and keep embeddings of up to `max_bytes`, least recently used ones dropped first.
+    """Run a model's towers and cache their embeddings, with LRU eviction.
 
     Args:
         towers: of the model.
-        lora_state: shared with the wrapped layers; None without LoRA.
-        max_bytes: bound of the cache.
+        lora_state: shared with the LoRA layers; None without LoRA.
+        max_bytes: size limit of the cache.
+
+    Attributes:
+        num_bytes: size of the cached embeddings.
+        num_hits: items found in the cache.
+        num_encoded: items that a tower encoded.
     """
 
     def __init__(self, towers: Towers, lora_state: LoRAState | None, max_bytes: int) -> None:
@@ -66,14 +80,15 @@ class MediaEncoder:
         self.num_encoded = 0
 
     def encode(self, jobs: Sequence[EncoderJob]) -> dict[EncoderKey, torch.Tensor | MMLoRAError]:
-        """Embeddings of every job under its key; a group that the tower refuses yields its error instead.
+        """Encode the jobs whose embeddings are not cached.
 
         Returns:
-            Per key `[num_embeds, hidden_size]`, or the error: a `MediaError` unless it is for lack of memory.
+            Per key `[num_embeds, hidden_size]`, or the error of an item that cannot be encoded: a `MediaError`, or a
+            plain `MMLoRAError` when memory ran out.
         """
         results: dict[EncoderKey, torch.Tensor | MMLoRAError] = {}
         groups: dict[tuple[object, ...], list[EncoderJob]] = defaultdict(list)
-        for job in {job.key: job for job in jobs}.values():  # one slot is as good as another that gives the same
+        for job in {job.key: job for job in jobs}.values():  # slots with equal tower tensors share a key
             if job.key in self._cache:
                 self._cache.move_to_end(job.key)
                 results[job.key] = self._cache[job.key]
@@ -86,7 +101,7 @@ class MediaEncoder:
         return results
 
     def clear(self) -> None:
-        """Forget all embeddings."""
+        """Drop all cached embeddings."""
         self._cache.clear()
         self.num_bytes = 0
 
@@ -101,18 +116,20 @@ class MediaEncoder:
                     embeds = self.towers.encode(first.media.modality, first.mode, items)
             for item, rows in zip(items, embeds, strict=True):
                 if rows.shape[0] != item.num_embeds:
-                    raise ValueError(f"the tower gives {rows.shape[0]} embeddings for {item.num_embeds} placeholders")
+                    raise ValueError(
+                        f"the tower returned {rows.shape[0]} embeddings for {item.num_embeds} placeholders"
+                    )
         except (ValueError, RuntimeError, IndexError) as error:
-            if len(jobs) > 1:  # one item must not take the others with it
+            if len(jobs) > 1:  # retry one by one, so that only the item at fault fails
                 return {key: result for job in jobs for key, result in self._encode_group([job]).items()}
             kind = MMLoRAError if isinstance(error, torch.OutOfMemoryError) else MediaError
             return {first.key: kind(f"the {first.media.modality} could not be encoded: {error}")}
         self.num_encoded += len(jobs)
         results: dict[EncoderKey, torch.Tensor | MMLoRAError] = {}
         for job, rows in zip(jobs, embeds, strict=True):
-            own = rows.clone()  # a storage of its own, so that dropping it frees its memory
-            self._store(job.key, own)
-            results[job.key] = own
+            copy = rows.clone()  # not a view of the batch: eviction frees the memory
+            self._store(job.key, copy)
+            results[job.key] = copy
         return results
 
     def _store(self, key: EncoderKey, embeds: torch.Tensor) -> None:

@@ -1,8 +1,8 @@
 """`GeneralTowers`: any family with `get_image_features` or `get_audio_features` in `transformers`."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -10,21 +10,20 @@ from torch import nn
 
 from mmlora.processors.base import ProcessedMedia
 from mmlora.towers.base import BidirectionalSpan, PromptLayout, Towers
-from mmlora.towers.deepstack import added_features, deep_layers
 
 FEATURES = {"image": "get_image_features", "audio": "get_audio_features"}
-CONNECTOR = re.compile(r"merger|projector")  # where a family has it inside a tower
+CONNECTOR = re.compile(r"merger|projector")  # of families that have it inside a tower
 TOWER_CONFIGS = {"vision_config": "vision_tower", "audio_config": "audio_tower", "encoder_config": "audio_tower"}
 
 
 class GeneralTowers:
-    """Encode media with a model's own functions, and tell its parts by their configurations.
+    """Encode media with a model's own functions; find its parts by their configurations.
 
     Args:
         model: the loaded model.
         bidirectional: which tokens attend to each other: those of each `picture`, or of a whole `prompt` with media;
             None for causal attention everywhere.
-        first_position: of every prompt, where the model has no `get_rope_index`.
+        first_position: rotary position of a prompt's first token, for models without `get_rope_index`.
     """
 
     modalities: frozenset[str]
@@ -43,7 +42,7 @@ class GeneralTowers:
         self.num_position_rows = 3 if self._rope_index is not None else 1
         self._bidirectional, self._first_position = bidirectional, first_position
         self._deep_layers: tuple[int, ...] = ()
-        self._parts = _parts(model)
+        self._parts = _parts_by_prefix(model)
 
     def part_of(self, module_name: str) -> str:
         """See `Towers.part_of`."""
@@ -54,19 +53,15 @@ class GeneralTowers:
         return self._parts[longest] if longest is not None else "connector"
 
     def mode(self, modality: str, modalities: Iterable[str]) -> str:
-        """Return the modality: it is encoded alike whatever stands beside it."""
+        """Return the modality: the other media of the prompt make no difference."""
         return modality
 
     def layout(self, token_ids: Sequence[int], media: Sequence[tuple[int, ProcessedMedia]]) -> PromptLayout:
-        """See `Towers.layout`; the positions are the model's own where it has `get_rope_index`."""
+        """See `Towers.layout`; positions come from the model's `get_rope_index` where it has one."""
         spans = self._bidirectional_spans(len(token_ids), media)
         if self._rope_index is None:
             start, end = self._first_position, self._first_position + len(token_ids)
-            return (
-                PromptLayout((tuple(range(start, end)),), start, spans)
-                if start
-                else PromptLayout(bidirectional_spans=spans)
-            )
+            return PromptLayout((tuple(range(start, end)),) if start else None, start, spans)
         if not media:
             return PromptLayout(bidirectional_spans=spans)
         positions, _ = self._rope_index(torch.tensor([token_ids]), **self.rope_arguments(token_ids, media))
@@ -80,45 +75,45 @@ class GeneralTowers:
             return ()
         if self._bidirectional == "prompt":
             return (BidirectionalSpan(0, num_tokens, ignores_window=True),)
-        return tuple(
-            BidirectionalSpan(*run) for run in _runs([start + i for start, item in media for i in places_of(item)])
-        )
+        places = [start + place for start, item in media for place in places_of(item)]
+        return tuple(BidirectionalSpan(start, end) for start, end in _join_runs(places))
 
     def rope_arguments(
         self, token_ids: Sequence[int], media: Sequence[tuple[int, ProcessedMedia]]
     ) -> dict[str, torch.Tensor]:
-        """Return what `get_rope_index` takes beside the token ids."""
-        kinds = torch.zeros(1, len(token_ids), dtype=torch.int)
+        """Return the arguments of `get_rope_index` other than the token ids."""
+        is_media = torch.zeros(1, len(token_ids), dtype=torch.int)
         for start, item in media:
-            kinds[0, torch.tensor(places_of(item)) + start] = 1
-        return {"mm_token_type_ids": kinds, **_joined(media, "image_grid_thw")}
+            is_media[0, torch.tensor(places_of(item)) + start] = 1
+        grids = [item.tensors["image_grid_thw"] for _, item in media if "image_grid_thw" in item.tensors]
+        return {"mm_token_type_ids": is_media, **({"image_grid_thw": torch.cat(grids)} if grids else {})}
 
     def encode(self, modality: str, mode: str, items: Sequence[ProcessedMedia]) -> list[torch.Tensor]:
         """See `Towers.encode`."""
-        features = self.features(modality, self.joined(items))
+        features = self.features(modality, self.batch_tensors(items))
         return list(torch.split(features, [item.num_embeds for item in items]))
 
-    def joined(self, items: Sequence[ProcessedMedia]) -> dict[str, torch.Tensor]:
-        """Return the tensors of all items as a batch, on the model's device and in its type."""
+    def batch_tensors(self, items: Sequence[ProcessedMedia]) -> dict[str, torch.Tensor]:
+        """Return the tensors of all items as a batch, on the model's device and in its dtype."""
         tensors = {}
         for name in items[0].tensors:
-            joined = torch.cat([item.tensors[name] for item in items]).to(self.model.device)
-            tensors[name] = joined.to(self.model.dtype) if joined.is_floating_point() else joined
+            batch = torch.cat([item.tensors[name] for item in items]).to(self.model.device)
+            tensors[name] = batch.to(self.model.dtype) if batch.is_floating_point() else batch
         return tensors
 
     def features(self, modality: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the features of all items, one after the other: `[num_embeds, hidden_size]`, or more columns."""
+        """Return the features of a batch of items, concatenated: `[num_embeds, hidden_size]`, or more columns."""
         output = self.encoder_output(modality, tensors)
-        deep = {layer: flat(found) for layer, found in deep_layers(output).items()}
+        deep = {layer: flatten_features(features) for layer, features in deepstack_features(output).items()}
         if not deep:
-            return flat(output.pooler_output)
+            return flatten_features(output.pooler_output)
         self._deep_layers, rows = tuple(deep), list(deep.values())
-        # A model without features at the entry has zeros there.
-        first = torch.zeros_like(rows[0]) if output.pooler_output is None else flat(output.pooler_output)
+        # A model may have deepstack features only: the decoder's input is 0 there.
+        first = torch.zeros_like(rows[0]) if output.pooler_output is None else flatten_features(output.pooler_output)
         return torch.cat([first, *rows], dim=-1)
 
     def encoder_output(self, modality: str, tensors: Mapping[str, torch.Tensor]) -> Any:
-        """Return what the model's own function makes of some items."""
+        """Return the output of the model's own function for a batch of items."""
         return self._encoders[modality](**tensors)
 
     def decoder_inputs(self, token_ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -129,23 +124,62 @@ class GeneralTowers:
         """See `Towers.deepstack`."""
         decoder = self.model.get_decoder()
         rows = features.chunk(len(self._deep_layers), dim=-1)
-        return added_features(decoder, mask, dict(zip(self._deep_layers, rows, strict=True)))
+        return add_features(decoder, mask, dict(zip(self._deep_layers, rows, strict=True)))
 
 
 def decoder_inputs(model: Any, towers: Towers | None, token_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return what a model takes for tokens, as of `Towers.decoder_inputs`; a text-only one has no towers."""
+    """Return the inputs of any model, as `Towers.decoder_inputs` does; `towers` is None for a text-only model."""
     return {"inputs_embeds": embed_tokens(model, token_ids)} if towers is None else towers.decoder_inputs(token_ids)
 
 
 def embed_tokens(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
-    """Return `[1, num_tokens, hidden_size]` for `token_ids [num_tokens]`; ids that the vocabulary lacks count as 0."""
+    """Return `[1, num_tokens, hidden_size]` for `token_ids [num_tokens]`; ids outside the vocabulary count as 0."""
     embedding = model.get_input_embeddings()
     embeds: torch.Tensor = embedding(torch.where(token_ids < embedding.weight.shape[0], token_ids, 0)[None])
     return embeds
 
 
-def flat(features: Any) -> torch.Tensor:
-    """Join what a family returns, a list of items or one tensor, into `[num_embeds, hidden_size]`."""
+def deepstack_features(output: Any) -> dict[int, Any]:
+    """Return deepstack features by the layer before which they are added; empty for a model without them.
+
+    Source: https://arxiv.org/abs/2406.04334
+
+    Args:
+        output: of `get_image_features`. Its `deepstack_features` are pairs of a layer and features, or only features,
+            which are added after each of the first layers.
+    """
+    found: Sequence[Any] = getattr(output, "deepstack_features", None) or ()
+    has_layers = bool(found) and isinstance(found[0][0], int)
+    return dict(found if has_layers else enumerate(found, start=1))
+
+
+@contextmanager
+def add_features(decoder: Any, mask: torch.Tensor, features: Mapping[int, torch.Tensor]) -> Iterator[None]:
+    """Add features to a decoder's hidden states during the forward inside the block.
+
+    Args:
+        decoder: has `layers` and, after them, `norm`.
+        mask: `[num_tokens]` bool, the tokens that take features.
+        features: `[num_masked, hidden_size]` by the layer before which they are added.
+    """
+
+    def make_hook(rows: torch.Tensor) -> Any:
+        def add(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            hidden_states = args[0].clone()  # [1, num_tokens, hidden_size]
+            hidden_states[:, mask] += rows.to(hidden_states.dtype)
+            return (hidden_states, *args[1:])
+
+        return add
+
+    modules = [*decoder.layers, decoder.norm]
+    with ExitStack() as stack:
+        for layer, rows in features.items():
+            stack.callback(modules[layer].register_forward_pre_hook(make_hook(rows)).remove)
+        yield
+
+
+def flatten_features(features: Any) -> torch.Tensor:
+    """Concatenate a family's features, one tensor or a list of one per item, to `[num_embeds, hidden_size]`."""
     parts = features if isinstance(features, list | tuple) else [features]
     return torch.cat([part.flatten(0, -2) for part in parts])
 
@@ -155,8 +189,8 @@ def places_of(item: ProcessedMedia) -> Sequence[int]:
     return item.places if item.places is not None else range(item.num_tokens)
 
 
-def _runs(places: Sequence[int]) -> list[tuple[int, int]]:
-    """Join neighbours among ascending places: `[3, 4, 8]` are `[(3, 5), (8, 9)]`."""
+def _join_runs(places: Sequence[int]) -> list[tuple[int, int]]:
+    """Join consecutive numbers of an ascending sequence to ranges: `[3, 4, 8]` are `[(3, 5), (8, 9)]`."""
     runs: list[tuple[int, int]] = []
     for place in places:
         start = runs.pop()[0] if runs and runs[-1][1] == place else place
@@ -164,21 +198,16 @@ def _runs(places: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _joined(media: Sequence[tuple[int, ProcessedMedia]], name: str) -> dict[str, torch.Tensor]:
-    found = [item.tensors[name] for _, item in media if name in item.tensors]
-    return {name: torch.cat(found)} if found else {}
-
-
-def _parts(model: nn.Module) -> dict[str, str]:
-    """Return the part of every module by its prefix: towers have a configuration of their own, decoders `layers`."""
+def _parts_by_prefix(model: nn.Module) -> dict[str, str]:
+    """Return a model's parts by prefixes of module names, found by the configuration that a module has."""
     config: Any = model.config
-    kinds = {
+    part_of_config = {
         id(found): part for name, part in TOWER_CONFIGS.items() if (found := getattr(config, name, None)) is not None
     }
-    kinds[id(config.get_text_config())] = "language_model"
+    part_of_config[id(config.get_text_config())] = "language_model"
     parts: dict[str, str] = {}
     for name, module in model.named_modules():
-        part = kinds.get(id(getattr(module, "config", None)))
+        part = part_of_config.get(id(getattr(module, "config", None)))
         if name and part is not None and not any(f"{name}.".startswith(known) for known in parts):
             parts[f"{name}."] = part
     return {**parts, "lm_head.": "language_model"}

@@ -1,7 +1,7 @@
 """Towers of Phi-4-multimodal: SigLIP crops and a conformer, each with its own two-layer projection.
 
-Its classes predate `get_image_features`/`get_audio_features`: the embedding modules are called on placeholder-only
-ids. Speech has two projections; the second serves prompts that also hold an image.
+Its classes predate `get_image_features` and `get_audio_features`: the embedding modules are called on ids of
+placeholders only. Speech has two projections; the second is for prompts that also hold an image.
 Source: https://huggingface.co/microsoft/Phi-4-multimodal-instruct
 """
 
@@ -36,19 +36,19 @@ class Phi4MultimodalTowers(GeneralTowers):
         return next((part for name, part in MODULE_PARTS.items() if name in f"{module_name}."), "language_model")
 
     def mode(self, modality: str, modalities: Iterable[str]) -> str:
-        """Return `vision` for audio beside an image, else the projection of the modality itself."""
+        """Return the projection: for audio `speech`, or `vision` in a prompt with an image."""
         return {"image": "image", "audio": "vision" if "image" in modalities else "speech"}[modality]
 
     def encode(self, modality: str, mode: str, items: Sequence[ProcessedMedia]) -> list[torch.Tensor]:
         """See `Towers.encode`."""
         if modality == "image" and len(items) > 1:
-            # The class attends causally unless some mask hides a patch: pictures encoded together change each other.
+            # The class attends causally unless a mask hides a patch, so pictures of one batch would change each other.
             return [rows for item in items for rows in self.encode(modality, mode, [item])]
         ids = torch.tensor([[token for item in items for token in item.token_ids or ()]], device=self.model.device)
         blank = self.model.get_input_embeddings().weight.new_zeros(*ids.shape, self.model.config.hidden_size)
         extend = self.model.model.embed_tokens_extend
         if modality == "image":
-            embeds = extend.image_embed(ids, blank, **self.joined(items))
+            embeds = extend.image_embed(ids, blank, **self.batch_tensors(items))
         else:
-            embeds = extend.audio_embed(ids, blank, audio_projection_mode=mode, **self.joined(items))
+            embeds = extend.audio_embed(ids, blank, audio_projection_mode=mode, **self.batch_tensors(items))
         return list(embeds[0].split([item.num_tokens for item in items]))
