@@ -25,7 +25,7 @@ from mmlora.engine.metrics import (
 )
 from mmlora.errors import EngineDeadError, MMLoRAError
 from mmlora.inputs.engine_input import EngineInput
-from mmlora.inputs.prompts import Prompt
+from mmlora.inputs.input_processor import Prompt
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.store.manager import LoRAInfo
 from mmlora.outputs import RequestOutput
@@ -83,6 +83,7 @@ class AsyncLLM:
         engine: the engine, which runs in a thread.
         args: the engine's options.
         tokenizer: the model's `transformers` tokenizer.
+        input_processor: validates and processes prompts.
         processor: the model's media processor; None for a text-only model.
         media: loader of the media that requests carry or refer to.
         max_model_len: limit of prompt and output tokens together.
@@ -104,10 +105,11 @@ class AsyncLLM:
         self.engine = engine = LLMEngine(args)
         self.args = args
         self.tokenizer = engine.tokenizer
+        self.input_processor = engine.input_processor
         self.processor = engine.processor
         self.media = engine.media
         self.max_model_len = engine.max_model_len
-        self.vocab_size = engine.input_processor.vocab_size
+        self.vocab_size = self.input_processor.vocab_size
         self.transcription_prompt = engine.transcription_prompt
         self.default_adapters = engine.default_adapters
         self.adapter_store = engine.store
@@ -140,7 +142,7 @@ class AsyncLLM:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Tokenize a prompt; see `InputProcessor.encode`."""
-        return self.engine.input_processor.encode(text, add_special_tokens=add_special_tokens)
+        return self.input_processor.encode(text, add_special_tokens=add_special_tokens)
 
     def summary(self) -> EngineSummary:
         """Return what was loaded."""

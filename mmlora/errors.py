@@ -22,7 +22,15 @@ class ConfigError(MMLoRAError):
 
 
 class RequestError(MMLoRAError):
-    """One request asks for something that cannot be done."""
+    """One request asks for something that cannot be done.
+
+    Attributes:
+        param: the field or argument at fault, where it is known.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class MediaError(RequestError):
@@ -34,11 +42,7 @@ class MediaNotHeld(MediaError):
 
 
 class ConstraintError(RequestError):
-    """A constraint on the answer is malformed, or too large or complex; `param` names it."""
-
-    def __init__(self, message: str, param: str) -> None:
-        super().__init__(message)
-        self.param = param
+    """A constraint on the output is malformed, too large or too complex; `param` names it."""
 
 
 class AdapterError(RequestError):

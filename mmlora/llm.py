@@ -10,9 +10,8 @@ from tqdm.auto import tqdm
 from mmlora.config import EngineArgs
 from mmlora.engine.llm_engine import LLMEngine
 from mmlora.errors import RequestError
-from mmlora.inputs.chat import load_chat_template, render_chat
-from mmlora.inputs.chat_tools import Message
-from mmlora.inputs.prompts import Prompt
+from mmlora.inputs.chat_template import Message
+from mmlora.inputs.input_processor import Prompt
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.store.manager import LoRAInfo
 from mmlora.outputs import RequestOutput
@@ -36,7 +35,6 @@ class LLM:
 
     def __init__(self, model: str, **options: Any) -> None:
         self.llm_engine = LLMEngine(EngineArgs.from_kwargs(model, **options))
-        self._chat_template = load_chat_template(self.llm_engine.args.chat_template)
         self._ids = itertools.count()
 
     def get_tokenizer(self) -> Any:
@@ -121,22 +119,18 @@ class LLM:
         if not messages:
             raise RequestError("messages must be a list of at least one message")
         conversations: Any = [messages] if isinstance(messages[0], Mapping) else messages
-        prompts = []
-        for conversation in conversations:
-            prompt = render_chat(
+        prompts = [
+            self.llm_engine.input_processor.chat_prompt(
                 conversation,
-                self.llm_engine.tokenizer,
-                self.llm_engine.processor,
-                chat_template=load_chat_template(chat_template) or self._chat_template,
+                chat_template=chat_template,
                 chat_template_kwargs=chat_template_kwargs,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                media=self.llm_engine.media.begin(),
-                limit_mm_per_prompt=self.llm_engine.args.limit_mm_per_prompt,
-                max_model_len=self.llm_engine.max_model_len,
                 tools=tools,
+                mm_processor_kwargs=mm_processor_kwargs,
             )
-            prompts.append({**prompt, "mm_processor_kwargs": mm_processor_kwargs})
+            for conversation in conversations
+        ]
         return self.generate(prompts, sampling_params, lora_request, use_tqdm, priority)
 
     def add_lora(

@@ -23,7 +23,6 @@ from mmlora.server.openai.chat.protocol import ChatCompletionRequest
 from mmlora.server.openai.chat.serving import ChatService
 from mmlora.server.openai.completions.protocol import CompletionRequest
 from mmlora.server.openai.completions.serving import CompletionService
-from mmlora.server.openai.generation import Conversations
 from mmlora.server.openai.responses.protocol import ResponsesRequest
 from mmlora.server.openai.responses.serving import ResponsesService
 from mmlora.server.openai.schemas import add_openapi
@@ -95,12 +94,12 @@ def generation_routes(
         llm, models, max_request_bytes: see `build_app`.
         tool_call_parser: see `ToolCalling`.
     """
-    conversations = Conversations(llm, models)
-    tool_calling = ToolCalling(tool_call_parser, conversations.chat_template)
-    chat = ChatService(conversations, max_request_bytes, tool_calling)
+    tool_calling = ToolCalling(tool_call_parser, llm.input_processor.chat_template.source)
+    chat = ChatService(llm, models, max_request_bytes, tool_calling)
     completion = CompletionService(llm, models, max_request_bytes)
-    response = ResponsesService(conversations, max_request_bytes, tool_calling)
-    transcription = TranscriptionService(conversations, max_request_bytes)
+    response = ResponsesService(llm, models, max_request_bytes, tool_calling)
+    transcription = TranscriptionService(llm, models, max_request_bytes, TranscriptionRequest)
+    translation = TranscriptionService(llm, models, max_request_bytes, TranslationRequest)
     routes = APIRouter(prefix="/v1")
 
     @routes.post("/chat/completions", openapi_extra=body_schema(ChatCompletionRequest))
@@ -117,11 +116,11 @@ def generation_routes(
 
     @routes.post("/audio/transcriptions", openapi_extra=form_schema(TranscriptionRequest))
     async def transcriptions(request: Request) -> Response:
-        return await transcription.respond(request, TranscriptionRequest)
+        return await transcription.respond(request)
 
     @routes.post("/audio/translations", openapi_extra=form_schema(TranslationRequest))
     async def translations(request: Request) -> Response:
-        return await transcription.respond(request, TranslationRequest)
+        return await translation.respond(request)
 
     return routes
 

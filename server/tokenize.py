@@ -7,12 +7,11 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 
 from mmlora.async_llm import AsyncLLM
-from mmlora.inputs.chat import MODALITIES, load_chat_template, render_chat
+from mmlora.inputs.chat import MODALITIES
 from mmlora.server.bodies import Body, body_schema, parse_body
 from mmlora.server.errors import UTF8JSONResponse
 from mmlora.server.http.admission import read_body
 from mmlora.server.lora.served_models import ServedModels
-from mmlora.server.openai.chat.protocol import check_message
 from mmlora.server.openai.protocol import FieldError, FirstOnly
 from mmlora.utils.text import shorten
 
@@ -20,7 +19,7 @@ from mmlora.utils.text import shorten
 class TokenizeBody(Body):
     """A text in `prompt`, or a chat in `messages`.
 
-    `add_special_tokens` goes with a text, the options of `render_chat` with a chat.
+    `add_special_tokens` goes with a text, the options of `chat_prompt` with a chat.
     """
 
     model: str | None = None
@@ -80,7 +79,6 @@ class TokenService:
 
     def __init__(self, llm: AsyncLLM) -> None:
         self._llm = llm
-        self._chat_template = load_chat_template(llm.args.chat_template)
         # Ids beyond the tokenizer's, which fill up the embedding table, have no text but may be sampled.
         self._num_ids = max(llm.vocab_size, len(llm.tokenizer))
 
@@ -131,20 +129,15 @@ class TokenService:
             raise FieldError(text, "add_special_tokens")
         messages = body.messages or []
         for index, message in enumerate(messages):
-            check_message(message, f"messages[{index}]")
             _check_text_only(message, f"messages[{index}]")
-        rendered = render_chat(
+        prompt = self._llm.input_processor.chat_prompt(
             messages,
-            self._llm.tokenizer,
-            self._llm.processor,
-            chat_template=self._chat_template,
             chat_template_kwargs=body.chat_template_kwargs,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=bool(body.continue_final_message),
-            max_model_len=self._llm.max_model_len,
+            is_strict=True,
         )
-        ids: list[int] = rendered["prompt_token_ids"]
-        return ids
+        return self._llm.input_processor.render(prompt)[1]
 
 
 def _check_text_only(message: Mapping[str, Any], name: str) -> None:

@@ -22,7 +22,7 @@ from mmlora.engine.scheduler import ScheduledSequence
 from mmlora.engine.sequence import Request, Sequence, Status, build_output
 from mmlora.errors import MMLoRAError, RequestError
 from mmlora.inputs.engine_input import EngineInput
-from mmlora.inputs.prompts import Prompt
+from mmlora.inputs.input_processor import Prompt
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.store.manager import LoRAInfo, LoRAManager
 from mmlora.outputs import RequestOutput

@@ -1,17 +1,20 @@
-"""`InputProcessor`: from what a caller passes to what the engine runs.
+"""`InputProcessor`: from a caller's prompt to an `EngineInput`.
 
-Tokenizes, decodes and processes media, expands placeholders, chooses and loads the adapter. It holds no request state
-and may be called from several threads at once; the engine thread never does this work.
+It renders chats, tokenizes, decodes and processes media, expands placeholders, and chooses and loads the adapter. It
+holds no request state and may be called from several threads at once; the engine thread never does this work.
 """
 
+import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from mmlora.config import PRIORITY, EngineArgs
 from mmlora.errors import MediaError, RequestError
 from mmlora.inputs.adapter_policy import choose_adapter
+from mmlora.inputs.chat import ChatPrompt, check_tools, read_messages
+from mmlora.inputs.chat_template import ChatTemplate, Message, Tools, load_chat_template
 from mmlora.inputs.engine_input import EngineInput, MediaInput
-from mmlora.inputs.prompts import Prompt, as_items, encode_text, prompt_fields
 from mmlora.lora.adapter import Adapter
 from mmlora.lora.mix import LoRAMix, MixCache
 from mmlora.lora.request import BASE, LoRARequest
@@ -20,6 +23,7 @@ from mmlora.outputs import LoRAChoice
 from mmlora.processors.base import MultiModalProcessor, ProcessedMedia
 from mmlora.processors.fetch.loader import MediaLoader
 from mmlora.processors.media.decoding import check_counts, check_decoded_bytes, load_media, why_not_taken
+from mmlora.processors.media.items import MediaItem
 from mmlora.processors.placeholders import PlaceholderRange, expand_placeholders
 from mmlora.sampling_params import SamplingParams
 from mmlora.structured_outputs import ConstraintCompiler, Matcher
@@ -27,12 +31,19 @@ from mmlora.towers.base import PromptLayout, Towers
 from mmlora.towers.encoder import encoder_key
 from mmlora.utils.text import shorten
 
+PROMPT_KEYS: Final = ("prompt", "prompt_token_ids", "multi_modal_data", "mm_processor_kwargs", "cache_salt")
+MAX_SALT_CHARS: Final = 1024  # the engine thread hashes it, and caches keep it
+MAX_CHARS_PER_TOKEN: Final = 256  # more than the longest token of any vocabulary in use
+MAX_TEMPLATES: Final = 32  # chat templates of requests that are kept
+Prompt = str | Sequence[int] | Mapping[str, Any] | ChatPrompt
+
 
 class InputProcessor:
     """Makes requests ready for the engine.
 
     Attributes:
-        media: reads and decodes what requests carry.
+        media: loader of the media that requests carry or refer to.
+        chat_template: of the engine's `chat_template` option, or else the tokenizer's own.
 
     Args:
         args: the engine's options.
@@ -76,6 +87,85 @@ class InputProcessor:
         self._defaults = defaults
         self._constraints = constraints
         self._mixes = MixCache()
+        placeholders: dict[str, str] = {}
+        self._placeholder_ids: frozenset[int] = frozenset()
+        if processor is not None:
+            placeholders = {modality: processor.placeholder_token(modality) for modality in processor.modalities}
+            self._placeholder_ids = frozenset(map(processor.placeholder_token_id, processor.modalities))
+        self._has_text_layout = towers is not None and towers.layout([0], ()) != PromptLayout()
+        self._templates = functools.lru_cache(MAX_TEMPLATES)(functools.partial(ChatTemplate, tokenizer, placeholders))
+        self.chat_template = self._templates(load_chat_template(args.chat_template))
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        tools: Tools | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        cache_salt: str | None = None,
+        caller: str = "",
+        is_strict: bool = False,
+    ) -> ChatPrompt:
+        """Validate a conversation; nothing is fetched, rendered or decoded yet.
+
+        Args:
+            messages, is_strict: see `read_messages`.
+            chat_template: Jinja text or a file, in place of the engine's.
+            chat_template_kwargs: passed to the template.
+            add_generation_prompt: end with the start of an assistant message; by default unless the last message is
+                continued.
+            continue_final_message: leave the last message open, so that the output continues it.
+            tools: OpenAI's, passed to the template.
+            mm_processor_kwargs, cache_salt: as in other prompts.
+            caller: whose media uuids are meant.
+
+        Raises:
+            RequestError: a message or an option has the wrong form.
+            MediaError: there are too many media, or some that the model does not take.
+            ConfigError: `chat_template` is a path without a file.
+        """
+        if add_generation_prompt and continue_final_message:
+            raise RequestError("add_generation_prompt and continue_final_message exclude each other; give one of them")
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
+        check_tools(tools or ())
+        _check_options(mm_processor_kwargs, cache_salt)
+        turns = read_messages(messages, is_strict=is_strict)
+        references = [part for _, parts in turns for part in parts if not isinstance(part, str)]
+        if references:
+            modalities = self.processor.modalities if self.processor is not None else ()
+            counts = Counter(reference.modality for reference in references)
+            check_counts(counts, modalities, self._args.limit_mm_per_prompt)
+        template = self.chat_template
+        if chat_template is not None:
+            template = self._templates(load_chat_template(chat_template))
+        return ChatPrompt(
+            turns=turns,
+            references=references,
+            media=self.media.begin(caller) if references else None,
+            template=template,
+            template_kwargs={
+                "add_generation_prompt": add_generation_prompt,
+                "continue_final_message": continue_final_message,
+                **(chat_template_kwargs or {}),
+            },
+            tools=tools or (),
+            mm_processor_kwargs=mm_processor_kwargs,
+            cache_salt=cache_salt,
+        )
+
+    def render(self, chat: ChatPrompt) -> tuple[str, list[int]]:
+        """Return a chat's prompt and its tokens; placeholders of media are not expanded.
+
+        Raises:
+            RequestError: the template cannot render it, or the prompt is too long.
+        """
+        text = chat.render()
+        return text, encode_text(self.tokenizer, text, self.max_model_len, add_special_tokens=False)
 
     def process(
         self,
@@ -101,24 +191,27 @@ class InputProcessor:
             MediaError: a media item cannot be used, or does not match the placeholders.
             AdapterError: the adapter cannot be loaded.
         """
-        fields = prompt_fields(prompt)
         self._check_params(params)
         self._check_priority(priority)
-        text, token_ids = self._tokenize(fields)
-        processed = self._process_media(fields)
-        media_ranges: list[PlaceholderRange] = []
-        if self.processor is not None:
-            token_ids = self.processor.arrange(token_ids, processed)
-            token_ids, media_ranges = expand_placeholders(token_ids, processed, self.processor)
+        text: str | None
+        if isinstance(prompt, ChatPrompt):
+            text, token_ids = self.render(prompt)
+            items, options, salt = prompt.load_media(), prompt.mm_processor_kwargs, prompt.cache_salt
+        else:
+            fields = prompt_fields(prompt)
+            text, token_ids = self._tokenize(fields)
+            items = self._load_media(fields.get("multi_modal_data") or {})
+            options, salt = fields.get("mm_processor_kwargs"), fields.get("cache_salt")
+        processed = self._process_media(items, options)
+        token_ids, ranges = self._expand(token_ids, processed)
         self._check_tokens(token_ids)
-        modalities = {item.modality for item in processed}
-        lora_request, adapter, choice = self._choose_adapter(modalities, lora_request)
+        lora_request, adapter, choice = self._choose_adapter(set(items), lora_request)
         adapter_start = 0
         if adapter is not None and adapter.invocation_tokens:
             adapter_start = _last_start(token_ids, adapter.invocation_tokens)
             if adapter_start == len(token_ids):
                 choice, adapter = _not_invoked(adapter, choice), None
-        media = self._place_media(processed, media_ranges, adapter, fields.get("cache_salt"))
+        media = self._place_media(processed, ranges, adapter, salt)
         room = self.max_model_len - len(token_ids)
         return EngineInput(
             request_id=request_id,
@@ -133,7 +226,7 @@ class InputProcessor:
             adapter_start=adapter_start,
             layout=self._lay_out(token_ids, media),
             priority=priority,
-            cache_salt=fields.get("cache_salt"),
+            cache_salt=salt,
             matchers=self._compile(params),
         )
 
@@ -154,28 +247,48 @@ class InputProcessor:
         normalized = self.processor.normalize(text) if self.processor is not None else text
         return encode_text(self.tokenizer, normalized, self.max_model_len, add_special_tokens=add_special_tokens)
 
-    def _process_media(self, fields: Mapping[str, Any]) -> list[ProcessedMedia]:
-        data = fields.get("multi_modal_data") or {}
+    def _load_media(self, data: object) -> dict[str, list[MediaItem]]:
+        """Decode `multi_modal_data`, once its items are counted."""
         if not isinstance(data, Mapping):
             raise RequestError(f"multi_modal_data is a {type(data).__name__}; it must map modalities to items")
         allowed = sorted(self.processor.modalities) if self.processor is not None else []
-        items = {str(modality): as_items(contents) for modality, contents in data.items()}
-        unknown = sorted(modality for modality in items if modality not in allowed)
+        contents = {str(modality): found for modality, found in data.items()}
+        unknown = sorted(modality for modality in contents if modality not in allowed)
         if unknown:
             takes = f"the model takes {', '.join(allowed)}" if allowed else "the model takes text only"
             reason = why_not_taken(unknown[0])
             raise RequestError(f"multi_modal_data holds {', '.join(unknown)}; {reason or takes}")
-        check_counts({name: len(contents) for name, contents in items.items()}, allowed, self._args.limit_mm_per_prompt)
-        options = {**(self._args.mm_processor_kwargs or {}), **(fields.get("mm_processor_kwargs") or {})}
-        processed, num_bytes = [], 0
-        for modality in allowed:
-            for content in items.get(modality, ()):
-                assert self.processor is not None
+        listed = {modality: items for modality in contents if (items := as_items(contents[modality]))}
+        counts = {modality: len(items) for modality, items in listed.items()}
+        check_counts(counts, allowed, self._args.limit_mm_per_prompt)
+        loaded: dict[str, list[MediaItem]] = {}
+        num_bytes = 0
+        for modality in sorted(listed):
+            for content in listed[modality]:
                 item = load_media(content, self.media.limits, expected=modality)
                 num_bytes += item.num_bytes
                 check_decoded_bytes(num_bytes, self.media.limits)
-                processed.append(self.processor.process(item, options))
-        return processed
+                loaded.setdefault(modality, []).append(item)
+        return loaded
+
+    def _process_media(
+        self, items: Mapping[str, list[MediaItem]], kwargs: Mapping[str, Any] | None
+    ) -> list[ProcessedMedia]:
+        """Compute the tensors of media, in the order of their modalities' names."""
+        if not items:
+            return []
+        assert self.processor is not None
+        options = {**(self._args.mm_processor_kwargs or {}), **(kwargs or {})}
+        return [self.processor.process(item, options) for modality in sorted(items) for item in items[modality]]
+
+    def _expand(
+        self, token_ids: list[int], processed: list[ProcessedMedia]
+    ) -> tuple[list[int], list[PlaceholderRange]]:
+        """Expand the placeholders of a prompt; of text alone nothing is asked but that it has none."""
+        if not processed and self._placeholder_ids.isdisjoint(token_ids):
+            return token_ids, []
+        assert self.processor is not None
+        return expand_placeholders(self.processor.arrange(token_ids, processed), processed, self.processor)
 
     def _place_media(
         self, processed: list[ProcessedMedia], ranges: list[PlaceholderRange], adapter: Adapter | None, salt: str | None
@@ -191,7 +304,7 @@ class InputProcessor:
         return tuple(media)
 
     def _lay_out(self, token_ids: list[int], media: Sequence[MediaInput]) -> PromptLayout:
-        if self._towers is None:
+        if self._towers is None or not (media or self._has_text_layout):
             return PromptLayout()
         try:
             return self._towers.layout(token_ids, [(item.start, item.media) for item in media])
@@ -260,11 +373,8 @@ class InputProcessor:
                 f"the prompt has {len(token_ids)} tokens; with at least one new token "
                 f"max_model_len={self.max_model_len} must hold it"
             )
-        allowed = set()
-        if self.processor is not None:
-            allowed = {self.processor.placeholder_token_id(modality) for modality in self.processor.modalities}
         for token in token_ids:
-            if not isinstance(token, int) or not (0 <= token < self.vocab_size or token in allowed):
+            if not isinstance(token, int) or not (0 <= token < self.vocab_size or token in self._placeholder_ids):
                 raise RequestError(f"token id {shorten(token)} is outside the vocabulary of {self.vocab_size}")
 
 
@@ -280,3 +390,69 @@ def _not_invoked(adapter: Adapter, choice: LoRAChoice) -> LoRAChoice:
         "it was not applied"
     )
     return LoRAChoice(None, None, choice.reason, warning)
+
+
+def prompt_fields(prompt: str | Sequence[int] | Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a prompt as a mapping with text, or token ids (which count), or both.
+
+    Raises:
+        RequestError: it has another form.
+    """
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    if isinstance(prompt, Mapping):
+        unknown = sorted(str(key) for key in prompt if key not in PROMPT_KEYS)
+        if unknown:
+            reason = why_not_taken(unknown[0]) or f"allowed: {', '.join(PROMPT_KEYS)}"
+            raise RequestError(f"prompt has unknown key(s) {', '.join(unknown)}; {reason}")
+        if prompt.get("prompt") is None and prompt.get("prompt_token_ids") is None:
+            raise RequestError("a prompt needs 'prompt' or 'prompt_token_ids'")
+        _check_types(prompt)
+        return prompt
+    if isinstance(prompt, Sequence):
+        fields = {"prompt_token_ids": prompt}
+        _check_types(fields)
+        return fields
+    raise RequestError(f"prompt is a {type(prompt).__name__}; it must be text, token ids or a mapping")
+
+
+def as_items(contents: object) -> list[object]:
+    """Return one item or a list of them as a list; an `(array, rate)` tuple is one item."""
+    if contents is None:
+        return []
+    return list(contents) if isinstance(contents, list) else [contents]
+
+
+def encode_text(tokenizer: Any, text: str, max_model_len: int | None, *, add_special_tokens: bool = True) -> list[int]:
+    """Tokenize a prompt, unless it is so long that its tokens cannot fit.
+
+    Raises:
+        RequestError: it is too long, or no text (a lone surrogate, for one).
+    """
+    if max_model_len is not None and len(text) > max_model_len * MAX_CHARS_PER_TOKEN:
+        raise RequestError(
+            f"the prompt has {len(text)} characters, which cannot fit into max_model_len={max_model_len} tokens"
+        )
+    try:
+        return list(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"the prompt cannot be tokenized: {error}") from None
+
+
+def _check_types(fields: Mapping[str, Any]) -> None:
+    text, ids = fields.get("prompt"), fields.get("prompt_token_ids")
+    if text is not None and not isinstance(text, str):
+        raise RequestError(f"'prompt' is a {type(text).__name__}; it must be text")
+    is_ids = isinstance(ids, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+    if ids is not None and not is_ids:
+        raise RequestError("'prompt_token_ids' must be a list of integers")
+    _check_options(fields.get("mm_processor_kwargs"), fields.get("cache_salt"))
+
+
+def _check_options(options: object, salt: object) -> None:
+    if options is not None and not isinstance(options, Mapping):
+        raise RequestError(f"mm_processor_kwargs is a {type(options).__name__}; it must be a mapping")
+    if salt is not None and not (isinstance(salt, str) and salt):
+        raise RequestError(f"cache_salt={shorten(salt)} must be text, and not empty")
+    if isinstance(salt, str) and len(salt) > MAX_SALT_CHARS:
+        raise RequestError(f"cache_salt has {len(salt)} characters; allowed are {MAX_SALT_CHARS}")

@@ -9,8 +9,10 @@ import pytest
 import soundfile
 from PIL import Image
 
+from mmlora.config import EngineArgs
 from mmlora.errors import ConfigError, MediaError, RequestError
-from mmlora.inputs.chat import _has_all, load_chat_template, render_chat
+from mmlora.inputs.chat_template import ChatTemplate, load_chat_template
+from mmlora.inputs.input_processor import InputProcessor
 from mmlora.processors.fetch import loader
 from mmlora.processors.fetch.loader import MediaLoader
 from mmlora.processors.media.items import MediaLimits
@@ -39,9 +41,30 @@ class Processor:
         return {"audio": AUDIO_ID, "image": IMAGE_ID}[modality]
 
 
+PROCESSOR = Processor()
+
+
 def render(content, **options):
-    messages = [{"role": "user", "content": content}]
-    return render_chat(messages, TOKENIZER, options.pop("processor", Processor()), **options)
+    return render_chat([{"role": "user", "content": content}], **options)
+
+
+def render_chat(messages, *, processor=PROCESSOR, media=None, limit_mm_per_prompt=None, **options):
+    """The text, the tokens and the decoded media of a conversation."""
+    inputs = InputProcessor(
+        EngineArgs("model", limit_mm_per_prompt=limit_mm_per_prompt),
+        TOKENIZER,
+        vocab_size=len(TOKENIZER),
+        max_model_len=2**20,
+        processor=processor,
+        towers=None,
+        store=None,
+        defaults={},
+        constraints=None,
+    )
+    inputs.media = media or inputs.media
+    prompt = inputs.chat_prompt(messages, **options)
+    text, token_ids = inputs.render(prompt)
+    return {"prompt": text, "prompt_token_ids": token_ids, "multi_modal_data": prompt.load_media()}
 
 
 def url_of(content, mime):
@@ -109,7 +132,7 @@ def test_items_keep_their_order_over_several_messages():
         {"role": "assistant", "content": "ok"},
         {"role": "user", "content": [{"type": "image", "image": picture} for picture in pictures[1:]]},
     ]
-    items = render_chat(messages, TOKENIZER, Processor())["multi_modal_data"]["image"]
+    items = render_chat(messages)["multi_modal_data"]["image"]
     assert [item.image.getpixel((0, 0)) for item in items] == [p.getpixel((0, 0)) for p in pictures]
 
 
@@ -149,7 +172,7 @@ def test_template_arguments_reach_the_template():
 )
 def test_a_malformed_message_is_refused_and_named(messages, message):
     with pytest.raises(RequestError, match=message):
-        render_chat(messages, TOKENIZER, Processor())
+        render_chat(messages)
 
 
 def test_content_of_the_other_modality_is_refused():
@@ -165,7 +188,7 @@ def test_a_text_only_model_takes_no_media():
 
 def test_limits_hold_for_parts():
     with pytest.raises(MediaError, match="pixel|px"):
-        render([{"type": "image", "image": IMAGE}], media=MediaLoader(MediaLimits(max_pixels=10)).begin())
+        render([{"type": "image", "image": IMAGE}], media=MediaLoader(MediaLimits(max_pixels=10)))
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('roles must alternate') }}", "{{ nothing.here.at.all }}"])
@@ -199,12 +222,15 @@ def test_a_template_that_drops_text_either_way_is_left_alone():
     assert render("dropped", chat_template=template)["prompt"] == "<|user|><|end|>"
 
 
-def test_the_text_of_many_turns_is_found_without_searching_it_from_the_start_each_time():
-    contents = [f"turn {number:06}" for number in range(200_000)]
-    text, start_s = "<|end|>".join(contents), time.monotonic()
-    assert _has_all(text, contents) and _has_all(text, [*contents, contents[0]])
-    assert not _has_all(text, [*contents, "nothing"])
-    assert time.monotonic() - start_s < 15  # minutes, from the start
+def test_a_template_is_rendered_once_for_each_conversation(monkeypatch):
+    """What it can do was found out when it was loaded, also for media, tools and calls."""
+    template, rendered = ChatTemplate(TOKENIZER, {"image": "<|image|>"}), []
+    apply = TOKENIZER.apply_chat_template
+    monkeypatch.setattr(TOKENIZER, "apply_chat_template", lambda *a, **k: rendered.append(1) or apply(*a, **k))
+    turns = [({"role": "user"}, [f"turn {number:06}"]) for number in range(20_000)]
+    start_s = time.monotonic()
+    assert template.render(turns, (), {}).count("turn ") == len(turns) and len(rendered) == 1
+    assert time.monotonic() - start_s < 15
 
 
 def test_media_are_counted_before_any_is_decoded(monkeypatch):
@@ -221,8 +247,8 @@ def test_decoding_stops_when_the_media_of_a_conversation_are_too_large(monkeypat
     image = {"type": "image_url", "image_url": {"url": url_of(png(), "image/png")}}
     num_bytes = 3 * IMAGE.width * IMAGE.height
     tight = MediaLoader(MediaLimits(max_decoded_bytes=2 * num_bytes))
-    assert render([image] * 2, media=tight.begin())
+    assert render([image] * 2, media=tight)
     decoded.clear()
     with pytest.raises(MediaError, match=f"have {3 * num_bytes} bytes or more when decoded"):
-        render([image] * 9, media=tight.begin())
+        render([image] * 9, media=tight)
     assert len(decoded) == 3

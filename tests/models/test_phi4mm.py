@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 from mmlora import LLM
 from mmlora.errors import ConfigError, MediaError
-from mmlora.inputs.chat import render_chat
 from mmlora.lora.loading.files import read_adapter
 from mmlora.models.config import load_config
 from mmlora.models.default_adapters import find_default_adapters
@@ -496,9 +495,9 @@ def test_numbers_out_of_turn(llm: LLM, prompt: str) -> None:
 def test_chat_writes_placeholders_into_the_text(llm: LLM) -> None:
     content = [{"type": "image", "image": picture(30, 30, 1)}, {"type": "text", "text": "12?"}]
     inputs = llm.llm_engine.input_processor
-    rendered = render_chat([{"role": "user", "content": content}], inputs.tokenizer, inputs.processor)
-    assert rendered["prompt"] == "<|user|><|endoftext10|>12?<|end|><|assistant|>"
-    assert rendered["prompt_token_ids"].count(IMAGE_ID) == 1
+    prompt, token_ids = inputs.render(inputs.chat_prompt([{"role": "user", "content": content}]))
+    assert prompt == "<|user|><|endoftext10|>12?<|end|><|assistant|>"
+    assert token_ids.count(IMAGE_ID) == 1
 
 
 def test_no_code_of_the_checkpoint_is_run(llm: LLM) -> None:

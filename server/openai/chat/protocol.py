@@ -1,10 +1,8 @@
 """The body of `POST /v1/chat/completions`: parsed, checked, and turned into sampling options.
 
-What `messages` may hold beyond roles and fields is `mmlora.inputs.chat`'s matter.
+`mmlora.inputs.chat` validates the messages.
 """
 
-import json
-from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -14,10 +12,6 @@ from mmlora.server.openai.chat.message_schemas import MESSAGES
 from mmlora.server.openai.constraints import read_constraint
 from mmlora.server.openai.protocol import FieldError, FirstOnly, GenerationRequest, answer_limit
 from mmlora.server.openai.tools.choice import ToolChoice, read_tool_choice
-from mmlora.utils.text import shorten
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-MESSAGE_FIELDS = frozenset({"role", "content", "name", "refusal", "tool_calls", "tool_call_id"})
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -89,26 +83,6 @@ def parse_chat_request(body: bytes) -> ChatCompletionRequest:
     """
     request = ChatCompletionRequest.parse(body)
     _ = request.tooling
-    for index, message in enumerate(request.messages):
-        check_message(message, f"messages[{index}]")
     if request.prompt_logprobs is not None and request.stream:
         raise FieldError(f"prompt_logprobs={request.prompt_logprobs} needs stream=false", "prompt_logprobs")
     return request
-
-
-def check_message(message: Mapping[str, Any], name: str) -> None:
-    """Refuse a message with an unknown role, without content, or with fields that would change the answer.
-
-    Raises:
-        FieldError: naming the message and what is wrong with it.
-    """
-    role = message.get("role")
-    if role not in ROLES:
-        raise FieldError(f"{name}.role={shorten(role, json.dumps)} must be one of {', '.join(ROLES)}", "messages")
-    for field, value in message.items():
-        if field not in MESSAGE_FIELDS and value not in (None, []):
-            raise FieldError(f"{name} has the field {shorten(field)}, which this server does not support", "messages")
-    if message.get("tool_calls") and role != "assistant":
-        raise FieldError(f"{name} has tool_calls; only messages of the assistant may have them", "messages")
-    if message.get("content") in (None, []) and role != "assistant":
-        raise FieldError(f"{name}.content is missing or empty; it must be text or a list of parts", "messages")

@@ -1,76 +1,64 @@
-"""`ChatService`: one chat completion from its body to its answer, whole or streamed."""
+"""`ChatService`: chat completions."""
 
 import functools
 import uuid
 
 from starlette.requests import Request
-from starlette.responses import Response
 
-from mmlora.inputs.chat import message_text
-from mmlora.server.http.admission import read_body
+from mmlora.async_llm import AsyncLLM
+from mmlora.inputs.chat import text_of
+from mmlora.server.lora.served_models import ServedModels
 from mmlora.server.openai.chat.output import ChatAnswer
-from mmlora.server.openai.chat.protocol import ChatCompletionRequest, parse_chat_request
-from mmlora.server.openai.generation import Conversation, Conversations
-from mmlora.server.openai.streaming import respond_with
+from mmlora.server.openai.chat.protocol import parse_chat_request
+from mmlora.server.openai.generation import Generation, GenerationService
 from mmlora.server.openai.tools.calling import ToolCalling
 
 
-class ChatService:
-    """Answers chat completions.
+class ChatService(GenerationService):
+    """Serves chat completions.
 
     Args:
-        conversations: run by the engine.
-        max_request_bytes: the largest body.
-        tool_calling: of the model.
+        llm, models, max_request_bytes: see `GenerationService`.
+        tool_calling: how the model calls tools.
     """
 
-    def __init__(self, conversations: Conversations, max_request_bytes: int, tool_calling: ToolCalling) -> None:
-        self._conversations = conversations
-        self._max_request_bytes = max_request_bytes
+    def __init__(self, llm: AsyncLLM, models: ServedModels, max_request_bytes: int, tool_calling: ToolCalling) -> None:
+        super().__init__(llm, models, max_request_bytes)
         self._tool_calling = tool_calling
 
-    async def respond(self, request: Request) -> Response:
-        """Serve one HTTP request; when the client leaves, the work stops.
-
-        Raises:
-            MMLoRAError: the request cannot be served, or failed before the answer began.
-        """
-        body = await read_body(request, self._max_request_bytes)
-        chat = await self._conversations.llm.run_in_pool(parse_chat_request, body)
+    def _parse(self, request: Request, body: bytes, caller: str) -> Generation:
+        chat = parse_chat_request(body)
+        tool_options = self._tool_calling.sampling_options(chat.tooling)
+        prompt = self._llm.input_processor.chat_prompt(
+            chat.messages,
+            chat_template_kwargs=chat.chat_template_kwargs,
+            add_generation_prompt=chat.add_generation_prompt,
+            continue_final_message=bool(chat.continue_final_message),
+            tools=list(chat.tooling.tools.values()),
+            mm_processor_kwargs=chat.mm_processor_kwargs,
+            cache_salt=chat.cache_salt,
+            caller=caller,
+            is_strict=True,
+        )
         request_id = f"chatcmpl-{uuid.uuid4().hex}"
-        model = chat.model or self._conversations.models.base_name
-        answer = ChatAnswer(
+        is_echo = bool(chat.echo) and chat.messages[-1]["role"] == "assistant"
+        output = ChatAnswer(
             request_id,
-            model,
-            _top_logprobs(chat),
+            chat.model or self._models.base_name,
+            chat.top_logprobs or 0 if chat.logprobs else None,
             chat.prompt_logprobs,
-            front=_repeated(chat),
+            front=text_of(prompt.turns[-1]) if is_echo else "",
             include_usage=chat.include_usage,
             new_parser=functools.partial(self._tool_calling.new_parser, chat.tooling),
             new_call_id=self._tool_calling.new_call_id,
         )
-        conversation = Conversation(
-            chat.messages,
+        return Generation(
+            request_id,
             chat.model,
             chat.lora,
-            {**chat.sampling_options(), **self._tool_calling.sampling_options(chat.tooling)},
-            chat.chat_template_kwargs,
-            chat.mm_processor_kwargs,
-            add_generation_prompt=chat.add_generation_prompt,
-            continue_final_message=bool(chat.continue_final_message),
+            prompt,
+            self._llm.default_sampling_params(**chat.sampling_options(), **tool_options),
+            output,
+            is_stream=bool(chat.stream),
             priority=chat.priority or 0,
-            cache_salt=chat.cache_salt,
-            tools=list(chat.tooling.tools.values()),
         )
-        outputs = self._conversations.generate(conversation, request_id)
-        return await respond_with(request, answer, outputs, is_stream=bool(chat.stream))
-
-
-def _repeated(chat: ChatCompletionRequest) -> str:
-    """What `echo` puts before the answer: the last message, if that is the assistant's too."""
-    last = chat.messages[-1]
-    return message_text(last) if chat.echo and last["role"] == "assistant" else ""
-
-
-def _top_logprobs(chat: ChatCompletionRequest) -> int | None:
-    return chat.top_logprobs or 0 if chat.logprobs else None

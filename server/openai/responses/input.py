@@ -23,7 +23,7 @@ PART_FIELDS = {
 
 
 def as_messages(instructions: str | None, given: Any) -> list[Json]:
-    """Return the messages that `mmlora.inputs.chat.render_chat` takes; their media are not looked at.
+    """Return the messages that `InputProcessor.chat_prompt` takes; their media are not looked at.
 
     Args:
         instructions: become a system message before all others.

@@ -4,56 +4,44 @@ import uuid
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
 
+from mmlora.async_llm import AsyncLLM
 from mmlora.models.transcription import LANGUAGES, TranscriptionPrompt
 from mmlora.processors.media.decoding import load_media
 from mmlora.processors.media.items import AudioItem
 from mmlora.server.errors import Refusal
-from mmlora.server.http.admission import read_body
-from mmlora.server.openai.generation import Conversation, Conversations
+from mmlora.server.lora.served_models import ServedModels
+from mmlora.server.openai.generation import Generation, GenerationService
 from mmlora.server.openai.protocol import FieldError
-from mmlora.server.openai.streaming import respond_with
 from mmlora.server.openai.transcriptions.output import Asked, TranscriptionAnswer
 from mmlora.server.openai.transcriptions.protocol import AudioRequest, TranscriptionRequest, TranslationRequest
 
 
-class TranscriptionService:
-    """Answers transcriptions and translations.
+class TranscriptionService(GenerationService):
+    """Serves transcriptions or translations.
 
     Args:
-        conversations: run by the engine.
-        max_request_bytes: the largest body.
+        llm, models, max_request_bytes: see `GenerationService`.
+        kind: the form of the requests.
     """
 
-    def __init__(self, conversations: Conversations, max_request_bytes: int) -> None:
-        self._llm = conversations.llm
-        self._conversations = conversations
-        self._max_request_bytes = max_request_bytes
+    def __init__(
+        self,
+        llm: AsyncLLM,
+        models: ServedModels,
+        max_request_bytes: int,
+        kind: type[TranscriptionRequest] | type[TranslationRequest],
+    ) -> None:
+        super().__init__(llm, models, max_request_bytes)
+        self._kind = kind
 
-    async def respond(self, request: Request, kind: type[TranscriptionRequest] | type[TranslationRequest]) -> Response:
-        """Serve one HTTP request; when the client leaves, the work stops.
-
-        Raises:
-            MMLoRAError: the request cannot be served, or failed before the answer began.
-        """
-        content_type = request.headers.get("content-type")
-        # The body is not kept: what is decoded of it is all that the rest needs.
-        conversation, answer, is_stream = await self._llm.run_in_pool(
-            self._prepare, kind, content_type, await read_body(request, self._max_request_bytes)
-        )
-        outputs = self._conversations.generate(conversation, f"transcription-{uuid.uuid4().hex}")
-        return await respond_with(request, answer, outputs, is_stream=is_stream)
-
-    def _prepare(
-        self, kind: type[TranscriptionRequest] | type[TranslationRequest], content_type: str | None, body: bytes
-    ) -> tuple[Conversation, TranscriptionAnswer, bool]:
-        asked = kind.parse(content_type, body)
+    def _parse(self, request: Request, body: bytes, caller: str) -> Generation:
+        asked = self._kind.parse(request.headers.get("content-type"), body)
         prompt = self._prompt()
         instruction, language = _instruction(prompt, asked)
         clip = load_media(asked.file, self._llm.media.limits, expected="audio")
         assert isinstance(clip, AudioItem)
-        answer = TranscriptionAnswer(
+        output = TranscriptionAnswer(
             Asked(
                 "translate" if isinstance(asked, TranslationRequest) else "transcribe",
                 asked.response_format,
@@ -63,7 +51,32 @@ class TranscriptionService:
                 prompt.answer_mark if asked.language is None else None,
             )
         )
-        return _conversation(prompt, asked, clip, instruction), answer, asked.stream
+        # A user message with the clip and, unless the template says it all, the text that goes with it.
+        content: list[dict[str, Any]] = [{"type": "audio", "audio": clip}]
+        template_kwargs: dict[str, Any] = {}
+        if prompt.chat_template is not None:
+            code = asked.language
+            spoken = {"code": code, "name": LANGUAGES[code].title()} if code is not None else None
+            template_kwargs = {"language": spoken, "context": asked.prompt or ""}
+        else:
+            text = f"{instruction}\n{asked.prompt}" if asked.prompt else instruction
+            content.append({"type": "text", "text": text})
+        return Generation(
+            f"transcription-{uuid.uuid4().hex}",
+            asked.model,
+            asked.lora,
+            self._llm.input_processor.chat_prompt(
+                [{"role": "user", "content": content}],
+                chat_template=prompt.chat_template,
+                chat_template_kwargs=template_kwargs,
+                cache_salt=asked.cache_salt,
+                caller=caller,
+            ),
+            self._llm.default_sampling_params(**asked.sampling_options()),
+            output,
+            is_stream=asked.stream,
+            priority=asked.priority,
+        )
 
     def _prompt(self) -> TranscriptionPrompt:
         """How the model is asked.
@@ -110,26 +123,3 @@ def _instruction(prompt: TranscriptionPrompt, asked: AudioRequest) -> tuple[str,
         return prompt.transcribe, LANGUAGES[heard[0]] if len(heard) == 1 else None
     name = LANGUAGES[asked.language]
     return (prompt.transcribe_in or prompt.transcribe).replace("{language}", name.title()), name
-
-
-def _conversation(prompt: TranscriptionPrompt, asked: AudioRequest, clip: AudioItem, instruction: str) -> Conversation:
-    """A user's turn with the clip and, unless a template of its own says it all, the text that goes with it."""
-    content: list[dict[str, Any]] = [{"type": "audio", "audio": clip}]
-    options: dict[str, Any] = {}
-    if prompt.chat_template is not None:
-        code = asked.language
-        language = {"code": code, "name": LANGUAGES[code].title()} if code is not None else None
-        options = {"language": language, "context": asked.prompt or ""}
-    else:
-        text = f"{instruction}\n{asked.prompt}" if asked.prompt else instruction
-        content.append({"type": "text", "text": text})
-    return Conversation(
-        [{"role": "user", "content": content}],
-        asked.model,
-        asked.lora,
-        asked.sampling_options(),
-        options,
-        chat_template=prompt.chat_template,
-        priority=asked.priority,
-        cache_salt=asked.cache_salt,
-    )

@@ -26,8 +26,9 @@ def rendered(server: RunningServer, wav: bytes, monkeypatch: pytest.MonkeyPatch,
     process = server.llm.engine.process_input
 
     def record(request_id: str, prompt: Any, *rest: Any) -> Any:
-        prompts.append(prompt["prompt"])
-        return process(request_id, prompt, *rest)
+        ready = process(request_id, prompt, *rest)
+        prompts.append(ready.prompt)
+        return ready
 
     with monkeypatch.context() as patch, server.client as client:
         patch.setattr(server.llm.engine, "process_input", record)

@@ -189,8 +189,9 @@ def test_a_salt_reaches_the_engine(server: RunningServer, wav: bytes, monkeypatc
     salts, process = [], server.llm.engine.process_input
 
     def record(request_id: str, prompt: Any, *rest: Any) -> Any:
-        salts.append(prompt["cache_salt"])
-        return process(request_id, prompt, *rest)
+        ready = process(request_id, prompt, *rest)
+        salts.append(ready.cache_salt)
+        return ready
 
     monkeypatch.setattr(server.llm.engine, "process_input", record)
     transcribe(server, wav, extra={"cache_salt": "mine", "priority": 0})

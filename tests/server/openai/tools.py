@@ -47,8 +47,9 @@ def prompt_of(
     prompts, process = [], server.llm.engine.process_input
 
     def record(request_id: str, prompt: Any, *args: Any) -> Any:
-        prompts.append(prompt["prompt"])
-        return process(request_id, prompt, *args)
+        ready = process(request_id, prompt, *args)
+        prompts.append(ready.prompt)
+        return ready
 
     with monkeypatch.context() as patch:
         patch.setattr(server.llm.engine, "process_input", record)

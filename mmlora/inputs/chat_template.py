@@ -1,0 +1,225 @@
+"""`ChatTemplate`: a Jinja chat template, and what it can render."""
+
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from jinja2 import TemplateError
+
+from mmlora.errors import ConfigError, RequestError
+from mmlora.processors.fetch.reference import MediaReference
+
+Message = Mapping[str, Any]
+Tools = Sequence[Mapping[str, Any]]
+Part = str | MediaReference
+Turn = tuple[Message, list[Part]]  # a message, and the parts of its content
+
+MAX_REASON_CHARS: Final = 400
+LIST_REPR: Final = "'type':"  # in the output of a template that wrote a list of parts as Python prints it
+PHI4_CALL_MARKS: Final = "<|tool_call|>", "<|/tool_call|>"
+_TEXTS: Final = "quartz", "basalt", "gneiss"  # of the messages that are rendered to find out what a template can do
+_TOOL: Final = {
+    "type": "function",
+    "function": {
+        "name": "feldspar",
+        "description": "Look up a mineral.",
+        "parameters": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
+    },
+}
+_CALL: Final = {"id": "abcdefghi", "type": "function", "function": {"name": "feldspar", "arguments": {"name": "mica"}}}
+
+
+def load_chat_template(template: str | None) -> str | None:
+    """Return the text of a `chat_template` option, which is Jinja text or the path of a file.
+
+    Raises:
+        ConfigError: it looks like a path, and there is no such file.
+    """
+    if template is None or any(mark in template for mark in ("{{", "{%", "\n")):
+        return template
+    path = Path(template).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"chat_template={template!r} is neither a Jinja template nor a file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"chat_template={template!r} cannot be read: {error}") from None
+
+
+class ChatTemplate:
+    """A chat template of one model.
+
+    Its abilities are found by rendering a few short conversations when it is loaded: templates do not declare them.
+
+    Attributes:
+        source: its text; all texts where the tokenizer has several.
+        needs_parts: text content must be a list of parts; strings get lost.
+        media_parts: modalities for whose parts it writes the placeholder. For others, placeholders are written into
+            the text.
+        has_tools, has_tool_calls: it renders `tools`, and the `tool_calls` of assistant messages.
+
+    Args:
+        tokenizer: renders it; its own template is used unless `template` is given.
+        placeholders: placeholder text by modality.
+        template: Jinja text.
+    """
+
+    def __init__(self, tokenizer: Any, placeholders: Mapping[str, str], template: str | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._placeholders = placeholders
+        self._template = template
+        source = template or tokenizer.chat_template or ""
+        self.source: str = source if isinstance(source, str) else "\n".join(source.values())
+        self.needs_parts = False
+        self.media_parts: Collection[str] = ()
+        self.has_tools = self.has_tool_calls = False
+        if self.source:
+            self._find_abilities()
+
+    def render(self, turns: list[Turn], tools: Tools, kwargs: Mapping[str, Any]) -> str:
+        """Render a conversation.
+
+        Args:
+            turns: with `tool_calls` whose arguments are mappings.
+            tools: OpenAI's; may be empty.
+            kwargs: passed to the template.
+
+        Raises:
+            RequestError: the template fails, or has no place for the tools or tool calls.
+        """
+        if not self.has_tool_calls and any("tool_calls" in message for message, _ in turns):
+            turns = [self._with_calls_as_text(*turn) for turn in turns]
+        if not tools:
+            return self._render_turns(turns, kwargs)
+        if self.has_tools:
+            return self._render_turns(turns, {**kwargs, "tools": tools})
+        # Phi-4's template takes tools as a field of the system message.
+        spelled = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
+        text = self._render_turns(_with_system_tools(turns, spelled), kwargs)
+        if spelled not in text:
+            raise RequestError(
+                "the chat template of this model takes no tools; send none, or start with another chat_template"
+            )
+        return text
+
+    def _render_turns(self, turns: list[Turn], kwargs: Mapping[str, Any]) -> str:
+        modalities = {part.modality for _, parts in turns for part in parts if not isinstance(part, str)}
+        if not modalities:
+            joined = [(message, ["".join(map(str, parts))]) for message, parts in turns]
+            return self._apply([_message(turn, as_parts=self.needs_parts) for turn in joined], kwargs)
+        if modalities.issubset(self.media_parts):
+            text = self._apply([_message(turn, as_parts=True) for turn in turns], kwargs)
+            if self._has_placeholders(text, turns):
+                return text
+        return self._apply([_message(self._with_placeholders(turn), as_parts=False) for turn in turns], kwargs)
+
+    def _apply(self, messages: list[dict[str, Any]], kwargs: Mapping[str, Any]) -> str:
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                messages, chat_template=self._template, tokenize=False, **kwargs
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            reason = str(error)[:MAX_REASON_CHARS]  # some repeat the whole conversation
+            raise RequestError(f"the chat template cannot render these messages: {reason}") from None
+        return text
+
+    def _with_placeholders(self, turn: Turn) -> Turn:
+        message, parts = turn
+        return message, [part if isinstance(part, str) else self._placeholders[part.modality] for part in parts]
+
+    def _has_placeholders(self, text: str, turns: list[Turn]) -> bool:
+        """Return whether the text has one placeholder per item, and no list as Python prints it."""
+        parts = [part for _, parts in turns for part in parts]
+        written = "".join(part for part in parts if isinstance(part, str))
+        for modality, placeholder in self._placeholders.items():
+            num_items = sum(not isinstance(part, str) and part.modality == modality for part in parts)
+            if text.count(placeholder) - written.count(placeholder) != num_items:
+                return False
+        return text.count(LIST_REPR) == written.count(LIST_REPR)
+
+    def _with_calls_as_text(self, message: Message, parts: list[Part]) -> Turn:
+        """Write the calls of a message into its text, in Phi-4's notation.
+
+        Raises:
+            RequestError: the model has another notation.
+        """
+        if "tool_calls" not in message:
+            return message, parts
+        start, end = PHI4_CALL_MARKS
+        if self._tokenizer.convert_tokens_to_ids(start) in (None, self._tokenizer.unk_token_id):
+            raise RequestError(
+                "the chat template of this model leaves out tool_calls, so it cannot take these messages"
+            )
+        calls = [{name: call["function"][name] for name in ("name", "arguments")} for call in message["tool_calls"]]
+        text = f"{start}{json.dumps(calls, ensure_ascii=False)}{end}"
+        return {field: value for field, value in message.items() if field != "tool_calls"}, [*parts, text]
+
+    def _find_abilities(self) -> None:
+        self.needs_parts = self._loses_strings()
+        self.media_parts = frozenset(filter(self._writes_placeholder, self._placeholders))
+        user, called = _turn("user", _TEXTS[0]), _turn("assistant", "")
+        self.has_tools = self._renders_more([user], [user], {"tools": [_TOOL]})
+        self.has_tool_calls = self._renders_more([user, called], [user, ({**called[0], "tool_calls": [_CALL]}, [""])])
+
+    def _loses_strings(self) -> bool:
+        """Return whether texts get lost as strings and are kept as parts."""
+        for roles in (("user", "assistant", "user"), ("user",), ("system", "user")):
+            turns = [_turn(role, text) for role, text in zip(roles, _TEXTS, strict=False)]
+            texts = _TEXTS[: len(roles)]
+            if _has_all(self._try([_message(turn, as_parts=False) for turn in turns]), texts):
+                return False
+            if _has_all(self._try([_message(turn, as_parts=True) for turn in turns]), texts):
+                return True
+        return False
+
+    def _writes_placeholder(self, modality: str) -> bool:
+        """Return whether a part of this modality is rendered as its placeholder."""
+        content = [{"type": modality}, {"type": "text", "text": _TEXTS[0]}]
+        text = self._try([{"role": "user", "content": content}])
+        return text is not None and text.count(self._placeholders[modality]) == 1 and LIST_REPR not in text
+
+    def _renders_more(self, fewer: list[Turn], more: list[Turn], kwargs: Mapping[str, Any] | None = None) -> bool:
+        """Return whether the template renders what `more` and `kwargs` add to `fewer`.
+
+        Some templates fail on a conversation without a system message, others on one with it.
+        """
+        for before in ([], [_turn("system", _TEXTS[1])]):
+            with_more, without = (
+                self._try([_message(turn, as_parts=self.needs_parts) for turn in [*before, *turns]], given)
+                for turns, given in ((more, kwargs), (fewer, None))
+            )
+            if with_more is not None:
+                return with_more != without
+        return False
+
+    def _try(self, messages: list[dict[str, Any]], kwargs: Mapping[str, Any] | None = None) -> str | None:
+        try:
+            return self._apply(messages, {"add_generation_prompt": True, **(kwargs or {})})
+        except Exception:  # a template may do anything with a conversation that it was not written for
+            return None
+
+
+def _turn(role: str, text: str) -> Turn:
+    return {"role": role}, [text]
+
+
+def _message(turn: tuple[Message, Sequence[Part]], *, as_parts: bool) -> dict[str, Any]:
+    """Return a turn as templates take it, its content a list of parts or one string."""
+    message, parts = turn
+    if not as_parts:
+        return {**message, "content": "".join(map(str, parts))}
+    content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": part.modality} for part in parts]
+    return {**message, "content": content}
+
+
+def _with_system_tools(turns: list[Turn], tools: str) -> list[Turn]:
+    message, parts = turns[0]
+    if message["role"] != "system":
+        return [({"role": "system", "tools": tools}, [""]), *turns]
+    return [({**message, "tools": tools}, parts), *turns[1:]]
+
+
+def _has_all(text: str | None, contents: Iterable[str]) -> bool:
+    """Return whether a rendered text has all contents, and no list as Python prints it."""
+    return text is not None and LIST_REPR not in text and all(content in text for content in contents)
