@@ -1,4 +1,4 @@
-"""What all tests share: the skip rule for `gpu` tests, and a tiny model with adapters."""
+"""Shared by all tests: `--device`, the skip rule for `gpu` tests, the summary of equality tests, and tiny models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -35,6 +35,7 @@ def device_of_engines(pytestconfig: pytest.Config) -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "soak" not in item.path.parts)  # the longest test first: other workers have work, too
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return
@@ -44,6 +45,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in gpu_items:
             item.add_marker(skip)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Send the statistics of a worker of pytest-xdist to the process that prints them."""
+    workeroutput, equality = getattr(session.config, "workeroutput", None), sys.modules.get("tests.equality")
+    if workeroutput is not None and equality is not None:
+        workeroutput["equality"] = equality.STATISTICS.as_dict()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add the statistics of a worker of pytest-xdist."""
+    if "equality" in getattr(node, "workeroutput", {}):
+        from tests.equality import STATISTICS
+
+        STATISTICS.merge(node.workeroutput["equality"])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -74,6 +74,19 @@ class Statistics:
         self.max_logit_error = max(self.max_logit_error, logit_error)
         self.num_near_ties += is_near_tie
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, which a worker of pytest-xdist can send."""
+        return {**vars(self), "parts": sorted(self.parts)}
+
+    def merge(self, other: dict[str, Any]) -> None:
+        """Add the statistics of another process, in the form of `as_dict`."""
+        self.num_answers += other["num_answers"]
+        self.num_logit_rows += other["num_logit_rows"]
+        self.num_near_ties += other["num_near_ties"]
+        self.max_logit_error = max(self.max_logit_error, other["max_logit_error"])
+        self.half_errors.update(other["half_errors"])
+        self.parts.update(other["parts"])
+
     def __str__(self) -> str:
         return (
             f"{self.num_answers} answers, {self.num_logit_rows} rows of logits against transformers + PEFT: largest "
