@@ -29,9 +29,9 @@ from mmlora.config import EngineArgs
 from mmlora.outputs import RequestOutput
 from mmlora.server.api import build_app
 from mmlora.server.args import ServerArgs
-from mmlora.server.http.listener import address_of, listening, tls_of
+from mmlora.server.http.listener import format_url, listening
 from mmlora.server.http.server import HTTPServer
-from mmlora.server.launch import build_server, load_served_models
+from mmlora.server.launch import build_server, load_served_models, load_tls
 from mmlora.server.lora.served_models import LoRAModule, ServedModels
 from mmlora.structured_outputs import StructuredOutputsParams
 
@@ -179,7 +179,7 @@ def url_part(kind: str, data: bytes, mime: str) -> dict[str, Any]:
 def run_server(llm: AsyncLLM, **options: Any) -> Iterator[tuple[HTTPServer, str]]:
     """Serve as `mmlora serve` does with these `ServerArgs`, and give the server and its address; ends the engine."""
     args = ServerArgs(**({} if "uds" in options else {"port": 0}), **options)
-    tls = tls_of(args)
+    tls = load_tls(args)
     is_ready = threading.Event()
     server = build_server(llm, load_served_models(llm), args, tls=tls, on_ready=is_ready.set)
     with listening(args.host, args.port, args.uds) as listener:
@@ -187,7 +187,7 @@ def run_server(llm: AsyncLLM, **options: Any) -> Iterator[tuple[HTTPServer, str]
         thread.start()
         try:
             assert is_ready.wait(30), "the server did not start"
-            yield server, address_of(listener, is_tls=tls is not None, root_path=args.root_path)
+            yield server, format_url(listener, is_tls=tls is not None, root_path=args.root_path)
         finally:
             server.should_exit = True
             thread.join()

@@ -64,7 +64,7 @@ def test_a_unix_socket_is_served_and_removed(llm: AsyncLLM, tmp_path: Path) -> N
         assert address == f"unix:{path}"
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(path))) as client:
             assert client.get("http://localhost/v1/models").json()["data"][0]["id"] == "tiny"
-        with pytest.raises(ConfigError, match="another process listens there"):
+        with pytest.raises(ConfigError, match="another process listens on it"):
             listen_unix(str(path))
     assert not path.exists()
 
@@ -80,7 +80,7 @@ def test_a_stale_socket_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     other.close()
     file = tmp_path / "file"
     file.write_text("precious")
-    with pytest.raises(ConfigError, match="no socket"):
+    with pytest.raises(ConfigError, match="not a socket"):
         listen_unix(str(file))
     assert file.read_text() == "precious"
     with pytest.raises(ConfigError, match="too long"):
@@ -113,11 +113,11 @@ def test_clients_may_need_certificates(llm: AsyncLLM, certificates: dict[str, st
     ("options", "text"),
     [
         ({"certfile": "missing"}, "No such file"),
-        ({"certfile": "broken"}, "no usable PEM file"),
-        ({"certfile": "cert"}, "no usable PEM file"),
+        ({"certfile": "broken"}, "not a usable PEM file"),
+        ({"certfile": "cert"}, "not a usable PEM file"),
         ({"certfile": "cert", "keyfile": "encrypted"}, "encrypted"),
         ({"certfile": "pem", "ca-certs": "missing"}, "No such file"),
-        ({"certfile": "pem", "ca-certs": "broken"}, "no usable PEM file"),
+        ({"certfile": "pem", "ca-certs": "broken"}, "not a usable PEM file"),
     ],
     ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else "",
 )
