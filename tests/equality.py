@@ -11,6 +11,9 @@ from typing import Any
 import torch
 
 from mmlora import BASE, LLM, LoRARequest, RequestOutput, SamplingParams
+from mmlora.engine.model_input import logit_positions
+from mmlora.engine.sampler import StepResult
+from mmlora.engine.scheduler import ScheduledSequence
 from tests.reference import NUM_TOKENS, Media, Reference, ReferenceOutput
 
 LOGIT_TOLERANCE = 1e-4  # fp32
@@ -107,22 +110,21 @@ def model_type_of(path: Path | str) -> str:
 @contextmanager
 def recorded_logits(llm: LLM) -> Iterator[dict[str, Logits]]:
     """Record raw logits `[vocab_size]` by request id and position, for the first answer of each request."""
-    runner: Any = llm.llm_engine.runner
-    forward, found = runner._forward, defaultdict(dict)
+    sampler: Any = llm.llm_engine.sampler
+    run, found = sampler.run, defaultdict(dict)
 
-    def record(batch: Any) -> tuple[list[int], torch.Tensor]:
-        rows, logits = forward(batch)
-        for item, first_row in zip(batch.items, batch.starts, strict=True):
-            for row, values in zip(rows, logits, strict=True):
-                if first_row <= row < first_row + item.num_tokens and item.seq.index == 0:
-                    found[item.seq.request.request_id][item.start + row - first_row] = values.to("cpu", copy=True)
-        return rows, logits
+    def record(items: list[ScheduledSequence], logits: torch.Tensor, result: StepResult) -> None:
+        rows = [(item, position) for item in items for position in logit_positions(item)]
+        for (item, position), values in zip(rows, logits, strict=True):
+            if item.seq.index == 0:
+                found[item.seq.request.request_id][position] = values.to("cpu", copy=True)
+        run(items, logits, result)
 
-    runner._forward = record
+    sampler.run = record
     try:
         yield found
     finally:
-        del runner._forward
+        del sampler.run
 
 
 def greedy(**options: Any) -> SamplingParams:

@@ -264,13 +264,14 @@ def test_prompts_share_their_prefix_within_a_salt(tiny_phi4):
 
 def test_priorities_are_one_for_all_or_one_per_prompt(tiny_phi4, monkeypatch):
     llm = LLM(str(tiny_phi4), max_model_len=256, max_num_seqs=1, scheduling_policy="priority")
-    run, ran = llm.llm_engine.runner.run, []
+    schedule, ran = llm.llm_engine.scheduler.schedule, []
 
-    def recorded(scheduled):
+    def recorded():
+        scheduled = schedule()
         ran.extend(item.seq.request.request_id for item in scheduled)
-        return run(scheduled)
+        return scheduled
 
-    monkeypatch.setattr(llm.llm_engine.runner, "run", recorded)
+    monkeypatch.setattr(llm.llm_engine.scheduler, "schedule", recorded)
     llm.generate(["a", "b", "c", "d"], GREEDY, use_tqdm=False, priority=[3, 1, 2, 1])
     assert list(dict.fromkeys(ran)) == ["1", "3", "2", "0"]
     chats = [[{"role": "user", "content": text}] for text in "ab"]

@@ -45,6 +45,7 @@ class Towers(Protocol):
 
     modalities: frozenset[str]
     num_position_rows: int  # 1, or 3 for multimodal RoPE: time, height and width
+    has_token_inputs: bool  # the decoder takes more per token than its embedding, even without media
 
     def part_of(self, module_name: str) -> str:
         """Return the part of a module: `language_model`, `connector`, `vision_tower` or `audio_tower`."""

@@ -14,6 +14,8 @@ from mmlora.towers.general import GeneralTowers
 class Gemma3nTowers(GeneralTowers):
     """Encode pictures on the general path; embed the tokens of the media vocabularies with the connectors."""
 
+    has_token_inputs = True
+
     def features(self, modality: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """See `GeneralTowers.features`; tokens beyond the end of a clip take the embedding of padding."""
         if modality != "audio":

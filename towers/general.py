@@ -27,6 +27,7 @@ class GeneralTowers:
     """
 
     modalities: frozenset[str]
+    has_token_inputs = False
 
     def __init__(self, model: Any, *, bidirectional: str | None = None, first_position: int = 0) -> None:
         self.model = model

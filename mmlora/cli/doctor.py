@@ -9,7 +9,8 @@ from typing import Any, Final
 import torch
 from transformers import PretrainedConfig
 
-from mmlora.attention.kv_memory import kv_cache_bytes, kv_token_bytes, num_kv_blocks
+from mmlora.attention.backend import choose_backend
+from mmlora.attention.kv_cache import KVLayout, kv_cache_bytes, num_kv_blocks
 from mmlora.cli.model_table import Parity, read_parity
 from mmlora.config import EngineArgs
 from mmlora.errors import ConfigError
@@ -179,10 +180,11 @@ def _examine(args: EngineArgs, path: Path, config: PretrainedConfig, facts: dict
         sum(linear_shape(module)) for name, module in index.modules.items() if index.kind_of(name) == "linear"
     )
     weight_bytes = facts["weight_bytes"] = sum(p.numel() * _itemsize(p, dtype) for p in model.parameters())
-    facts["kv_token_bytes"] = kv_token_bytes(config, dtype)
+    block_bytes = choose_backend(device).block_bytes(KVLayout.from_config(config, args.block_size, dtype))
+    facts["kv_token_bytes"] = block_bytes // args.block_size
     facts["kv_bytes"] = facts["kv_token_bytes"] * -(-max_model_len // args.block_size) * args.block_size
     facts["stored_bytes"] = stored_bytes(args.model, args.revision, path)
-    num_kv_blocks(args, config, dtype, kv_cache_bytes(args, device, weight_bytes), max_model_len)
+    num_kv_blocks(args, block_bytes, kv_cache_bytes(args, device, weight_bytes), max_model_len)
 
 
 def _itemsize(parameter: torch.Tensor, dtype: torch.dtype) -> int:

@@ -105,7 +105,7 @@ class BlockManager:
     def _hash_next(self, seq: Sequence) -> bytes:
         index = len(seq.block_hashes)
         start, end = index * self.block_size, (index + 1) * self.block_size
-        root = (("long", seq.is_long), ("salt", seq.request.input.cache_salt))
+        root = (("long", seq.uses_long_rope_factors), ("salt", seq.request.input.cache_salt))
         parent = seq.block_hashes[-1] if index else root
         spans = seq.bidirectional_spans_between(start, end)
         seen_end = max([end, *(span.end for span in spans)])

@@ -17,10 +17,11 @@ from mmlora.config import EngineArgs
 from mmlora.engine.detokenizer import Detokenizer
 from mmlora.engine.loading import load_engine_parts
 from mmlora.engine.metrics import EngineMetrics, EngineSummary, RequestCounters, measure
-from mmlora.engine.model_runner import SampledToken
+from mmlora.engine.model_input import build_model_input, group_by_slot
+from mmlora.engine.sampler import SampledToken, Sampler, StepResult
 from mmlora.engine.scheduler import ScheduledSequence
 from mmlora.engine.sequence import Request, Sequence, Status, build_output
-from mmlora.errors import MMLoRAError, RequestError
+from mmlora.errors import AdapterError, MMLoRAError, RequestError
 from mmlora.inputs.engine_input import EngineInput
 from mmlora.inputs.input_processor import Prompt
 from mmlora.lora.request import LoRARequest
@@ -29,6 +30,7 @@ from mmlora.outputs import RequestOutput
 from mmlora.processors.base import MultiModalProcessor
 from mmlora.processors.fetch.loader import MediaLoader
 from mmlora.sampling_params import SamplingParams
+from mmlora.towers.encoder import EncoderJob
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class LLMEngine:
         self.max_model_len = parts.max_model_len
         self.input_processor = parts.input_processor
         self.runner = parts.runner
+        self.sampler = Sampler(parts.tokenizer, parts.stop_ids)
         self.block_manager = parts.block_manager
         self.scheduler = parts.scheduler
         self.store = parts.store
@@ -125,7 +128,7 @@ class LLMEngine:
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(self.runner.device),
             num_lora_slots=self.slots.max_loras if self.slots is not None else 0,
-            kv_cache_bytes=cache.keys.nbytes + cache.values.nbytes,
+            kv_cache_bytes=cache.num_bytes,
             kv_cache_tokens=self.block_manager.num_blocks * self.args.block_size,
             encoder_cache_bytes=self.args.encoder_cache_memory_bytes if towers is not None else 0,
         )
@@ -280,7 +283,7 @@ class LLMEngine:
             skip_special_tokens=params.skip_special_tokens,
         )
         seq = Sequence(request, index, list(request.input.prompt_token_ids), detokenizer, generator)
-        seq.is_long = self._is_too_long(seq)
+        seq.uses_long_rope_factors = self._is_too_long(seq)
         if request.input.matchers:
             seq.matcher = request.input.matchers[index]
         return seq
@@ -309,9 +312,9 @@ class LLMEngine:
         return list(dict.fromkeys(touched))
 
     def _run(self, scheduled: list[ScheduledSequence]) -> list[Request]:
-        """Run the model and take its results in; whatever fails, fails with its requests alone."""
+        """Run the model and process its results; a failure fails only the requests that it concerns."""
         try:
-            result = self.runner.run(scheduled)
+            result = self._compute(scheduled)
         except Exception as error:  # the engine outlives any request; those of this step do not
             logger.exception("a step failed")
             failure = MMLoRAError(f"the model failed on this step: {error}")
@@ -326,6 +329,42 @@ class LLMEngine:
                 self._append(token)
                 touched.append(token.seq.request)
         return touched
+
+    def _compute(self, scheduled: list[ScheduledSequence]) -> StepResult:
+        """Encode media, run the forwards of a step, and sample."""
+        result = StepResult()
+        for uniform_slot, items in _divide(self._encode_media(scheduled, result)).items():
+            try:
+                items = group_by_slot(items)
+                logits = self.runner.run(build_model_input(items, self.runner.num_position_rows, uniform_slot))
+                self.sampler.run(items, logits, result)
+            except Exception as error:
+                if uniform_slot is None:
+                    raise
+                logger.exception("the forward of an adapter failed")
+                failure = AdapterError(f"the model failed with this adapter: {error}")
+                result.failed.extend((item.seq, failure) for item in items)
+            for item in items:
+                item.seq.drop_media(item.end)
+        return result
+
+    def _encode_media(self, scheduled: list[ScheduledSequence], result: StepResult) -> list[ScheduledSequence]:
+        """Give each sequence the media embeddings that this step needs; return those that have them all."""
+        if not any(item.seq.media for item in scheduled):
+            return scheduled
+        missing = [
+            (item.seq, index) for item in scheduled for index, _ in item.media if index not in item.seq.media_embeds
+        ]
+        embeds = self.runner.encode_media([_encoder_job(seq, index) for seq, index in missing])
+        errors: dict[Sequence, MMLoRAError] = {}
+        for seq, index in missing:
+            rows = embeds[seq.media[index].encoder_key]
+            if isinstance(rows, MMLoRAError):
+                errors[seq] = rows
+            else:
+                seq.media_embeds[index] = rows
+        result.failed.extend(errors.items())
+        return [item for item in scheduled if item.seq not in errors]
 
     def _fail(self, failures: Iterable[tuple[Sequence, MMLoRAError]]) -> list[Request]:
         touched = []
@@ -368,8 +407,8 @@ class LLMEngine:
                 self.scheduler.finish(seq, "length")
         if seq.status is Status.FINISHED and not isinstance(seq.stop_reason, str):
             seq.detokenizer.finish()
-        elif seq.status is Status.RUNNING and not seq.is_long and self._is_too_long(seq):
-            seq.is_long = True
+        elif seq.status is Status.RUNNING and not seq.uses_long_rope_factors and self._is_too_long(seq):
+            seq.uses_long_rope_factors = True
             seq.block_hashes.clear()
             self.scheduler.recompute(seq)  # the keys of all its tokens change
 
@@ -398,3 +437,19 @@ class LLMEngine:
         if request.input.adapter is not None:
             self.lora.release(request.input.adapter)
         request.sequences.clear()  # breaks the cycle, so that media and adapter go now and not when it is collected
+
+
+def _divide(items: list[ScheduledSequence]) -> dict[int | None, list[ScheduledSequence]]:
+    """Divide a step into forwards: one for each slot whose adapter must run alone, and one under None for the rest."""
+    forwards: dict[int | None, list[ScheduledSequence]] = {}
+    for item in items:
+        adapter = item.seq.adapter
+        uniform_slot = item.seq.slot if adapter is not None and adapter.needs_own_pass else None
+        forwards.setdefault(uniform_slot, []).append(item)
+    return forwards
+
+
+def _encoder_job(seq: Sequence, index: int) -> EncoderJob:
+    media = seq.media[index]
+    has_media_part = seq.adapter is not None and seq.adapter.media_digest is not None
+    return EncoderJob(media.media, media.mode, seq.slot if has_media_part else None, media.encoder_key)

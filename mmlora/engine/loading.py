@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from mmlora.attention.kv_memory import kv_cache_bytes, kv_shape, num_kv_blocks
-from mmlora.attention.paged import KVCache
+from mmlora.attention.backend import choose_backend
+from mmlora.attention.kv_cache import KVLayout, kv_cache_bytes, num_kv_blocks
 from mmlora.config import PRIORITY, EngineArgs
 from mmlora.engine.block_manager import BlockManager
 from mmlora.engine.model_runner import ModelRunner
@@ -87,21 +87,15 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
     _check_limits(args, processor.modalities if processor is not None else frozenset())
     model = load_model(config, path, dtype=dtype, device=device)
     towers = get_towers(model)
-    check_decoder(model, towers, *kv_shape(config), max_model_len)
+    backend, layout = choose_backend(device), KVLayout.from_config(config, args.block_size, dtype)
+    check_decoder(model, towers, backend, layout, max_model_len)
     long_length = replace_longrope(model)
     adapters = _AdapterParts()
     if args.enable_lora:
         index = ModuleIndex(model, towers.part_of if towers is not None else None, get_key_mapping(path))
         adapters = _load_adapter_parts(args, model, _adapter_loader(args, index, dtype), device, default_paths, path)
-    num_blocks = num_kv_blocks(args, config, dtype, kv_cache_bytes(args, device), max_model_len)
-    kv_cache = KVCache(
-        config.get_text_config().num_hidden_layers,
-        num_blocks,
-        args.block_size,
-        *kv_shape(config),
-        dtype=dtype,
-        device=device,
-    )
+    num_blocks = num_kv_blocks(args, backend.block_bytes(layout), kv_cache_bytes(args, device), max_model_len)
+    kv_cache = backend.allocate(layout, num_blocks, device)
     block_manager = BlockManager(num_blocks, args.block_size, enable_prefix_caching=args.enable_prefix_caching)
     stop_ids, sampling_defaults, transcription = _generation_config(args, path, config, tokenizer)
     lora_state = adapters.slots.state if adapters.slots is not None else None
@@ -120,7 +114,7 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
             defaults=adapters.defaults,
             constraints=ConstraintCompiler(tokenizer, stop_ids),
         ),
-        runner=ModelRunner(model, kv_cache, encoder, lora_state, tokenizer, stop_ids),
+        runner=ModelRunner(model, backend, kv_cache, encoder, lora_state),
         block_manager=block_manager,
         scheduler=Scheduler(
             block_manager,

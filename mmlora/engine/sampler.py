@@ -1,16 +1,95 @@
-"""From logits to the next token of each sequence, and the log probabilities that requests ask for."""
+"""`Sampler`: from logits to the next token of each sequence, and the log probabilities that requests ask for."""
 
 import math
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from mmlora.engine.model_input import logit_positions, prompt_logprob_positions
+from mmlora.engine.scheduler import ScheduledSequence
 from mmlora.engine.sequence import Sequence
 from mmlora.errors import MMLoRAError, RequestError
 from mmlora.outputs import Logprob, TokenLogprobs
 from mmlora.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """The next token of a sequence and, if asked for, the log probabilities around it."""
+
+    seq: Sequence
+    token_id: int
+    logprob: float | None = None
+    top: TokenLogprobs | None = None
+
+
+@dataclass
+class StepResult:
+    """What a step yields: new tokens, and sequences that cannot continue."""
+
+    sampled: list[SampledToken] = field(default_factory=list)
+    failed: list[tuple[Sequence, MMLoRAError]] = field(default_factory=list)
+
+
+class Sampler:
+    """Chooses tokens from the logits of a forward, with the generators, matchers and penalties of live sequences.
+
+    Args:
+        tokenizer: spells tokens in log probabilities.
+        stop_ids: end-of-text tokens.
+    """
+
+    def __init__(self, tokenizer: Any, stop_ids: frozenset[int]) -> None:
+        self.tokenizer = tokenizer
+        self.stop_ids = stop_ids
+
+    @torch.inference_mode()
+    def run(self, items: list[ScheduledSequence], logits: torch.Tensor, result: StepResult) -> None:
+        """Record prompt log probabilities, and sample the next token of each sequence that is computed to its end.
+
+        Args:
+            items: what was computed.
+            logits: `[num_logit_rows, vocab_size]` float32: the rows of `logit_positions` of each item.
+            result: takes the sampled tokens, and the sequences that have none to choose from.
+        """
+        seqs: list[Sequence] = []
+        rows: list[int] = []
+        end = 0
+        for item in items:
+            start, end = end, end + len(logit_positions(item))
+            if item.seq.wants_prompt_logprobs:
+                self._add_prompt_logprobs(item, logits[start:end])
+            if item.is_sampled:
+                seqs.append(item.seq)
+                rows.append(end - 1)
+        if seqs:
+            self._sample(seqs, logits[torch.tensor(rows, device=logits.device)], result)
+
+    def _add_prompt_logprobs(self, item: ScheduledSequence, rows: torch.Tensor) -> None:
+        request, num_top = item.seq.request, item.seq.params.prompt_logprobs
+        assert num_top is not None
+        found = request.partial_prompt_logprobs
+        if item.start == 0:
+            del found[1:]  # a preempted sequence starts over
+        for position, row in zip(prompt_logprob_positions(item), rows, strict=False):
+            target = item.seq.token_ids[position + 1]
+            found.append(_prompt_entry(row.log_softmax(-1), target, num_top, self.tokenizer))
+        if len(found) == item.seq.num_prompt_tokens:
+            request.prompt_logprobs = found
+
+    def _sample(self, seqs: list[Sequence], logits: torch.Tensor, result: StepResult) -> None:
+        tokens = sample(logits.clone(), seqs, self.stop_ids)
+        for row, seq, token in zip(logits, seqs, tokens, strict=True):
+            if isinstance(token, MMLoRAError):
+                result.failed.append((seq, token))
+            elif seq.params.logprobs is None:
+                result.sampled.append(SampledToken(seq, token))
+            else:
+                top = top_logprobs(row.log_softmax(-1), token, seq.params.logprobs, self.tokenizer)
+                result.sampled.append(SampledToken(seq, token, top[token].logprob, top))
 
 
 def sample(logits: torch.Tensor, seqs: list[Sequence], stop_ids: frozenset[int]) -> list[int | MMLoRAError]:
@@ -124,3 +203,10 @@ def _apply_penalties(row: torch.Tensor, seq: Sequence) -> None:
         tokens = torch.tensor(list(counts), device=row.device)
         times = torch.tensor(list(counts.values()), device=row.device)
         row[tokens] -= params.frequency_penalty * times + params.presence_penalty
+
+
+def _prompt_entry(logprobs: torch.Tensor, target: int, num_top: int, tokenizer: Any) -> TokenLogprobs:
+    """Return the log probabilities for one prompt token; for a placeholder outside the vocabulary, the top ones."""
+    if target >= logprobs.numel():
+        target = int(logprobs.argmax())
+    return top_logprobs(logprobs, target, num_top, tokenizer)

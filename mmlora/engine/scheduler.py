@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from mmlora.engine.block_manager import BlockManager
 from mmlora.engine.sequence import Sequence, Status
 from mmlora.errors import AdapterError
+from mmlora.inputs.engine_input import MediaInput
 from mmlora.lora.adapter import Adapter, AdapterIdentity
 from mmlora.lora.layers.slots import LoRASlots
 
@@ -124,6 +125,12 @@ class ScheduledSequence:
     def is_sampled(self) -> bool:
         """Whether the next token is known after this step: all tokens so far then have KV."""
         return self.end == len(self.seq.token_ids)
+
+    @property
+    def media(self) -> list[tuple[int, MediaInput]]:
+        """Media items, with their indices, that have placeholders among the tokens computed."""
+        found = enumerate(self.seq.media)
+        return [(index, item) for index, item in found if item.start < self.end and item.end > self.start]
 
 
 @dataclass

@@ -68,7 +68,7 @@ class Sequence:
     span_digests: dict[BidirectionalSpan, bytes] = field(default_factory=dict)  # likewise
     media_embeds: dict[int, torch.Tensor] = field(default_factory=dict)  # media index: [num_tokens, hidden_size]
     slot: int | None = None  # LoRA slot held while running
-    is_long: bool = False  # beyond the length at which longrope changes its factors
+    uses_long_rope_factors: bool = False  # beyond the length at which longrope changes its factors
     num_returned_tokens: int = 0  # tokens given out as deltas
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -117,6 +117,11 @@ class Sequence:
     def bidirectional_spans_between(self, start: int, end: int) -> tuple[BidirectionalSpan, ...]:
         """Spans that hold some of the tokens `[start, end)`."""
         return tuple(span for span in self.layout.bidirectional_spans if span.start < end and start < span.end)
+
+    def drop_media(self, end: int) -> None:
+        """Drop the embeddings of media items that lie before `end`: they are not needed any more."""
+        for index in [index for index in self.media_embeds if self.media[index].end <= end]:
+            del self.media_embeds[index]
 
     def whole_chunk_end(self, start: int, end: int) -> int:
         """Where a chunk from `start` to about `end` may end: not inside a span whose tokens all see each other."""

@@ -6,11 +6,14 @@ paged cache. What a model does in its masks alone, or in ways of its own, shows 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from mmlora.attention.paged import ATTENTION_NAME, AttentionMetadata, KVCache, Span, attention_context
+from mmlora.attention.backend import ATTENTION_NAME, AttentionBackend
+from mmlora.attention.kv_cache import KVLayout
+from mmlora.attention.metadata import Span, attention_context
 from mmlora.errors import ConfigError
 from mmlora.towers.base import Towers
 from mmlora.towers.general import decoder_inputs
@@ -23,20 +26,23 @@ TEST_WINDOW = 8
 MAX_ERROR = {torch.float32: 3e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
-def check_decoder(model: Any, towers: Towers | None, num_kv_heads: int, head_dim: int, max_model_len: int) -> None:
+def check_decoder(
+    model: Any, towers: Towers | None, backend: AttentionBackend, layout: KVLayout, max_model_len: int
+) -> None:
     """Compare a loaded model's decoder with itself.
 
     Args:
         model: on its device, its decoder on paged attention.
         towers: of the model, None for a text-only one.
-        num_kv_heads, head_dim: of the cache.
+        backend: implements the attention.
+        layout: of the KV cache.
         max_model_len: the longest sequence that is to be served.
 
     Raises:
         ConfigError: they differ, or the decoder cannot run that way.
     """
     text_config, name = model.config.get_text_config(), type(model).__name__
-    error = _error(model, towers, num_kv_heads, head_dim)
+    error = _error(model, towers, backend, layout)
     if not error <= MAX_ERROR[model.dtype]:
         raise ConfigError(
             f"{name} gives other logits on a paged KV cache than by itself ({error:.1%} of their scale): its attention "
@@ -46,7 +52,7 @@ def check_decoder(model: Any, towers: Towers | None, num_kv_heads: int, head_dim
     if window is None or window >= max_model_len:
         return
     with _window(model, text_config, TEST_WINDOW):
-        error = _error(model, towers, num_kv_heads, head_dim)
+        error = _error(model, towers, backend, layout)
     if not error <= MAX_ERROR[model.dtype]:
         raise ConfigError(
             f"{name} hides tokens beyond its sliding window of {window} in its masks only, which this engine does not "
@@ -55,7 +61,7 @@ def check_decoder(model: Any, towers: Towers | None, num_kv_heads: int, head_dim
 
 
 @torch.inference_mode()
-def _error(model: Any, towers: Towers | None, num_kv_heads: int, head_dim: int) -> float:
+def _error(model: Any, towers: Towers | None, backend: AttentionBackend, layout: KVLayout) -> float:
     """Return how far the logits of a chunk are off, as a share of their scale: the worse of both chunks.
 
     Of a token the root mean square over the vocabulary counts, since the largest error grows with the vocabulary; of a
@@ -74,13 +80,12 @@ def _error(model: Any, towers: Towers | None, num_kv_heads: int, head_dim: int) 
     if not expected.isfinite().all():
         dtype = str(model.dtype).removeprefix("torch.")
         raise ConfigError(f"{name} gives NaN or infinity for plain text in dtype={dtype!r}: its weights need another")
-    num_layers = model.config.get_text_config().num_hidden_layers
-    cache = KVCache(num_layers, 1, NUM_TOKENS, num_kv_heads, head_dim, dtype=model.dtype, device=device)
+    cache = backend.allocate(replace(layout, block_size=NUM_TOKENS), 1, device)
     errors = []
     for start, end in ((0, CHUNK), (CHUNK, NUM_TOKENS)):
         chunk = {key: value[:, start:end] for key, value in inputs.items()}
         try:
-            with attention_context(AttentionMetadata.build(cache, [Span([0], start, end)])):
+            with attention_context(backend.build_metadata(cache, [Span((0,), start, end)])):
                 logits = model(**chunk, use_cache=False).logits[0].float()
         except LIBRARY_ERRORS as error:
             raise ConfigError(f"{name} cannot run on a paged KV cache: {error}") from error

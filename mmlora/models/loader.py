@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoTokenizer, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from mmlora.attention.paged import ATTENTION_NAME
+from mmlora.attention.backend import ATTENTION_NAME
 from mmlora.config import DTYPES, EngineArgs
 from mmlora.errors import ConfigError
 from mmlora.models.config import find_model_class

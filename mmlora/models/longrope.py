@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from mmlora.attention.paged import current_attention
+from mmlora.attention.metadata import current_attention
 
 
 class LongRope(nn.Module):
@@ -34,8 +34,9 @@ class LongRope(nn.Module):
         if metadata is None:
             cos_sin: tuple[torch.Tensor, torch.Tensor] = self.base(x, position_ids)
             return cos_sin
-        is_long = metadata.is_long if metadata.is_long is not None else torch.zeros_like(position_ids[0])
-        inv_freq = self.inv_freq.float()[is_long.long()]  # [num_tokens, rotary_dim / 2]
+        is_long = metadata.uses_long_rope_factors
+        is_long = torch.zeros_like(position_ids[0]) if is_long is None else is_long.long()
+        inv_freq = self.inv_freq.float()[is_long]  # [num_tokens, rotary_dim / 2]
         angles = position_ids[..., None].float() * inv_freq
         angles = torch.cat([angles, angles], dim=-1)
         scaling = self.base.attention_scaling

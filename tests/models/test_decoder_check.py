@@ -8,7 +8,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mmlora import LLM
-from mmlora.attention.paged import ATTENTION_NAME
+from mmlora.attention.backend import ATTENTION_NAME
+from mmlora.attention.kv_cache import KVLayout
+from mmlora.attention.paged import SDPABackend
 from mmlora.cli import commands as cli
 from mmlora.errors import ConfigError
 from mmlora.models.decoder_check import check_decoder
@@ -53,7 +55,7 @@ def test_rounding_in_a_deep_model_with_a_large_vocabulary_is_no_reason_to_refuse
     config = LlamaConfig(vocab_size=32000, num_hidden_layers=48, initializer_range=0.1, **sizes)
     model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
     model.set_attn_implementation(ATTENTION_NAME)
-    check_decoder(model, None, 2, 16, 128)
+    check_decoder(model, None, SDPABackend(), KVLayout(48, 2, 16, 16, torch.bfloat16), 128)
 
 
 def test_a_model_that_gives_no_numbers_is_refused(tmp_path: Path) -> None:

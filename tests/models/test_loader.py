@@ -6,7 +6,10 @@ import pytest
 import torch
 from transformers import BloomConfig, LlamaConfig
 
-from mmlora.attention.paged import AttentionMetadata, KVCache, Span, attention_context, paged_attention
+from mmlora.attention.backend import paged_attention
+from mmlora.attention.kv_cache import KVLayout
+from mmlora.attention.metadata import Span, attention_context
+from mmlora.attention.paged import SDPABackend
 from mmlora.config import EngineArgs
 from mmlora.errors import ConfigError
 from mmlora.models.config import check_config
@@ -28,11 +31,12 @@ def test_longrope_takes_the_models_whole_length():
 
 
 def test_attention_sinks_are_refused():
-    cache = KVCache(1, 1, 4, 1, 8, dtype=torch.float32, device=torch.device("cpu"))
+    backend = SDPABackend()
+    cache = backend.allocate(KVLayout(1, 1, 8, 4, torch.float32), 1, torch.device("cpu"))
     module = torch.nn.Module()
     module.layer_idx = 0
     query = torch.zeros(1, 1, 2, 8)
-    with attention_context(AttentionMetadata.build(cache, [Span([0], 0, 2)])):
+    with attention_context(backend.build_metadata(cache, [Span((0,), 0, 2)])):
         paged_attention(module, query, query, query, None, s_aux=None)
         with pytest.raises(ValueError, match="sinks"):
             paged_attention(module, query, query, query, None, s_aux=torch.zeros(1))
