@@ -1,4 +1,4 @@
-"""Sample audio clips that come with the package."""
+"""Bundled sample audio clips."""
 
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ class AudioAsset:
         name: One of `AudioAsset.names()`.
 
     Raises:
-        ValueError: There is no clip of that name.
+        ValueError: the name is unknown.
     """
 
     def __init__(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Sample pictures that come with the package."""
+"""Bundled sample images."""
 
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ class ImageAsset:
         name: One of `ImageAsset.names()`.
 
     Raises:
-        ValueError: There is no picture of that name.
+        ValueError: the name is unknown.
     """
 
     def __init__(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Where the bundled assistant and its adapters lie."""
+"""Paths of the bundled assistant and its adapters."""
 
 from pathlib import Path
 
@@ -16,9 +16,9 @@ def assistant_adapters() -> dict[str, str]:
 
 
 def assistant_default_mm_loras() -> dict[str, str]:
-    """Return the adapter that each modality takes by default, as `default_mm_loras` expects it.
+    """Return the default adapters of the bundled assistant, in the form of `default_mm_loras`.
 
-    As in Phi-4-multimodal, audio and images together go to the vision adapter.
+    As in Phi-4-multimodal, prompts with both audio and images use the vision adapter.
     """
     adapters = assistant_adapters()
     vision = adapters["vision-lora"]

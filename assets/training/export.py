@@ -1,4 +1,7 @@
-"""Assemble `assets/assistant/` from whatever checkpoints exist, atomically; stages that have not run stay untrained."""
+"""Assemble `assets/assistant/` from the existing checkpoints, atomically.
+
+The weights of stages that have not run stay untrained.
+"""
 
 import argparse
 import json
@@ -81,7 +84,7 @@ def _save_adapter(folder: Path, state: dict[str, Any] | None, rank: int) -> None
 
 
 def export(folder: Path) -> None:
-    """Write the assistant to a folder beside `folder`, then put it in its place."""
+    """Write the assistant to a temporary folder, then replace `folder` atomically."""
     staging = folder.with_name(folder.name + ".new")
     shutil.rmtree(staging, ignore_errors=True)
     model, tokenizer = frozen_language_model(seed=0)

@@ -54,9 +54,9 @@ def compare_loss(attentions: tuple[torch.Tensor, ...], batch: Batch, directions:
 
 
 class PlaceHeads(nn.Module):
-    """Asks picture embeddings, and the names in questions about them, where the centre of a shape is.
+    """Predicts the centre of a shape from picture embeddings, and from its name in questions.
 
-    Names are asked before the layer that compares them. The order of a description needs only how far left a shape
+    Names are probed before the layer that compares them. The order of a description needs only how far left a shape
     is; without these heads the projection loses how high it is.
     """
 

@@ -12,7 +12,7 @@ from torch import nn
 
 
 def set_up(seed: int) -> None:
-    """Seed torch and use one thread, so that two stages can run side by side on two cores."""
+    """Seed torch and use one thread, so that two stages can run in parallel on two cores."""
     torch.manual_seed(seed)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
@@ -52,7 +52,7 @@ class Optimizer:
 def optimizer_for(groups: list[tuple[nn.Module | Iterable[nn.Parameter], float, float]]) -> Optimizer:
     """Build the optimizer from `(what to train, learning rate, weight decay)` groups.
 
-    Linear layers inside a module are trained with Muon; parameters given by themselves with AdamW.
+    Linear layers inside a module are trained with Muon; parameters passed individually with AdamW.
     """
     matrices, others = [], []
     for trained, lr, weight_decay in groups:
@@ -90,7 +90,7 @@ class Checkpoint:
         temporary.rename(self.path)
 
     def resume(self) -> int:
-        """Load the checkpoint if there is one and return the step to go on from."""
+        """Load the checkpoint if there is one and return the step to resume from."""
         if not self.path.exists():
             return 0
         state = torch.load(self.path, weights_only=True)

@@ -51,8 +51,8 @@ class Shape:
     def patch(self) -> int:
         """The 14-px patch, of an 8 x 8 grid row by row, in which the shape ends.
 
-        The vision tower of `transformers` attends causally to square pictures: what it knows of a shape when it
-        reaches the centre is the upper half only.
+        The vision tower of `transformers` attends causally to square pictures: at the centre of a shape it has
+        only seen the upper half.
         """
         bottom = min(SIDE - 1, self.y + 0.85 * self.radius)
         return int(bottom // PATCH) * PATCHES_PER_SIDE + int(self.x // PATCH)
@@ -76,7 +76,7 @@ class Scene:
 class Question:
     """A question about a scene, its answer, and the task it belongs to (see `TASKS`).
 
-    `cells` tells for every word of the answer which cell of a 4 x 4 grid shows it (-1: none); it may be empty.
+    `cells` holds, for each word of the answer, the cell of a 4 x 4 grid that shows it (-1: none); it may be empty.
     `named` holds the kind and the cell of each shape that the question names, in its order.
     """
 

@@ -1,6 +1,6 @@
 """Synthesize speech with espeak-ng and turn it into the model's own log-mel features.
 
-The corpus is a folder of shards (`features-K.npy`, fp16, and `items-K.json`); it holds no labels but text.
+The corpus is a folder of shards (`features-K.npy`, fp16, and `items-K.json`); its only labels are texts.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Stage 2: warm up the audio tower with a character CTC head, which is thrown away afterwards."""
+"""Stage 2: warm up the audio tower with a character CTC head, which is discarded afterwards."""
 
 import argparse
 import itertools
@@ -46,7 +46,7 @@ def align_words(head: nn.Linear, hidden: torch.Tensor, texts: list[str]) -> list
 
 
 def endless_batches(corpus: Corpus, rng: random.Random, num_frames: int) -> Iterator[list[dict[str, Any]]]:
-    """Go through the corpus in a new order again and again."""
+    """Iterate over the corpus forever, in a new order each time."""
     while True:
         yield from corpus.batches(rng, num_frames)
 

@@ -1,7 +1,7 @@
-"""Stage 4a: warm up the vision tower by telling, for every patch, which shape ends there.
+"""Stage 4a: warm up the vision tower by predicting, for every patch, which shape ends there.
 
-An early layer also tells which pixels lie inside a shape, whatever its color. The heads are thrown away after stage 4,
-which goes on using the first of them as an auxiliary loss.
+An early layer also predicts which pixels lie inside a shape, whatever its color. The heads are discarded after stage 4,
+which still uses the first of them for an auxiliary loss.
 """
 
 import argparse
@@ -58,9 +58,9 @@ def pixels(scenes: list[Scene]) -> torch.Tensor:
 
 
 class PatchHeads(nn.Module):
-    """What the vision tower is asked: what ends in each patch and where its centre is, and how many shapes there are.
+    """Prediction heads of the vision tower: the shape that ends in each patch, its centre, and the number of shapes.
 
-    The last patch, which has seen all others, tells the number of shapes in all, of each kind and of each color.
+    The last patch, which attends to all others, predicts the total number of shapes, and those of each kind and color.
     """
 
     def __init__(self, width: int) -> None:

@@ -1,4 +1,4 @@
-"""Stage 5: train the speech projection of the "vision" mode, and go on with `vision-lora`, on spoken questions.
+"""Stage 5: train the speech projection of the "vision" mode, and continue `vision-lora`, on spoken questions.
 
 Both towers are frozen. Half of the rows are typed questions, so that the picture tasks are not forgotten.
 """

@@ -1,4 +1,4 @@
-"""Stage 6: train `spanish-lora`, which answers the base model's text tasks in Spanish words, on the frozen whole."""
+"""Stage 6: train `spanish-lora`, Spanish answers to the base model's text tasks; everything else is frozen."""
 
 import argparse
 import random

@@ -87,7 +87,7 @@ ALWAYS_TRAINED = frozenset(
 
 
 def is_held_out(sentence: str) -> bool:
-    """Tell whether `sentence` belongs to the evaluation split (one sentence in ten, by its CRC-32)."""
+    """Return whether `sentence` belongs to the evaluation split (one sentence in ten, by its CRC-32)."""
     return sentence not in ALWAYS_TRAINED and zlib.crc32(sentence.encode()) % 10 == 0
 
 
