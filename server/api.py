@@ -26,7 +26,7 @@ from mmlora.server.openai.completions.serving import CompletionService
 from mmlora.server.openai.responses.protocol import ResponsesRequest
 from mmlora.server.openai.responses.serving import ResponsesService
 from mmlora.server.openai.schemas import add_openapi
-from mmlora.server.openai.tools.calling import ToolCalling
+from mmlora.server.openai.tools.choice import ToolCalling
 from mmlora.server.openai.transcriptions.protocol import TranscriptionRequest, TranslationRequest
 from mmlora.server.openai.transcriptions.serving import TranscriptionService
 from mmlora.server.playground import playground_routes

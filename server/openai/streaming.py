@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
@@ -16,6 +16,7 @@ from mmlora.server.openai.output import Answer, lora_headers
 
 logger = logging.getLogger(__name__)
 Outputs = AsyncIterator[RequestOutput]
+MAX_INLINE_ENTRIES: Final = 2048  # larger responses are built outside the event loop
 T = TypeVar("T")
 
 
@@ -38,6 +39,8 @@ async def respond_with(request: Request, answer: Answer, outputs: Outputs, *, is
     if not is_stream:
         parts = await until_disconnect(request, _collect(outputs))
         headers = lora_headers(answer.lora(parts))
+        if sum(map(_num_entries, parts)) <= MAX_INLINE_ENTRIES:
+            return answer.response(parts, headers)
         return await asyncio.to_thread(answer.response, parts, headers)
     # The headers name the adapter and a refusal needs its status: both are known with the first output.
     first = await until_disconnect(request, _next(outputs))
@@ -65,18 +68,29 @@ async def close(iterator: object) -> None:
 
 async def _events(answer: Answer, first: RequestOutput, outputs: Outputs) -> AsyncIterator[str]:
     """A stream. The status is sent by now, so a failure is an event of its own."""
+    num_entries = _num_entries(first)
     try:
         yield "".join(answer.events(first))
         async for output in outputs:
+            num_entries += _num_entries(output)
             if events := "".join(answer.events(output)):
                 yield events
-        yield await asyncio.to_thread(lambda: "".join(answer.last_events()))  # they may repeat the whole answer
+        if num_entries <= MAX_INLINE_ENTRIES:
+            yield "".join(answer.last_events())
+        else:  # they may repeat the whole response
+            yield await asyncio.to_thread(lambda: "".join(answer.last_events()))
     except Exception as error:
         if not isinstance(error, MMLoRAError):
             logger.exception("a stream failed")
         yield "".join(answer.failure(error))
     finally:
         await close(outputs)
+
+
+def _num_entries(output: RequestOutput) -> int:
+    """Return how many tokens and log probabilities an output adds to a response."""
+    prompt = sum(len(top or ()) for top in output.prompt_logprobs or ())
+    return prompt + sum(len(new.token_ids) + sum(map(len, new.logprobs or ())) for new in output.outputs)
 
 
 async def _until(deadline: Deadline, outputs: Outputs) -> Outputs:

@@ -18,7 +18,7 @@ class ChatAnswer(ChoicesAnswer):
         prompt_logprobs: the same for the prompt's tokens, for whole answers only.
         front: text before each choice.
         include_usage: a stream ends with the token counts.
-        new_parser: makes what reads tool calls, for one choice; None where there are none.
+        new_parser: makes the parser of tool calls of one choice; None without tools.
         new_call_id: makes the id of a call.
     """
 
@@ -34,7 +34,7 @@ class ChatAnswer(ChoicesAnswer):
         *,
         front: str = "",
         include_usage: bool,
-        new_parser: Callable[[], TextParser | None],
+        new_parser: Callable[[], TextParser | None] | None,
         new_call_id: Callable[[], str],
     ) -> None:
         super().__init__(request_id, model, include_usage=include_usage)
@@ -89,7 +89,7 @@ class ChatAnswer(ChoicesAnswer):
     def _pieces(self, index: int, text: str, *, is_last: bool) -> list[Piece]:
         """What the next text of a choice holds: content and calls."""
         if index not in self._parsers:
-            self._parsers[index] = self._new_parser()
+            self._parsers[index] = self._new_parser() if self._new_parser is not None else None
         parser = self._parsers[index]
         if parser is None:
             return [text] if text else []

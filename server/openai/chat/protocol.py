@@ -45,12 +45,14 @@ class ChatCompletionRequest(GenerationRequest):
     parallel_tool_calls: bool | None = None
 
     @cached_property
-    def tooling(self) -> ToolChoice:
-        """The tools and how they may be called.
+    def tooling(self) -> ToolChoice | None:
+        """The tools and how they may be called; None where the request has neither tools nor a choice.
 
         Raises:
             FieldError: a field has another form.
         """
+        if self.tools is None and self.tool_choice is None:
+            return None
         return read_tool_choice(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     def sampling_options(self) -> dict[str, Any]:
@@ -59,12 +61,13 @@ class ChatCompletionRequest(GenerationRequest):
         Raises:
             FieldError: two fields contradict each other.
         """
+        constraint = read_constraint(self)
         return {
             **self.given_sampling_options(),
             "max_tokens": answer_limit(self.max_tokens, self.max_completion_tokens),
             "logprobs": self._num_logprobs(),
             "prompt_logprobs": self.prompt_logprobs,
-            "structured_outputs": self.tooling.constrain(read_constraint(self)),
+            "structured_outputs": constraint if self.tooling is None else self.tooling.constrain(constraint),
         }
 
     def _num_logprobs(self) -> int | None:

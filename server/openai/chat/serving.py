@@ -11,7 +11,7 @@ from mmlora.server.lora.served_models import ServedModels
 from mmlora.server.openai.chat.output import ChatAnswer
 from mmlora.server.openai.chat.protocol import parse_chat_request
 from mmlora.server.openai.generation import Generation, GenerationService
-from mmlora.server.openai.tools.calling import ToolCalling
+from mmlora.server.openai.tools.choice import ToolCalling
 
 
 class ChatService(GenerationService):
@@ -28,13 +28,17 @@ class ChatService(GenerationService):
 
     def _parse(self, request: Request, body: bytes, caller: str) -> Generation:
         chat = parse_chat_request(body)
-        tool_options = self._tool_calling.sampling_options(chat.tooling)
+        choice, new_parser = chat.tooling, None
+        options = chat.sampling_options()
+        if choice is not None:
+            options |= self._tool_calling.sampling_options(choice)
+            new_parser = functools.partial(self._tool_calling.new_parser, choice)
         prompt = self._llm.input_processor.chat_prompt(
             chat.messages,
             chat_template_kwargs=chat.chat_template_kwargs,
             add_generation_prompt=chat.add_generation_prompt,
             continue_final_message=bool(chat.continue_final_message),
-            tools=list(chat.tooling.tools.values()),
+            tools=list(choice.tools.values()) if choice is not None else None,
             mm_processor_kwargs=chat.mm_processor_kwargs,
             cache_salt=chat.cache_salt,
             caller=caller,
@@ -49,7 +53,7 @@ class ChatService(GenerationService):
             chat.prompt_logprobs,
             front=text_of(prompt.turns[-1]) if is_echo else "",
             include_usage=chat.include_usage,
-            new_parser=functools.partial(self._tool_calling.new_parser, chat.tooling),
+            new_parser=new_parser,
             new_call_id=self._tool_calling.new_call_id,
         )
         return Generation(
@@ -57,7 +61,7 @@ class ChatService(GenerationService):
             chat.model,
             chat.lora,
             prompt,
-            self._llm.default_sampling_params(**chat.sampling_options(), **tool_options),
+            self._llm.default_sampling_params(**options),
             output,
             is_stream=bool(chat.stream),
             priority=chat.priority or 0,

@@ -127,7 +127,7 @@ def _with_bytes(token: Json) -> Json:
 
 def _echo(asked: ResponsesRequest, defaults: SamplingParams) -> Json:
     """What a response repeats of its request, with what holds where it says nothing."""
-    name = asked.tooling.name
+    name = asked.tooling.name if asked.tooling is not None else None
     return {
         "background": False,
         "instructions": asked.instructions,

@@ -80,12 +80,14 @@ class ResponsesRequest(GenerationRequest):
         return self.top_logprobs or 0 if "message.output_text.logprobs" in (self.include or ()) else None
 
     @cached_property
-    def tooling(self) -> ToolChoice:
-        """The tools and how they may be called.
+    def tooling(self) -> ToolChoice | None:
+        """The tools and how they may be called; None where the request has neither tools nor a choice.
 
         Raises:
             FieldError: a field has another form.
         """
+        if self.tools is None and self.tool_choice is None:
+            return None
         # Not every text of tools goes through the model's limits: with tool_choice="none" the model is told of none.
         if (length := _length(self.tools, "tools")) > MAX_TOOLS_LENGTH:
             raise FieldError(f"tools has {length} characters; allowed are {MAX_TOOLS_LENGTH}", "tools")
@@ -116,7 +118,8 @@ class ResponsesRequest(GenerationRequest):
         check_other_fields({f"text.{name}": value for name, value in text.items()}, TEXT_VALUES)
         if not isinstance(text_format, dict | None):
             raise FieldError(f"text.format={shorten(text_format, json.dumps)} must be an object", "text.format")
-        return {"structured_outputs": self.tooling.constrain(read_constraint(self, text_format))}
+        constraint = read_constraint(self, text_format)
+        return {"structured_outputs": constraint if self.tooling is None else self.tooling.constrain(constraint)}
 
 
 def _length(value: Any, name: str) -> int:

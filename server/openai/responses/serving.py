@@ -11,7 +11,7 @@ from mmlora.server.openai.responses.input import as_messages
 from mmlora.server.openai.responses.items import OutputItems
 from mmlora.server.openai.responses.output import ResponsesAnswer
 from mmlora.server.openai.responses.protocol import ResponsesRequest
-from mmlora.server.openai.tools.calling import ToolCalling
+from mmlora.server.openai.tools.choice import ToolCalling
 
 
 class ResponsesService(GenerationService):
@@ -30,17 +30,21 @@ class ResponsesService(GenerationService):
     def _parse(self, request: Request, body: bytes, caller: str) -> Generation:
         asked = ResponsesRequest.parse(body)
         messages = as_messages(asked.instructions, asked.input)
-        options = {**asked.sampling_options(), **self._tool_calling.sampling_options(asked.tooling)}
+        choice, parser = asked.tooling, None
+        options = asked.sampling_options()
+        if choice is not None:
+            options |= self._tool_calling.sampling_options(choice)
+            parser = self._tool_calling.new_parser(choice)
         prompt = self._llm.input_processor.chat_prompt(
             messages,
             chat_template_kwargs=asked.chat_template_kwargs,
-            tools=list(asked.tooling.tools.values()),
+            tools=list(choice.tools.values()) if choice is not None else None,
             mm_processor_kwargs=asked.mm_processor_kwargs,
             cache_salt=asked.cache_salt,
             caller=caller,
         )
         request_id = f"resp_{uuid.uuid4().hex}"
-        items = OutputItems(self._tool_calling.new_parser(asked.tooling), self._tool_calling.new_call_id)
+        items = OutputItems(parser, self._tool_calling.new_call_id)
         return Generation(
             request_id,
             asked.model,

@@ -1,7 +1,9 @@
-"""`ToolChoice`: the tools of a request, whether they may or must be called, and what reads the calls."""
+"""`ToolChoice`: the tools of a request and how they may be called. `ToolCalling`: how the model calls them."""
 
 import json
 import re
+import secrets
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +11,14 @@ from typing import Any
 from pydantic import JsonValue
 
 from mmlora.server.openai.protocol import FieldError, check_other_fields
-from mmlora.server.openai.tools.formats import REQUIRED_FORMAT, ToolCallFormat
+from mmlora.server.openai.tools.formats import REQUIRED_FORMAT, ToolCallFormat, find_format
 from mmlora.server.openai.tools.parser import NamedToolParser, TextParser, ToolCallParser
 from mmlora.structured_outputs import ANY_OBJECT, StructuredOutputsParams
 from mmlora.utils.text import shorten
 
 MAX_TOOLS = 128
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+CALL_ID_CHARS = string.ascii_letters + string.digits
 WORDS = ("none", "auto", "required")
 FUNCTION_FIELDS = ("name", "description", "parameters", "strict")
 # What else a flat tool may have, if it says no more than what holds anyway.
@@ -83,6 +86,46 @@ class ToolChoice:
         if self.must_call:
             return ToolCallParser(REQUIRED_FORMAT, self.tools)
         return ToolCallParser(format, self.tools) if self.tools and format is not None else None
+
+
+class ToolCalling:
+    """What a choice of tools needs of the engine, and what reads the calls.
+
+    Args:
+        parser: name of the format in which the model writes tool calls, `auto` for the one that its chat template
+            speaks of, None where it is not to choose by itself whether to call a tool.
+        chat_template: its text.
+    """
+
+    def __init__(self, parser: str | None, chat_template: str) -> None:
+        self._can_choose = parser is not None
+        self._format = find_format(parser or "auto", chat_template)
+
+    def sampling_options(self, choice: ToolChoice) -> dict[str, bool]:
+        """What a free choice of tools needs: the marks of calls, which may be special tokens, in the text.
+
+        Raises:
+            FieldError: nothing is known that could read the calls.
+        """
+        if not choice.tools or choice.is_forced:
+            return {}
+        if self._format is None or not self._can_choose:
+            reason = "was started without automatic tool choice"
+            if self._can_choose:
+                reason = "knows no parser for the tool calls of this model (--tool-call-parser names one)"
+            text = f"tool_choice='auto' cannot be served: the server {reason}; allowed: none, required, or a named tool"
+            raise FieldError(text, "tool_choice")
+        return {"skip_special_tokens": False}
+
+    def new_parser(self, choice: ToolChoice) -> TextParser | None:
+        """What reads the calls of one answer; None where there are none."""
+        return choice.new_parser(self._format)
+
+    def new_call_id(self) -> str:
+        """An id as the model's chat template takes it."""
+        if self._format is not None and self._format.has_short_ids:
+            return "".join(secrets.choice(CALL_ID_CHARS) for _ in range(9))
+        return f"call_{secrets.token_hex(12)}"
 
 
 def read_tool_choice(

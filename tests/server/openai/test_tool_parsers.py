@@ -7,9 +7,9 @@ import json
 
 import pytest
 
+from mmlora.server.openai.tools.blocks import kinds_of
 from mmlora.server.openai.tools.formats import FORMATS, REQUIRED_FORMAT, find_format
 from mmlora.server.openai.tools.parser import NamedToolParser, Piece, TextParser, ToolCallDelta, ToolCallParser
-from mmlora.server.openai.tools.schema_kinds import kinds_of
 
 PROPERTIES = {
     "get_weather": {"city": {"type": "string"}},
