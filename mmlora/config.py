@@ -9,22 +9,16 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, TypeGuard
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeGuard
 
 from mmlora.errors import ConfigError
 from mmlora.processors.fetch.addresses import parse_networks
-from mmlora.processors.fetch.loader import DEFAULT_CACHE_BYTES, DEFAULT_TIMEOUT_S
-from mmlora.processors.media.items import DEFAULT_LIMITS, MediaLimits
+from mmlora.processors.media.items import DEFAULT_CACHE_BYTES, DEFAULT_FETCH_TIMEOUT_S, DEFAULT_LIMITS, MediaLimits
 
-DTYPES = {
-    "float32": torch.float32,
-    "float": torch.float32,
-    "float16": torch.float16,
-    "half": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+if TYPE_CHECKING:  # `mmlora --help` needs the options, not torch
+    import torch
+
+DTYPE_NAMES: Final = ("float32", "float", "float16", "half", "bfloat16")
 MODALITIES = ("audio", "image")
 AUTO = "auto"
 DOMAIN = re.compile(r"(\*\.)?[^\s/:@*]*")
@@ -95,7 +89,7 @@ class EngineArgs:
     tokenizer: str | None = None
     revision: str | None = None
     served_model_name: str | Sequence[str] | None = None
-    dtype: str | torch.dtype = "auto"
+    dtype: "str | torch.dtype" = "auto"
     device: str = "auto"
     seed: int = 0
     max_model_len: int | None = None
@@ -124,7 +118,7 @@ class EngineArgs:
     allowed_local_media_path: str | None = None
     allowed_media_domains: Sequence[str] | None = None
     allowed_media_networks: Sequence[str] | None = None
-    media_fetch_timeout: float = DEFAULT_TIMEOUT_S
+    media_fetch_timeout: float = DEFAULT_FETCH_TIMEOUT_S
     media_cache_memory_bytes: int = DEFAULT_CACHE_BYTES
     mm_processor_kwargs: Mapping[str, Any] | None = None
     chat_template: str | None = None
@@ -232,8 +226,9 @@ class EngineArgs:
         names = (self.served_model_name,) if isinstance(self.served_model_name, str) else self.served_model_name or ()
         if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
             self._reject("served_model_name", "must be one name, or several different ones")
-        if not any(self.dtype == known for known in ("auto", *DTYPES, *DTYPES.values())):
-            self._reject("dtype", f"must be auto, {', '.join(DTYPES)}")
+        dtype = self.dtype if isinstance(self.dtype, str) else str(self.dtype).removeprefix("torch.")
+        if dtype not in ("auto", *DTYPE_NAMES):
+            self._reject("dtype", f"must be auto, {', '.join(DTYPE_NAMES)}")
         if self.device not in ("auto", "cpu", "cuda") and not str(self.device).startswith("cuda:"):
             self._reject("device", "must be auto, cpu or cuda")
         if self.generation_config not in ("auto", "none"):

@@ -9,10 +9,11 @@ from starlette.responses import Response
 
 from mmlora.async_llm import AsyncLLM
 from mmlora.errors import MMLoRAError
+from mmlora.server.args import ServerArgs
 from mmlora.server.bodies import body_schema, form_schema
 from mmlora.server.errors import Refusal, UTF8JSONResponse, error_response
 from mmlora.server.health import status_routes
-from mmlora.server.http.admission import DEFAULT_MAX_REQUEST_BYTES, Admission, AdmissionGate
+from mmlora.server.http.admission import Admission, AdmissionGate
 from mmlora.server.http.auth import CORS, Authentication
 from mmlora.server.http.listener import RootPath
 from mmlora.server.lora.served_models import ServedModels
@@ -40,7 +41,7 @@ def build_app(
     models: ServedModels,
     *,
     api_key: str | Sequence[str] | None = None,
-    max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES,
+    max_request_bytes: int = ServerArgs.max_request_bytes,
     allow_lora_updates: bool = False,
     log_requests: bool = False,
     admission: Admission | None = None,

@@ -1,18 +1,54 @@
 """`ServerArgs`: every option of the server that is not the engine's, checked before anything is loaded."""
 
+import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
-
-import uvicorn
+from dataclasses import dataclass, fields
+from typing import ClassVar, Final
 
 from mmlora.config import Groups
 from mmlora.errors import ConfigError
-from mmlora.server.http.admission import DEFAULT_BODY_TIMEOUT_S, DEFAULT_MAX_QUEUED, DEFAULT_MAX_REQUEST_BYTES
-from mmlora.server.lora.served_models import LoRAModule
-from mmlora.server.observability.log_format import LOG_FORMATS
 from mmlora.server.openai.tools.formats import PARSER_NAMES
+from mmlora.utils.text import shorten
+
+LOG_FORMATS: Final = ("text", "json")
+LOG_LEVELS: Final = ("critical", "error", "warning", "info", "debug", "trace")
+
+
+@dataclass(frozen=True)
+class LoRAModule:
+    """One `--lora-modules` entry: `name=path`, or a JSON object with these fields."""
+
+    name: str
+    path: str
+    base_model_name: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "LoRAModule":
+        """Parse an entry of the command line.
+
+        Raises:
+            ConfigError: it has neither form.
+        """
+        if not text.lstrip().startswith("{"):
+            name, equals, path = text.partition("=")
+            if not (equals and name and path):
+                raise ConfigError(f"{text!r}: an entry is name=path or a JSON object")
+            return cls(name, path)
+        try:
+            entry = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{shorten(text, max_chars=400)}: not JSON: {error}") from None
+        allowed = [field.name for field in fields(cls)]
+        if not isinstance(entry, dict):
+            raise ConfigError(f"{text!r}: an entry is name=path or a JSON object")
+        entry = {name: value for name, value in entry.items() if value is not None or name != "base_model_name"}
+        unknown = sorted(set(entry) - set(allowed))
+        if unknown or not all(isinstance(value, str) and value for value in entry.values()):
+            raise ConfigError(f"{text!r}: an entry holds {', '.join(allowed)}, each a non-empty string")
+        if "name" not in entry or "path" not in entry:
+            raise ConfigError(f"{text!r}: an entry needs a name and a path")
+        return cls(**entry)
 
 
 @dataclass(frozen=True)
@@ -75,11 +111,11 @@ class ServerArgs:
     lora_modules: Sequence[LoRAModule] = ()
     enable_auto_tool_choice: bool = True
     tool_call_parser: str = "auto"
-    max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES
-    max_queued_requests: int = DEFAULT_MAX_QUEUED
+    max_request_bytes: int = 128 * 2**20
+    max_queued_requests: int = 1024
     max_connections: int = 4096
     header_timeout: float = 10.0
-    body_timeout: float = DEFAULT_BODY_TIMEOUT_S
+    body_timeout: float = 60.0
     request_timeout: float | None = None
     write_timeout: float = 60.0
     keep_alive_timeout: float = 65.0
@@ -101,8 +137,8 @@ class ServerArgs:
 
     def __post_init__(self) -> None:
         problems = [*self._problems_of_numbers(), *self._problems_of_network(), *self._problems_of_security()]
-        if self.uvicorn_log_level not in uvicorn.config.LOG_LEVELS:
-            allowed = ", ".join(uvicorn.config.LOG_LEVELS)
+        if self.uvicorn_log_level not in LOG_LEVELS:
+            allowed = ", ".join(LOG_LEVELS)
             problems.append(f"uvicorn_log_level={self.uvicorn_log_level!r}: must be one of {allowed}")
         if self.log_format not in LOG_FORMATS:
             problems.append(f"log_format={self.log_format!r}: must be one of {', '.join(LOG_FORMATS)}")

@@ -1,9 +1,8 @@
 """`GET /health` and `GET /ready` for those that watch a server and route requests to it, and `GET /version`."""
 
-from importlib.metadata import version
-
 from fastapi import APIRouter
 
+from mmlora import __version__
 from mmlora.async_llm import AsyncLLM
 from mmlora.server.errors import UTF8JSONResponse
 from mmlora.server.http.admission import Admission
@@ -17,7 +16,6 @@ def status_routes(llm: AsyncLLM, admission: Admission) -> APIRouter:
         admission: of the server; `/ready` is 503, with the reason, while new requests are not served.
     """
     routes = APIRouter()
-    number = version("mmlora")
 
     @routes.get("/health")
     async def health() -> UTF8JSONResponse:
@@ -31,6 +29,6 @@ def status_routes(llm: AsyncLLM, admission: Admission) -> APIRouter:
 
     @routes.get("/version")
     async def tell_version() -> UTF8JSONResponse:
-        return UTF8JSONResponse({"version": number})
+        return UTF8JSONResponse({"version": __version__})
 
     return routes

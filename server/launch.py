@@ -17,13 +17,13 @@ from mmlora.lora.adapter import AdapterReport
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.store.manager import LoRAInfo
 from mmlora.server.api import build_app
-from mmlora.server.args import ServerArgs
+from mmlora.server.args import LoRAModule, ServerArgs
 from mmlora.server.http.admission import Admission
 from mmlora.server.http.auth import CORS
 from mmlora.server.http.listener import format_url, listening, raise_file_limit
 from mmlora.server.http.server import ConnectionLimits, HTTPServer
 from mmlora.server.lora.resolved import ALLOW_VARIABLE, start_resolution
-from mmlora.server.lora.served_models import LoRAModule, ServedAdapter, ServedModels
+from mmlora.server.lora.served_models import ServedAdapter, ServedModels
 from mmlora.server.observability.log_format import STARTUP_LOGGER
 from mmlora.server.observability.tracing import Tracer, tracing
 from mmlora.utils.environment import read_bool

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+import mmlora
+
 ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("assets", "kernels", "processors", "server", "towers")
-NOT_SHIPPED = {"__pycache__", "checkpoints", "cache"}
+GENERATED = {"__pycache__", "checkpoints", "cache"}
+NOT_SHIPPED = {*GENERATED, "training"}
 
 
 def run_python(code: str, *, cwd: Path, **env: str) -> str:
@@ -69,8 +72,8 @@ print(transformers.__version__)
 def test_engine_core_imports_where_no_server_or_audio_package_is_installed() -> None:
     code = """
 import sys
-absent = ["fastapi", "pydantic", "uvicorn", "prometheus_client", "librosa", "soundfile"]
-sys.modules.update(dict.fromkeys(absent))  # None: not importable
+server = ["fastapi", "pydantic", "pydantic_settings", "uvicorn", "prometheus_client", "cachetools"]
+sys.modules.update(dict.fromkeys([*server, "av", "librosa", "soundfile"]))  # None: not importable
 import mmlora
 print(mmlora.LLM)
 """
@@ -82,7 +85,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel of a copy of the tree, so that no build folder is left in it and none is taken from it."""
     pytest.importorskip("setuptools")
     tree = tmp_path_factory.mktemp("tree") / "mmlora"
-    ignore = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", ".*_cache", *NOT_SHIPPED)
+    ignore = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", ".*_cache", *GENERATED)
     shutil.copytree(ROOT, tree, symlinks=True, ignore=ignore)
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", out, tree]
@@ -95,6 +98,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_every_module_and_the_assets_and_nothing_else(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == package_files()
+
+
+def test_wheel_has_the_version_of_the_package(wheel: Path) -> None:
+    assert wheel.name.split("-")[:2] == ["mmlora", mmlora.__version__]
 
 
 def test_installed_wheel_gives_the_assets(wheel: Path, tmp_path: Path) -> None:

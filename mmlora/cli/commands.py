@@ -1,7 +1,7 @@
 """The command `mmlora`: `serve [MODEL]`, `models`, `doctor [MODEL]` and `inspect ADAPTER`.
 
 Flags of `serve` are generated from `EngineArgs` and `ServerArgs`, so that the command line and Python never drift
-apart.
+apart. Modules that import torch are imported by the commands that need them, so that `--help` does not wait for it.
 """
 
 import argparse
@@ -10,30 +10,14 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from mmlora.cli.config_file import read_config_file
-from mmlora.cli.doctor import OPTIONS, diagnose
-from mmlora.cli.model_table import as_text, model_rows
-from mmlora.cli.options import ENV_PREFIX, Flag, flags_of, unknown_options
+from mmlora.cli.options import DOCTOR_OPTIONS, Flag, flags_of, parse_options
 from mmlora.config import EngineArgs
 from mmlora.errors import AdapterError, ConfigError, MMLoRAError
-from mmlora.lora.loading.files import read_adapter, resolve_adapter_path
-from mmlora.lora.loading.inspection import inspect_adapter
-from mmlora.lora.loading.module_index import ModuleIndex
-from mmlora.models.config import load_config
-from mmlora.models.families import get_key_mapping, get_towers
-from mmlora.models.loader import CONFIG_FILES, load_meta_model, resolve_model_path
 from mmlora.server.args import ServerArgs
-from mmlora.server.launch import serve
-from mmlora.server.lora.served_models import LoRAModule
-from mmlora.server.observability.log_format import TEXT_FORMAT, configure_logging
-from mmlora.utils.library_errors import LIBRARY_ERRORS
 from mmlora.utils.text import one_line
-
-ASSISTANT_NAME = "assistant"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,10 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = vars(parsed)
     command, run = options.pop("command"), options.pop("run")
     if run is _serve:
-        options["unknown"] = unknown  # told together with all else that is wrong
+        options["unknown"] = unknown  # reported together with all other problems
     elif unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     else:
+        from mmlora.server.observability.log_format import TEXT_FORMAT
+
         logging.basicConfig(format=TEXT_FORMAT, level=logging.WARNING)
     try:
         return run(**options)  # type: ignore[no-any-return]
@@ -74,8 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _serve(**options: Any) -> int:
-    engine_args, server_args = parse_options(options, os.environ)
+def _serve(unknown: Sequence[str], **arguments: Any) -> int:
+    engine_args, server_args = parse_options(arguments, os.environ, unknown)
+    from mmlora.server.launch import serve
+    from mmlora.server.observability.log_format import configure_logging
+
     configure_logging(server_args.log_format, server_args.uvicorn_log_level)
     serve(engine_args, server_args)
     return 0
@@ -83,6 +72,8 @@ def _serve(**options: Any) -> int:
 
 def _models(is_json: bool) -> int:
     """Print the families that are served."""
+    from mmlora.cli.model_table import as_text, model_rows
+
     rows = model_rows()
     print(json.dumps([row.as_dict() for row in rows], indent=2) if is_json else as_text(rows))
     return 0
@@ -91,6 +82,8 @@ def _models(is_json: bool) -> int:
 def _doctor(model: str | None, is_json: bool, **options: Any) -> int:
     """Print what this build would do with a model; its weights are never read."""
     from mmlora.assets.models import assistant_path
+    from mmlora.cli.doctor import diagnose
+    from mmlora.utils.library_errors import LIBRARY_ERRORS
 
     by_name = {flag.name: flag for flag in flags_of(EngineArgs)}
     given = {name: by_name[name].read_argument(value) for name, value in options.items() if value is not None}
@@ -106,86 +99,16 @@ def _doctor(model: str | None, is_json: bool, **options: Any) -> int:
 def _inspect(adapter: str, model: str | None, is_json: bool) -> int:
     """Print what an adapter would do to a model; weights of the model are never read."""
     from mmlora.assets.models import assistant_path
+    from mmlora.cli.doctor import examine_adapter
 
     path = model or assistant_path()
     try:
-        files = read_adapter(resolve_adapter_path(adapter))
-        folder = resolve_model_path(path, None, CONFIG_FILES)
-        net = load_meta_model(load_config(folder))
-        towers = get_towers(net)
-        part_of = towers.part_of if towers is not None else None
-        found = inspect_adapter(files, ModuleIndex(net, part_of, get_key_mapping(folder)))
+        found = examine_adapter(adapter, path)
         print(json.dumps(found.as_dict(), indent=2) if is_json else found.as_text())
     except (RuntimeError, ValueError, OverflowError, MemoryError) as error:  # of libraries that read strange files
         reason = f"{type(error).__name__}: {error}"
         raise AdapterError(f"adapter {adapter!r} cannot be inspected for model {path!r}: {reason}") from error
     return 1 if found.refusals else 0
-
-
-def parse_options(options: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[EngineArgs, ServerArgs]:
-    """Join command line, environment and file.
-
-    Args:
-        options: what stood on the command line, by field name; `config` is a file that fills what is left open, and
-            `unknown` what no option took.
-        environment: `MMLORA_…` variables that fill what the command line left open.
-
-    Raises:
-        ConfigError: all that is wrong: options that there are not, values that cannot be read, or do not fit.
-    """
-    server_flags = flags_of(ServerArgs)
-    flags = [*flags_of(EngineArgs), *server_flags]
-    known = ["--config", *(flag.option for flag in flags)]
-    problems = list(unknown_options(options.get("unknown", ()), known))
-    found: dict[str, Any] = {}
-    file = options.get("config") or environment.get(f"{ENV_PREFIX}CONFIG")
-    if file:
-        with _collected(problems):
-            found, wrong = read_config_file(file, flags)
-            problems += wrong
-    for flag in flags:
-        if options.get("model") is None and flag.may_hold_model(options.get(flag.name)):
-            problems.append(
-                f"{flag.option}: its last value may be meant as MODEL; put MODEL first, or repeat the option"
-            )
-        with _collected(problems):
-            if options.get(flag.name) is not None:
-                found[flag.name] = flag.read_argument(options[flag.name])
-            elif flag.env_name in environment:
-                found[flag.name] = flag.read_env(environment[flag.env_name])
-    model = options.get("model") or environment.get(f"{ENV_PREFIX}MODEL")
-    if model:
-        found["model"] = model
-    if "model" not in found:
-        _add_assistant(found)
-    of_server = {flag.name: found.pop(flag.name) for flag in server_flags if flag.name in found}
-    with _collected(problems):
-        engine_args = EngineArgs(**found)
-    with _collected(problems):
-        server_args = ServerArgs(**of_server)
-    if problems:
-        raise ConfigError(*problems)
-    return engine_args, server_args
-
-
-@contextmanager
-def _collected(problems: list[str]) -> Iterator[None]:
-    """Go on after what is wrong with options."""
-    try:
-        yield
-    except ConfigError as error:
-        problems += error.problems
-
-
-def _add_assistant(found: dict[str, Any]) -> None:
-    """Fill in the bundled assistant with its adapters, except what the user set."""
-    from mmlora.assets.models import assistant_adapters, assistant_default_mm_loras, assistant_path
-
-    found["model"] = assistant_path()
-    found.setdefault("served_model_name", ASSISTANT_NAME)
-    if found.setdefault("enable_lora", True):
-        found.setdefault("default_mm_loras", assistant_default_mm_loras())
-        found.setdefault("lora_modules", [LoRAModule("spanish-lora", assistant_adapters()["spanish-lora"])])
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -210,7 +133,7 @@ def _build_parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "model", nargs="?", metavar="MODEL", help="directory or Hub id; by default the bundled assistant"
     )
-    for flag in (flag for flag in flags_of(EngineArgs) if flag.name in OPTIONS):
+    for flag in (flag for flag in flags_of(EngineArgs) if flag.name in DOCTOR_OPTIONS):
         flag.add_to(doctor)
     inspect = add(
         "inspect",

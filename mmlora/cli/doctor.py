@@ -12,15 +12,17 @@ from transformers import PretrainedConfig
 from mmlora.attention.backend import choose_backend
 from mmlora.attention.kv_cache import KVLayout, kv_cache_bytes, num_kv_blocks
 from mmlora.cli.model_table import Parity, read_parity
+from mmlora.cli.options import DOCTOR_OPTIONS
 from mmlora.config import EngineArgs
 from mmlora.errors import ConfigError
-from mmlora.lora.loading.files import CONFIG_FILE
-from mmlora.lora.loading.inspection import count_modules
+from mmlora.lora.loading.files import CONFIG_FILE, read_adapter, resolve_adapter_path
+from mmlora.lora.loading.inspection import Inspection, count_modules, inspect_adapter
 from mmlora.lora.loading.module_index import ModuleIndex, linear_shape
-from mmlora.models.config import check_config, class_name, read_config
+from mmlora.models.config import check_config, class_name, load_config, read_config
 from mmlora.models.default_adapters import find_default_adapters
 from mmlora.models.families import FAMILIES, family_key, get_key_mapping, get_processor, get_towers
 from mmlora.models.loader import (
+    CONFIG_FILES,
     MODEL_FILES,
     load_meta_model,
     load_tokenizer,
@@ -34,7 +36,6 @@ from mmlora.utils.library_errors import LIBRARY_ERRORS
 from mmlora.utils.text import one_line, printable, size_text
 
 FILES: Final = [pattern for pattern in MODEL_FILES if pattern != "*.safetensors"]
-OPTIONS: Final = ("revision", "dtype", "device", "max_model_len", "kv_cache_memory_bytes")
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,27 @@ def diagnose(args: EngineArgs) -> Diagnosis:
     )
 
 
+def examine_adapter(adapter: str, model: str) -> Inspection:
+    """Return the effect of an adapter on a model; the model's weights are not read.
+
+    Args:
+        adapter: directory or Hub id of a PEFT adapter.
+        model: directory or Hub id.
+
+    Raises:
+        AdapterError: the adapter cannot be read.
+        ConfigError: the model's configuration cannot be read.
+    """
+    files = read_adapter(resolve_adapter_path(adapter))
+    path = resolve_model_path(model, None, CONFIG_FILES)
+    return inspect_adapter(files, _module_index(load_meta_model(load_config(path)), path))
+
+
+def _module_index(model: torch.nn.Module, path: Path) -> ModuleIndex:
+    towers = get_towers(model)
+    return ModuleIndex(model, towers.part_of if towers is not None else None, get_key_mapping(path))
+
+
 def _proof(parity: Parity | None) -> str:
     if parity is None:
         return "not compared yet; its decoder is, when it is loaded"
@@ -173,8 +195,7 @@ def _examine(args: EngineArgs, path: Path, config: PretrainedConfig, facts: dict
     processor = get_processor(config, path, load_tokenizer(args, path))
     facts["modalities"] = tuple(sorted(processor.modalities)) if processor is not None else ()
     model = load_meta_model(config)
-    towers = get_towers(model)
-    index = ModuleIndex(model, towers.part_of if towers is not None else None, get_key_mapping(path))
+    index = _module_index(model, path)
     facts["parts"] = count_modules(index)
     facts["rank_bytes"] = dtype.itemsize * sum(
         sum(linear_shape(module)) for name, module in index.modules.items() if index.kind_of(name) == "linear"
@@ -212,7 +233,7 @@ def _as_given(args: EngineArgs, path: Path, defaults: dict[str, str]) -> dict[st
 
 def _command(args: EngineArgs, defaults: dict[str, str]) -> str:
     words = ["mmlora", "serve", args.model]
-    for name in OPTIONS:
+    for name in DOCTOR_OPTIONS:
         if (value := getattr(args, name)) not in (None, "auto"):
             words += [f"--{name.replace('_', '-')}", str(value).removeprefix("torch.")]
     if defaults:

@@ -1,6 +1,7 @@
-"""Options of dataclasses as flags of the command line and as environment variables.
+"""Options of `mmlora serve`: dataclass fields as flags, `MMLORA_…` environment variables and entries of a YAML file.
 
-A flag on the command line wins over its environment variable (`--max-loras` over `MMLORA_MAX_LORAS`).
+The command line takes precedence over the environment, and the environment over the file. Problems of all three are
+collected and reported together.
 """
 
 import argparse
@@ -9,25 +10,34 @@ import json
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Any, Final, Union, get_args, get_origin
+
+import yaml
 
 from mmlora.config import AUTO, EngineArgs
 from mmlora.errors import ConfigError
-from mmlora.server.args import ServerArgs
-from mmlora.server.lora.served_models import LoRAModule
+from mmlora.server.args import LoRAModule, ServerArgs
 from mmlora.utils.environment import parse_bool
+from mmlora.utils.text import shorten
 
-ENV_PREFIX = "MMLORA_"
+ENV_PREFIX: Final = "MMLORA_"
+ASSISTANT_NAME: Final = "assistant"
+DOCTOR_OPTIONS: Final = ("revision", "dtype", "device", "max_model_len", "kv_cache_memory_bytes")
+SECRETS: Final = ("api_key",)
 
 
 @dataclass(frozen=True)
 class Flag:
-    """One option: its field, how its text is read, and what it is for.
+    """One option, whose values come from the command line, the environment or a file.
 
     Attributes:
-        is_list: it takes several values, each read by `parse`.
-        takes_one: a single value of a list stands for itself.
+        name: of the field; `max_loras` is the flag `--max-loras` and the variable `MMLORA_MAX_LORAS`.
+        parse: converts text to a value, or to one entry of a list.
+        is_list: several values are allowed.
+        takes_one: a list of one value becomes that value.
     """
 
     name: str
@@ -42,11 +52,11 @@ class Flag:
         return "--" + self.name.replace("_", "-")
 
     @property
-    def env_name(self) -> str:
+    def variable(self) -> str:
         return ENV_PREFIX + self.name.upper()
 
     def add_to(self, group: argparse._ActionsContainer) -> None:
-        """Let a parser, or a group of its options, take this one; `read_argument` reads what it takes."""
+        """Add the flag to a parser or a group of its options."""
         text = self.help.replace("%", "%%")
         if self.parse is parse_bool:
             group.add_argument(self.option, action=argparse.BooleanOptionalAction, default=None, help=text)
@@ -54,134 +64,193 @@ class Flag:
             metavar = "NAME=PATH" if self.parse == LoRAModule.parse else "VALUE"
             group.add_argument(self.option, action="append", nargs="+", metavar=metavar, help=text)
         else:
-            group.add_argument(self.option, metavar=self._metavar, help=text)
+            metavar = "SECONDS" if self.name.endswith("_timeout") else METAVARS.get(self.parse, "VALUE")
+            group.add_argument(self.option, metavar=metavar, help=text)
 
-    @property
-    def _metavar(self) -> str:
-        if self.name.endswith("_timeout"):
-            return "SECONDS"
-        kinds: dict[Callable[[str], Any], str] = {
-            _parse_int: "N",
-            _parse_float: "X",
-            _parse_json: "JSON",
-            _parse_json_or_auto: "JSON|auto",
-        }
-        return kinds.get(self.parse, "VALUE")
+    def may_hold_model(self, argument: Any) -> bool:
+        """Return whether a list on the command line may have taken the MODEL that was meant to follow it."""
+        return self.is_list and self.parse is str and any(len(values) > 1 for values in argument or ())
 
-    def read_argument(self, value: Any) -> Any:
-        """Read what stood on the command line: a boolean, a text, or the texts of each time that a list was given.
+    def read_argument(self, argument: Any) -> Any:
+        """Parse what argparse returns: a boolean, a text, or for each occurrence of a list its texts.
 
         Raises:
-            ConfigError: it cannot be read.
+            ConfigError: naming the flag and the value.
         """
-        if isinstance(value, bool):
-            return value
-        texts = [text for given in value for text in given] if self.is_list else value
-        return self._read(self.option, texts, lambda: self._read_entries(texts))
+        if isinstance(argument, bool):
+            return argument
+        texts = [text for values in argument for text in values] if self.is_list else [argument]
+        with self._named(self.option, texts if self.is_list else argument):
+            return self._read(texts)
 
-    def may_hold_model(self, value: Any) -> bool:
-        """Whether a list on the command line may have taken the MODEL that was meant to follow it."""
-        return self.is_list and self.parse is str and any(len(given) > 1 for given in value or ())
-
-    def read_env(self, text: str) -> Any:
-        """Read the environment variable; several values are parted by commas, adapters by blanks, or a JSON list.
+    def read_variable(self, text: str) -> Any:
+        """Parse an environment variable. A list is separated by commas, one of adapters by blanks, or it is JSON.
 
         Raises:
-            ConfigError: it cannot be read.
+            ConfigError: naming the variable and the value.
         """
+        texts = [text]
+        if self.parse == LoRAModule.parse:
+            # Blanks inside a JSON object do not separate.
+            texts = re.findall(r"\{[^{}]*\}|[^\s{][^\s]*|\{.*", text)
+        elif self.is_list and not text.startswith("["):
+            texts = [part.strip() for part in text.split(",")]
+        with self._named(self.variable, text):
+            return self._read(texts)
 
-        def split() -> str | list[str]:
-            if not self.is_list or text.startswith("["):
-                return text
-            return (
-                _split_entries(text) if self.parse == LoRAModule.parse else [part.strip() for part in text.split(",")]
-            )
-
-        return self._read(self.env_name, text, lambda: self._read_entries(split()))
-
-    def read_value(self, value: Any) -> Any:
-        """Read a value of a file, which may have a type already.
+    def read_entry(self, value: Any) -> Any:
+        """Parse a value of a YAML file.
 
         Raises:
             ValueError, ConfigError: it is not allowed.
         """
-        if self.is_list:
-            entries = value if isinstance(value, list) else [value]
-            return self._joined(
-                [self.parse(entry if isinstance(entry, str) else json.dumps(entry)) for entry in entries]
-            )
-        if value is None or isinstance(value, list):
-            raise ValueError(f"{value!r} is not allowed")
-        return self.parse(value if isinstance(value, str) else json.dumps(value))
+        if value is None or (isinstance(value, list) and not self.is_list):
+            raise ValueError(f"{shorten(value)} is not allowed")
+        entries = value if isinstance(value, list) else [value]
+        return self._collect([self.parse(entry if isinstance(entry, str) else json.dumps(entry)) for entry in entries])
 
-    def _read(self, source: str, value: object, read: Callable[[], Any]) -> Any:
+    def _read(self, texts: Sequence[str]) -> Any:
+        if self.parse is str and self.is_list:
+            texts = [entry for text in texts for entry in _parse_list(text)]
+        return self._collect([self.parse(text) for text in texts])
+
+    def _collect(self, values: list[Any]) -> Any:
+        return values[0] if not self.is_list or (self.takes_one and len(values) == 1) else values
+
+    @contextmanager
+    def _named(self, source: str, value: object) -> Iterator[None]:
         try:
-            return read()
+            yield
         except (ValueError, ConfigError) as error:
-            raise ConfigError(f"{source}={value!r}: {error}") from None
-
-    def _read_entries(self, value: str | list[str]) -> Any:
-        if not self.is_list:
-            assert isinstance(value, str)
-            return self.parse(value)
-        texts = [value] if isinstance(value, str) else value
-        is_plain = self.parse is str
-        entries = [entry for text in texts for entry in (_parse_list(text) if is_plain else [text])]
-        return self._joined([self.parse(entry) for entry in entries])
-
-    def _joined(self, entries: list[Any]) -> Any:
-        return entries[0] if self.takes_one and len(entries) == 1 else entries
-
-
-def _split_entries(text: str) -> list[str]:
-    """Split `--lora-modules` entries at blanks that are not inside a JSON object."""
-    return re.findall(r"\{[^{}]*\}|[^\s{][^\s]*|\{.*", text)
+            shown = "***" if self.name in SECRETS else shorten(value)
+            raise ConfigError(f"{source}={shown}: {error}") from None
 
 
 def flags_of(cls: type[EngineArgs] | type[ServerArgs]) -> list[Flag]:
-    """The options of a dataclass, with the help of its docstring and their defaults."""
-    hints = get_type_hints(cls)
+    """Return the options of a dataclass, each with its text from the docstring's `Args:` and its default."""
     helps = _argument_help(cls.__doc__ or "")
     groups = {name: group for group, names in cls.GROUPS.items() for name in names.split()}
-    options = [field for field in fields(cls) if field.init and field.name != "model"]
-    texts = {
-        field.name: helps.get(field.name, "").removesuffix(".") + _default_text(field.default) for field in options
-    }
-    return [_flag(name, hints[name], text, groups.get(name, "other")) for name, text in texts.items()]
+    flags = []
+    for field in fields(cls):
+        if field.init and field.name != "model":
+            text = helps.get(field.name, "").removesuffix(".") + _default_text(field.default)
+            hint = str if isinstance(field.type, str) else field.type  # a text names a type of torch: not imported
+            flags.append(_flag(field.name, hint, text, groups.get(field.name, "other")))
+    return flags
 
 
-def _default_text(default: object) -> str:
-    """Tell a default; one that is unset is told in the docstring, where that is not plain."""
-    if isinstance(default, bool):
-        return f" (default: {'on' if default else 'off'})"
-    if isinstance(default, tuple):
-        default = " ".join(default)
-    if isinstance(default, float):
-        default = f"{default:g}"
-    return f" (default: {default})" if default not in (None, "") else ""
-
-
-def unknown_options(arguments: Sequence[str], known: Sequence[str]) -> Iterator[str]:
-    """What is wrong with arguments that no option took.
+def parse_options(
+    arguments: Mapping[str, Any], environment: Mapping[str, str], unknown: Sequence[str] = ()
+) -> tuple[EngineArgs, ServerArgs]:
+    """Combine command line, environment and file.
 
     Args:
-        arguments: in their order; the value of an unknown option follows it.
-        known: options, one of which may have been meant.
+        arguments: of the command line by field name, None where absent; `config` is the path of the file.
+        environment: with the `MMLORA_…` variables.
+        unknown: arguments that no flag took.
+
+    Raises:
+        ConfigError: with every unknown option and every value that cannot be parsed or is not allowed.
     """
-    is_value = False
+    server_flags = flags_of(ServerArgs)
+    flags = [*flags_of(EngineArgs), *server_flags]
+    problems = list(_unknown_arguments(unknown, ["--config", *(flag.option for flag in flags)]))
+    values: dict[str, Any] = {}
+    if file := arguments.get("config") or environment.get(f"{ENV_PREFIX}CONFIG"):
+        with _collected(problems):
+            values, wrong = read_config_file(file, flags)
+            problems += wrong
+    model = arguments.get("model") or environment.get(f"{ENV_PREFIX}MODEL")
+    for flag in flags:
+        argument = arguments.get(flag.name)
+        if arguments.get("model") is None and flag.may_hold_model(argument):
+            problems.append(
+                f"{flag.option}: its last value may be meant as MODEL; put MODEL first, or repeat the option"
+            )
+        with _collected(problems):
+            if argument is not None:
+                values[flag.name] = flag.read_argument(argument)
+            elif flag.variable in environment:
+                values[flag.name] = flag.read_variable(environment[flag.variable])
+    if model:
+        values["model"] = model
+    if "model" not in values:
+        _add_assistant(values)
+    server_values = {flag.name: values.pop(flag.name) for flag in server_flags if flag.name in values}
+    with _collected(problems):
+        engine_args = EngineArgs(**values)
+    with _collected(problems):
+        server_args = ServerArgs(**server_values)
+    if problems:
+        raise ConfigError(*problems)
+    return engine_args, server_args
+
+
+def read_config_file(path: str, flags: Sequence[Flag]) -> tuple[dict[str, Any], list[str]]:
+    """Read a YAML file that maps options to values: `max-loras: 4`, or `max_loras: 4`.
+
+    Returns:
+        Values by field name, and the problems of those left out.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not a mapping.
+    """
+    try:
+        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"config={path!r} cannot be read: {error}") from None
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"config={path!r} holds a {type(content).__name__}; it must map options to values")
+    readers: dict[str, Callable[[Any], Any]] = {"model": str, **{flag.name: flag.read_entry for flag in flags}}
+    values: dict[str, Any] = {}
+    problems = []
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        try:
+            if name in values:
+                raise ConfigError("duplicate option")
+            values[name] = readers[name](value)
+        except KeyError:
+            problems.append(_unknown_option(str(key), [flag.option.removeprefix("--") for flag in flags]))
+        except (ValueError, TypeError, ConfigError) as error:
+            problems.append(f"{key}: {error}")
+    return values, [f"config={path!r}: {problem}" for problem in problems]
+
+
+@contextmanager
+def _collected(problems: list[str]) -> Iterator[None]:
+    """Collect the problems of a `ConfigError` and continue."""
+    try:
+        yield
+    except ConfigError as error:
+        problems += error.problems
+
+
+def _add_assistant(values: dict[str, Any]) -> None:
+    """Add the bundled assistant and its adapters, except for options that are set."""
+    from mmlora.assets.models import assistant_adapters, assistant_default_mm_loras, assistant_path
+
+    values["model"] = assistant_path()
+    values.setdefault("served_model_name", ASSISTANT_NAME)
+    if values.setdefault("enable_lora", True):
+        values.setdefault("default_mm_loras", assistant_default_mm_loras())
+        values.setdefault("lora_modules", [LoRAModule("spanish-lora", assistant_adapters()["spanish-lora"])])
+
+
+def _unknown_arguments(arguments: Sequence[str], known: Sequence[str]) -> Iterator[str]:
+    is_value = False  # the value of an unknown option follows it
     for argument in arguments:
         if argument.startswith("-"):
             name, equals, _ = argument.partition("=")
-            yield no_such_option(name, known)
+            yield _unknown_option(name, known)
             is_value = not equals
         elif not is_value:
-            yield f"{argument!r}: there is no place for it; one MODEL is served"
+            yield f"{argument!r}: unexpected argument; only one MODEL is served"
 
 
-def no_such_option(name: str, known: Sequence[str]) -> str:
-    """Say that there is no option of a name, and which one may have been meant."""
+def _unknown_option(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, 1)
-    return f"{name}: there is no such option" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{name}: unknown option" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _flag(name: str, hint: Any, text: str, group: str) -> Flag:
@@ -191,24 +260,36 @@ def _flag(name: str, hint: Any, text: str, group: str) -> Flag:
         if get_origin(member) is Sequence:
             parse = LoRAModule.parse if LoRAModule in get_args(member) else str
             return Flag(name, parse, text, group, is_list=True, takes_one=str in kinds)
-    return Flag(name, _parser_of(kinds), text, group)
+    if Mapping in kinds:
+        return Flag(name, _parse_json_or_auto if str in kinds else _parse_json, text, group)
+    parsers: dict[type, Callable[[str], Any]] = {bool: parse_bool, int: _parse_int, float: _parse_float}
+    return Flag(name, next((parse for kind, parse in parsers.items() if kind in kinds), str), text, group)
 
 
-def _parser_of(kinds: Sequence[type]) -> Callable[[str], Any]:
-    """How the text of an option becomes a value of one of these types."""
-    if bool in kinds:
-        return parse_bool
-    if any(isinstance(kind, type) and issubclass(kind, Mapping) for kind in kinds):
-        return _parse_json_or_auto if str in kinds else _parse_json
-    parsers: dict[type, Callable[[str], Any]] = {str: str, int: _parse_int, float: _parse_float}
-    return next((parse for kind, parse in parsers.items() if kind in kinds), str)
+def _default_text(default: object) -> str:
+    if isinstance(default, bool):
+        return f" (default: {'on' if default else 'off'})"
+    if isinstance(default, tuple):
+        default = " ".join(default)
+    if isinstance(default, float):
+        default = f"{default:g}"
+    return f" (default: {default})" if default not in (None, "") else ""
+
+
+def _argument_help(doc: str) -> dict[str, str]:
+    """Return the entries of a docstring's `Args:` by name."""
+    section = re.search(r"^ *Args:\n(.*?)(?:\n\s*\n|\Z)", doc, re.DOTALL | re.MULTILINE)
+    if section is None:
+        return {}
+    entries = re.findall(r"^ +(\w+): (.*?)(?=^ +\w+: |\Z)", section[1] + "\n", re.DOTALL | re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
 
 
 def _parse_int(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ValueError("must be a whole number") from None
+        raise ValueError("must be an integer") from None
 
 
 def _parse_float(text: str) -> float:
@@ -219,39 +300,37 @@ def _parse_float(text: str) -> float:
 
 
 def _parse_list(text: str) -> list[str]:
-    """One entry, or a JSON list of them."""
-    if not text.startswith("["):
-        return [text]
-    try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from None
+    """Parse one entry, or a JSON list of entries."""
+    entries = _load_json(text) if text.startswith("[") else [text]
     if not all(isinstance(entry, str) for entry in entries):
         raise ValueError("must be a list of strings")
     return list(entries)
 
 
-def _parse_json_or_auto(text: str) -> dict[str, Any] | str:
+def _parse_json_or_auto(text: str) -> Mapping[str, Any] | str:
     try:
         return AUTO if text == AUTO else _parse_json(text)
     except ValueError as error:
-        raise ValueError(f"{error}; {AUTO} is allowed, too") from None
+        raise ValueError(f"{error}; {AUTO} is also allowed") from None
 
 
-def _parse_json(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from None
+def _parse_json(text: str) -> Mapping[str, Any]:
+    value = _load_json(text)
     if not isinstance(value, dict):
         raise ValueError("must be a JSON object")
     return value
 
 
-def _argument_help(doc: str) -> dict[str, str]:
-    """The `Args:` of a docstring by name."""
-    section = re.search(r"^ *Args:\n(.*?)(?:\n\s*\n|\Z)", doc, re.DOTALL | re.MULTILINE)
-    if section is None:
-        return {}
-    entries = re.findall(r"^ +(\w+): (.*?)(?=^ +\w+: |\Z)", section[1] + "\n", re.DOTALL | re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in entries}
+def _load_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from None
+
+
+METAVARS: Final[Mapping[Callable[[str], Any], str]] = {
+    _parse_int: "N",
+    _parse_float: "X",
+    _parse_json: "JSON",
+    _parse_json_or_auto: "JSON|auto",
+}

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from mmlora.attention.backend import ATTENTION_NAME
-from mmlora.config import DTYPES, EngineArgs
+from mmlora.config import EngineArgs
 from mmlora.errors import ConfigError
 from mmlora.models.config import find_model_class
 from mmlora.models.families import find_layout
@@ -132,13 +132,15 @@ def resolve_device(name: str) -> torch.device:
 
 def resolve_dtype(dtype: str | torch.dtype, config: PretrainedConfig, device: torch.device) -> torch.dtype:
     """The type of weights and activations; `auto` takes the checkpoint's, and float32 for half precision on CPU."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
     if dtype != "auto":
-        return DTYPES[dtype]
+        return _as_dtype(dtype)
     stored = config.dtype or config.get_text_config().dtype or torch.float32
-    stored = DTYPES[stored] if isinstance(stored, str) else stored
-    return torch.float32 if device.type == "cpu" else stored
+    return torch.float32 if device.type == "cpu" else _as_dtype(stored)
+
+
+def _as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return found
 
 
 def resolve_max_model_len(requested: int | None, config: PretrainedConfig) -> int:

@@ -16,7 +16,13 @@ from mmlora.processors.fetch.file_source import FileSource
 from mmlora.processors.fetch.reference import HTTP_SCHEMES, MediaReference, scheme_of
 from mmlora.processors.media.cache import CachedMedia, MediaCache
 from mmlora.processors.media.decoding import check_decoded_bytes, load_media
-from mmlora.processors.media.items import DEFAULT_LIMITS, MediaItem, MediaLimits
+from mmlora.processors.media.items import (
+    DEFAULT_CACHE_BYTES,
+    DEFAULT_FETCH_TIMEOUT_S,
+    DEFAULT_LIMITS,
+    MediaItem,
+    MediaLimits,
+)
 from mmlora.processors.media.sniff import sniff
 from mmlora.utils.text import shorten
 
@@ -24,8 +30,6 @@ if TYPE_CHECKING:
     from mmlora.processors.fetch.http_source import HTTPSource
 
 MAX_URLS: Final = 128  # of one prompt: a request must not become a flood somewhere else
-DEFAULT_TIMEOUT_S: Final = 10.0
-DEFAULT_CACHE_BYTES: Final = 256 * 2**20
 
 
 class MediaLoader:
@@ -50,7 +54,7 @@ class MediaLoader:
         local_path: str | None = None,
         domains: Sequence[str] | None = None,
         networks: Sequence[str] = (),
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float = DEFAULT_FETCH_TIMEOUT_S,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
         self.limits = limits

@@ -108,3 +108,5 @@ class MediaLimits:
 
 
 DEFAULT_LIMITS = MediaLimits()
+DEFAULT_FETCH_TIMEOUT_S = 10.0
+DEFAULT_CACHE_BYTES = 256 * 2**20

@@ -11,12 +11,10 @@ from typing import Final
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mmlora.server.args import ServerArgs
 from mmlora.server.errors import Refusal, error_response
 from mmlora.server.http.auth import route_path
 
-DEFAULT_MAX_REQUEST_BYTES: Final = 128 * 2**20
-DEFAULT_MAX_QUEUED: Final = 1024
-DEFAULT_BODY_TIMEOUT_S: Final = 60.0
 MAX_RETRY_AFTER_S: Final = 60
 NUM_TIMED: Final = 64  # requests whose ends tell how fast they end
 ADAPTER_UPDATES: Final = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
@@ -43,10 +41,10 @@ class Admission:
     def __init__(
         self,
         capacity: int,
-        max_queued: int = DEFAULT_MAX_QUEUED,
+        max_queued: int = ServerArgs.max_queued_requests,
         *,
         request_timeout: float | None = None,
-        body_timeout: float | None = DEFAULT_BODY_TIMEOUT_S,
+        body_timeout: float | None = ServerArgs.body_timeout,
     ) -> None:
         self.is_closed = False
         self.num_open = 0

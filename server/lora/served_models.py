@@ -4,17 +4,16 @@
 or None for the automatic choice, which the engine makes.
 """
 
-import json
 import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
-from mmlora.errors import AdapterError, AdapterNotFound, ConfigError, RequestError
+from mmlora.errors import AdapterError, AdapterNotFound, RequestError
 from mmlora.lora.adapter import AdapterReport
 from mmlora.lora.mix import MAX_MIX_PARTS, LoRAMix
 from mmlora.lora.request import BASE, LoRARequest
@@ -27,42 +26,6 @@ logger = logging.getLogger(__name__)
 
 ModelCard = dict[str, Any]
 LoRAField = str | list[dict[str, Any]] | None
-
-
-@dataclass(frozen=True)
-class LoRAModule:
-    """One `--lora-modules` entry: `name=path`, or a JSON object with these fields."""
-
-    name: str
-    path: str
-    base_model_name: str | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> "LoRAModule":
-        """Parse an entry of the command line.
-
-        Raises:
-            ConfigError: it has neither form.
-        """
-        if not text.lstrip().startswith("{"):
-            name, equals, path = text.partition("=")
-            if not (equals and name and path):
-                raise ConfigError(f"{text!r}: an entry is name=path or a JSON object")
-            return cls(name, path)
-        try:
-            entry = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{shorten(text, max_chars=400)}: not JSON: {error}") from None
-        allowed = [field.name for field in fields(cls)]
-        if not isinstance(entry, dict):
-            raise ConfigError(f"{text!r}: an entry is name=path or a JSON object")
-        entry = {name: value for name, value in entry.items() if value is not None or name != "base_model_name"}
-        unknown = sorted(set(entry) - set(allowed))
-        if unknown or not all(isinstance(value, str) and value for value in entry.values()):
-            raise ConfigError(f"{text!r}: an entry holds {', '.join(allowed)}, each a non-empty string")
-        if "name" not in entry or "path" not in entry:
-            raise ConfigError(f"{text!r}: an entry needs a name and a path")
-        return cls(**entry)
 
 
 @dataclass(frozen=True)

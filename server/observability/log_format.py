@@ -11,7 +11,6 @@ from mmlora.server.observability.access_log import ACCESS_LOGGER
 
 STARTUP_LOGGER: Final = "mmlora.startup"
 TEXT_FORMAT: Final = "%(levelname)s %(name)s: %(message)s"
-LOG_FORMATS: Final = ("text", "json")
 
 
 class JSONFormatter(logging.Formatter):

@@ -1,11 +1,12 @@
 """The OpenAPI document: FastAPI knows the routes and their bodies, this file what they answer."""
 
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import Any, Final
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+
+from mmlora import __version__
 
 Schema = dict[str, Any]
 
@@ -161,7 +162,7 @@ def add_openapi(app: FastAPI) -> None:
 
 
 def _describe(app: FastAPI) -> Schema:
-    document = get_openapi(title=app.title, version=version("mmlora"), routes=app.routes)
+    document = get_openapi(title=app.title, version=__version__, routes=app.routes)
     document["components"] = {"schemas": {"Error": ERROR}}
     error = answer({"$ref": "#/components/schemas/Error"}) | {"description": "An error, in OpenAI's form"}
     for path, operations in document["paths"].items():

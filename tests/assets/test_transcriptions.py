@@ -9,7 +9,7 @@ from openai import BadRequestError, OpenAI
 
 from mmlora.assets.audio import AudioAsset
 from mmlora.async_llm import AsyncLLM
-from mmlora.cli.commands import parse_options
+from mmlora.cli.options import parse_options
 from mmlora.server.api import build_app
 from mmlora.server.launch import load_served_models
 from tests.server.conftest import run_app

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +18,10 @@ import pytest
 
 from mmlora.assets.models import assistant_default_mm_loras, assistant_path
 from mmlora.cli import commands as cli
-from mmlora.cli.options import flags_of
+from mmlora.cli.options import ENV_PREFIX, flags_of
 from mmlora.config import EngineArgs
-from mmlora.server.args import ServerArgs
+from mmlora.server.args import LoRAModule, ServerArgs
 from mmlora.server.http.listener import listen_tcp
-from mmlora.server.lora.served_models import LoRAModule
 from tests.checkpoints import AdapterSpec, save_adapter, save_text_model
 from tests.server_process import run_serve
 
@@ -32,12 +32,12 @@ Served = tuple[EngineArgs, ServerArgs]
 def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Served]:
     """Run `mmlora serve` up to the point where it would load the model, and give the options."""
     for name in os.environ:
-        if name.startswith(cli.ENV_PREFIX):
+        if name.startswith(ENV_PREFIX):
             monkeypatch.delenv(name)
 
     def run(*arguments: str) -> Served:
         calls: list[Served] = []
-        monkeypatch.setattr(cli, "serve", lambda *args: calls.append(args))
+        monkeypatch.setattr("mmlora.server.launch.serve", lambda *args: calls.append(args))
         assert cli.main(["serve", *arguments]) == 0
         return calls[0]
 
@@ -170,11 +170,11 @@ def test_a_file_fills_what_is_left_open(
     [
         (
             "max-lorass: 3\nseed: x\nport: [1]\n",
-            ["max-lorass: there is no such option; did you mean max-loras?", "seed: ", "port: [1] is not"],
+            ["max-lorass: unknown option; did you mean max-loras?", "seed: ", "port: [1] is not"],
         ),
         ("enable-lora: 3\n", ["enable-lora: "]),
         ("default-mm-loras: [audio]\n", ["default-mm-loras: ['audio'] is not allowed"]),
-        ("max-loras: 3\nmax_loras: 4\n", ["max_loras: it stands twice"]),
+        ("max-loras: 3\nmax_loras: 4\n", ["max_loras: duplicate option"]),
         ("- a\n", ["holds a list; it must map options to values"]),
         ("a: [", ["cannot be read"]),
         ("a: !!python/object/apply:os.getcwd []", ["cannot be read"]),
@@ -263,12 +263,12 @@ def test_all_that_is_wrong_is_told_at_once(
     arguments += ["--seed", "x", "--ssl-keyfile", "key", "--default-mm-loras", "[]", "--config", str(file)]
     lines = lines_of(capsys, cli.main(["serve", *arguments]))
     told = [
-        "--max-lora: there is no such option; did you mean --max-loras?",
-        "--hots: there is no such option; did you mean --host?",
-        "'stray': there is no place for it",
-        "max-num-seq: there is no such option; did you mean max-num-seqs?",
-        "--seed='x': must be a whole number",
-        "MMLORA_MAX_LORAS='many': must be a whole number",
+        "--max-lora: unknown option; did you mean --max-loras?",
+        "--hots: unknown option; did you mean --host?",
+        "'stray': unexpected argument",
+        "max-num-seq: unknown option; did you mean max-num-seqs?",
+        "--seed='x': must be an integer",
+        "MMLORA_MAX_LORAS='many': must be an integer",
         "--default-mm-loras='[]': must be a JSON object",
         "dtype='int3'",
         "block_size=0",
@@ -318,6 +318,20 @@ def test_the_help_has_a_group_for_every_option(capsys: pytest.CaptureFixture[str
     of_server = ["network", "security", "limits of the server", "logging"]
     assert titles[2:] == [*of_server, "LoRA", "tools", "model", "media", "memory", "scheduling"]
     assert "--request-timeout SECONDS" in page and page.startswith("usage: mmlora serve [MODEL] [OPTION ...]\n")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["doctor", "--help"]], ids=" ".join)
+def test_the_help_does_not_wait_for_torch(arguments: list[str]) -> None:
+    code = f"""
+import sys
+from mmlora.cli import main
+try:
+    main({arguments!r})
+finally:
+    print(sorted({{"torch", "transformers", "librosa", "fastapi"}} & set(sys.modules)))
+"""
+    page = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True).stdout
+    assert page.startswith("usage: mmlora") and page.splitlines()[-1] == "[]"
 
 
 def test_a_bad_environment_variable_is_named(
@@ -431,7 +445,7 @@ def test_a_file_that_a_library_stumbles_over_is_one_line(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "inspect_adapter", fail)
+    monkeypatch.setattr("mmlora.cli.doctor.inspect_adapter", fail)
     assert cli.main(["inspect", models["speech"], "--model", models["phi4"]]) == 2
     message = f"cannot be inspected for model '{models['phi4']}': {type(error).__name__}: {error}"
     assert capsys.readouterr().err.splitlines()[-1].endswith(message)

@@ -82,7 +82,7 @@ def test_the_command_can_be_pasted(
 ) -> None:
     _, found = doctor(capsys, phi4, "--max-model-len", 100, "--dtype", "bfloat16")
     served: list[EngineArgs] = []
-    monkeypatch.setattr(cli, "serve", lambda engine, _: served.append(engine))
+    monkeypatch.setattr("mmlora.server.launch.serve", lambda engine, _: served.append(engine))
     program, *arguments = shlex.split(found["command"])
     assert program == "mmlora" and cli.main(arguments) == 0
     speech, vision = str(phi4 / "speech-lora"), str(phi4 / "vision-lora")

@@ -15,6 +15,7 @@ from transformers import GraniteSpeechConfig, LlamaConfig
 from mmlora import LLM, AsyncLLM, SamplingParams
 from mmlora.assets.models import assistant_default_mm_loras, assistant_path
 from mmlora.cli import commands as cli
+from mmlora.cli.options import parse_options
 from mmlora.config import EngineArgs
 from mmlora.errors import ConfigError
 from mmlora.models.config import load_config
@@ -140,12 +141,12 @@ def test_another_word_is_refused(value: Any, reason: str) -> None:
 
 def test_the_word_on_the_command_line_and_in_the_environment(capsys: pytest.CaptureFixture[str]) -> None:
     options = {"model": "m", "enable_lora": True}
-    engine, _ = cli.parse_options(options, {"MMLORA_DEFAULT_MM_LORAS": "auto"})
+    engine, _ = parse_options(options, {"MMLORA_DEFAULT_MM_LORAS": "auto"})
     assert engine.default_mm_loras == "auto"
-    engine, _ = cli.parse_options({**options, "default_mm_loras": "auto"}, {"MMLORA_DEFAULT_MM_LORAS": "{}"})
+    engine, _ = parse_options({**options, "default_mm_loras": "auto"}, {"MMLORA_DEFAULT_MM_LORAS": "{}"})
     assert engine.default_mm_loras == "auto"
     assert cli.main(["serve", "m", "--enable-lora", "--default-mm-loras", "always"]) == 2
-    assert "auto is allowed, too" in capsys.readouterr().err
+    assert "auto is also allowed" in capsys.readouterr().err
 
 
 def test_serve_prints_the_suggestion_at_its_start(

@@ -28,11 +28,11 @@ from mmlora.async_llm import AsyncLLM
 from mmlora.config import EngineArgs
 from mmlora.outputs import RequestOutput
 from mmlora.server.api import build_app
-from mmlora.server.args import ServerArgs
+from mmlora.server.args import LoRAModule, ServerArgs
 from mmlora.server.http.listener import format_url, listening
 from mmlora.server.http.server import HTTPServer
 from mmlora.server.launch import build_server, load_served_models, load_tls
-from mmlora.server.lora.served_models import LoRAModule, ServedModels
+from mmlora.server.lora.served_models import ServedModels
 from mmlora.structured_outputs import StructuredOutputsParams
 
 

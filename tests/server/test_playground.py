@@ -24,8 +24,9 @@ from mmlora.assets.models import assistant_adapters, assistant_default_mm_loras,
 from mmlora.async_llm import AsyncLLM
 from mmlora.config import EngineArgs
 from mmlora.server.api import build_app
+from mmlora.server.args import LoRAModule
 from mmlora.server.launch import load_served_models
-from mmlora.server.lora.served_models import LoRAModule, ServedModels
+from mmlora.server.lora.served_models import ServedModels
 from tests.server.conftest import run_app, wait_for
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import httpx
 import pytest
 
 from mmlora.server.api import build_app
+from mmlora.server.args import LoRAModule
 from mmlora.server.launch import load_served_models
-from mmlora.server.lora.served_models import LoRAModule
 from tests.server.conftest import RunningServer, ServerFactory, input_audio_part, run_app, text_part, url_part
 
 CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": [text_part("what is two plus three?")]}]

@@ -12,8 +12,8 @@ import httpx
 from mmlora.async_llm import AsyncLLM
 from mmlora.config import EngineArgs
 from mmlora.server.api import build_app
+from mmlora.server.args import LoRAModule
 from mmlora.server.launch import load_served_models
-from mmlora.server.lora.served_models import LoRAModule
 from tests.server.conftest import RunningServer, run_app, wait_for
 
 BASE_NAMES = ["tiny", "audio", "started"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmlora.server.lora.served_models import LoRAModule
+from mmlora.server.args import LoRAModule
 from tests.server.conftest import RunningServer, ServerFactory, input_audio_part, text_part, url_part
 
 QUESTION = text_part("what is it?")

@@ -20,8 +20,8 @@ from mmlora.async_llm import AsyncLLM
 from mmlora.config import EngineArgs
 from mmlora.errors import AdapterError
 from mmlora.server.api import build_app
+from mmlora.server.args import LoRAModule
 from mmlora.server.launch import load_served_models
-from mmlora.server.lora.served_models import LoRAModule
 from tests.server.conftest import RunningServer, run_app, text_part
 from tests.server.lora.admin import (
     BASE_NAMES,

@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from mmlora.server.api import build_app
+from mmlora.server.args import LoRAModule
 from mmlora.server.launch import load_served_models
-from mmlora.server.lora.served_models import LoRAModule
 from mmlora.server.observability.access_log import ACCESS_LOGGER
 from mmlora.server.observability.log_format import TEXT_FORMAT, JSONFormatter, TextFormatter
 from tests.server.conftest import (

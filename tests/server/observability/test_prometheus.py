@@ -16,8 +16,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 
 from mmlora.server.api import build_app
+from mmlora.server.args import LoRAModule
 from mmlora.server.launch import load_served_models
-from mmlora.server.lora.served_models import LoRAModule
 from tests.server.conftest import (
     RunningServer,
     ServerFactory,

@@ -16,7 +16,7 @@ from mmlora import BASE, LLM, SamplingParams
 from mmlora.lora.request import LoRARequest
 from mmlora.outputs import CompletionOutput, LoRAChoice, RequestOutput
 from mmlora.processors.fetch.data_url import load_base64
-from mmlora.server.lora.served_models import LoRAModule
+from mmlora.server.args import LoRAModule
 from mmlora.server.openai.completions.logprobs import prompt_offsets
 from mmlora.server.openai.completions.output import CompletionAnswer
 from mmlora.server.openai.completions.protocol import CompletionRequest

@@ -18,7 +18,7 @@ from openai.types.responses import (
 
 from mmlora.errors import MMLoRAError
 from mmlora.outputs import RequestOutput
-from mmlora.server.lora.served_models import LoRAModule
+from mmlora.server.args import LoRAModule
 from mmlora.server.openai.protocol import SAMPLING_FIELDS, GenerationRequest
 from tests.server.conftest import (
     RunningServer,

@@ -18,8 +18,8 @@ from openai.types.audio import Transcription, TranscriptionVerbose, TranslationV
 
 from mmlora.outputs import RequestOutput
 from mmlora.server.api import build_app
+from mmlora.server.args import LoRAModule
 from mmlora.server.launch import load_served_models
-from mmlora.server.lora.served_models import LoRAModule
 from mmlora.server.openai.transcriptions.form import MAX_FORM_FIELDS
 from tests.server.conftest import RunningServer, ServerFactory, input_audio_part, run_app, text_part, wait_until_idle
 
