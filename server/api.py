@@ -1,16 +1,18 @@
 """The routes of the HTTP server."""
 
 from collections.abc import Sequence
+from typing import Final
 
 from fastapi import APIRouter, FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from mmlora import __version__
 from mmlora.async_llm import AsyncLLM
 from mmlora.errors import MMLoRAError
 from mmlora.server.args import ServerArgs
-from mmlora.server.bodies import body_schema, form_schema
+from mmlora.server.bodies import body_schema
 from mmlora.server.errors import Refusal, UTF8JSONResponse, error_response
 from mmlora.server.health import status_routes
 from mmlora.server.http.admission import Admission, AdmissionGate
@@ -26,14 +28,25 @@ from mmlora.server.openai.completions.protocol import CompletionRequest
 from mmlora.server.openai.completions.serving import CompletionService
 from mmlora.server.openai.responses.protocol import ResponsesRequest
 from mmlora.server.openai.responses.serving import ResponsesService
-from mmlora.server.openai.schemas import add_openapi
+from mmlora.server.openai.schemas import (
+    ERRORS,
+    OR_EVENTS,
+    OR_EVENTS_OR_TEXT,
+    ChatCompletion,
+    Completion,
+    ModelCard,
+    ModelList,
+    ResponseObject,
+    Transcription,
+)
 from mmlora.server.openai.tools.choice import ToolCalling
 from mmlora.server.openai.transcriptions.protocol import TranscriptionRequest, TranslationRequest
 from mmlora.server.openai.transcriptions.serving import TranscriptionService
 from mmlora.server.playground import playground_routes
 from mmlora.server.tokenize import token_routes
 
-CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the access log does
+CLIENT_CLOSED_REQUEST: Final = 499  # for the access log: the client is gone
+FORM: Final = "multipart/form-data"
 
 
 def build_app(
@@ -65,7 +78,7 @@ def build_app(
         tracer: traces the requests; who made it shuts it down.
         tool_call_parser: see `ToolCalling`.
     """
-    app = FastAPI(title="mmlora", docs_url=None, redoc_url=None)
+    app = FastAPI(title="mmlora", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
     admission = admission or Admission(llm.args.max_num_seqs)
     app.include_router(generation_routes(llm, models, max_request_bytes, tool_call_parser))
     app.include_router(model_routes(models))
@@ -82,7 +95,6 @@ def build_app(
     if root_path:
         app.add_middleware(RootPath, root_path=root_path)
     _add_error_handlers(app)
-    add_openapi(app)
     return app
 
 
@@ -103,23 +115,42 @@ def generation_routes(
     translation = TranscriptionService(llm, models, max_request_bytes, TranslationRequest)
     routes = APIRouter(prefix="/v1")
 
-    @routes.post("/chat/completions", openapi_extra=body_schema(ChatCompletionRequest))
+    @routes.post(
+        "/chat/completions",
+        openapi_extra=body_schema(ChatCompletionRequest),
+        response_model=ChatCompletion,
+        responses=OR_EVENTS,
+    )
     async def chat_completions(request: Request) -> Response:
         return await chat.respond(request)
 
-    @routes.post("/completions", openapi_extra=body_schema(CompletionRequest))
+    @routes.post(
+        "/completions", openapi_extra=body_schema(CompletionRequest), response_model=Completion, responses=OR_EVENTS
+    )
     async def completions(request: Request) -> Response:
         return await completion.respond(request)
 
-    @routes.post("/responses", openapi_extra=body_schema(ResponsesRequest))
+    @routes.post(
+        "/responses", openapi_extra=body_schema(ResponsesRequest), response_model=ResponseObject, responses=OR_EVENTS
+    )
     async def responses(request: Request) -> Response:
         return await response.respond(request)
 
-    @routes.post("/audio/transcriptions", openapi_extra=form_schema(TranscriptionRequest))
+    @routes.post(
+        "/audio/transcriptions",
+        openapi_extra=body_schema(TranscriptionRequest, FORM),
+        response_model=Transcription,
+        responses=OR_EVENTS_OR_TEXT,
+    )
     async def transcriptions(request: Request) -> Response:
         return await transcription.respond(request)
 
-    @routes.post("/audio/translations", openapi_extra=form_schema(TranslationRequest))
+    @routes.post(
+        "/audio/translations",
+        openapi_extra=body_schema(TranslationRequest, FORM),
+        response_model=Transcription,
+        responses=OR_EVENTS_OR_TEXT,
+    )
     async def translations(request: Request) -> Response:
         return await translation.respond(request)
 
@@ -130,11 +161,11 @@ def model_routes(models: ServedModels) -> APIRouter:
     """Build the routes that tell what clients may ask for."""
     routes = APIRouter(prefix="/v1")
 
-    @routes.get("/models")
+    @routes.get("/models", response_model=ModelList)
     async def list_models() -> UTF8JSONResponse:
         return UTF8JSONResponse({"object": "list", "data": models.model_cards()})
 
-    @routes.get("/models/{name:path}")
+    @routes.get("/models/{name:path}", response_model=ModelCard)
     async def get_model(name: str) -> UTF8JSONResponse:
         return UTF8JSONResponse(models.model_card(name))
 

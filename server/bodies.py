@@ -1,82 +1,143 @@
-"""Bodies of the smaller endpoints, JSON objects of which every field is known; the OpenAPI schemas of all bodies."""
+"""Request bodies: JSON parsed within limits, validated by pydantic models, and described for the OpenAPI document."""
 
 import json
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, TypeAdapter, ValidationError
+from pydantic_core import from_json
 
-from mmlora.server.openai.protocol import FieldError, read_fields, reason_of
+from mmlora.errors import RequestError
 from mmlora.utils.text import shorten
 
-MAX_NAMED = 8  # fields in one message
+MAX_FIELDS: Final = 256
+MAX_VALUES: Final = 2**20  # in one body: parsing more of them would delay other requests
+MAX_REPORTED: Final = 8  # fields in one message
+JSON_REASONS: Final[Mapping[str, str]] = {  # by the type that pydantic expected
+    "dict": "Input should be an object",
+    "list": "Input should be a valid array",
+    "model": "Input should be an object",
+}
+T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
+
+
+class _HashableFailFast(FailFast):
+    """`FailFast` that can be part of a union, whose members are hashed."""
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+
+# A list of which only the first invalid entry is reported: a body may hold a million of them.
+FirstOnly = Annotated[list[T], _HashableFailFast()]
+
+
+class FieldError(RequestError):
+    """A request field is invalid; `param` is its name."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message, param)
 
 
 class Body(BaseModel):
-    """Fields of a body; any other is refused."""
+    """Body of which every field is known; others are refused."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
-B = TypeVar("B", bound=Body)
-
-
-def parse_body(kind: type[B], body: bytes) -> B:
-    """Read a body.
+def parse_body(model: type[M], body: bytes) -> M:
+    """Parse and validate a JSON body.
 
     Raises:
-        FieldError: it is not JSON, lacks fields, or has unknown ones or values of the wrong type; these are named.
+        FieldError: the body is not a JSON object, is too large, or does not fit the model.
     """
-    fields = read_fields(body)
+    return validate_fields(model, read_fields(body))
+
+
+def validate_fields(model: type[M], fields: Mapping[str, Any]) -> M:
+    """Validate the fields of a body or form.
+
+    Raises:
+        FieldError: naming all missing and unknown fields, or the first field whose value has the wrong type.
+    """
     try:
-        return kind.model_validate(fields)
+        return model.model_validate(fields)
     except ValidationError as error:
-        problems = error.errors(include_url=False)
-        raise _error_of(kind, problems[:MAX_NAMED]) from None
+        raise _field_error(model, error.errors(include_url=False)[:MAX_REPORTED]) from None
 
 
-def body_schema(kind: type[BaseModel]) -> dict[str, Any]:
-    """Describe a JSON body for the OpenAPI document."""
-    return _request_body("application/json", kind)
+def read_fields(body: bytes) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        FieldError: the body is not a JSON object, or is too large.
+    """
+    content = read_json(body, "body")
+    if not isinstance(content, dict):
+        raise FieldError(f"the body must be a JSON object; received {shorten(content, json.dumps)}", "body")
+    if len(content) > MAX_FIELDS:
+        raise FieldError(f"the body has {len(content)} fields; allowed are {MAX_FIELDS}", "body")
+    return content
 
 
-def form_schema(kind: type[BaseModel]) -> dict[str, Any]:
-    """Describe a form for the OpenAPI document."""
-    return _request_body("multipart/form-data", kind)
+def read_json(text: str | bytes, name: str) -> Any:
+    """Parse JSON from a client.
+
+    Args:
+        text: the JSON.
+        name: field that holds it, for errors.
+
+    Raises:
+        FieldError: the text is not JSON or holds too many values.
+    """
+    content = text.encode() if isinstance(text, str) else text
+    num_values = sum(map(content.count, (b",", b"[", b"{")))  # an upper bound, as strings may hold them, too
+    if num_values > MAX_VALUES:
+        raise FieldError(f"{name} has {num_values} commas and brackets; allowed are {MAX_VALUES}", name)
+    try:
+        return from_json(content)
+    except ValueError as error:
+        raise FieldError(f"{name} is not JSON: {error}", name) from None
 
 
-def _request_body(media_type: str, kind: type[BaseModel]) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": {media_type: {"schema": _inlined_schema(kind)}}}}
+def body_schema(model: type[BaseModel], media_type: str = "application/json") -> dict[str, Any]:
+    """Describe the body that a route parses itself, as the route's `openapi_extra`."""
+    return {"requestBody": {"required": True, "content": {media_type: {"schema": json_schema(model)}}}}
 
 
-def _inlined_schema(kind: type[BaseModel]) -> dict[str, Any]:
-    """Return the JSON schema of a body in one piece: a reference to its own definitions would resolve nowhere."""
-    schema = kind.model_json_schema()
+def json_schema(kind: Any) -> dict[str, Any]:
+    """Return the JSON schema of a type without references, so that it can be part of any document."""
+    schema = TypeAdapter(kind).json_schema()
     definitions = schema.pop("$defs", {})
 
-    def inlined(node: Any) -> Any:
+    def inline(node: Any) -> Any:
         if isinstance(node, list):
-            return [inlined(entry) for entry in node]
+            return [inline(entry) for entry in node]
         if not isinstance(node, dict):
             return node
         if "$ref" in node:
-            return inlined(definitions[node["$ref"].rpartition("/")[2]])
-        return {name: inlined(value) for name, value in node.items()}
+            return inline(definitions[node["$ref"].rpartition("/")[2]])
+        return {name: inline(value) for name, value in node.items()}
 
-    return dict(inlined(schema))
+    return dict(inline(schema))
 
 
-def _error_of(kind: type[Body], problems: list[Any]) -> FieldError:
-    missing = [str(problem["loc"][0]) for problem in problems if problem["type"] == "missing"]
-    unknown = [str(problem["loc"][0]) for problem in problems if problem["type"] == "extra_forbidden"]
+def _field_error(model: type[BaseModel], problems: list[Any]) -> FieldError:
+    own = [problem for problem in problems if len(problem["loc"]) == 1]  # not those of fields inside of fields
+    missing = [str(problem["loc"][0]) for problem in own if problem["type"] == "missing"]
+    unknown = [str(problem["loc"][0]) for problem in own if problem["type"] == "extra_forbidden"]
     messages = []
     if missing:
         messages.append(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} required")
     if unknown:
-        fields = ", ".join(kind.model_fields)
-        messages.append(f"unknown field {', '.join(map(shorten, unknown))}; allowed are {fields}")
+        allowed = ", ".join(model.model_fields)
+        messages.append(f"unknown field {', '.join(map(shorten, unknown))}; allowed are {allowed}")
     if messages:
         return FieldError("; ".join(messages), (missing + unknown)[0][:80])
     problem = problems[0]
-    param = str(problem["loc"][0]) if problem["loc"] else "body"
-    place = ".".join(map(str, problem["loc"])) or "body"
-    return FieldError(f"{place}: {reason_of(problem)}; received {shorten(problem['input'], json.dumps)}", param)
+    param, *place = problem["loc"] or ("body",)
+    # Of the place, pydantic's names of union members (`list[str]`) are left out.
+    path = ".".join(map(str, [param, *(part for part in place if isinstance(part, int))]))
+    reason = JSON_REASONS.get(problem["type"].removesuffix("_type")) or problem["msg"]
+    return FieldError(f"{path}: {reason}; received {shorten(problem['input'], json.dumps)}", str(param))

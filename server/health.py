@@ -1,11 +1,23 @@
 """`GET /health` and `GET /ready` for those that watch a server and route requests to it, and `GET /version`."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
+from pydantic import BaseModel
 
 from mmlora import __version__
 from mmlora.async_llm import AsyncLLM
-from mmlora.server.errors import UTF8JSONResponse
 from mmlora.server.http.admission import Admission
+
+
+class Status(BaseModel):
+    """Response of `/health` and `/ready`."""
+
+    status: str
+
+
+class Version(BaseModel):
+    """Response of `/version`."""
+
+    version: str
 
 
 def status_routes(llm: AsyncLLM, admission: Admission) -> APIRouter:
@@ -17,18 +29,19 @@ def status_routes(llm: AsyncLLM, admission: Admission) -> APIRouter:
     """
     routes = APIRouter()
 
-    @routes.get("/health")
-    async def health() -> UTF8JSONResponse:
-        status = "ok" if llm.is_alive else "dead"
-        return UTF8JSONResponse({"status": status}, status_code=200 if status == "ok" else 503)
+    @routes.get("/health", responses={503: {"model": Status}})
+    async def health(response: Response) -> Status:
+        response.status_code = 200 if llm.is_alive else 503
+        return Status(status="ok" if llm.is_alive else "dead")
 
-    @routes.get("/ready")
-    async def ready() -> UTF8JSONResponse:
+    @routes.get("/ready", responses={503: {"model": Status}})
+    async def ready(response: Response) -> Status:
         status = "shutting down" if admission.is_closed else llm.status
-        return UTF8JSONResponse({"status": status}, status_code=200 if status == "ready" else 503)
+        response.status_code = 200 if status == "ready" else 503
+        return Status(status=status)
 
     @routes.get("/version")
-    async def tell_version() -> UTF8JSONResponse:
-        return UTF8JSONResponse({"version": __version__})
+    async def get_version() -> Version:
+        return Version(version=__version__)
 
     return routes

@@ -4,15 +4,14 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Request
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from mmlora.async_llm import AsyncLLM
 from mmlora.inputs.chat import MODALITIES
-from mmlora.server.bodies import Body, body_schema, parse_body
+from mmlora.server.bodies import Body, FieldError, FirstOnly, body_schema, parse_body
 from mmlora.server.errors import UTF8JSONResponse
 from mmlora.server.http.admission import read_body
 from mmlora.server.lora.served_models import ServedModels
-from mmlora.server.openai.protocol import FieldError, FirstOnly
 from mmlora.utils.text import shorten
 
 
@@ -39,6 +38,21 @@ class DetokenizeBody(Body):
     tokens: FirstOnly[int]
 
 
+class Tokens(BaseModel):
+    """Response of `/tokenize`."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Prompt(BaseModel):
+    """Response of `/detokenize`."""
+
+    prompt: str
+
+
 B = TypeVar("B", TokenizeBody, DetokenizeBody)
 
 
@@ -59,11 +73,11 @@ def token_routes(llm: AsyncLLM, models: ServedModels, max_request_bytes: int) ->
         await models.find_adapter(body.model, None)
         return UTF8JSONResponse(await llm.run_in_pool(answer, body))
 
-    @routes.post("/tokenize", openapi_extra=body_schema(TokenizeBody))
+    @routes.post("/tokenize", openapi_extra=body_schema(TokenizeBody), response_model=Tokens)
     async def tokenize(request: Request) -> UTF8JSONResponse:
         return await respond(request, TokenizeBody, tokens.tokenize)
 
-    @routes.post("/detokenize", openapi_extra=body_schema(DetokenizeBody))
+    @routes.post("/detokenize", openapi_extra=body_schema(DetokenizeBody), response_model=Prompt)
     async def detokenize(request: Request) -> UTF8JSONResponse:
         return await respond(request, DetokenizeBody, tokens.detokenize)
 

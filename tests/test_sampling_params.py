@@ -1,11 +1,19 @@
 """`SamplingParams`: every value out of range is refused by name, and derived properties."""
 
 import math
+from dataclasses import dataclass, fields
+from typing import Annotated
 
 import pytest
 
 from mmlora import SamplingParams
 from mmlora.errors import RequestError
+from mmlora.sampling_params import Bounds
+from mmlora.server.bodies import validate_fields
+from mmlora.server.openai.chat.protocol import ChatCompletionRequest
+from mmlora.server.openai.completions.protocol import CompletionRequest
+from mmlora.server.openai.protocol import ENDPOINT_FIELDS, sampling_model
+from mmlora.server.openai.responses.protocol import ResponsesRequest
 
 WRONG = [
     ("n", 0),
@@ -59,8 +67,9 @@ WRONG = [
 
 @pytest.mark.parametrize(("name", "value"), WRONG, ids=lambda value: repr(value))
 def test_a_wrong_value_is_refused_and_named(name, value):
-    with pytest.raises(RequestError, match=rf"{name}"):
+    with pytest.raises(RequestError, match=rf"{name}") as caught:
         SamplingParams(**{name: value})
+    assert caught.value.param == name
 
 
 RIGHT = [
@@ -125,3 +134,24 @@ def test_temperature_zero_is_greedy(temperature, is_greedy):
 def test_any_penalty_counts_as_one(name):
     assert not SamplingParams().has_penalties
     assert SamplingParams(**{name: 0.5}).has_penalties
+
+
+@pytest.mark.parametrize("model", [ChatCompletionRequest, CompletionRequest, ResponsesRequest])
+def test_request_models_have_every_option(model):
+    assert {field.name for field in fields(SamplingParams)} - ENDPOINT_FIELDS <= set(model.model_fields)
+
+
+def test_a_new_option_is_declared_once():
+    """A field of the dataclass has its bounds checked and becomes a field of the request models."""
+
+    @dataclass
+    class WithTypicalP(SamplingParams):
+        typical_p: Annotated[float, Bounds(0.0, 1.0, excludes_low=True)] = 1.0
+
+    with pytest.raises(RequestError, match=r"typical_p=2\.0 must be a number above 0\.0 and at most 1\.0"):
+        WithTypicalP(typical_p=2.0)
+    model = sampling_model(WithTypicalP)
+    assert validate_fields(model, {"typical_p": 0.5}).typical_p == 0.5
+    assert validate_fields(model, {}).typical_p is None
+    with pytest.raises(RequestError, match="typical_p: Input should be a valid number"):
+        validate_fields(model, {"typical_p": []})

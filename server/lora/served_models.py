@@ -18,8 +18,8 @@ from mmlora.lora.adapter import AdapterReport
 from mmlora.lora.mix import MAX_MIX_PARTS, LoRAMix
 from mmlora.lora.request import BASE, LoRARequest
 from mmlora.lora.resolving.resolution import LoRAResolution
+from mmlora.server.bodies import FieldError
 from mmlora.server.errors import Refusal
-from mmlora.server.openai.protocol import FieldError
 from mmlora.utils.text import is_finite_number, shorten
 
 logger = logging.getLogger(__name__)

@@ -15,12 +15,11 @@ from mmlora.async_llm import AsyncLLM
 from mmlora.errors import AdapterNotFound, RequestError
 from mmlora.lora.request import MAX_INT_ID, MEMORY, LoRARequest
 from mmlora.lora.store.host_cache import HostCache
-from mmlora.server.bodies import Body, body_schema, parse_body
+from mmlora.server.bodies import Body, FieldError, body_schema, parse_body
 from mmlora.server.errors import Refusal
 from mmlora.server.http.admission import read_body
 from mmlora.server.lora.resolved import ALLOW_VARIABLE
 from mmlora.server.lora.served_models import ServedAdapter, ServedModels
-from mmlora.server.openai.protocol import FieldError
 from mmlora.utils.text import shorten
 
 logger = logging.getLogger(__name__)
@@ -66,12 +65,12 @@ def adapter_routes(llm: AsyncLLM, models: ServedModels, *, is_allowed: bool) -> 
 
     routes = APIRouter(prefix="/v1", dependencies=[Depends(check_allowed)])
 
-    @routes.post("/load_lora_adapter", openapi_extra=body_schema(LoadBody))
+    @routes.post("/load_lora_adapter", openapi_extra=body_schema(LoadBody), response_class=PlainTextResponse)
     async def load(request: Request) -> PlainTextResponse:
         body = parse_body(LoadBody, await read_body(request, MAX_BODY_BYTES))
         return PlainTextResponse(await updates.load(body))
 
-    @routes.post("/unload_lora_adapter", openapi_extra=body_schema(UnloadBody))
+    @routes.post("/unload_lora_adapter", openapi_extra=body_schema(UnloadBody), response_class=PlainTextResponse)
     async def unload(request: Request) -> PlainTextResponse:
         body = parse_body(UnloadBody, await read_body(request, MAX_BODY_BYTES))
         return PlainTextResponse(await updates.unload(body))

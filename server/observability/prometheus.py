@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from mmlora.async_llm import AsyncLLM
 from mmlora.engine.metrics import AdapterMetrics, EngineMetrics, Histogram, RequestHistograms
@@ -43,7 +43,7 @@ def add_metrics(
     registry = CollectorRegistry()
     registry.register(EngineCollector(llm, counts, admission))
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     def metrics(request: Request) -> Response:  # no coroutine, so that the event loop goes on meanwhile
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(registry), headers={"content-type": content_type})

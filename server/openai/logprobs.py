@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmlora.outputs import TokenLogprobs
+from mmlora.server.bodies import FieldError
 from mmlora.server.openai.output import Json, finite
-from mmlora.server.openai.protocol import FieldError
 
 MAX_PROMPT_LOGPROBS = 500_000  # in one answer
 

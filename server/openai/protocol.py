@@ -1,20 +1,26 @@
-"""What the bodies of all endpoints that generate text have in common: fields, and how a wrong one is refused.
+"""Fields that all generating endpoints share: the request model, and which other fields are accepted or refused.
 
-A field that would change the answer and is not supported is refused by name; OpenAI's fields that change nothing here
-are accepted. What `model` and `lora` name is `server.models`' matter.
+A field that would change the output and is not supported is refused by name; OpenAI fields without effect here are
+accepted.
 """
 
+import functools
 import json
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+import operator
+from collections.abc import Collection, Mapping, Sequence
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Final, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, JsonValue, ValidationError
-from pydantic_core import from_json
+from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, create_model
 
-from mmlora.errors import RequestError
+from mmlora.errors import ConstraintError
+from mmlora.sampling_params import SamplingParams
+from mmlora.server.bodies import MAX_FIELDS, FieldError, FirstOnly, parse_body
+from mmlora.structured_outputs import CONSTRAINT_FIELDS, StructuredOutputsParams
 from mmlora.utils.text import shorten
 
-HARMLESS_FIELDS = frozenset(
+T = TypeVar("T")
+HARMLESS_FIELDS: Final = frozenset(
     {
         "metadata",
         "parallel_tool_calls",
@@ -27,8 +33,13 @@ HARMLESS_FIELDS = frozenset(
         "user",
     }
 )
-# Fields that others serve, and the values of theirs that change nothing.
-NEUTRAL_EXTRAS: Mapping[str, tuple[JsonValue, ...]] = {
+# Fields that were replaced, and what to send instead.
+REPLACED_FIELDS: Final = {
+    f"guided_{kind}": f'structured_outputs={{"{kind}": …}}' for kind in ("json", "regex", "choice", "grammar")
+}
+# Fields of other servers, and their values that have no effect.
+NEUTRAL_EXTRAS: Final[Mapping[str, tuple[JsonValue, ...]]] = {
+    **dict.fromkeys(REPLACED_FIELDS, (None,)),
     "allowed_token_ids": (None,),
     "bad_words": (None, []),
     "length_penalty": (None, 1),
@@ -39,91 +50,42 @@ NEUTRAL_EXTRAS: Mapping[str, tuple[JsonValue, ...]] = {
     "truncate_prompt_tokens": (None,),
     "use_beam_search": (None, False),
 }
-JSON_REASONS: Mapping[str, str] = {  # by the type that pydantic says was expected
-    "dict": "Input should be an object",
-    "list": "Input should be a valid array",
-    "model": "Input should be an object",
-}
-MAX_FIELDS, MAX_BIASES = 256, 65536
-MAX_VALUES = 2**20  # in one body: what parses more than that keeps everybody waiting
-T = TypeVar("T")
+FORMAT_TYPES: Final = ("text", "json_object", "json_schema")
+MAX_ENTRIES: Final = 65536  # of a mapping
+# Fields of `SamplingParams` that each endpoint has in a form of its own.
+ENDPOINT_FIELDS: Final = frozenset({"max_tokens", "logprobs", "prompt_logprobs", "structured_outputs"})
 
 
-class _FirstError(FailFast):
-    """Can stand in a union, which wants hashes."""
-
-    def __hash__(self) -> int:
-        return hash(type(self))
-
-
-# Of a list, the first wrong entry is the only one that is told: a body may hold a million of them.
-FirstOnly = Annotated[list[T], _FirstError()]
-SAMPLING_FIELDS = (
-    "n",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "stop",
-    "stop_token_ids",
-    "include_stop_str_in_output",
-    "min_tokens",
-    "ignore_eos",
-    "skip_special_tokens",
-)
-
-
-class FieldError(RequestError):
-    """A request field is wrong; `param` is its name."""
-
-    def __init__(self, message: str, param: str) -> None:
-        super().__init__(message)
-        self.param = param
-
-
-def _check_biases(value: Any) -> Any:
-    if isinstance(value, dict) and len(value) > MAX_BIASES:
-        raise ValueError(f"it has {len(value)} tokens; allowed are {MAX_BIASES}")
+def _check_size(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_ENTRIES:
+        raise ValueError(f"it has {len(value)} entries; allowed are {MAX_ENTRIES}")
     return value
 
 
-def read_json(text: str | bytes, name: str) -> Any:
-    """Parse JSON that a client sent, unless it holds more values than any request has.
+BoundedDict = Annotated[dict[str, T], BeforeValidator(_check_size)]
+JSON_CONTAINERS: Final[Mapping[Any, Any]] = {Sequence: FirstOnly, Mapping: BoundedDict}
 
-    Args:
-        text: the JSON.
-        name: of the field that it is.
 
-    Raises:
-        FieldError: it holds too many, or is not JSON.
+def _json_type(hint: Any) -> Any:
+    """Return the type that a field of `SamplingParams` has in a JSON body, where keys are text."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return functools.reduce(operator.or_, map(_json_type, args))
+    return JSON_CONTAINERS[origin][args[-1]] if origin in JSON_CONTAINERS else hint
+
+
+def sampling_model(kind: type[SamplingParams], without: Collection[str] = ()) -> type[BaseModel]:
+    """Build a model with the fields of sampling parameters, except `without` and those of `ENDPOINT_FIELDS`.
+
+    All are optional and None by default, so that the model's own defaults apply.
     """
-    content = text.encode() if isinstance(text, str) else text
-    num_values = sum(map(content.count, (b",", b"[", b"{")))  # as many, or more where text holds these characters
-    if num_values > MAX_VALUES:
-        raise FieldError(f"{name} has {num_values} commas and brackets; allowed are {MAX_VALUES}", name)
-    try:
-        return from_json(content)
-    except ValueError as error:
-        raise FieldError(f"{name} is not JSON: {error}", name) from None
+    hints = {name: hint for name, hint in get_type_hints(kind).items() if name not in {*ENDPOINT_FIELDS, *without}}
+    optional: dict[str, Any] = {name: (_json_type(hint) | None, None) for name, hint in hints.items()}
+    return create_model("SamplingFields", **optional)
 
 
-def read_fields(body: bytes) -> dict[str, Any]:
-    """Parse a body, unless it has more fields than any request, each of which would be looked at.
-
-    Raises:
-        FieldError: it has too many, or is no JSON object.
-    """
-    content = read_json(body, "body")
-    if not isinstance(content, dict):
-        raise FieldError(f"the body must be a JSON object; received {shorten(content, json.dumps)}", "body")
-    if len(content) > MAX_FIELDS:
-        raise FieldError(f"the body has {len(content)} fields; allowed are {MAX_FIELDS}", "body")
-    return content
+SamplingFields = sampling_model(SamplingParams)
+SAMPLING_FIELDS: Final = tuple(SamplingFields.model_fields)
 
 
 def _check_stream_options(value: Any) -> Any:
@@ -140,10 +102,11 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False
 
 
-class GenerationRequest(BaseModel):
-    """The fields that every such endpoint reads; others are in `model_extra` and go through `check_other_fields`.
+class GenerationRequest(SamplingFields, BaseModel):  # type: ignore[valid-type, misc]  # a model made at import
+    """Fields that every generating endpoint reads, the sampling options among them.
 
-    `NEUTRAL_VALUES` are the values that fields which are not supported may have, beside `NEUTRAL_EXTRAS`.
+    Other fields are in `model_extra` and go through `check_other_fields`. `NEUTRAL_VALUES` has the values without
+    effect of fields that the endpoint does not support, in addition to `NEUTRAL_EXTRAS`.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -153,33 +116,13 @@ class GenerationRequest(BaseModel):
     lora: str | FirstOnly[dict[str, Any]] | None = None
     stream: bool | None = None
     stream_options: Annotated[StreamOptions | None, BeforeValidator(_check_stream_options)] = None
-    n: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_check_biases)] = None
-    stop: str | FirstOnly[str] | None = None
-    stop_token_ids: FirstOnly[int] | None = None
-    include_stop_str_in_output: bool | None = None
     max_tokens: int | None = None
-    min_tokens: int | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
     prompt_logprobs: int | None = None
     priority: int | None = None
     cache_salt: str | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
-    guided_json: dict[str, Any] | str | None = None
-    guided_regex: str | None = None
-    guided_choice: FirstOnly[str] | None = None
-    guided_grammar: str | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -188,32 +131,28 @@ class GenerationRequest(BaseModel):
 
     @classmethod
     def parse(cls, body: bytes) -> Self:
-        """Read a request body.
+        """Parse and check a request body.
 
         Raises:
-            FieldError: the body is not JSON, a field has the wrong type, or is not supported.
+            FieldError: the body is not JSON, or a field has the wrong type or is not supported.
         """
-        fields = read_fields(body)
-        try:
-            request = cls.model_validate(fields)
-        except ValidationError as error:
-            raise first_problem(error) from None
+        request = parse_body(cls, body)
         check_other_fields(request.model_extra or {}, {**NEUTRAL_EXTRAS, **cls.NEUTRAL_VALUES})
         if request.stream_options is not None and not request.stream:
             raise FieldError("stream_options needs stream=true", "stream_options")
         return request
 
     def given_sampling_options(self) -> dict[str, Any]:
-        """The fields of `SamplingParams` that the request sets and all endpoints share."""
+        """Return the fields of `SamplingParams` that the request sets and all endpoints have in one form."""
         given = {name: getattr(self, name) for name in SAMPLING_FIELDS}
         return {name: value for name, value in given.items() if value is not None}
 
 
-def answer_limit(max_tokens: int | None, max_completion_tokens: int | None) -> int | None:
-    """Return the longest answer in tokens, which has two names.
+def completion_limit(max_tokens: int | None, max_completion_tokens: int | None) -> int | None:
+    """Return the most tokens of a completion, a field with two names.
 
     Raises:
-        FieldError: they contradict each other.
+        FieldError: both are given and differ.
     """
     limits = {limit for limit in (max_tokens, max_completion_tokens) if limit is not None}
     if len(limits) > 1:
@@ -225,33 +164,77 @@ def answer_limit(max_tokens: int | None, max_completion_tokens: int | None) -> i
     return limits.pop() if limits else None
 
 
-def check_other_fields(fields: Mapping[str, Any], neutral_values: Mapping[str, tuple[JsonValue, ...]]) -> None:
-    """Refuse fields that would change the answer.
+def check_other_fields(others: Mapping[str, Any], neutral_values: Mapping[str, tuple[JsonValue, ...]]) -> None:
+    """Refuse fields that would change the output.
+
+    Args:
+        others: the fields that a request model does not have.
+        neutral_values: by field, the values that have no effect.
 
     Raises:
         FieldError: naming the first such field.
     """
-    for name, value in fields.items():
+    for name, value in others.items():
         if name in HARMLESS_FIELDS or value in neutral_values.get(name, ()):
             continue
         shown = shorten(value, json.dumps)
         if name in neutral_values:
             allowed = " or ".join(json.dumps(neutral) for neutral in neutral_values[name])
-            raise FieldError(f"{name}={shown} is not supported; allowed: {allowed}, or leave it out", name)
+            instead = f"; use {REPLACED_FIELDS[name]}" if name in REPLACED_FIELDS else ", or leave it out"
+            raise FieldError(f"{name}={shown} is not supported; allowed: {allowed}{instead}", name)
         message = f"unknown field {shorten(name)} with value {shown}; this server does not support it"
         raise FieldError(message, name[:80])
 
 
-def first_problem(error: ValidationError) -> FieldError:
-    """Say what is wrong with the first of the fields that are."""
-    problem = error.errors(include_url=False)[0]
-    # Pydantic adds the union member it tried (`str`, `list[str]`) after the field's own name.
-    param = str(problem["loc"][0]) if problem["loc"] else "body"
-    if problem["type"] == "missing":
-        return FieldError(f"{param} is required", param)
-    return FieldError(f"{param}: {reason_of(problem)}; received {shorten(problem['input'], json.dumps)}", param)
+def read_constraint(
+    request: GenerationRequest, text_format: Mapping[str, Any] | None = None
+) -> StructuredOutputsParams | None:
+    """Return the constraint on the output's form; None for any text.
+
+    Args:
+        request: has `response_format` and `structured_outputs`.
+        text_format: `text.format` of the Responses API, which is flatter than `response_format`.
+
+    Raises:
+        ConstraintError: a field is malformed, or two are given.
+    """
+    found = []
+    if request.response_format is not None:
+        holder = request.response_format.get("json_schema")
+        found.append(_read_format(request.response_format, "response_format", holder, "json_schema."))
+    if text_format is not None:
+        found.append(_read_format(text_format, "text.format", text_format))
+    if request.structured_outputs is not None:
+        found.append(_read_structured_outputs(request.structured_outputs))
+    constraints = [constraint for constraint in found if constraint is not None]
+    if len(constraints) > 1:
+        names = " and ".join(constraint.name for constraint in constraints)
+        raise ConstraintError(f"{names} are given; only one of them can be followed", constraints[1].name)
+    return constraints[0] if constraints else None
 
 
-def reason_of(problem: Mapping[str, Any]) -> str:
-    """What Pydantic says of a value, in the words of JSON where it has those of Python."""
-    return JSON_REASONS.get(problem["type"].removesuffix("_type")) or str(problem["msg"])
+def _read_format(value: Mapping[str, Any], name: str, holder: Any, place: str = "") -> StructuredOutputsParams | None:
+    """Read a format whose schema is in `holder`, which is `place` in messages."""
+    kind = value.get("type")
+    if kind not in FORMAT_TYPES:
+        shown = shorten(kind, json.dumps)
+        raise ConstraintError(f"{name}.type is {shown}; allowed are {', '.join(FORMAT_TYPES)}", name)
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return StructuredOutputsParams(json_object=True, name=name)
+    schema = holder.get("schema") if isinstance(holder, Mapping) else None
+    if not isinstance(schema, Mapping):
+        raise ConstraintError(f"{name}.{place}schema is missing; it must be a JSON schema", name)
+    return StructuredOutputsParams(json=schema, name=name)
+
+
+def _read_structured_outputs(value: Mapping[str, Any]) -> StructuredOutputsParams:
+    given = {key: content for key, content in value.items() if content is not None}
+    unknown = [key for key in given if key not in CONSTRAINT_FIELDS]
+    if unknown:
+        raise ConstraintError(
+            f"structured_outputs holds {shorten(unknown[0])}; allowed are {', '.join(CONSTRAINT_FIELDS)}",
+            "structured_outputs",
+        )
+    return StructuredOutputsParams(**given)

@@ -1,174 +1,319 @@
-"""The OpenAPI document: FastAPI knows the routes and their bodies, this file what they answer."""
+"""Models of messages and responses, from which FastAPI writes the OpenAPI document.
 
-from collections.abc import Mapping
-from typing import Any, Final
+They only describe: requests are checked by the protocol modules and `mmlora.inputs`, responses built by the output
+modules.
+"""
 
-from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
+from typing import Annotated, Any, Final, Literal
 
-from mmlora import __version__
+from pydantic import BaseModel, Field
 
-Schema = dict[str, Any]
+from mmlora.server.bodies import json_schema
 
-TEXT: Final[Schema] = {"type": "string"}
-INTEGER: Final[Schema] = {"type": "integer"}
-NUMBER: Final[Schema] = {"type": "number"}
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
-def obj(**fields: Schema) -> Schema:
-    """An object that always has these fields, and may have others."""
-    return {"type": "object", "properties": fields, "required": list(fields)}
+class MediaURL(BaseModel):
+    """Address of media."""
+
+    url: str = Field(description="data:, http:, https: or file:")
 
 
-def array(items: Schema) -> Schema:
-    """A list."""
-    return {"type": "array", "items": items}
+class AudioData(BaseModel):
+    """Audio inside a request; its format is detected from the data."""
+
+    data: str = Field(description="base64")
+    format: str | None = None
 
 
-def nullable(schema: Schema) -> Schema:
-    """A value or null."""
-    return {"anyOf": [schema, {"type": "null"}]}
+class TextPart(BaseModel):
+    """Text of a message."""
+
+    type: Literal["text"]
+    text: str
 
 
-def one_of(*values: str) -> Schema:
-    """One of some texts."""
-    return {"enum": list(values)}
+class ImageURLPart(BaseModel):
+    """Image of a message."""
+
+    type: Literal["image_url"]
+    image_url: MediaURL
 
 
-EVENT: Final = obj(data=TEXT)  # one of a stream; what the data holds is JSON, and at last `[DONE]`
+class AudioURLPart(BaseModel):
+    """Audio of a message, as a URL."""
+
+    type: Literal["audio_url"]
+    audio_url: MediaURL
 
 
-def answer(
-    schema: Schema, *, streams: bool = False, is_text: bool = False, media_type: str = "application/json"
-) -> Schema:
-    """What a route answers when all went well; with `is_text`, text alone where the request asks for it."""
-    content = {media_type: {"schema": schema}}
-    if is_text:
-        content["text/plain"] = {"schema": TEXT}
-    if streams:
-        content["text/event-stream"] = {"schema": EVENT}
-    return {"description": "Success", "content": content}
+class InputAudioPart(BaseModel):
+    """Audio of a message."""
+
+    type: Literal["input_audio"]
+    input_audio: AudioData
 
 
-ERROR: Final = obj(error=obj(message=TEXT, type=TEXT, param=nullable(TEXT), code=nullable(TEXT)))
-LORA: Final = obj(adapter=nullable(TEXT), digest=nullable(TEXT), reason=TEXT, warning=nullable(TEXT))
-USAGE: Final = obj(
-    prompt_tokens=INTEGER,
-    completion_tokens=INTEGER,
-    total_tokens=INTEGER,
-    prompt_tokens_details=obj(cached_tokens=INTEGER),
-)
-FINISH_REASON: Final = one_of("stop", "length", "tool_calls")
-STOP_REASON: Final = {"anyOf": [TEXT, INTEGER, {"type": "null"}]}
+class Message(BaseModel):
+    """Message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart | ImageURLPart | AudioURLPart | InputAudioPart] | None = None
 
 
-def choices(kind: str, **content: Schema) -> Schema:
-    """An answer of numbered choices."""
-    choice = obj(index=INTEGER, finish_reason=FINISH_REASON, stop_reason=STOP_REASON, **content)
-    return obj(id=TEXT, object=one_of(kind), created=INTEGER, model=TEXT, lora=LORA, usage=USAGE, choices=array(choice))
+class ItemTextPart(BaseModel):
+    """Text of an input item."""
+
+    type: Literal["input_text", "output_text"]
+    text: str
 
 
-CHAT: Final = choices(
-    "chat.completion",
-    message=obj(role=one_of("assistant"), content=nullable(TEXT), refusal={"type": "null"}),
-    logprobs=nullable(obj(content=array(obj(token=TEXT, logprob=NUMBER)))),
-)
-COMPLETION: Final = choices(
-    "text_completion",
-    text=TEXT,
-    logprobs=nullable(obj(tokens=array(TEXT), token_logprobs=array(nullable(NUMBER)))),
-)
-RESPONSE: Final = obj(
-    id=TEXT,
-    object=one_of("response"),
-    created_at=INTEGER,
-    model=TEXT,
-    status=one_of("completed", "incomplete"),
-    error={"type": "null"},
-    incomplete_details=nullable(obj(reason=one_of("max_output_tokens"))),
-    output=array(obj(id=TEXT, type=TEXT, status=TEXT)),
-    usage=obj(
-        input_tokens=INTEGER,
-        input_tokens_details=obj(cached_tokens=INTEGER),
-        output_tokens=INTEGER,
-        output_tokens_details=obj(reasoning_tokens=INTEGER),
-        total_tokens=INTEGER,
-    ),
-    metadata={"type": "object", "additionalProperties": TEXT},
-    lora=LORA,
-)
-ADAPTER: Final = obj(
-    name=TEXT,
-    lora_int_id=INTEGER,
-    digest=nullable(TEXT),
-    default_for=nullable(TEXT),
-    matched=INTEGER,
-    parts={"type": "object", "additionalProperties": INTEGER},
-    unmatched=array(TEXT),
-    problem=nullable(TEXT),
-)
-MODEL: Final = obj(
-    id=TEXT,
-    object=one_of("model"),
-    created=INTEGER,
-    owned_by=TEXT,
-    root=TEXT,
-    parent=nullable(TEXT),
-    max_model_len=INTEGER,
-    permission=array({"type": "object"}),
-    adapter=nullable(ADAPTER),
-)
-TRANSCRIPTION: Final = obj(
-    text=TEXT,
-    finish_reason=FINISH_REASON,
-    usage={
-        "anyOf": [
-            obj(type=one_of("tokens"), input_tokens=INTEGER, output_tokens=INTEGER, total_tokens=INTEGER),
-            obj(type=one_of("duration"), seconds=NUMBER),
-        ]
-    },
-    lora=LORA,
-)
-ANSWERS: Final[Mapping[str, Schema]] = {
-    "/v1/chat/completions": answer(CHAT, streams=True),
-    "/v1/completions": answer(COMPLETION, streams=True),
-    "/v1/responses": answer(RESPONSE, streams=True),
-    "/v1/audio/transcriptions": answer(TRANSCRIPTION, streams=True, is_text=True),
-    "/v1/audio/translations": answer(TRANSCRIPTION, streams=True, is_text=True),
-    "/v1/models": answer(obj(object=one_of("list"), data=array(MODEL))),
-    "/v1/models/{name}": answer(MODEL),
-    "/v1/load_lora_adapter": answer(TEXT, media_type="text/plain"),
-    "/v1/unload_lora_adapter": answer(TEXT, media_type="text/plain"),
-    "/tokenize": answer(
-        obj(count=INTEGER, max_model_len=INTEGER, tokens=array(INTEGER), token_strs=nullable(array(TEXT)))
-    ),
-    "/detokenize": answer(obj(prompt=TEXT)),
-    "/health": answer(obj(status=one_of("ok"))),
-    "/ready": answer(obj(status=one_of("ready"))),
-    "/version": answer(obj(version=TEXT)),
-    "/metrics": answer(TEXT, media_type="text/plain"),
-}
+class ItemImagePart(BaseModel):
+    """Image of an input item."""
+
+    type: Literal["input_image"]
+    image_url: str
 
 
-def add_openapi(app: FastAPI) -> None:
-    """Have an application describe itself at `/openapi.json`, answers and errors included."""
+class Item(BaseModel):
+    """Input item of a response."""
 
-    def describe() -> Schema:
-        if app.openapi_schema is None:
-            app.openapi_schema = _describe(app)
-        return app.openapi_schema
-
-    app.openapi = describe  # type: ignore[method-assign]  # FastAPI's own way to extend the document
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[ItemTextPart | ItemImagePart | InputAudioPart], Field(min_length=1)]
 
 
-def _describe(app: FastAPI) -> Schema:
-    document = get_openapi(title=app.title, version=__version__, routes=app.routes)
-    document["components"] = {"schemas": {"Error": ERROR}}
-    error = answer({"$ref": "#/components/schemas/Error"}) | {"description": "An error, in OpenAI's form"}
-    for path, operations in document["paths"].items():
-        for operation in operations.values():
-            operation["responses"] = {"200": ANSWERS[path], "4XX": error, "5XX": error}
-    status = answer(obj(status=TEXT)) | {"description": "Not now; the status says why"}
-    for path in ("/health", "/ready"):
-        document["paths"][path]["get"]["responses"]["503"] = status
-    return document
+MESSAGES: Final = json_schema(Annotated[list[Message], Field(min_length=1)])
+INPUT: Final = json_schema(str | Annotated[list[Item], Field(min_length=1)])
+
+
+class StreamEvent(BaseModel):
+    """Server-sent event; the data is JSON, or `[DONE]` at the end."""
+
+    data: str
+
+
+class ErrorDetails(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """Error in OpenAI's form."""
+
+    error: ErrorDetails
+
+
+class UsedLoRA(BaseModel):
+    """Adapter of a response and why it was chosen."""
+
+    adapter: str | None
+    digest: str | None
+    reason: str
+    warning: str | None
+
+
+class CachedTokens(BaseModel):
+    """Prompt tokens found in the prefix cache."""
+
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    """Token counts."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+class Choice(BaseModel):
+    """One of `n` completions."""
+
+    index: int
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+
+
+class ChoicesResponse(BaseModel):
+    """Response with numbered choices."""
+
+    id: str
+    created: int
+    model: str
+    lora: UsedLoRA
+    usage: Usage
+
+
+class TokenLogprob(BaseModel):
+    """Log probability of a token."""
+
+    token: str
+    logprob: float
+
+
+class ChatLogprobs(BaseModel):
+    """Log probabilities of a chat completion."""
+
+    content: list[TokenLogprob]
+
+
+class AssistantMessage(BaseModel):
+    """Message of the model."""
+
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+
+
+class ChatChoice(Choice):
+    """One chat completion."""
+
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+
+
+class ChatCompletion(ChoicesResponse):
+    """Response of `/v1/chat/completions`."""
+
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+
+
+class CompletionLogprobs(BaseModel):
+    """Log probabilities of a completion, one entry per token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+
+
+class CompletionChoice(Choice):
+    """One completion."""
+
+    text: str
+    logprobs: CompletionLogprobs | None
+
+
+class Completion(ChoicesResponse):
+    """Response of `/v1/completions`."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+
+
+class ReasoningTokens(BaseModel):
+    """Details of output tokens."""
+
+    reasoning_tokens: int
+
+
+class ResponseUsage(BaseModel):
+    """Token counts of a response."""
+
+    input_tokens: int
+    input_tokens_details: CachedTokens
+    output_tokens: int
+    output_tokens_details: ReasoningTokens
+    total_tokens: int
+
+
+class IncompleteDetails(BaseModel):
+    """Why a response is incomplete."""
+
+    reason: Literal["max_output_tokens"]
+
+
+class OutputItem(BaseModel):
+    """Message or function call."""
+
+    id: str
+    type: str
+    status: str
+
+
+class ResponseObject(BaseModel):
+    """Response of `/v1/responses`."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    model: str
+    status: Literal["completed", "incomplete"]
+    error: None
+    incomplete_details: IncompleteDetails | None
+    output: list[OutputItem]
+    usage: ResponseUsage
+    metadata: dict[str, str]
+    lora: UsedLoRA
+
+
+class TokenUsage(BaseModel):
+    """Token counts of a transcription."""
+
+    type: Literal["tokens"]
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+
+
+class DurationUsage(BaseModel):
+    """Length of the transcribed audio."""
+
+    type: Literal["duration"]
+    seconds: float
+
+
+class Transcription(BaseModel):
+    """Response of `/v1/audio/transcriptions` and `/v1/audio/translations`."""
+
+    text: str
+    finish_reason: FinishReason
+    usage: TokenUsage | DurationUsage
+    lora: UsedLoRA
+
+
+class AdapterDetails(BaseModel):
+    """What a model card has on an adapter."""
+
+    name: str
+    lora_int_id: int
+    digest: str | None
+    default_for: str | None
+    matched: int
+    parts: dict[str, int]
+    unmatched: list[str]
+    problem: str | None
+
+
+class ModelCard(BaseModel):
+    """Entry of `/v1/models`."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    max_model_len: int
+    permission: list[dict[str, Any]]
+    adapter: AdapterDetails | None
+
+
+class ModelList(BaseModel):
+    """Response of `/v1/models`."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+# `responses` of routes: errors of any route, and other forms than JSON.
+Responses = dict[int | str, dict[str, Any]]
+ERROR: Final = {"content": {"application/json": {"schema": json_schema(ErrorResponse)}}}
+ERRORS: Final[Responses] = {"4XX": ERROR, "5XX": ERROR}
+EVENTS: Final = {"text/event-stream": {"schema": json_schema(StreamEvent)}}
+OR_EVENTS: Final[Responses] = {200: {"content": EVENTS}}
+OR_EVENTS_OR_TEXT: Final[Responses] = {200: {"content": {**EVENTS, "text/plain": {"schema": {"type": "string"}}}}}

@@ -15,6 +15,9 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi import checks
 
+from mmlora.server.api import build_app
+from mmlora.server.launch import load_served_models
+from tests.server.conftest import ServerFactory
 from tests.server.lora.admin import BASE_NAMES, run_updatable
 
 NUM_CASES = 2000
@@ -51,6 +54,15 @@ def test_cases_of_the_document(schema: Any, wav: bytes, capsys: pytest.CaptureFi
     assert statuses.total() >= NUM_CASES
     for path in GENERATING:
         assert statuses["POSITIVE", path, 200] > 5, f"nothing was generated at {path}"
+
+
+def test_a_route_without_declarations_is_described(start_server: ServerFactory) -> None:
+    server = start_server()
+    app = build_app(server.llm, load_served_models(server.llm))
+    app.add_api_route("/new", dict)
+    operations = [result.ok() for result in schemathesis.openapi.from_dict(app.openapi()).get_all_operations()]
+    (new,) = [operation for operation in operations if operation.path == "/new"]
+    assert len(operations) > 10 and set(new.responses.status_codes) == {"200", "4XX", "5XX"}
 
 
 def check_operation(operation: Any, mode: GenerationMode, num_cases: int, wav: bytes, statuses: Counter[Any]) -> None:

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, WithJsonSchema
 
-from mmlora.server.openai.chat.message_schemas import MESSAGES
-from mmlora.server.openai.constraints import read_constraint
-from mmlora.server.openai.protocol import FieldError, FirstOnly, GenerationRequest, answer_limit
+from mmlora.server.bodies import FieldError, FirstOnly
+from mmlora.server.openai.protocol import GenerationRequest, completion_limit, read_constraint
+from mmlora.server.openai.schemas import MESSAGES
 from mmlora.server.openai.tools.choice import ToolChoice, read_tool_choice
 
 
@@ -64,7 +64,7 @@ class ChatCompletionRequest(GenerationRequest):
         constraint = read_constraint(self)
         return {
             **self.given_sampling_options(),
-            "max_tokens": answer_limit(self.max_tokens, self.max_completion_tokens),
+            "max_tokens": completion_limit(self.max_tokens, self.max_completion_tokens),
             "logprobs": self._num_logprobs(),
             "prompt_logprobs": self.prompt_logprobs,
             "structured_outputs": constraint if self.tooling is None else self.tooling.constrain(constraint),

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import WithJsonSchema
 
-from mmlora.server.openai.constraints import read_constraint
-from mmlora.server.openai.protocol import FieldError, GenerationRequest
+from mmlora.server.bodies import FieldError
+from mmlora.server.openai.protocol import GenerationRequest, read_constraint
 from mmlora.utils.text import shorten
 
 MAX_PROMPTS, MAX_CHOICES = 256, 1024  # the engine queues all of them at once

@@ -1,9 +1,10 @@
 """`CompletionService`: one completion, of one prompt or several, from its body to its answer, whole or streamed."""
 
+import asyncio
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -17,7 +18,6 @@ from mmlora.server.errors import Refusal, error_body, status_of
 from mmlora.server.http.admission import read_body
 from mmlora.server.http.auth import CALLER
 from mmlora.server.lora.served_models import ServedModels
-from mmlora.server.openai.completions.merge import merge
 from mmlora.server.openai.completions.output import CompletionAnswer
 from mmlora.server.openai.completions.protocol import CompletionRequest, TextOrTokens, parse_completion_request
 from mmlora.server.openai.logprobs import check_prompt_logprobs
@@ -25,6 +25,7 @@ from mmlora.server.openai.output import raise_failure
 from mmlora.server.openai.streaming import Outputs, close, respond_with
 
 References = dict[str, list[MediaReference]]
+T = TypeVar("T")
 
 
 class CompletionService:
@@ -138,3 +139,50 @@ def _naming_prompt(index: int, num_prompts: int) -> Iterator[None]:
         told = error_body(error)["error"]
         message = f"prompt[{index}]: {told['message']}"
         raise Refusal(status_of(error), message, param=told["param"], code=told["code"]) from error
+
+
+async def merge(sources: Sequence[AsyncIterator[T]]) -> AsyncGenerator[T, None]:
+    """Yield what each source brings, as it comes; the first failure, or leaving early, ends them all.
+
+    Each source is run, and closed if it is a generator, in one task.
+
+    Raises:
+        Exception: what a source raised.
+    """
+    arrived: asyncio.Queue[T | _End] = asyncio.Queue()
+    tasks = [asyncio.create_task(_move(source, arrived)) for source in sources]
+    num_running = len(tasks)
+    try:
+        while num_running:
+            item = await arrived.get()
+            if not isinstance(item, _End):
+                yield item
+            elif item.error is not None:
+                raise item.error
+            else:
+                num_running -= 1
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _End:
+    """Ends a source in the queue of what arrived."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+
+
+async def _move(source: AsyncIterator[T], arrived: "asyncio.Queue[T | _End]") -> None:
+    failure = None
+    try:
+        async for item in source:
+            arrived.put_nowait(item)
+    except Exception as error:
+        failure = error
+    finally:
+        close = getattr(source, "aclose", None)
+        if close is not None:
+            await close()
+    arrived.put_nowait(_End(failure))

@@ -5,7 +5,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from mmlora.server.openai.protocol import FieldError
+from mmlora.server.bodies import FieldError
 from mmlora.utils.text import shorten
 
 Json = dict[str, Any]

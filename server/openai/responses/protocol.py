@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue, WithJsonSchema
 
-from mmlora.server.openai.chat.message_schemas import INPUT
-from mmlora.server.openai.constraints import read_constraint
-from mmlora.server.openai.protocol import FieldError, FirstOnly, GenerationRequest, check_other_fields
+from mmlora.server.bodies import FieldError, FirstOnly
+from mmlora.server.openai.protocol import GenerationRequest, check_other_fields, read_constraint
+from mmlora.server.openai.schemas import INPUT
 from mmlora.server.openai.tools.choice import ToolChoice, read_tool_choice
 from mmlora.utils.text import shorten
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from mmlora.server.openai.protocol import FieldError, check_other_fields
+from mmlora.server.bodies import FieldError
+from mmlora.server.openai.protocol import check_other_fields
 from mmlora.server.openai.tools.formats import REQUIRED_FORMAT, ToolCallFormat, find_format
 from mmlora.server.openai.tools.parser import NamedToolParser, TextParser, ToolCallParser
 from mmlora.structured_outputs import ANY_OBJECT, StructuredOutputsParams

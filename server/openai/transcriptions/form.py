@@ -3,7 +3,7 @@
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from mmlora.server.openai.protocol import FieldError
+from mmlora.server.bodies import FieldError
 from mmlora.utils.text import shorten
 
 MAX_FORM_FIELDS = 64

@@ -3,23 +3,22 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, WithJsonSchema
 
 from mmlora.models.transcription import LANGUAGES
-from mmlora.server.openai.protocol import (
-    SAMPLING_FIELDS,
-    FieldError,
-    FirstOnly,
-    answer_limit,
-    check_other_fields,
-    first_problem,
-    read_json,
-)
+from mmlora.sampling_params import SamplingParams
+from mmlora.server.bodies import FieldError, FirstOnly, read_json, validate_fields
+from mmlora.server.openai.protocol import check_other_fields, completion_limit, sampling_model
 from mmlora.server.openai.transcriptions.form import parse_form
 from mmlora.utils.text import shorten
 
 LISTS = ("include", "timestamp_granularities")
 ResponseFormat = Literal["json", "text", "verbose_json"]
+# A transcription is one text, whole and without special tokens.
+FormSamplingFields = sampling_model(
+    SamplingParams,
+    without=("n", "logit_bias", "stop", "stop_token_ids", "include_stop_str_in_output", "skip_special_tokens"),
+)
 
 
 def _read_lora(value: Any) -> Any:
@@ -29,7 +28,7 @@ def _read_lora(value: Any) -> Any:
     return read_json(value, "lora")
 
 
-class AudioRequest(BaseModel):
+class AudioRequest(FormSamplingFields, BaseModel):  # type: ignore[valid-type, misc]  # a model made at import
     """The fields that both endpoints read; others are in `model_extra` and go through `check_other_fields`.
 
     `NEUTRAL_VALUES` are the values, as text, that fields which are not supported may have.
@@ -49,17 +48,8 @@ class AudioRequest(BaseModel):
     stream: bool = False
     stream_include_usage: bool | None = None  # the last event of a stream always has the token counts
     temperature: float = 0.0
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    min_tokens: int | None = None
-    ignore_eos: bool | None = None
     priority: int = 0
     cache_salt: str | None = None
 
@@ -76,10 +66,7 @@ class AudioRequest(BaseModel):
             FieldError: it is malformed, a field has the wrong type or value, is given twice, or is not supported.
         """
         fields = {name: _read_field(name, contents) for name, contents in parse_form(content_type, body).items()}
-        try:
-            request = cls.model_validate({name: value for name, value in fields.items() if value is not None})
-        except ValidationError as error:
-            raise first_problem(error) from None
+        request = validate_fields(cls, {name: value for name, value in fields.items() if value is not None})
         check_other_fields(request.model_extra or {}, cls.NEUTRAL_VALUES)
         request.check()
         return request
@@ -102,10 +89,10 @@ class AudioRequest(BaseModel):
         Raises:
             FieldError: two fields contradict each other.
         """
-        given = {name: getattr(self, name) for name in SAMPLING_FIELDS if name in type(self).model_fields}
+        given = {name: getattr(self, name) for name in FormSamplingFields.model_fields}
         return {
             **{name: value for name, value in given.items() if value is not None},
-            "max_tokens": answer_limit(self.max_tokens, self.max_completion_tokens),
+            "max_tokens": completion_limit(self.max_tokens, self.max_completion_tokens),
             "logprobs": 0 if self.has_logprobs else None,
         }
 

@@ -9,10 +9,10 @@ from mmlora.async_llm import AsyncLLM
 from mmlora.models.transcription import LANGUAGES, TranscriptionPrompt
 from mmlora.processors.media.decoding import load_media
 from mmlora.processors.media.items import AudioItem
+from mmlora.server.bodies import FieldError
 from mmlora.server.errors import Refusal
 from mmlora.server.lora.served_models import ServedModels
 from mmlora.server.openai.generation import Generation, GenerationService
-from mmlora.server.openai.protocol import FieldError
 from mmlora.server.openai.transcriptions.output import Asked, TranscriptionAnswer
 from mmlora.server.openai.transcriptions.protocol import AudioRequest, TranscriptionRequest, TranslationRequest
 

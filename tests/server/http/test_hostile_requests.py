@@ -144,7 +144,7 @@ HEAVY: dict[str, tuple[dict[str, Any], str]] = {
     "digits": ({"n": 10**4000}, "n=1000"),
     "two limits": ({"max_tokens": 10**4000, "max_completion_tokens": 10**4000 + 1}, "differ"),
     "biases": ({"logit_bias": {"x" * 10**6: 1}}, "logit_bias="),
-    "wrong schema": ({"guided_json": "[" + "1," * 1000 + "1]"}, "must be an object"),
+    "wrong schema": ({"structured_outputs": {"json": "[" + "1," * 1000 + "1]"}}, "must be an object"),
 }
 
 

@@ -17,8 +17,7 @@ from mmlora.lora.request import LoRARequest
 from mmlora.outputs import CompletionOutput, LoRAChoice, RequestOutput
 from mmlora.processors.fetch.data_url import load_base64
 from mmlora.server.args import LoRAModule
-from mmlora.server.openai.completions.logprobs import prompt_offsets
-from mmlora.server.openai.completions.output import CompletionAnswer
+from mmlora.server.openai.completions.output import CompletionAnswer, prompt_offsets
 from mmlora.server.openai.completions.protocol import CompletionRequest
 from tests.server.conftest import RunningServer, ServerFactory
 

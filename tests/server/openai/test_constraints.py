@@ -1,4 +1,4 @@
-"""`response_format`, `structured_outputs` and `guided_*` in chats and completions, with the `openai` client."""
+"""`response_format` and `structured_outputs` in chats and completions, with the `openai` client."""
 
 from __future__ import annotations
 
@@ -56,10 +56,9 @@ def texts(server: RunningServer, route: str, **fields: Any) -> list[tuple[str, s
     [
         {"response_format": JSON_SCHEMA},
         {"structured_outputs": {"json": SCHEMA, "regex": None}},
-        {"guided_json": SCHEMA},
-        {"guided_json": json.dumps(SCHEMA)},
+        {"structured_outputs": {"json": json.dumps(SCHEMA)}},
     ],
-    ids=["response_format", "structured_outputs", "guided_json", "text"],
+    ids=["response_format", "structured_outputs", "text"],
 )
 def test_a_schema_is_followed(server: RunningServer, route: str, fields: dict[str, Any]) -> None:
     whole = [text for text, reason in texts(server, route, max_tokens=80, **fields) if reason == "stop"]
@@ -70,12 +69,13 @@ def test_a_schema_is_followed(server: RunningServer, route: str, fields: dict[st
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_the_other_constraints_are_followed(server: RunningServer, route: str) -> None:
-    for fields in ({"guided_regex": "[ab]{3}c?"}, {"structured_outputs": {"regex": "[ab]{3}c?"}}):
-        assert all(re.fullmatch("[ab]{3}c?", text) for text, _ in texts(server, route, **fields))
-    for fields in ({"guided_choice": ["left", "right"]}, {"structured_outputs": {"choice": ["left", "right"]}}):
-        assert {text for text, _ in texts(server, route, **fields)} <= {"left", "right"}
-    for fields in ({"guided_grammar": 'root ::= "x" "y"*'}, {"structured_outputs": {"grammar": 'start: "x" "y"*'}}):
-        assert all(re.fullmatch("xy*", text) for text, _ in texts(server, route, **fields))
+    regex = texts(server, route, structured_outputs={"regex": "[ab]{3}c?"})
+    assert all(re.fullmatch("[ab]{3}c?", text) for text, _ in regex)
+    choice = texts(server, route, structured_outputs={"choice": ["left", "right"]})
+    assert {text for text, _ in choice} <= {"left", "right"}
+    for grammar in ('root ::= "x" "y"*', 'start: "x" "y"*'):
+        found = texts(server, route, structured_outputs={"grammar": grammar})
+        assert all(re.fullmatch("xy*", text) for text, _ in found)
     for fields in ({"response_format": {"type": "json_object"}}, {"structured_outputs": {"json_object": True}}):
         for text, reason in texts(server, route, max_tokens=30, **fields):
             assert isinstance(json.loads(text), dict) if reason == "stop" else text.startswith("{")
@@ -101,17 +101,21 @@ def test_a_constraint_of_null_or_text_is_none(server: RunningServer, route: str)
             "response_format",
             "banana",
         ),
-        ({"response_format": JSON_SCHEMA, "guided_regex": "a"}, "guided_regex", "response_format and guided_regex"),
+        (
+            {"response_format": JSON_SCHEMA, "structured_outputs": {"regex": "a"}},
+            "structured_outputs",
+            "response_format and structured_outputs",
+        ),
         ({"structured_outputs": {}}, "structured_outputs", "exactly one"),
         ({"structured_outputs": {"yaml": "a"}}, "structured_outputs", "'yaml'"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "regex and choice"),
         ({"structured_outputs": {"name": "a"}}, "structured_outputs", "'name'"),
-        ({"guided_regex": "("}, "guided_regex", "unclosed group"),
-        ({"guided_choice": []}, "guided_choice", "at least one"),
-        ({"guided_choice": "a"}, "guided_choice", "array"),
-        ({"guided_grammar": "start: x"}, "guided_grammar", "guided_grammar"),
-        ({"guided_json": "{"}, "guided_json", "not valid JSON"),
-        ({"guided_json": {"multipleOf": 1_000_003}}, "guided_json", "multipleOf"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs", "unclosed group"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs", "at least one"),
+        ({"structured_outputs": {"choice": "a"}}, "structured_outputs", "list"),
+        ({"structured_outputs": {"grammar": "start: x"}}, "structured_outputs", "structured_outputs: "),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs", "not valid JSON"),
+        ({"structured_outputs": {"json": {"multipleOf": 1_000_003}}}, "structured_outputs", "multipleOf"),
     ],
     ids=lambda value: str(value)[:40],
 )

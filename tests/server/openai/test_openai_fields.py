@@ -11,9 +11,10 @@ import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
+from mmlora.server.bodies import FieldError
 from mmlora.server.openai.chat.protocol import ChatCompletionRequest, parse_chat_request
 from mmlora.server.openai.completions.protocol import CompletionRequest, parse_completion_request
-from mmlora.server.openai.protocol import HARMLESS_FIELDS, NEUTRAL_EXTRAS, FieldError, GenerationRequest
+from mmlora.server.openai.protocol import HARMLESS_FIELDS, NEUTRAL_EXTRAS, GenerationRequest
 
 PAGE = Path(__file__).parents[3] / "docs" / "http.md"
 CHAT_PARAMS = (

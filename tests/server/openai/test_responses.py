@@ -209,7 +209,6 @@ def test_every_field_of_all_endpoints_is_dealt_with() -> None:
         "priority",
         "cache_salt",
         "structured_outputs",
-        *(f"guided_{kind}" for kind in ("json", "regex", "choice", "grammar")),
         *SAMPLING_FIELDS,
     }
     refused = {"max_tokens", "prompt_logprobs", "response_format"}
@@ -233,7 +232,7 @@ def test_an_answer_follows_a_schema(server: RunningServer) -> None:
     response = respond(server, "hello", text=text, **options)
     assert json.loads(response.output_text)["colour"] in ("red", "blue")
     assert response.to_dict()["text"]["format"] == text["format"]  # type: ignore[index,call-overload]
-    options["extra_body"]["guided_json"] = schema
+    options["extra_body"]["structured_outputs"] = {"json": schema}
     assert respond(server, "hello", **options).output_text == response.output_text
 
 
@@ -390,7 +389,7 @@ def refuse(server: RunningServer, body: Any, status: int = 400) -> dict[str, Any
         ({"text": {"format": {"type": "xml"}}}, "text.format"),
         ({"text": {"format": {"type": "json_schema", "name": "s"}}}, "text.format"),
         ({"text": {"format": "json"}}, "text.format"),
-        ({"text": {"format": {"type": "json_object"}}, "guided_regex": "a"}, "guided_regex"),
+        ({"text": {"format": {"type": "json_object"}}, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"text": {"style": "plain"}}, "text.style"),

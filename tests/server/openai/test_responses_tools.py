@@ -350,7 +350,7 @@ def refused(server: RunningServer, **fields: Any) -> dict[str, Any]:
         ({"tool_choice": {"type": "function", "name": "sub"}}, "tool_choice", "'sub'"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice", "needs tools"),
         ({"text": {"format": {"type": "json_object"}}}, "text.format", "tool_choice"),
-        ({"guided_regex": "a"}, "guided_regex", "tool_choice"),
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs", "tool_choice"),
         ({"tools": [tool("a", parameters={"not": {}}, strict=True)], "tool_choice": "required"}, "tools", "not"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

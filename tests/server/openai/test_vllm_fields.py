@@ -191,6 +191,19 @@ def test_what_does_not_fit_is_refused(server: RunningServer, messages: Any, fiel
     assert refused["status"] == 400 and named in refused["error"]["message"]
 
 
+@pytest.mark.parametrize("ask", [chat, complete])
+@pytest.mark.parametrize(
+    ("kind", "value"), [("json", {}), ("regex", "a"), ("choice", ["a"]), ("grammar", 'start: "a"')]
+)
+def test_replaced_fields_are_refused_with_their_replacement(
+    server: RunningServer, ask: Any, kind: str, value: Any
+) -> None:
+    refused = ask(server, "x", **{f"guided_{kind}": value})
+    assert (refused["status"], refused["error"]["param"]) == (400, f"guided_{kind}")
+    assert f'use structured_outputs={{"{kind}": …}}' in refused["error"]["message"]
+    assert ask(server, "x", **{f"guided_{kind}": None})["status"] == 200
+
+
 def test_the_log_probabilities_of_a_prompt(server: RunningServer) -> None:
     answer = chat(server, STORY, prompt_logprobs=2)
     listed = answer["prompt_logprobs"]
