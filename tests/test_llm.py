@@ -140,7 +140,7 @@ def test_one_bad_prompt_starts_none(llm):
 def test_unknown_options_of_the_engine_are_refused(tiny_phi4):
     with pytest.raises(ConfigError, match=r"unknown option\(s\) max_lora; allowed: .*max_loras"):
         LLM(str(tiny_phi4), max_lora=2)
-    with pytest.raises(ConfigError, match="max_model_len=513 exceeds the 512 tokens"):
+    with pytest.raises(ConfigError, match="max_model_len=513 exceeds this model's limit of 512 tokens"):
         LLM(str(tiny_phi4), max_model_len=513)
     with pytest.raises(ConfigError, match="KV cache of 1000 bytes"):
         LLM(str(tiny_phi4), kv_cache_memory_bytes=1000)

@@ -26,12 +26,12 @@ from mmlora.models.loader import (
     MODEL_FILES,
     load_meta_model,
     load_tokenizer,
+    read_stored_bytes,
     resolve_device,
     resolve_dtype,
     resolve_max_model_len,
     resolve_model_path,
 )
-from mmlora.models.stored_weights import stored_bytes
 from mmlora.utils.library_errors import LIBRARY_ERRORS
 from mmlora.utils.text import one_line, printable, size_text
 
@@ -204,7 +204,7 @@ def _examine(args: EngineArgs, path: Path, config: PretrainedConfig, facts: dict
     block_bytes = choose_backend(device).block_bytes(KVLayout.from_config(config, args.block_size, dtype))
     facts["kv_token_bytes"] = block_bytes // args.block_size
     facts["kv_bytes"] = facts["kv_token_bytes"] * -(-max_model_len // args.block_size) * args.block_size
-    facts["stored_bytes"] = stored_bytes(args.model, args.revision, path)
+    facts["stored_bytes"] = read_stored_bytes(args.model, args.revision, path)
     num_kv_blocks(args, block_bytes, kv_cache_bytes(args, device, weight_bytes), max_model_len)
 
 

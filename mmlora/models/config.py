@@ -1,4 +1,4 @@
-"""A model's configuration: reading it, and what it tells of why a model cannot be served."""
+"""Read a model's configuration and refuse models that this engine cannot run."""
 
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ MAX_LAYERS = 1000
 
 
 def load_config(path: Path) -> PretrainedConfig:
-    """Read a model's configuration and refuse what this engine cannot run.
+    """Read and check a model's configuration.
 
     Raises:
-        ConfigError: names what is unknown or unsupported.
+        ConfigError: the configuration is missing, unknown to transformers, or of an unsupported model.
     """
     config = read_config(path)
     check_config(config)
@@ -29,7 +29,7 @@ def read_config(path: Path) -> PretrainedConfig:
     """Read a model's configuration.
 
     Raises:
-        ConfigError: there is none, or none that transformers understands.
+        ConfigError: the configuration is missing or unknown to transformers.
     """
     layout = find_layout(path)
     try:
@@ -44,10 +44,10 @@ def read_config(path: Path) -> PretrainedConfig:
 
 
 def check_config(config: PretrainedConfig) -> None:
-    """Refuse what this engine cannot run, as far as the configuration tells.
+    """Check that the engine supports a model, as far as its configuration shows.
 
     Raises:
-        ConfigError: names what is unsupported.
+        ConfigError: names the unsupported feature.
     """
     model_class = find_model_class(config)
     try:
@@ -67,7 +67,7 @@ def check_config(config: PretrainedConfig) -> None:
             f"supported are {', '.join(sorted(ATTENTION_LAYERS))}"
         )
     if getattr(model_class, "_is_stateful", False):
-        raise ConfigError(f"{name} keeps recurrent state between tokens, which has no place in a paged KV cache")
+        raise ConfigError(f"{name} keeps recurrent state between tokens, which a paged KV cache cannot hold")
     for size, limit in (("num_hidden_layers", MAX_LAYERS), ("num_attention_heads", None), ("hidden_size", None)):
         value = getattr(text_config, size, None)
         if not isinstance(value, int) or not 1 <= value <= (limit or value):
@@ -79,10 +79,10 @@ def check_config(config: PretrainedConfig) -> None:
 
 
 def find_model_class(config: PretrainedConfig) -> Any:
-    """Return the class of transformers that a checkpoint names.
+    """Return the transformers class that a checkpoint names under `architectures`.
 
     Raises:
-        ConfigError: there is no such class.
+        ConfigError: transformers has no such model class.
     """
     name = class_name(config)
     model_class = getattr(transformers, name, None) if isinstance(name, str) else None
@@ -92,6 +92,6 @@ def find_model_class(config: PretrainedConfig) -> Any:
 
 
 def class_name(config: PretrainedConfig) -> Any:
-    """Return what a checkpoint says its class is called; it may be anything."""
+    """Return the class name in a checkpoint's `architectures`, unchecked: any JSON value."""
     names: Any = config.architectures
     return names[0] if isinstance(names, list) and names else names

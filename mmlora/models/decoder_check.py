@@ -1,7 +1,7 @@
-"""At load: does a decoder compute on the paged cache what it computes by itself? If not, it is refused.
+"""Check at load that a decoder computes the same logits on the paged KV cache as with its own attention.
 
-A few dozen random tokens go through the decoder twice, with its own attention and masks, and in two chunks through the
-paged cache. What a model does in its masks alone, or in ways of its own, shows here.
+A few dozen random tokens run through the decoder twice: with its own attention and masks, and in two chunks on the
+paged cache. This detects models that rely on their own masks or on an attention variant that the engine lacks.
 """
 
 from collections.abc import Iterator
@@ -21,32 +21,32 @@ from mmlora.utils.library_errors import LIBRARY_ERRORS
 
 NUM_TOKENS, CHUNK = 40, 23
 TEST_WINDOW = 8
-# Of the logits' own scale. Rounding alone makes 0.03 in bfloat16, 0.003 in float16 and 1e-6 in float32, in a random
-# Llama of 24 layers and width 2048.
+# Relative to the standard deviation of the logits. In a random Llama of 24 layers and width 2048, rounding alone makes
+# 0.03 in bfloat16, 0.003 in float16 and 1e-6 in float32.
 MAX_ERROR = {torch.float32: 3e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 def check_decoder(
     model: Any, towers: Towers | None, backend: AttentionBackend, layout: KVLayout, max_model_len: int
 ) -> None:
-    """Compare a loaded model's decoder with itself.
+    """Compare a decoder's logits on the paged KV cache with those of its own attention.
 
     Args:
-        model: on its device, its decoder on paged attention.
+        model: a loaded model, its decoder on paged attention.
         towers: of the model, None for a text-only one.
         backend: implements the attention.
         layout: of the KV cache.
-        max_model_len: the longest sequence that is to be served.
+        max_model_len: the longest sequence to serve.
 
     Raises:
-        ConfigError: they differ, or the decoder cannot run that way.
+        ConfigError: the logits differ, or the decoder does not run on the paged cache.
     """
     text_config, name = model.config.get_text_config(), type(model).__name__
     error = _error(model, towers, backend, layout)
     if not error <= MAX_ERROR[model.dtype]:
         raise ConfigError(
-            f"{name} gives other logits on a paged KV cache than by itself ({error:.1%} of their scale): its attention "
-            "does something that this engine does not know"
+            f"{name} computes other logits on a paged KV cache than with its own attention (off by {error:.1%} of "
+            "their standard deviation): this engine does not support its attention"
         )
     window = getattr(text_config, "sliding_window", None)
     if window is None or window >= max_model_len:
@@ -55,17 +55,18 @@ def check_decoder(
         error = _error(model, towers, backend, layout)
     if not error <= MAX_ERROR[model.dtype]:
         raise ConfigError(
-            f"{name} hides tokens beyond its sliding window of {window} in its masks only, which this engine does not "
-            f"read; it can be served with max_model_len={window} or less"
+            f"{name} applies its sliding window of {window} tokens in its masks only, which this engine does not use; "
+            f"serve it with max_model_len={window} or less"
         )
 
 
 @torch.inference_mode()
 def _error(model: Any, towers: Towers | None, backend: AttentionBackend, layout: KVLayout) -> float:
-    """Return how far the logits of a chunk are off, as a share of their scale: the worse of both chunks.
+    """Return the relative error of the logits, the larger of both chunks.
 
-    Of a token the root mean square over the vocabulary counts, since the largest error grows with the vocabulary; of a
-    chunk the median over its tokens: in half precision a router may send single ones to other experts.
+    The error of a token is the root mean square over the vocabulary, since the largest error grows with the vocabulary.
+    The error of a chunk is the median over its tokens, since in half precision a router may send single tokens to other
+    experts.
     """
     embedding = model.get_input_embeddings()
     device, name = embedding.weight.device, type(model).__name__
@@ -76,10 +77,12 @@ def _error(model: Any, towers: Towers | None, backend: AttentionBackend, layout:
         with _attention(model, "eager"):
             expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
     except LIBRARY_ERRORS as error:
-        raise ConfigError(f"{name} cannot run on plain text by itself: {error}") from error
+        raise ConfigError(f"{name} cannot run on plain text with its own attention: {error}") from error
     if not expected.isfinite().all():
         dtype = str(model.dtype).removeprefix("torch.")
-        raise ConfigError(f"{name} gives NaN or infinity for plain text in dtype={dtype!r}: its weights need another")
+        raise ConfigError(
+            f"{name} computes NaN or infinity for plain text in dtype={dtype!r}; its weights need another dtype"
+        )
     cache = backend.allocate(replace(layout, block_size=NUM_TOKENS), 1, device)
     errors = []
     for start, end in ((0, CHUNK), (CHUNK, NUM_TOKENS)):
@@ -106,7 +109,7 @@ def _attention(model: Any, name: str) -> Iterator[None]:
 
 @contextmanager
 def _window(model: Any, text_config: Any, window: int) -> Iterator[None]:
-    """Shorten the sliding window, in the configuration (masks read it) and in the layers (attention is told)."""
+    """Shorten the sliding window in the configuration (for masks) and in the layers (for attention)."""
     changed = [(text_config, text_config.sliding_window)]
     changed += [(m, m.sliding_window) for m in model.modules() if isinstance(getattr(m, "sliding_window", None), int)]
     for owner, _ in changed:

@@ -1,4 +1,4 @@
-"""Default adapters that come with a model: which of them lie in its directory, and whether they are applied."""
+"""Default adapters that a model comes with: find them in its directory, and choose whether they are applied."""
 
 import logging
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ logger = logging.getLogger(__name__)
 
 
 def find_default_adapters(config: PretrainedConfig, path: Path) -> dict[str, str]:
-    """Return the adapters in a model's directory that are meant for modalities, as `default_mm_loras` takes them.
+    """Return the adapters for modalities in a model's directory, in the form of `default_mm_loras`.
 
     Args:
-        config: the model's.
+        config: of the model.
         path: its directory (for a Hub id, the snapshot folder).
     """
-    if getattr(config, "has_lora_adapter", True) is False:  # of Granite Speech
+    if getattr(config, "has_lora_adapter", True) is False:  # in configurations of Granite Speech
         return {}
     folders = {key: path / folder for key, folder in get_default_adapters(config).items()}
     embedded = _embedded_adapters(path) if folders else set()
@@ -33,29 +33,32 @@ def find_default_adapters(config: PretrainedConfig, path: Path) -> dict[str, str
 
 
 def _embedded_adapters(path: Path) -> set[Path]:
-    """Return where adapters would lie whose tensors are in the main files."""
+    """Return the usual folders of adapters whose tensors are in the model's own weight files."""
     layout = find_layout(path)
     try:
         return set(layout.find_adapters(path).values()) if layout is not None else set()
     except LIBRARY_ERRORS:
-        return set()  # whoever loads the weights says what is wrong
+        return set()  # loading the weights reports the problem
 
 
 def choose_default_adapters(args: EngineArgs, config: PretrainedConfig, path: Path) -> Mapping[str, str] | None:
-    """Return what `default_mm_loras` says, for `auto` what is found; the log tells what that is, or would be.
+    """Return the default adapters to apply, and log which ones `auto` applies or would apply.
 
     Args:
         args: options of the engine.
-        config, path: of the model, as for `find_default_adapters`.
+        config, path: see `find_default_adapters`.
+
+    Returns:
+        The mapping of `default_mm_loras`; for `auto`, the adapters in the model's directory.
     """
     given = args.default_mm_loras
     if not args.enable_lora or isinstance(given, Mapping):
         return given if isinstance(given, Mapping) else None
     found = find_default_adapters(config, path)
     if given == AUTO and found:
-        logger.warning("default_mm_loras=auto: %s", ", ".join(f"{key} takes {folder}" for key, folder in found.items()))
+        logger.warning("default_mm_loras=auto: %s", ", ".join(f"{key} uses {folder}" for key, folder in found.items()))
     elif given == AUTO:
-        logger.warning("default_mm_loras=auto: %s has no adapters that are meant for modalities", path)
+        logger.warning("default_mm_loras=auto: %s has no adapters for modalities", path)
     elif found:
         keys = ", ".join(found)
         logger.warning("found adapters for %s in the model directory; --default-mm-loras auto applies them", keys)

@@ -1,6 +1,6 @@
-"""The one table of model families: what each takes, and what stands between its media and its decoder.
+"""The table of model families: the modalities, processor, towers and prompts of each.
 
-Nothing else asks for a `model_type` or the name of a class.
+No other module compares a `model_type` or the name of a model class.
 """
 
 import json
@@ -44,13 +44,14 @@ class Family:
     """A family of models.
 
     Attributes:
-        name: what people call it.
-        modalities: that it takes beside text.
-        processor, towers: of its media.
-        default_adapters: adapters that its models come with: modalities joined with `+`, and the folder that holds the
-            adapter for them; an empty name is the model's own.
+        name: for users.
+        modalities: supported in addition to text.
+        processor: builds the processor of its media.
+        towers: builds the towers of a loaded model.
+        default_adapters: folders of the adapters that its models come with, by their modalities joined with `+`. An
+            empty folder is the model's own directory.
         transformers_since: the first version of `transformers` whose processor runs without torchvision.
-        transcription: how its models are asked for the words of a clip.
+        transcription: prompts for transcription and translation; None if the family has none.
     """
 
     name: str
@@ -129,68 +130,70 @@ FAMILIES: Mapping[str, Family] = {
         transcription=prompts.PHI4_MULTIMODAL,
     ),
 }
-# By the class that a checkpoint's files name, whatever its family: LLaVA models with Pixtral's tower name this one.
-STAND_INS: Mapping[str, ProcessorFactory] = {"PixtralProcessor": partial(GeneralProcessor, load=PixtralProcessor)}
-# By the `model_type` that config.json names.
+# By the processor class that a checkpoint names, for any family: LLaVA models with Pixtral's tower name this one.
+PROCESSOR_OVERRIDES: Mapping[str, ProcessorFactory] = {
+    "PixtralProcessor": partial(GeneralProcessor, load=PixtralProcessor)
+}
+# By the `model_type` in config.json.
 LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (PHI4MM_LAYOUT, QWEN2_5_OMNI_LAYOUT)}
 
 
 def find_layout(path: Path) -> Layout | None:
-    """How the files of a directory are to be read; None for the way of `transformers`."""
+    """Return the layout of a checkpoint's directory; None if `transformers` reads it as it is."""
     try:
         content = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return None  # whoever reads it next says what is wrong
+        return None  # `read_config` reports the problem
     return LAYOUTS.get(str(content.get("model_type"))) if isinstance(content, dict) else None
 
 
 def get_key_mapping(path: Path) -> Mapping[str, str] | None:
-    """Return how a directory's tensors and modules are renamed (see `Layout`); None for the names of `transformers`."""
+    """Return how a checkpoint's tensors and modules are renamed, see `Layout`; None if they are not."""
     layout = find_layout(path)
     return layout.key_mapping if layout is not None else None
 
 
 def family_key(config: PretrainedConfig) -> str | None:
-    """Return the key of a model's family in the table, None where it has none."""
+    """Return the key of a model's family in `FAMILIES`; None if it is not listed."""
     return config.model_type if config.model_type in FAMILIES else None
 
 
 def check_modalities(config: PretrainedConfig, model_class: Any) -> None:
-    """Refuse a model with towers that the table does not have, instead of serving its decoder alone.
+    """Refuse a model with towers whose family is not listed, instead of serving only its decoder.
 
     Raises:
-        ConfigError: names what the model takes.
+        ConfigError: names the modalities of the model.
     """
     family = FAMILIES.get(config.model_type)
     takes = model_class.input_modalities
     media = sorted({takes} if isinstance(takes, str) else set(takes)) if config.sub_configs else []
-    media = [modality for modality in media if modality != "text"]  # a text decoder may inherit them, its config not
+    media = [modality for modality in media if modality != "text"]  # a text decoder may inherit them from its class
     if media and (family is None or not family.modalities):
         raise ConfigError(
-            f"{model_class.__name__} takes {' and '.join(media)} beside text, and {config.model_type} is not among the "
-            "families with media that are served (`mmlora models` lists them)"
+            f"{model_class.__name__} takes {' and '.join(media)} in addition to text, but {config.model_type} is not "
+            "among the families with supported media (`mmlora models` lists them)"
         )
 
 
 def get_default_adapters(config: PretrainedConfig) -> Mapping[str, str]:
-    """Return the adapters that models of a configuration's family come with; see `Family`."""
+    """Return the default adapters of a model's family, see `Family`."""
     family = FAMILIES.get(config.model_type)
     return family.default_adapters if family is not None else {}
 
 
 def get_transcription_prompt(config: PretrainedConfig) -> prompts.TranscriptionPrompt | None:
-    """Return how models of a configuration's family are asked for the words of a clip; None where none are known."""
+    """Return the transcription prompts of a model's family; None if it has none."""
     family = FAMILIES.get(config.model_type)
     return family.transcription if family is not None else None
 
 
 def get_processor(config: PretrainedConfig, model_path: str | Path, tokenizer: Any) -> MultiModalProcessor | None:
-    """Build the processor of a model, or return None for one that takes only text.
+    """Build the processor of a model; return None for a text-only model.
 
     Args:
         config: the model's configuration.
         model_path: its local directory (for a Hub id, the snapshot folder).
-        tokenizer: its tokenizer, which must know the placeholder tokens.
+        tokenizer: its tokenizer, which must have the placeholder tokens.
 
     Raises:
         ConfigError: the preprocessor files or the tokenizer do not fit the model, or `transformers` is too old for it.
@@ -201,10 +204,10 @@ def get_processor(config: PretrainedConfig, model_path: str | Path, tokenizer: A
     if Version(transformers.__version__) < Version(family.transformers_since):
         raise ConfigError(
             f"{family.name} needs transformers {family.transformers_since} or newer, whose processor runs without "
-            f"torchvision; this is {transformers.__version__}"
+            f"torchvision; installed is {transformers.__version__}"
         )
     try:
-        factory = STAND_INS.get(named_class(Path(model_path)), family.processor)
+        factory = PROCESSOR_OVERRIDES.get(named_class(Path(model_path)), family.processor)
         return factory(config, Path(model_path), tokenizer)
     except LIBRARY_ERRORS as error:
         reason = f"{type(error).__name__}: {error}"
@@ -212,6 +215,6 @@ def get_processor(config: PretrainedConfig, model_path: str | Path, tokenizer: A
 
 
 def get_towers(model: Any) -> Towers | None:
-    """Return the towers of a loaded `transformers` model, None for a text-only one."""
+    """Return the towers of a loaded `transformers` model; None for a text-only model."""
     family = FAMILIES.get(model.config.model_type)
     return family.towers(model) if family is not None and family.modalities else None

@@ -1,17 +1,19 @@
-"""From a directory or Hub id to a `transformers` model that runs on this engine's attention."""
+"""Load tokenizer and weights from a directory or the Hub, as a `transformers` model on this engine's attention."""
 
 import json
 import logging
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import get_safetensors_metadata, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
@@ -24,18 +26,20 @@ from mmlora.utils.library_errors import LIBRARY_ERRORS
 
 CONFIG_FILES = ["*.json"]
 MODEL_FILES = [*CONFIG_FILES, "*.safetensors", "*.txt", "*.model", "*.jinja"]
+MODEL_WEIGHTS_FILE: Final = "model.safetensors"
+WEIGHTS_INDEX_FILE: Final = "model.safetensors.index.json"
 
 
 def resolve_model_path(model: str, revision: str | None, patterns: Sequence[str] = MODEL_FILES) -> Path:
-    """The local directory of a model, downloaded from the Hub unless it is one.
+    """Return the local directory of a model, after downloading it when `model` is a Hub id.
 
     Args:
-        model: the directory, or the Hub id.
+        model: a directory or a Hub id.
         revision: on the Hub; None is the main branch.
-        patterns: of the files that are downloaded.
+        patterns: of the files to download.
 
     Raises:
-        ConfigError: there is neither such a directory nor such a repository.
+        ConfigError: `model` is not a directory, and the Hub does not provide such a repository.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -43,16 +47,14 @@ def resolve_model_path(model: str, revision: str | None, patterns: Sequence[str]
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(
-            f"model={model!r} is neither a directory nor a Hub repository within reach: {error}"
-        ) from None
+        raise ConfigError(f"model={model!r} is neither a directory nor a reachable Hub repository: {error}") from None
 
 
 def load_tokenizer(args: EngineArgs, path: Path) -> Any:
-    """The model's tokenizer, or the one that `tokenizer` names.
+    """Load the model's tokenizer, or the one that `args.tokenizer` names.
 
     Raises:
-        ConfigError: it cannot be loaded.
+        ConfigError: the tokenizer cannot be loaded.
     """
     source = path if args.tokenizer is None else resolve_model_path(args.tokenizer, args.revision)
     layout = find_layout(source)
@@ -60,9 +62,9 @@ def load_tokenizer(args: EngineArgs, path: Path) -> Any:
         if layout is not None:
             tokenizer = layout.load_tokenizer(source)
         else:
-            # A tekken.json is converted: the backend of mistral-common would not read placeholders in a text.
+            # Convert a tekken.json: the mistral-common backend would not find placeholders in text.
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, mistral_format=False)
-        file = source / "chat_template.json"  # of older processors; it knows media, the tokenizer's own may not
+        file = source / "chat_template.json"  # of older processors; the tokenizer's own template may lack media
         if file.is_file():
             tokenizer.chat_template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
     except LIBRARY_ERRORS as error:
@@ -71,16 +73,16 @@ def load_tokenizer(args: EngineArgs, path: Path) -> Any:
 
 
 def load_model(config: PretrainedConfig, path: Path, *, dtype: torch.dtype, device: torch.device) -> Any:
-    """Load the class that the checkpoint names, in eval mode, its decoder on paged attention.
+    """Load the class that the checkpoint names, in eval mode, with its decoder on paged attention.
 
     Raises:
-        ConfigError: the weights do not load.
+        ConfigError: the weights cannot be loaded.
     """
     model_class = find_model_class(config)
     layout = find_layout(path)
     options = {"key_mapping": dict(layout.key_mapping)} if layout is not None else {}
-    # `check_loaded` tells what does not fit; transformers would warn of all that is left out on purpose.
-    with _view_without_adapter(path) as view, _errors_only() if layout is not None else nullcontext():
+    # `check_loaded` reports tensors that do not fit; transformers would also warn about those that a layout skips.
+    with _view_without_adapter(path) as view, _quiet_transformers() if layout is not None else nullcontext():
         try:
             model, info = model_class.from_pretrained(
                 view, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
@@ -90,24 +92,24 @@ def load_model(config: PretrainedConfig, path: Path, *, dtype: torch.dtype, devi
             raise ConfigError(f"the weights of {str(path)!r} cannot be loaded as {name}: {error}") from None
     if layout is not None:
         layout.check_loaded(info["missing_keys"], info["unexpected_keys"])
-    leave_tf32(dtype, device)
-    # On the decoder only: towers have masks of their own, which this attention would ignore.
+    disable_tf32(dtype, device)
+    # On the decoder only: towers use their own masks, which this attention would ignore.
     has_text_config = config.get_text_config() is not config
     model.set_attn_implementation({"text_config" if has_text_config else "": ATTENTION_NAME})
     return model.to(device).eval().requires_grad_(False)
 
 
-def leave_tf32(dtype: torch.dtype, device: torch.device) -> None:
-    """Convolve float32 in float32: cuDNN's default rounds to TF32, which moved logits by up to 5e-3 on an H100."""
+def disable_tf32(dtype: torch.dtype, device: torch.device) -> None:
+    """Run float32 convolutions in float32: TF32, cuDNN's default, changed logits by up to 5e-3 on an H100."""
     if device.type == "cuda" and dtype == torch.float32:
         torch.backends.cudnn.allow_tf32 = False
 
 
 def load_meta_model(config: PretrainedConfig) -> Any:
-    """Build the class that a checkpoint names on the meta device: modules and shapes, no weights.
+    """Build the class that a checkpoint names on the meta device: modules and shapes without weights.
 
     Raises:
-        ConfigError: transformers lacks the class, or cannot build it.
+        ConfigError: transformers lacks the class or cannot build it.
     """
     model_class = find_model_class(config)
     try:
@@ -117,21 +119,44 @@ def load_meta_model(config: PretrainedConfig) -> Any:
         raise ConfigError(f"{model_class.__name__} cannot be built from its configuration: {error}") from None
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device that `device` names; `auto` is CUDA where there is one.
+def read_stored_bytes(model: str, revision: str | None, path: Path) -> dict[str, int]:
+    """Return the size of a checkpoint's tensors in bytes by safetensors dtype (`BF16`), from the headers of its files.
+
+    Args:
+        model: a directory or a Hub id.
+        revision: on the Hub.
+        path: the local directory; where it lacks the weights of a Hub id, their headers are fetched from the Hub.
 
     Raises:
-        ConfigError: CUDA is asked for and missing.
+        ConfigError: files are missing or damaged.
+    """
+    try:
+        files = _weight_files(path)
+        is_remote = not Path(model).expanduser().is_dir() and not all(file.exists() for file in files)
+        tensors = _remote_tensors(model, revision) if is_remote else (t for file in files for t in _tensors(file))
+        counts: Counter[str] = Counter()
+        for dtype, num_bytes in tensors:
+            counts[dtype] += num_bytes
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"the weights of {str(path)!r} cannot be loaded: {error}") from None
+    return dict(counts)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device of the option `device`; `auto` is CUDA if available, else the CPU.
+
+    Raises:
+        ConfigError: CUDA is requested but not available.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device={name!r}: torch sees no CUDA device here; allowed are auto and cpu")
+        raise ConfigError(f"device={name!r}: no CUDA device is available; allowed are auto and cpu")
     return torch.device(name)
 
 
 def resolve_dtype(dtype: str | torch.dtype, config: PretrainedConfig, device: torch.device) -> torch.dtype:
-    """The type of weights and activations; `auto` takes the checkpoint's, and float32 for half precision on CPU."""
+    """Return the dtype of weights and activations; `auto` is the checkpoint's on a GPU and float32 on a CPU."""
     if dtype != "auto":
         return _as_dtype(dtype)
     stored = config.dtype or config.get_text_config().dtype or torch.float32
@@ -144,10 +169,10 @@ def _as_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def resolve_max_model_len(requested: int | None, config: PretrainedConfig) -> int:
-    """The longest sequence in tokens: what is asked for, or what the model takes.
+    """Return the longest sequence in tokens: `requested`, or else the model's limit.
 
     Raises:
-        ConfigError: the model takes less than what is asked for.
+        ConfigError: `requested` exceeds the model's limit.
     """
     text_config = config.get_text_config()
     limit: Any = getattr(text_config, "max_position_embeddings", None)
@@ -156,18 +181,18 @@ def resolve_max_model_len(requested: int | None, config: PretrainedConfig) -> in
     rope = getattr(text_config, "rope_parameters", None) or {}
     for parameters in (value for value in rope.values() if isinstance(value, dict)):  # one set for each layer type
         if parameters.get("rope_type") == "longrope":
-            # Beyond this length the factors of every position change; `LongRope` knows one set for all layers.
+            # `LongRope` handles one set of factors for all layers; with one per layer type, only short factors work.
             original = parameters.get("original_max_position_embeddings")
             original = original or getattr(text_config, "original_max_position_embeddings", None)
             limit = min(limit, original or limit)
     if requested is not None and requested > limit:
-        raise ConfigError(f"max_model_len={requested} exceeds the {limit} tokens that this model takes here")
+        raise ConfigError(f"max_model_len={requested} exceeds this model's limit of {limit} tokens")
     return requested or limit
 
 
 @contextmanager
-def _errors_only() -> Iterator[None]:
-    """Keep warnings of `transformers` from the log."""
+def _quiet_transformers() -> Iterator[None]:
+    """Silence warnings of `transformers` inside the block."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:
@@ -178,9 +203,9 @@ def _errors_only() -> Iterator[None]:
 
 @contextmanager
 def _view_without_adapter(path: Path) -> Iterator[Path]:
-    """A directory that shows the model's files but no adapter.
+    """Yield a directory with links to the model's files, without an adapter.
 
-    With PEFT installed, `from_pretrained` would merge an adapter it finds beside the weights into the base model.
+    With PEFT installed, `from_pretrained` merges an adapter in the same directory into the base model.
     """
     if not (path / "adapter_config.json").exists():
         yield path
@@ -190,3 +215,34 @@ def _view_without_adapter(path: Path) -> Iterator[Path]:
             if not file.name.startswith("adapter_"):
                 os.symlink(file.resolve(), Path(folder) / file.name)
         yield Path(folder)
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / WEIGHTS_INDEX_FILE
+    if not index.exists():
+        return [path / MODEL_WEIGHTS_FILE]
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    if any(Path(name).name != name for name in names):
+        raise ValueError(f"{WEIGHTS_INDEX_FILE} names files outside the directory")
+    return [path / name for name in names]
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, int]]:
+    """Yield dtype and size in bytes of each tensor in a file."""
+    with safe_open(file, "pt"):  # validates the header, also against the size of the file
+        pass
+    with file.open("rb") as content:
+        header: dict[str, Any] = json.loads(content.read(int.from_bytes(content.read(8), "little")))
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            start, end = tensor["data_offsets"]
+            yield tensor["dtype"], end - start
+
+
+def _remote_tensors(model: str, revision: str | None) -> Iterator[tuple[str, int]]:
+    try:
+        files = get_safetensors_metadata(model, revision=revision).files_metadata
+    except Exception as error:  # errors of huggingface_hub share no base class: HTTP, parsing, connection
+        raise ValueError(f"the Hub does not provide their headers ({type(error).__name__}: {error})") from error
+    for tensor in (tensor for file in files.values() for tensor in file.tensors.values()):
+        yield tensor.dtype, tensor.data_offsets[1] - tensor.data_offsets[0]

@@ -1,7 +1,7 @@
-"""longrope with the factors of each sequence's own length: `transformers` takes one set for a whole batch.
+"""longrope with factors chosen per sequence; `transformers` chooses one set for a whole batch.
 
-A sequence has short factors up to the length that the model was first trained on, and long ones beyond it. When it
-grows over that length, its keys are computed anew.
+A sequence uses short factors up to the model's original context length, and long factors beyond it. When a sequence
+grows past that length, its keys are recomputed.
 """
 
 from typing import Any
@@ -14,10 +14,10 @@ from mmlora.attention.metadata import current_attention
 
 
 class LongRope(nn.Module):
-    """Rotary embedding of flattened tokens, in place of the model's own.
+    """Rotary embedding of flattened tokens that replaces the model's own.
 
     Args:
-        base: a rotary embedding of `transformers` with `rope_type="longrope"`, for all layers alike.
+        base: a rotary embedding of `transformers` with `rope_type="longrope"`, shared by all layers.
     """
 
     def __init__(self, base: Any) -> None:
@@ -44,10 +44,10 @@ class LongRope(nn.Module):
 
 
 def replace_longrope(model: nn.Module) -> int | None:
-    """Put `LongRope` in place of a model's rotary embeddings.
+    """Replace a model's longrope embeddings by `LongRope`.
 
     Returns:
-        The length beyond which a sequence has long factors; None for a model without longrope.
+        The length in tokens beyond which a sequence uses long factors; None for a model without longrope.
     """
     lengths = []
     for name, module in list(model.named_modules()):

@@ -1,7 +1,7 @@
-"""`TranscriptionPrompt`: how a model is asked for the words of a clip, in the language spoken or in another.
+"""`TranscriptionPrompt`: the prompts with which each family transcribes or translates speech.
 
-The words are those of model cards and cookbooks, for Qwen3-ASR, Audio Flamingo 3 and Voxtral those of the processors of
-`transformers`; Qwen2-Audio and Gemma 3n follow instructions in any words.
+The prompts come from model cards and cookbooks; those of Qwen3-ASR, Audio Flamingo 3 and Voxtral from the processors of
+`transformers`. Qwen2-Audio and Gemma 3n follow free instructions.
 """
 
 from collections.abc import Mapping
@@ -12,25 +12,26 @@ from transformers.models.whisper.tokenization_whisper import LANGUAGES as WHISPE
 
 from mmlora.errors import ConfigError
 
-LANGUAGES: Final[Mapping[str, str]] = WHISPER_LANGUAGES  # English names by ISO 639-1 code, in small letters
+LANGUAGES: Final[Mapping[str, str]] = WHISPER_LANGUAGES  # lowercase English names by ISO 639-1 code
 OWN_PROMPT: Final = "transcription_prompt"  # in a checkpoint's generation_config.json
 
 
 @dataclass(frozen=True)
 class TranscriptionPrompt:
-    """What a user says to have a clip transcribed or translated.
+    """The prompts of a model for transcription and translation.
 
     Attributes:
-        transcribe: text that follows the clip.
-        transcribe_in: the same where the request tells which `{language}` is spoken; None where the model was taught
-            no such text.
-        translate: text that follows the clip to have it in `{to_language}`; None where the model was not taught to.
-        languages: codes of those that the model hears, where these are few; empty for all of `LANGUAGES`.
-        takes_context: a request may tell what else the model should know.
-        chat_template: in place of the model's and of `transcribe`; it is given the `context`, and the `code` and `name`
-            of the `language`, which is None where it is not told.
-        special_token: of the template, that the tokenizer must know.
-        answer_mark: what stands in an answer between the language heard and the text, unless the language was told.
+        transcribe: text after the clip that asks for a transcription.
+        transcribe_in: the same for a given `{language}` of the speech; None if the model was not trained for it.
+        translate: text after the clip that asks for a translation to `{to_language}`; None if the model was not trained
+            to translate.
+        languages: codes of the supported languages; empty for all of `LANGUAGES`.
+        takes_context: a request may add a prompt, such as names that occur in the clip.
+        chat_template: replaces the model's own template and `transcribe`. Its variables are `context` and `language`,
+            which has a `code` and a `name`, or is None if the request gives no language.
+        special_token: of the template; the tokenizer must have it.
+        language_separator: between the detected language and the text in the model's output; the output has neither if
+            the request gives the language.
     """
 
     transcribe: str
@@ -40,7 +41,7 @@ class TranscriptionPrompt:
     takes_context: bool = True
     chat_template: str | None = None
     special_token: str | None = None
-    answer_mark: str | None = None
+    language_separator: str | None = None
 
 
 _OWN_FIELDS: Final = ("transcribe", "transcribe_in", "translate", "languages", "takes_context")
@@ -78,7 +79,7 @@ QWEN3_ASR: Final = TranscriptionPrompt(
     ),
     languages=tuple("ar cs da de el en es fa fi fr hi hu id it ja ko mk ms nl pl pt ro ru sv th tr vi yue zh".split()),
     special_token="<asr_text>",
-    answer_mark="<asr_text>",
+    language_separator="<asr_text>",
 )
 VOXTRAL: Final = TranscriptionPrompt(
     "",
@@ -92,13 +93,13 @@ VOXTRAL: Final = TranscriptionPrompt(
 
 
 def read_own_prompt(content: Any) -> TranscriptionPrompt:
-    """Read what a checkpoint's `generation_config.json` says under `transcription_prompt`.
+    """Read the `transcription_prompt` of a checkpoint's `generation_config.json`.
 
     Args:
-        content: fields of `TranscriptionPrompt`, those with which a text is asked for.
+        content: the fields of `TranscriptionPrompt` in `_OWN_FIELDS`, by name.
 
     Raises:
-        ConfigError: a field is unknown, missing or of another form.
+        ConfigError: a field is unknown, missing or of the wrong type.
     """
     if not isinstance(content, dict) or "transcribe" not in content:
         raise ConfigError(f"{OWN_PROMPT} is {content!r}; it must be an object with 'transcribe'")

@@ -106,7 +106,9 @@ def test_the_page(phi4: Path, llama: Path, capsys: pytest.CaptureFixture[str]) -
     assert "text, audio, image" in page and "speech-lora (for audio), vision-lora (for image, audio+image)" in page
     assert cli.main(["doctor", str(llama), *CPU, "--max-model-len", "513"]) == 2
     page = capsys.readouterr().out
-    assert page.startswith(f"{llama} CANNOT be served\n  reason: max_model_len=513 exceeds the 512 tokens")
+    assert page.startswith(
+        f"{llama} CANNOT be served\n  reason: max_model_len=513 exceeds this model's limit of 512 tokens"
+    )
     assert "none in the directory" in page and "mmlora serve" not in page
 
 
@@ -178,7 +180,7 @@ def test_shards(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     index.write_text(json.dumps({"weight_map": {"w": "model-00001-of-00001.safetensors"}}))
     assert doctor(capsys, path)[1]["stored_bytes"] == doctor(capsys, llama)[1]["stored_bytes"]
     index.write_text(json.dumps({"weight_map": {"w": "../llama/secret.safetensors"}}))
-    assert "outside of the directory" in doctor(capsys, path)[1]["problem"]
+    assert "outside the directory" in doctor(capsys, path)[1]["problem"]
 
 
 def test_names_of_folders_reach_no_terminal_raw(phi4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,12 +213,12 @@ def test_a_hub_id_costs_configurations_and_headers(
         return SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=tensors)})
 
     monkeypatch.setattr("mmlora.models.loader.snapshot_download", download)
-    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", metadata)
+    monkeypatch.setattr("mmlora.models.loader.get_safetensors_metadata", metadata)
     code, found = doctor(capsys, "org/phi4", "--revision", "v1")
     assert code == 0 and fetched == [("org/phi4", "v1", False), ("org/phi4", "v1")]
     assert found["stored_bytes"] == {"BF16": 36}
     assert found["default_mm_loras"]["audio"] == "org/phi4/speech-lora@v1"
     assert "--revision v1" in found["command"]
-    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("mmlora.models.loader.get_safetensors_metadata", lambda *_, **__: 1 / 0)
     code, found = doctor(capsys, "org/phi4")
-    assert code == 2 and "the Hub does not give their headers" in found["problem"]
+    assert code == 2 and "the Hub does not provide their headers" in found["problem"]

@@ -19,11 +19,11 @@ from tests.equality import Case, Checkpoint, check_cases
 from tests.reference import Reference
 
 REFUSED = {
-    "diffllama": "DiffLlamaForCausalLM gives other logits on a paged KV cache than by itself",
-    "doge": "DogeForCausalLM gives other logits on a paged KV cache than by itself",
+    "diffllama": "DiffLlamaForCausalLM computes other logits on a paged KV cache than with its own attention",
+    "doge": "DogeForCausalLM computes other logits on a paged KV cache than with its own attention",
     "deepseek_v3": "DeepseekV3ForCausalLM cannot run on a paged KV cache",
     "gpt_oss": "GptOssForCausalLM cannot run on a paged KV cache: this model's attention has sinks",
-    "phimoe": "PhimoeForCausalLM hides tokens beyond its sliding window of 64 in its masks only.*max_model_len=64 or",
+    "phimoe": "PhimoeForCausalLM applies its sliding window of 64 tokens in its masks only.*max_model_len=64 or",
 }
 
 
@@ -63,7 +63,9 @@ def test_a_model_that_gives_no_numbers_is_refused(tmp_path: Path) -> None:
     weights = load_file(path / "model.safetensors")
     weights["model.norm.weight"][0] = float("inf")
     save_file(weights, path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ConfigError, match="LlamaForCausalLM gives NaN or infinity for plain text in dtype='float16'"):
+    with pytest.raises(
+        ConfigError, match="LlamaForCausalLM computes NaN or infinity for plain text in dtype='float16'"
+    ):
         LLM(str(path), dtype="float16", device="cpu", max_model_len=128)
 
 
@@ -71,4 +73,4 @@ def test_the_command_says_so_and_ends_with_2(tmp_path: Path, capsys: pytest.Capt
     path = save_text_model(tmp_path / "doge", "doge")
     assert cli.main(["serve", str(path), "--port", "0", "--device", "cpu"]) == 2
     message = capsys.readouterr().err.strip()
-    assert "\n" not in message and "DogeForCausalLM gives other logits" in message
+    assert "\n" not in message and "DogeForCausalLM computes other logits" in message

@@ -84,7 +84,7 @@ def test_the_files_of_adapters_in_subfolders_are_downloaded() -> None:
 def test_auto_applies_them_and_says_so(phi4: Path, caplog: pytest.LogCaptureFixture) -> None:
     llm = LLM(str(phi4), default_mm_loras="auto", **OPTIONS)
     (message,) = messages(caplog)
-    assert message.startswith("default_mm_loras=auto: audio takes ") and str(phi4 / "vision-lora") in message
+    assert message.startswith("default_mm_loras=auto: audio uses ") and str(phi4 / "vision-lora") in message
     outputs = llm.generate([SPOKEN, BOTH, "text"], PARAMS, use_tqdm=False)
     assert [output.lora.reason for output in outputs] == ["default:audio", "default:audio+image", "none"]
     given = {key: str(phi4 / f"{name}-lora") for key, name in (("audio", "speech"), ("audio+image", "vision"))}
@@ -96,7 +96,7 @@ def test_auto_applies_them_and_says_so(phi4: Path, caplog: pytest.LogCaptureFixt
 
 def test_auto_runs_a_model_that_has_none(tiny_phi4: Path, caplog: pytest.LogCaptureFixture) -> None:
     llm = LLM(str(tiny_phi4), default_mm_loras="auto", **OPTIONS)
-    assert messages(caplog) == [f"default_mm_loras=auto: {tiny_phi4} has no adapters that are meant for modalities"]
+    assert messages(caplog) == [f"default_mm_loras=auto: {tiny_phi4} has no adapters for modalities"]
     (output,) = llm.generate(SPOKEN, PARAMS, use_tqdm=False)
     assert output.lora.reason == "none"
 

@@ -13,7 +13,7 @@ from mmlora.attention.paged import SDPABackend
 from mmlora.config import EngineArgs
 from mmlora.errors import ConfigError
 from mmlora.models.config import check_config
-from mmlora.models.loader import leave_tf32, load_tokenizer, resolve_max_model_len
+from mmlora.models.loader import disable_tf32, load_tokenizer, resolve_max_model_len
 from tests.families.table import save_family
 
 FACTORS = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 1e4}
@@ -26,7 +26,7 @@ def llama(**rope):
 
 def test_longrope_takes_the_models_whole_length():
     assert resolve_max_model_len(None, llama(original_max_position_embeddings=64)) == 512
-    with pytest.raises(ConfigError, match="max_model_len=513 exceeds the 512 tokens"):
+    with pytest.raises(ConfigError, match="max_model_len=513 exceeds this model's limit of 512 tokens"):
         resolve_max_model_len(513, llama(original_max_position_embeddings=64))
 
 
@@ -67,5 +67,5 @@ def test_a_decoder_without_the_attention_interface_is_refused():
 )
 def test_float32_is_convolved_in_float32(dtype, device, is_allowed, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    leave_tf32(dtype, torch.device(device))
+    disable_tf32(dtype, torch.device(device))
     assert torch.backends.cudnn.allow_tf32 is is_allowed

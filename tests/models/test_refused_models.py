@@ -62,14 +62,17 @@ REFUSED: Mapping[str, tuple[Callable[[], dict[str, Any]], str]] = {
     ),
     "video": (
         lambda: composite("LlavaOnevision"),
-        "LlavaOnevisionForConditionalGeneration takes image and video beside text, and llava_onevision is not among",
+        "LlavaOnevisionForConditionalGeneration takes image and video in addition to text, but llava_onevision is not",
     ),
     "image": (
         lambda: composite("VipLlava"),
-        "VipLlavaForConditionalGeneration takes image beside text, and vipllava is not among the families with "
-        "media that are served (`mmlora models` lists them)",
+        "VipLlavaForConditionalGeneration takes image in addition to text, but vipllava is not among the "
+        "families with supported media (`mmlora models` lists them)",
     ),
-    "audio": (lambda: composite("GlmAsr"), "GlmAsrForConditionalGeneration takes audio beside text, and glmasr is"),
+    "audio": (
+        lambda: composite("GlmAsr"),
+        "GlmAsrForConditionalGeneration takes audio in addition to text, but glmasr is",
+    ),
 }
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints that are not laid out as `transformers` writes the class that serves them."""
+"""Checkpoints whose files differ from those that `transformers` writes for the class that serves them."""

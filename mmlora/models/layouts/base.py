@@ -1,4 +1,4 @@
-"""`Layout`: how to read the files of a checkpoint as those of another class."""
+"""`Layout`: how to load a checkpoint as a class of `transformers` whose configuration and names differ."""
 
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -15,18 +15,17 @@ from mmlora.lora.loading.files import AdapterFiles
 
 @dataclass(frozen=True)
 class Layout:
-    """A way of laying out a checkpoint.
+    """A checkpoint format, recognized by its `model_type`.
 
     Attributes:
-        name: the `model_type` that its config.json names.
-        load_config: reads a directory's configuration as that of the class which serves it.
-        key_mapping: regular expressions in the names of its tensors and modules, and what replaces them.
-        left_out: matches tensors, named as `key_mapping` gives them, that are no part of the base model.
-        load_tokenizer: reads a directory's tokenizer.
-        find_adapters: names the adapters whose tensors lie in the main files of a directory, with the folder that each
-            would have.
-        embedded_adapter: reads an adapter that lies in the main files of a directory, by the path that it would have;
-            None where there is none.
+        name: the `model_type` in config.json.
+        load_config: reads a directory's configuration as that of the class that serves it.
+        key_mapping: regular expressions in names of tensors and modules, and their replacements.
+        left_out: matches tensors, after `key_mapping`, that are not part of the base model.
+        load_tokenizer: loads a directory's tokenizer.
+        find_adapters: returns the adapters embedded in a directory's weight files, by name, with the folder that each
+            would usually have.
+        embedded_adapter: reads an embedded adapter by the folder that it would usually have; None if there is none.
     """
 
     name: str
@@ -38,14 +37,14 @@ class Layout:
     embedded_adapter: Callable[[Path, str], AdapterFiles | None] = lambda source, path: None
 
     def check_loaded(self, missing: Collection[str], unexpected: Collection[str]) -> None:
-        """Make sure that every tensor landed, except those that are left out.
+        """Check that every tensor was loaded, except those in `left_out`.
 
         Args:
             missing: names of parameters that the files lack.
-            unexpected: names of tensors, as `key_mapping` gives them, that the model lacks.
+            unexpected: names of tensors, after `key_mapping`, that the model lacks.
 
         Raises:
-            ConfigError: one did not.
+            ConfigError: parameters are missing, or tensors are unknown.
         """
         wrong = {"missing": missing, "unknown": [key for key in unexpected if not self.left_out.fullmatch(key)]}
         for kind, names in wrong.items():

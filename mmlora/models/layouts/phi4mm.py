@@ -1,7 +1,7 @@
 """Microsoft's own layout of Phi-4-multimodal (`model_type: "phi4mm"`), read as `Phi4MultimodalForCausalLM`.
 
-Its configuration nests what `transformers` has flat, its modules have other names, and its main files hold two adapters
-beside the base weights. All of that is translated in memory; the code that comes with such a repository is never run.
+Its configuration is nested where that of `transformers` is flat, its modules have other names, and its weight files
+contain two adapters as well. All of this is converted in memory; the code in such a repository never runs.
 Source: https://huggingface.co/microsoft/Phi-4-multimodal-instruct
 """
 
@@ -35,9 +35,9 @@ KEY_MAPPING: Mapping[str, str] = {
     r"self_attn\.linear_(q|k|v)\.": r"self_attn.\1_proj.",
     r"self_attn\.linear_out\.": "self_attn.o_proj.",
 }
-"""Regular expressions in the names of Microsoft's modules, and what replaces them."""
+"""Regular expressions in the names of Microsoft's modules, and their replacements."""
 
-# What Microsoft's code fixes, so that config.json does not say it: SigLIP, and the ids of two tokens.
+# Constants of Microsoft's code that config.json lacks: SigLIP, and the ids of two tokens.
 VISION: Mapping[str, Any] = {
     "hidden_size": 1152,
     "intermediate_size": 4304,
@@ -49,7 +49,7 @@ VISION: Mapping[str, Any] = {
 }
 AUDIO: Mapping[str, Any] = {"audio_token_id": 200011}
 
-# Choices of Microsoft's code that `transformers` leaves no choice about; most would change no tensor's shape.
+# Options of Microsoft's code that are fixed in `transformers`; most would not change the shape of a tensor.
 _FIXED: Final[Mapping[str, Any]] = {
     "embd_layer.image_embd_layer.use_hd_transform": True,
     "embd_layer.image_embd_layer.with_learnable_separator": True,
@@ -83,8 +83,8 @@ def load_config(path: Path) -> PretrainedConfig:
     """Read a directory's configuration as that of `Phi4MultimodalForCausalLM`.
 
     Raises:
-        ConfigError: something is missing, or chosen otherwise than this class computes it.
-        ValueError, StrictDataclassError: `transformers` refuses a value.
+        ConfigError: a field is missing, or has a value that this class does not support.
+        ValueError, StrictDataclassError: `transformers` rejects a value.
     """
     content = _read_content(path)
     for name, value in _FIXED.items():
@@ -114,28 +114,28 @@ def load_config(path: Path) -> PretrainedConfig:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """Load `tokenizer.json` as it is.
+    """Load `tokenizer.json` unchanged.
 
-    The class that Microsoft names, GPT2TokenizerFast, would split text as GPT-2 does, not as this file says.
+    The class that Microsoft names, GPT2TokenizerFast, would replace its pre-tokenizer by that of GPT-2.
     """
     return PreTrainedTokenizerFast.from_pretrained(path)
 
 
 def find_adapters(source: Path) -> dict[str, Path]:
-    """Name the adapters whose tensors the main files hold, each with its usual folder, which need not exist."""
+    """Return the adapters in a model's weight files by name, with their usual folders, which need not exist."""
     names = {match["name"] for _, _, match in _adapter_tensors(source)}
     return {name: source / f"{name}-lora" for name in sorted(names)}
 
 
 def embedded_adapter(source: Path, path: str) -> AdapterFiles | None:
-    """Read the adapter that a path names as PEFT would have saved it, from the main files if its folder is missing.
+    """Read an adapter from a model's weight files, in the form in which PEFT would have saved it.
 
     Args:
         source: the directory of the model.
-        path: of the adapter.
+        path: the usual folder of the adapter.
 
     Returns:
-        None for a path that exists, or that is no folder of `find_adapters`.
+        The adapter; None if the folder exists, or is not one of `find_adapters`.
 
     Raises:
         ConfigError: the configuration does not describe the adapter.
@@ -148,17 +148,17 @@ def embedded_adapter(source: Path, path: str) -> AdapterFiles | None:
 
 
 def extract_adapters(source: Path, folder: Path) -> dict[str, Path]:
-    """Write the adapters that the main files of a directory hold as PEFT directories.
+    """Write the adapters in a model's weight files as PEFT directories.
 
     Args:
         source: the directory of the model.
-        folder: where `speech-lora` and `vision-lora` are made.
+        folder: the directory in which to create `speech-lora` and `vision-lora`.
 
     Returns:
         The new directories by name.
 
     Raises:
-        ConfigError: one of them exists, or the configuration does not describe an adapter.
+        ConfigError: a directory exists, or the configuration does not describe an adapter.
     """
     written = {}
     for name in find_adapters(source):
@@ -193,10 +193,10 @@ def _read_adapter(source: Path, name: str) -> AdapterFiles:
 
 
 def _adapter_tensors(source: Path) -> Iterator[tuple[Any, str, re.Match[str]]]:
-    """Open file, key and parsed key of each tensor of an adapter in the main files."""
+    """Yield the open file, the key and the parsed key of each adapter tensor in the weight files."""
     for path in sorted(source.glob("model*.safetensors")):
         with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118  such a file is no mapping
+            for key in file.keys():  # noqa: SIM118  a safetensors file is not a mapping
                 if match := _LORA.fullmatch(key):
                     yield file, key, match
 
@@ -210,7 +210,7 @@ def _value(content: Mapping[str, Any], name: str) -> Any:
     value: Any = content
     for part in name.split("."):
         if not isinstance(value, dict) or part not in value:
-            raise ConfigError(f"config.json: {name} is missing; a phi4mm checkpoint has it")
+            raise ConfigError(f"config.json: {name} is missing; a phi4mm checkpoint must have it")
         value = value[part]
     return value
 

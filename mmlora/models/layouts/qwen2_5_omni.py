@@ -1,4 +1,4 @@
-"""A whole Qwen2.5-Omni (`model_type: "qwen2_5_omni"`): its thinker is served, what speaks is left out.
+"""A complete Qwen2.5-Omni (`model_type: "qwen2_5_omni"`): the thinker is served, the speech output is left out.
 
 Source: https://huggingface.co/Qwen/Qwen2.5-Omni-7B
 """

@@ -48,7 +48,7 @@ class TranscriptionService(GenerationService):
                 asked.has_logprobs,
                 language,
                 clip.duration_s,
-                prompt.answer_mark if asked.language is None else None,
+                prompt.language_separator if asked.language is None else None,
             )
         )
         # A user message with the clip and, unless the template says it all, the text that goes with it.
