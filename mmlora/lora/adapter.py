@@ -1,25 +1,30 @@
-"""A loaded adapter on the host: its matrices, its identity and the report of what matched."""
+"""A loaded LoRA adapter on the host: its weights, its identity and the report of which modules matched."""
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
+
+import torch
 
 from mmlora.lora.weights import ModuleWeights
 
 PARTS: Final = ("language_model", "connector", "vision_tower", "audio_tower")
 
 AdapterIdentity = tuple[int, str, int]
-"""`(uid, digest, generation)`: the only key under which anything about an adapter may be cached."""
+"""`(uid, digest, generation)`: the only valid cache key for anything that depends on an adapter."""
 
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What became of an adapter's tensors.
+    """Result of matching an adapter's tensors with a model.
 
     Attributes:
-        matched: modules of the model that the adapter changes.
-        parts: how many of them lie in each part of the model.
-        unmatched: tensors that landed nowhere; empty unless loaded with `strict=False`.
+        matched: number of modules that the adapter changes.
+        parts: number of these modules in each part of the model.
+        unmatched: tensors that match no module; empty unless loaded with `strict=False`.
         max_rank: largest rank of any module; 0 when none is low-rank.
     """
 
@@ -31,19 +36,19 @@ class AdapterReport:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """One version of an adapter, immutable; whoever runs with it keeps it alive by referring to it.
+    """One immutable version of an adapter. Requests and slots keep it alive by holding a reference.
 
     Attributes:
-        name: for people only.
+        name: for logs and errors only.
         digest: sha256 of the configuration and all tensors.
-        media_digest: sha256 of the tower and connector tensors alone, None if it has none.
+        media_digest: sha256 of the tower and connector tensors alone; None when there are none.
         path: the directory it was read from; None for an adapter from memory.
         modules: by the model's own module name.
-        uid: number of the adapter in this process; 0 until an `HostCache` has taken it.
-        generation: count of in-place reloads.
-        invocation_tokens: of an activated LoRA: it holds from the last place where they stand in the prompt; empty
-            for an adapter that holds everywhere.
-        needs_own_pass: it changes modules of the language model that cannot be given rows of several adapters.
+        uid: number of the adapter in this process; 0 until it enters a `HostCache`.
+        generation: number of in-place reloads.
+        invocation_tokens: of an activated LoRA, which applies from their last occurrence in the prompt on; empty for
+            an adapter that applies to the whole prompt.
+        needs_own_pass: it changes modules of the language model that cannot process rows of several adapters at once.
     """
 
     name: str
@@ -66,5 +71,41 @@ class Adapter:
         return sum(weights.num_bytes for weights in self.modules.values())
 
     def with_identity(self, uid: int, generation: int) -> "Adapter":
-        """Return the same adapter under the identity that the store gives it."""
+        """Return the same adapter with the identity that the cache assigns to it."""
         return replace(self, uid=uid, generation=generation)
+
+
+def digest_adapter(config: object, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the sha256 of everything that decides what an adapter computes.
+
+    Args:
+        config: the part of the configuration that affects the output, as JSON content.
+        tensors: all tensors of the file.
+    """
+    digest = hashlib.sha256(canonical_json(config))
+    for key in sorted(tensors):
+        _update(digest, key, tensors[key])
+    return digest.hexdigest()
+
+
+def digest_media_modules(modules: Mapping[str, ModuleWeights]) -> str | None:
+    """Return the sha256 of the tower and connector modules of an adapter; None when `modules` is empty."""
+    if not modules:
+        return None
+    digest = hashlib.sha256(b"tower and connector")
+    for module, weights in sorted(modules.items()):
+        digest.update(canonical_json([module, weights.scalings]))
+        for name, tensor in weights.tensors:
+            _update(digest, name, tensor)
+    return digest.hexdigest()
+
+
+def canonical_json(content: object) -> bytes:
+    """Return JSON content in a unique encoding: keys sorted, no spaces."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _update(digest: "hashlib._Hash", key: str, tensor: torch.Tensor) -> None:
+    digest.update(canonical_json([key, str(tensor.dtype), list(tensor.shape)]))
+    if tensor.numel():
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

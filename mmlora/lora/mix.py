@@ -1,4 +1,4 @@
-"""Several adapters on one request, each with a weight: `LoRAMix`, and the virtual adapter it becomes."""
+"""`LoRAMix`: weighted sum of several adapters on one request, and the virtual adapter built from it."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,8 +9,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from mmlora.errors import AdapterError, RequestError
-from mmlora.lora.adapter import Adapter, AdapterIdentity, AdapterReport
-from mmlora.lora.loading.digest import canonical
+from mmlora.lora.adapter import Adapter, AdapterIdentity, AdapterReport, canonical_json
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.weights import LoRAWeights, ModuleWeights
 from mmlora.utils.text import is_finite_number
@@ -20,10 +19,10 @@ MAX_MIX_PARTS = 16
 
 @dataclass(frozen=True)
 class LoRAMix:
-    """Apply the weighted sum of several adapters, as PEFT's `combination_type="cat"` does.
+    """Weighted sum of several adapters, as with PEFT's `combination_type="cat"`.
 
     Args:
-        parts: `[(request, scale), …]`; a scale of 1 is the adapter as it is, a negative one subtracts it.
+        parts: `[(request, scale), …]`; a scale of 1 applies the adapter unchanged, a negative scale subtracts it.
 
     Raises:
         AdapterError: `parts` has another form, or names an adapter twice.
@@ -34,7 +33,9 @@ class LoRAMix:
     def __post_init__(self) -> None:
         is_listed = isinstance(self.parts, Sequence) and 1 <= len(self.parts) <= MAX_MIX_PARTS
         if not is_listed or not all(isinstance(part, tuple | list) and len(part) == 2 for part in self.parts):
-            raise AdapterError(f"LoRAMix must hold 1 to {MAX_MIX_PARTS} pairs (LoRARequest, scale){_told(self.parts)}")
+            is_sequence = isinstance(self.parts, Sequence)
+            found = f"; it holds {len(self.parts)}" if is_sequence else f", not a {type(self.parts).__name__}"
+            raise AdapterError(f"LoRAMix must hold 1 to {MAX_MIX_PARTS} pairs (LoRARequest, scale){found}")
         for request, scale in self.parts:
             if not isinstance(request, LoRARequest):
                 raise AdapterError(f"LoRAMix holds {request!r}; it must be a LoRARequest")
@@ -47,16 +48,12 @@ class LoRAMix:
 
     @property
     def lora_name(self) -> str:
-        """The parts with their scales, for people: `0.7*a+0.3*b`."""
+        """The parts with their scales for display, such as `0.7*a+0.3*b`."""
         return "+".join(f"{scale:g}*{request.lora_name}" for request, scale in self.parts)
 
 
-def _told(parts: object) -> str:
-    return f"; it holds {len(parts)}" if isinstance(parts, Sequence) else f", not a {type(parts).__name__}"
-
-
 class MixCache:
-    """Build virtual adapters, each once as long as somebody uses it. Safe to use from several threads."""
+    """Virtual adapters of mixes; each is built once and shared for as long as a request uses it. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -66,8 +63,8 @@ class MixCache:
         """Return the virtual adapter of a mix.
 
         Args:
-            mix: what was asked for.
-            adapters: its adapters, loaded, in its order.
+            mix: the requested mix.
+            adapters: its loaded adapters, in its order.
 
         Raises:
             RequestError: an adapter has parts that cannot be added up.
@@ -75,14 +72,14 @@ class MixCache:
         key = tuple((adapter.identity, scale) for adapter, (_, scale) in zip(adapters, mix.parts, strict=True))
         known = self._known.get(key)
         if known is None:
-            built = mix_adapters(mix, adapters)  # without the lock: others go on meanwhile
+            built = mix_adapters(mix, adapters)  # outside the lock, so that other mixes are not blocked
             with self._lock:
                 known = self._known.setdefault(key, built)
         return known
 
 
 def mix_adapters(mix: LoRAMix, adapters: Sequence[Adapter]) -> Adapter:
-    """Concatenate the ranks of adapters, their scales folded into lora_B.
+    """Concatenate the ranks of adapters, with their scales folded into lora_B.
 
     Raises:
         RequestError: an adapter has parts that cannot be added up.
@@ -94,8 +91,8 @@ def mix_adapters(mix: LoRAMix, adapters: Sequence[Adapter]) -> Adapter:
     modules = {}
     for name in names:
         found = [(a.modules[name].lora, scale) for a, scale in zip(adapters, scales, strict=True) if name in a.modules]
-        modules[name] = ModuleWeights(_concatenated([(lora, scale) for lora, scale in found if lora is not None]))
-    # Of contents alone: what clients are told of a mix is the same in every process.
+        modules[name] = ModuleWeights(_concatenate([(lora, scale) for lora, scale in found if lora is not None]))
+    # The digest covers contents only, so that clients see the same digest of a mix in every process.
     contents = [[adapter.digest, scale] for adapter, scale in zip(adapters, scales, strict=True)]
     media = [[a.media_digest, scale] for a, scale in zip(adapters, scales, strict=True) if a.media_digest is not None]
     report = AdapterReport(
@@ -121,7 +118,7 @@ def _check_addable(adapter: Adapter) -> None:
         raise RequestError(f"adapter {adapter.name!r} waits for its invocation tokens and cannot be in a mix")
 
 
-def _concatenated(parts: Sequence[tuple[LoRAWeights, float]]) -> LoRAWeights:
+def _concatenate(parts: Sequence[tuple[LoRAWeights, float]]) -> LoRAWeights:
     factors = [scale * lora.scaling for lora, scale in parts]
     lora_A = torch.cat([lora.lora_A for lora, _ in parts])
     lora_B = torch.cat([lora.lora_B * factor for (lora, _), factor in zip(parts, factors, strict=True)], dim=1)
@@ -132,4 +129,4 @@ def _concatenated(parts: Sequence[tuple[LoRAWeights, float]]) -> LoRAWeights:
 
 
 def _digest(content: object) -> str:
-    return hashlib.sha256(b"mix" + canonical(content)).hexdigest()
+    return hashlib.sha256(b"mix" + canonical_json(content)).hexdigest()

@@ -187,7 +187,7 @@ def test_adapter_files_that_are_missing_or_broken_are_named(llm, serves_on, tiny
     broken = edited(tiny_adapters["a"], tmp_path / "broken")
     file = tmp_path / "broken" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(AdapterError, match=r"100 bytes\) is no valid safetensors"):
+    with pytest.raises(AdapterError, match=r"100 bytes\) is not a valid safetensors"):
         llm.generate("x", PARAMS, broken, use_tqdm=False)
     shutil.copy(tiny_adapters["a"] / "adapter_model.safetensors", file)
     assert llm.generate("x", PARAMS, broken, use_tqdm=False)[0].lora.adapter == "bad", "a failed load left nothing"

@@ -1,4 +1,4 @@
-"""Find an adapter's directory and read it, or take its tensors from memory: local paths, the Hub, safetensors only."""
+"""Files of a PEFT adapter: from a local directory, the Hub or memory. Only safetensors is read."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ WEIGHTS_FILE: Final = "adapter_model.safetensors"
 MAX_CONFIG_BYTES: Final = 2**24
 DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
-# No segment begins with a dot, so that neither the folder nor the revision can leave the Hub's cache.
+# No segment starts with a dot, so that neither folder nor revision can leave the Hub's cache.
 _SEGMENT: Final = r"[A-Za-z0-9_][\w.+-]*"
 _HUB_PATH: Final = re.compile(
     rf"(?P<repo>{_SEGMENT}(/{_SEGMENT})?)(?P<folder>(/{_SEGMENT})*)(@(?P<revision>{_SEGMENT}(/{_SEGMENT})*))?"
@@ -28,11 +28,11 @@ _HUB_PATH: Final = re.compile(
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """What an adapter consists of, read from a directory or given in memory.
+    """Content of an adapter, read from a directory or given in memory.
 
     Attributes:
         config: the parsed `adapter_config.json`.
-        tensors: by their keys in the file.
+        tensors: by the keys of the file.
         path: the directory it was read from; None for an adapter from memory.
     """
 
@@ -42,19 +42,19 @@ class AdapterFiles:
 
     @property
     def origin(self) -> str:
-        """Where it came from, for messages."""
+        """Directory or `memory`, for messages."""
         return "memory" if self.path is None else str(self.path)
 
 
 def files_from_memory(config: object, tensors: object) -> AdapterFiles:
-    """Copy an adapter that lies in memory, so that a training step that goes on changes nothing here.
+    """Copy an adapter from memory, so that it is not changed when training continues.
 
     Args:
-        config: what `adapter_config.json` would hold, or PEFT's `LoraConfig`.
+        config: content of `adapter_config.json`, or PEFT's `LoraConfig`.
         tensors: by the keys of `adapter_model.safetensors`, on any device.
 
     Raises:
-        AdapterError: one of them is missing or of another type.
+        AdapterError: one of them is missing or has the wrong type.
     """
     if not isinstance(config, Mapping) and hasattr(config, "to_dict"):
         config = config.to_dict()
@@ -84,7 +84,7 @@ def read_adapter(directory: Path) -> AdapterFiles:
 
 
 def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Read all tensors of an adapter into memory of our own, so that a later change of the file changes nothing here.
+    """Read all tensors of an adapter into memory, without a memory map, so that later changes of the file are not seen.
 
     Raises:
         AdapterNotFound: there is no safetensors file.
@@ -102,7 +102,7 @@ def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
         _check_keys(content)
         return tensors
     except (SafetensorError, OSError, ValueError, KeyError, MemoryError) as error:
-        raise AdapterError(f"{path} ({len(content)} bytes) is no valid safetensors file: {error}") from None
+        raise AdapterError(f"{path} ({len(content)} bytes) is not a valid safetensors file: {error}") from None
 
 
 def resolve_adapter_path(path: str | Path) -> Path:
@@ -110,11 +110,11 @@ def resolve_adapter_path(path: str | Path) -> Path:
 
     Args:
         path: a directory (`~` and relative paths are resolved), else `org/repo` or `org/repo/subfolder` on the Hub,
-            either with `@revision`; only the adapter's two files are fetched.
+            either with `@revision`; only the adapter's two files are downloaded.
 
     Raises:
         AdapterNotFound: neither exists; the message names what was tried.
-        ResolverError: the disk cannot take what the Hub has.
+        ResolverError: the download cannot be written to disk.
     """
     try:
         directory = Path(path).expanduser()
@@ -132,8 +132,8 @@ def resolve_adapter_path(path: str | Path) -> Path:
     match = _HUB_PATH.fullmatch(str(path))
     if match is None:
         raise AdapterNotFound(
-            f"adapter path {str(path)!r} is no directory (tried {directory.absolute()}) and no Hub id; allowed are a "
-            "directory, org/repo and org/repo/subfolder, the last two also with @revision"
+            f"adapter path {str(path)!r} is neither a directory (tried {directory.absolute()}) nor a Hub id; allowed "
+            "are a directory, org/repo and org/repo/subfolder, the last two also with @revision"
         )
     return _download(match, directory.absolute())
 
@@ -145,7 +145,7 @@ def _download(match: re.Match[str], tried: Path) -> Path:
     patterns = [f"{folder}/{name}" if folder else name for name in (CONFIG_FILE, WEIGHTS_FILE)]
     try:
         snapshot = snapshot_download(match["repo"], revision=match["revision"], allow_patterns=patterns)
-    except Exception as error:  # the hub's errors share no base class: HTTP, validation, cache, connection
+    except Exception as error:  # huggingface_hub has no common base class: HTTP, validation, cache, connection
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             raise ResolverError(f"adapter {match[0]!r} cannot be downloaded: {error.strerror}") from error
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -161,7 +161,7 @@ def _read_config(path: Path) -> Mapping[str, Any]:
         raise AdapterNotFound(f"no {CONFIG_FILE} in {path.parent}; a PEFT directory has one")
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ValueError(f"it has {path.stat().st_size} bytes, allowed are {MAX_CONFIG_BYTES}")
+            raise ValueError(f"it has {path.stat().st_size} bytes; allowed are {MAX_CONFIG_BYTES}")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise AdapterMismatch(f"{path} cannot be read as JSON: {error}") from None
@@ -171,23 +171,23 @@ def _read_config(path: Path) -> Mapping[str, Any]:
 
 
 def _check_keys(content: bytes) -> None:
-    """Refuse a safetensors header that holds a key twice, of which a reader silently takes one.
+    """Refuse a safetensors header with a duplicate key, of which the reader would silently use one.
 
     Raises:
-        ValueError: it does.
+        ValueError: a key is duplicate.
     """
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         keys = [key for key, _ in pairs]
         if len(set(keys)) != len(keys):
-            raise ValueError(f"its header holds the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+            raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r} in its header")
         return dict(pairs)
 
     json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")], object_pairs_hook=unique)
 
 
 def _as_json(value: object) -> object:
-    """PEFT's configuration holds sets where its file holds lists."""
+    """Return a set as a list: PEFT's configuration has sets where its file has lists."""
     if isinstance(value, set | frozenset):
         return sorted(value)
     raise TypeError(f"{value!r} has no JSON form")

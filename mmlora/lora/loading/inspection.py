@@ -1,4 +1,4 @@
-"""What an adapter would do to a model, told from its files and the model's configuration, without any weights."""
+"""Inspection of an adapter for a model from its files and the model's configuration, without model weights."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from mmlora.utils.text import printable
 
 @dataclass(frozen=True)
 class Coverage:
-    """How many modules of one part of the model an adapter changes, of how many that low-rank matrices could."""
+    """Number of modules in one part of the model that an adapter changes, and of those that low-rank matrices could."""
 
     changed: int
     modules: int
@@ -24,20 +24,20 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is known of an adapter and a model.
+    """Report on one adapter for one model.
 
     Attributes:
-        adapter: where the adapter came from.
-        base_model: what it says it was trained on.
-        digest: of the adapter's configuration and tensors; None when it does not load.
+        adapter: path of the adapter.
+        base_model: base model named in its configuration.
+        digest: of its configuration and tensors; None when it does not load.
         num_tensors: in its file.
-        num_bytes: host memory that it takes in float32; of the tensors in the file when it does not load.
+        num_bytes: host memory in float32; size of the tensors in the file when it does not load.
         max_rank: largest rank.
-        ranks: how many modules have which rank.
-        kinds: how many modules are changed in which way (lora, dora, replaced, token rows).
+        ranks: number of modules by rank.
+        kinds: number of modules by kind of change (lora, dora, replaced, token rows).
         parts: coverage of each part of the model.
-        unmatched: tensors that land nowhere.
-        refusals: why it would not be loaded; empty when it would.
+        unmatched: tensors that match no module.
+        refusals: reasons why it does not load; empty when it does.
     """
 
     adapter: str
@@ -57,14 +57,14 @@ class Inspection:
         return asdict(self)
 
     def as_text(self) -> str:
-        """Return a page for people."""
+        """Return the report as text for a terminal."""
         verdict = "would be REFUSED" if self.refusals else "loads"
         lines = [f"{self.adapter} {verdict}", *(f"  refused: {reason}" for reason in self.refusals)]
-        lines += [f"  lands nowhere: {key}" for key in self.unmatched]
+        lines += [f"  matches no module: {key}" for key in self.unmatched]
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items() if count)
         ranks = ", ".join(f"{rank} ({count} modules)" for rank, count in self.ranks.items())
         facts = {
-            "trained on": self.base_model or "not said",
+            "trained on": self.base_model or "not specified",
             "digest": self.digest or "none",
             "tensors": f"{self.num_tensors}, {self.num_bytes / 2**20:.1f} MiB in float32",
             "changes": kinds or "nothing",
@@ -80,12 +80,11 @@ class Inspection:
 
 
 def inspect_adapter(files: AdapterFiles, index: ModuleIndex) -> Inspection:
-    """Say what an adapter would do to a model.
+    """Report what an adapter would change in a model.
 
     Args:
         files: of the adapter.
-        index: modules of the model, which may be on the meta device. Weights of the base that the file repeats cannot
-            be compared then.
+        index: modules of the model. On the meta device, base weights that the file repeats cannot be compared.
     """
     reasons = list(refusals(files.config))
     adapter = None
@@ -114,7 +113,7 @@ def inspect_adapter(files: AdapterFiles, index: ModuleIndex) -> Inspection:
 
 
 def count_modules(index: ModuleIndex) -> dict[str, int]:
-    """Return how many modules of each part of a model low-rank matrices could change."""
+    """Return the number of modules in each part of a model that low-rank matrices could change."""
     counts = dict.fromkeys(PARTS, 0)
     for name in index.modules:
         counts[index.part_of(name)] += index.kind_of(name) != "other"

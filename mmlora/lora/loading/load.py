@@ -1,4 +1,4 @@
-"""Load a PEFT adapter for a model, strictly: every tensor lands on a module that takes it, or loading fails."""
+"""Load a PEFT adapter for a model. Loading is strict: every tensor must match a module that accepts it."""
 
 import logging
 from collections import defaultdict
@@ -7,16 +7,15 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from mmlora.errors import AdapterMismatch
-from mmlora.lora.adapter import PARTS, Adapter, AdapterReport
-from mmlora.lora.loading.digest import adapter_digest, media_digest
+from mmlora.lora.adapter import PARTS, Adapter, AdapterReport, digest_adapter, digest_media_modules
 from mmlora.lora.loading.files import CONFIG_FILE, AdapterFiles
 from mmlora.lora.loading.module_index import ModuleIndex
-from mmlora.lora.loading.module_reader import ModuleReader
+from mmlora.lora.loading.module_reader import ModuleReader, TensorKey, parse_key
 from mmlora.lora.loading.peft_config import PeftConfig
-from mmlora.lora.loading.tensor_keys import TensorKey, parse_key
 from mmlora.lora.weights import ModuleWeights
 
 logger = logging.getLogger(__name__)
+LANGUAGE_MODEL = PARTS[0]
 
 
 def load_adapter(
@@ -29,19 +28,19 @@ def load_adapter(
     strict: bool = True,
     allow_media_parts: bool = True,
 ) -> Adapter:
-    """Build an adapter for a model from what its files hold.
+    """Build an adapter for a model from its files.
 
     Args:
         files: configuration and tensors, see `read_adapter`.
-        name: for messages and reports.
-        index: modules of the model that it is for.
+        name: for errors and reports.
+        index: modules of the model.
         dtype: of the matrices, usually the model's.
-        max_lora_rank: largest admitted rank; any without it.
-        strict: fail when a tensor lands nowhere; False logs a warning with the same report.
-        allow_media_parts: admit tensors on towers and connectors.
+        max_lora_rank: largest allowed rank; unlimited by default.
+        strict: fail when a tensor matches no module; False logs a warning with the same report.
+        allow_media_parts: allow tensors of towers and connectors.
 
     Raises:
-        AdapterMismatch: the adapter does not fit the model or uses something that is not supported.
+        AdapterMismatch: the adapter does not fit the model or uses an unsupported feature.
     """
     try:
         config = PeftConfig.from_dict(files.config)
@@ -49,7 +48,7 @@ def load_adapter(
         reader = ModuleReader(files.tensors, index, config, dtype, max_lora_rank)
         modules = {}
         for module in sorted(keys):
-            _admit(module, index.part_of(module), config, allow_media_parts)
+            _check_part(module, index.part_of(module), config, allow_media_parts)
             modules[module] = reader.read(module, keys[module])
         _tie_token_rows(modules, index)
         _check_complete(modules, index, config)
@@ -58,20 +57,33 @@ def load_adapter(
         raise AdapterMismatch(f"adapter {name!r} ({files.origin}): {error}") from None
     if unmatched:
         logger.warning("adapter %r: %d modules matched, ignored %s", name, len(modules), listed(unmatched))
-    media = {module: weights for module, weights in modules.items() if index.part_of(module) != PARTS[0]}
-    parts = {part: sum(index.part_of(module) == part for module in modules) for part in PARTS}
+    return _build(files, name, index, config, modules, unmatched, reader.max_rank)
+
+
+def _build(
+    files: AdapterFiles,
+    name: str,
+    index: ModuleIndex,
+    config: PeftConfig,
+    modules: Mapping[str, ModuleWeights],
+    unmatched: list[str],
+    max_rank: int,
+) -> Adapter:
+    part_of = {module: index.part_of(module) for module in modules}
+    changed = {module: weights for module, weights in modules.items() if not weights.is_empty}
     return Adapter(
         name,
-        adapter_digest(config, files.tensors),
-        media_digest(media),
+        digest_adapter(config.digest_content(), files.tensors),
+        digest_media_modules({module: modules[module] for module in modules if part_of[module] != LANGUAGE_MODEL}),
         files.path,
-        {module: weights for module, weights in modules.items() if not weights.is_empty},
-        AdapterReport(len(modules), parts, tuple(unmatched), reader.max_rank),
+        changed,
+        AdapterReport(
+            len(modules), {part: list(part_of.values()).count(part) for part in PARTS}, tuple(unmatched), max_rank
+        ),
         invocation_tokens=config.alora_invocation_tokens,
         needs_own_pass=any(
-            index.part_of(module) == PARTS[0] and index.kind_of(module) in ("other", "convolution")
-            for module, weights in modules.items()
-            if not weights.is_empty
+            part_of[module] == LANGUAGE_MODEL and index.kind_of(module) in ("other", "convolution")
+            for module in changed
         ),
     )
 
@@ -79,7 +91,7 @@ def load_adapter(
 def _match(
     tensors: Mapping[str, torch.Tensor], index: ModuleIndex, strict: bool
 ) -> tuple[dict[str, list[TensorKey]], list[str]]:
-    """Return the keys of each module of the model, under its own name, and the keys that match none."""
+    """Return the parsed keys by the model's module name, and the keys that match no module."""
     parsed = {key: parse_key(key) for key in tensors}
     names = {key.module for key in parsed.values() if key is not None}
     resolved = index.resolve(list(names))
@@ -107,20 +119,20 @@ def _has_parameter(key: TensorKey, module: str, index: ModuleIndex) -> bool:
     return key.role != "parameter" or index.parameter(module, key.parameter) is not None
 
 
-def _admit(module: str, part: str, config: PeftConfig, allow_media_parts: bool) -> None:
-    if part == PARTS[0]:
+def _check_part(module: str, part: str, config: PeftConfig, allow_media_parts: bool) -> None:
+    if part == LANGUAGE_MODEL:
         return
     if not allow_media_parts:
         raise AdapterMismatch(
-            f"there are tensors for {module} ({part}), but enable_tower_connector_lora=False admits only the "
+            f"there are tensors for {module} ({part}), but enable_tower_connector_lora=False allows only the "
             "language model"
         )
     if config.alora_invocation_tokens:
-        raise AdapterMismatch(f"alora_invocation_tokens: {module} ({part}) knows no tokens before or after them")
+        raise AdapterMismatch(f"alora_invocation_tokens: {module} ({part}) has no tokens that could invoke it")
 
 
 def _tie_token_rows(modules: dict[str, ModuleWeights], index: ModuleIndex) -> None:
-    """Give an output layer that shares the embedding's weight the embedding's new rows, unless it has its own."""
+    """Copy the embedding's new rows to an output layer that shares its weight, unless that layer has its own."""
     source = modules.get(index.input_embedding or "")
     if not index.is_tied or source is None or source.token_rows is None or index.output_layer is None:
         return
@@ -130,7 +142,7 @@ def _tie_token_rows(modules: dict[str, ModuleWeights], index: ModuleIndex) -> No
 
 
 def _check_complete(modules: Mapping[str, ModuleWeights], index: ModuleIndex, config: PeftConfig) -> None:
-    """Refuse a file that lacks what its configuration promises."""
+    """Refuse a file without the tensors that its configuration lists."""
     for entry in config.modules_to_save:
         saved = [name for name in index.modules if name.endswith(entry)]
         owners = [owner for name in saved for owner in index.modules if owner == name or owner.startswith(f"{name}.")]
@@ -156,11 +168,13 @@ def _check_invocation(modules: Mapping[str, ModuleWeights], index: ModuleIndex, 
     for name, weights in modules.items():
         is_plain = weights.lora is not None and weights.lora.magnitude is None and not weights.parameters
         if index.kind_of(name) != "linear" or not is_plain:
-            raise AdapterMismatch(f"alora_invocation_tokens: only lora_A and lora_B of a Linear, not {name}, can wait")
+            raise AdapterMismatch(
+                f"alora_invocation_tokens: an activated LoRA may change only lora_A and lora_B of a Linear, not {name}"
+            )
 
 
 def listed(names: Iterable[str], limit: int = 10) -> str:
-    """Join names for a message, the first ten in order."""
+    """Join the first ten names in order for a message, with the number of the others."""
     ordered = sorted(names)
     more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
     return ", ".join(ordered[:limit]) + more

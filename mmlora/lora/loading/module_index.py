@@ -1,4 +1,4 @@
-"""The modules of a model by name, as adapters see them: which can be adapted, and what older files call them."""
+"""Modules of a model by name: how each can be adapted, and their names in older adapter files."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -14,17 +14,17 @@ from mmlora.lora.layers.convolution import convolution_of
 
 
 class ModuleIndex:
-    """Look up modules of a model.
+    """Index of the modules of a model.
 
     Args:
         model: a transformers model, before any of its modules is wrapped; its weights may be on the meta device.
-        part_of: tells the part of the model that a module lies in (one of `PARTS`); all are language model without it.
-        key_mapping: regular expressions in the names that the checkpoint uses, and what replaces them in the model.
+        part_of: returns the part of the model (one of `PARTS`) of a module; by default, all are language model.
+        key_mapping: regular expressions for names in the checkpoint, with their replacements in the model.
 
     Attributes:
         modules: every module by name.
-        input_embedding: name of the token embedding, None without one.
-        output_layer: name of the layer that gives the logits, None without one.
+        input_embedding: name of the token embedding; None without one.
+        output_layer: name of the layer that computes the logits; None without one.
         is_tied: whether these two share their weight.
     """
 
@@ -37,7 +37,7 @@ class ModuleIndex:
         self._part_of = part_of
         self._renamings = _checkpoint_renamings(model, key_mapping)
         self.modules: dict[str, nn.Module] = {name: module for name, module in model.named_modules() if name}
-        # Of the base model for good: while a pass runs, modules may hold tensors of an adapter in their place.
+        # Tensors of the base model: during a forward pass, a module may hold tensors of an adapter instead.
         self._tensors = {name: {**module._parameters, **module._buffers} for name, module in self.modules.items()}
         names: dict[nn.Module | None, str] = {module: name for name, module in self.modules.items()}
         embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
@@ -54,20 +54,20 @@ class ModuleIndex:
         return kind_of(self.modules[name])
 
     def parameter(self, name: str, parameter: str) -> torch.Tensor | None:
-        """Return a parameter or buffer of a module of the base model, None when it has none of this name."""
+        """Return a parameter or buffer of a module of the base model; None when it has none of this name."""
         return self._tensors[name].get(parameter)
 
     def has_parameters(self, name: str) -> bool:
-        """Tell whether a module owns parameters, those of its children apart."""
+        """Return whether a module has direct parameters, not counting those of its children."""
         return any(parameter is not None for parameter in self.modules[name]._parameters.values())
 
     def resolve(self, names: Sequence[str]) -> dict[str, str]:
-        """Return the model's own name for each name that an adapter file uses, leaving out those that have none.
+        """Return the model's module name for each name in an adapter file; names without a module are left out.
 
-        A name that the model does not have is renamed as transformers renames checkpoints: published adapters carry
+        Names that the model does not have are renamed as transformers renames checkpoints: published adapters use
         the names of transformers 4.
         """
-        renamings = copy.deepcopy(self._renamings)  # some keep state from one key to the next
+        renamings = copy.deepcopy(self._renamings)  # some are stateful across keys
         resolved = {}
         for name in sorted(names):
             renamed = name if name in self else _rename(name, renamings)
@@ -76,7 +76,7 @@ class ModuleIndex:
         return resolved
 
     def part_of(self, name: str) -> str:
-        """Return the part of the model that a module lies in."""
+        """Return the part of the model that a module belongs to."""
         part = self._part_of(name) if self._part_of else PARTS[0]
         if part not in PARTS:
             raise ValueError(f"part_of({name!r}) is {part!r}; it must be one of {', '.join(PARTS)}")
@@ -84,18 +84,18 @@ class ModuleIndex:
 
 
 def output_layer_of(model: nn.Module) -> nn.Module | None:
-    """Return the layer that gives a model's logits, None without one."""
+    """Return the layer that computes a model's logits; None without one."""
     return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
 
 
 def kind_of(module: nn.Module) -> str:
     """Return how a module is adapted: linear, embedding, convolution or other (by whole parameters).
 
-    A class that computes something of its own in `forward` is other, whatever it inherits from; embeddings that only
-    scale their output (`embed_scale`) are embeddings.
+    A subclass that overrides `forward` is other, unless it computes the same; embeddings that only scale their output
+    (`embed_scale`) are embeddings.
     """
-    # This takes in the out_proj of nn.MultiheadAttention, which is never called: as in PEFT, where
-    # target_modules="all-linear" saves tensors for it, they have no effect.
+    # Includes the out_proj of nn.MultiheadAttention, which is never called: PEFT with target_modules="all-linear"
+    # saves tensors for it, which have no effect there either.
     if isinstance(module, nn.Linear | Conv1D):
         return "linear" if _is_plain(module, nn.Linear, Conv1D) or _computes_linear(module) else "other"
     if isinstance(module, nn.Embedding):
@@ -111,7 +111,7 @@ def _is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
 
 @torch.no_grad()
 def _computes_linear(module: nn.Module) -> bool:
-    """Tell whether a subclass of Linear with a forward of its own does what Linear does (Falcon has one)."""
+    """Return whether a subclass of Linear that overrides `forward` computes what Linear does, as Falcon's does."""
     weight, bias = module.weight, module.bias
     assert isinstance(weight, torch.Tensor) and (bias is None or isinstance(bias, torch.Tensor))
     x = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)[None]
@@ -125,7 +125,7 @@ def _computes_linear(module: nn.Module) -> bool:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """Return `(in_features, out_features)` of a Linear, or of transformers' Conv1D."""
+    """Return `(in_features, out_features)` of a Linear or of transformers' Conv1D."""
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     out_features, in_features = weight.shape if isinstance(module, nn.Linear) else reversed(weight.shape)
     return in_features, out_features

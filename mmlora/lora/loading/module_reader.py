@@ -1,6 +1,9 @@
-"""`ModuleReader`: from the tensors of one module in a PEFT file to its `ModuleWeights`, every shape checked."""
+"""Tensors of a PEFT file: parse their keys, check their shapes and convert them to the `ModuleWeights` of a module."""
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import nn
@@ -10,22 +13,81 @@ from mmlora.errors import AdapterMismatch
 from mmlora.lora.loading.files import CONFIG_FILE
 from mmlora.lora.loading.module_index import ModuleIndex, linear_shape
 from mmlora.lora.loading.peft_config import PeftConfig
-from mmlora.lora.loading.tensor_keys import TensorKey
 from mmlora.lora.weights import LoRAWeights, ModuleWeights, TokenRows
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+PEFT_PREFIX: Final = "base_model.model."
+_BASE: Final = ".base_layer"
+_ROLES: Final = {
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+    "lora_B.bias": "lora_bias",
+    "lora_embedding_A": "lora_A",
+    "lora_embedding_B": "lora_B",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "token_adapter.trainable_tokens_delta": "token_rows",
+    "trainable_tokens_delta": "token_rows",
+}
+_ORIGINS: Final = {"modules_to_save": 1, "base_layer": 2, "original_module": 2}
+_LORA = re.compile(rf"(?P<module>.+?)\.(?P<role>{'|'.join(map(re.escape, _ROLES))})")
+# Training state that inference never reads: VeLoRA's projections, MonteCLoRA's sampler.
+_TRAINING = re.compile(r"(?P<module>.+)\.lora_(velora_embed|monteclora_sampler\..+)")
+_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _Roles = dict[str, torch.Tensor]
 
 
+@dataclass(frozen=True)
+class TensorKey:
+    """Parsed key of one tensor in a PEFT file.
+
+    Attributes:
+        key: the key in the file.
+        module: the module's name in the file, without PEFT's prefix and wrappers.
+        role: lora_A, lora_B, lora_bias, magnitude, token_rows, parameter, or training (never read).
+        parameter: name of the parameter in the module, for the role `parameter`.
+        depth: number of PEFT wrappers around the tensor's own: several low-rank parameters of one module are nested.
+        origin: where a parameter was saved from. PEFT may write it several times; the lowest origin is used.
+    """
+
+    key: str
+    module: str
+    role: str
+    parameter: str = ""
+    depth: int = 0
+    origin: int = 0
+
+    @property
+    def is_from_base(self) -> bool:
+        """Whether it is a parameter of the base model that PEFT saved with the adapter."""
+        return self.origin == _ORIGINS["original_module"]
+
+
+def parse_key(key: str) -> TensorKey | None:
+    """Parse a key; return None when it names no parameter of a module."""
+    name = key.removeprefix(PEFT_PREFIX)
+    if match := _TRAINING.fullmatch(name):
+        return TensorKey(key, match["module"], "training")
+    if match := _LORA.fullmatch(name):
+        module = match["module"]
+        depth = module.count(_BASE)
+        return TensorKey(key, module.replace(_BASE, ""), _ROLES[match["role"]], depth=depth)
+    module, _, parameter = name.rpartition(".")
+    if not module or "lora_" in parameter or ".lora_" in module:
+        return None
+    last = module.rpartition(".")[2]
+    plain = module.removesuffix(f".{last}") if last in _ORIGINS else module
+    return TensorKey(key, plain.replace(_BASE, ""), "parameter", parameter, origin=_ORIGINS.get(last, 0))
+
+
 class ModuleReader:
-    """Read the modules of one adapter.
+    """Converts the tensors of one adapter, module by module.
 
     Args:
-        tensors: all of its file.
+        tensors: all tensors of its file.
         index: modules of the model.
         config: of the adapter.
-        dtype: of low-rank matrices.
-        max_lora_rank: largest admitted rank; any without it.
+        dtype: of the low-rank matrices.
+        max_lora_rank: largest allowed rank; unlimited by default.
 
     Attributes:
         max_rank: largest rank read so far.
@@ -47,25 +109,17 @@ class ModuleReader:
         self.max_rank = 0
 
     def read(self, module: str, keys: Sequence[TensorKey]) -> ModuleWeights:
-        """Return what the adapter changes in a module.
+        """Return the weights of one module.
 
         Args:
             module: its name in the model.
             keys: of its tensors.
 
         Raises:
-            AdapterMismatch: a tensor is missing, has the wrong shape or values, or is not asked for by the
+            AdapterMismatch: a tensor is missing, has the wrong shape or values, or is not selected by the
                 configuration.
         """
-        by_depth: dict[int, dict[str, TensorKey]] = {}
-        parameters: dict[str, TensorKey] = {}
-        for key in sorted(keys, key=lambda key: key.origin):
-            known = parameters if key.role == "parameter" else by_depth.setdefault(key.depth, {})
-            first = known.setdefault(key.parameter if key.role == "parameter" else key.role, key)
-            if first is not key and first.origin == key.origin:
-                raise AdapterMismatch(f"tensors {first.key} and {key.key} name the same matrix")
-        if len(names := {key.module for key in keys}) > 1:
-            raise AdapterMismatch(f"several sets of tensors land on one module: {', '.join(sorted(names))}")
+        by_depth, parameters = _group_keys(keys)
         name = keys[0].module
         kind = self._index.kind_of(module)
         loras: dict[str, LoRAWeights] = {}
@@ -108,9 +162,9 @@ class ModuleReader:
         return self._cast(module, found, self._config.scaling_of(*names))
 
     def _transpose(self, module: str, kind: str, found: _Roles) -> None:
-        """Turn `B A`, added to a weight as it is stored, into what the module applies to its input.
+        """Transpose `B A`, saved in the layout of the stored weight, into the layout that the module applies.
 
-        Conv1D and Embedding store their weight the other way round than Linear.
+        Conv1D and Embedding store the transpose of Linear's weight.
         """
         is_transposed = kind == "embedding" or isinstance(self._index.modules[module], Conv1D)
         if is_transposed and found["lora_A"].ndim == found["lora_B"].ndim == 2:
@@ -176,7 +230,7 @@ class ModuleReader:
         raise AdapterMismatch(f"it was made for another model: {module} is {what}, but {shapes}")
 
     def _check_extras(self, module: str, kind: str, found: _Roles) -> None:
-        """Check magnitudes and lora_B's biases: there exactly when the configuration says so."""
+        """Check that magnitudes and biases of lora_B are present exactly when the configuration says so."""
         width = found["lora_B"].shape[0]
         shape = [1, width, *[1] * (found["lora_B"].ndim - 2)] if kind == "convolution" else [width]
         wanted = {"magnitude": self._config.use_dora, "lora_bias": self._config.lora_bias and kind != "embedding"}
@@ -184,15 +238,15 @@ class ModuleReader:
         for role, is_wanted in wanted.items():
             option, allowed = options[role]
             if is_wanted != (role in found):
-                there = "there is none" if is_wanted else "there is one"
+                found_text = "there is no" if is_wanted else "there is a"
                 raise AdapterMismatch(
-                    f"{CONFIG_FILE} says {option}={is_wanted}, but for the {role} of {module} {there}"
+                    f"{CONFIG_FILE} says {option}={is_wanted}, but {found_text} {role} tensor for {module}"
                 )
             if role in found and list(found[role].shape) != allowed:
                 raise AdapterMismatch(f"{role} of {module} is {list(found[role].shape)}; it must be {allowed}")
 
     def _expand_blocks(self, found: _Roles, in_features: int, out_features: int, rank: int) -> None:
-        """Fill a block-diagonal matrix, of which BD-LoRA saves the blocks one below the other, up with zeros."""
+        """Build the block-diagonal matrix from its blocks, which BD-LoRA saves stacked on each other."""
         shapes = {"lora_A": (rank, in_features), "lora_B": (out_features, rank)}
         for role, (height, width) in shapes.items():
             blocks = found[role]
@@ -203,7 +257,7 @@ class ModuleReader:
                 found[role] = torch.block_diag(*blocks.chunk(num_blocks))  # type: ignore[no-untyped-call]
 
     def _nested_parameter(self, name: str, module: str, depth: int, key: TensorKey) -> str:
-        """Return the parameter that the low-rank matrices at a depth belong to: PEFT wraps the first one innermost."""
+        """Return the parameter of the low-rank matrices at a depth: PEFT wraps the first parameter innermost."""
         own = self._index.modules[module]._parameters
         targets = [p for p in own if any(self._config.targets_parameter(f"{n}.{p}") for n in (name, module))]
         if depth >= len(targets):
@@ -248,7 +302,7 @@ class ModuleReader:
         return TokenRows(torch.tensor(ids)[order], self._checked(module, "rows", rows[order], weight.dtype))
 
     def _parameter(self, name: str, module: str, key: TensorKey, *, has_lora: bool) -> torch.Tensor | None:
-        """Return a replaced parameter, None when it is the base model's own."""
+        """Return a replaced parameter; None when it equals the base model's."""
         tensor, base = self._tensors[key.key], self._index.parameter(module, key.parameter)
         assert base is not None
         if tensor.shape != base.shape:
@@ -261,17 +315,15 @@ class ModuleReader:
         if not is_bias and (key.is_from_base or not any(map(self._config.saves, self._names(name, module)))):
             if key.is_from_base and base.device.type == "meta":
                 return None
-            cause = (
-                "differs from the base model's own" if key.is_from_base else "is not named by modules_to_save or bias"
-            )
+            cause = "differs from the base model" if key.is_from_base else "is not named by modules_to_save or bias"
             raise AdapterMismatch(f"tensor {key.key} {cause}")
         return self._checked(module, key.parameter, tensor, base.dtype)
 
     def _check_selected(self, name: str, module: str) -> None:
         """Refuse low-rank matrices for a module that the configuration does not select.
 
-        A regular expression may also name it as the decoder does, without `model.`: Phi-4-multimodal's adapters were
-        made by a model that wraps its decoder alone, but saved under the names of the whole.
+        A regular expression may also match the name without `model.`: Phi-4-multimodal's adapters were trained by a
+        model that wraps only its decoder, but saved under the names of the whole model.
         """
         config = self._config
         is_pattern = isinstance(config.target_modules, str) and not config.exclude_modules
@@ -279,19 +331,19 @@ class ModuleReader:
         selected = selected or (is_pattern and config.selects(module.removeprefix("model.")))
         if not selected and not any(config.targets_parameter(f"{known}.weight") for known in (name, module)):
             raise AdapterMismatch(
-                f"{CONFIG_FILE} does not select {module}, yet there are tensors for it "
+                f"{CONFIG_FILE} does not select {module}, but there are tensors for it "
                 "(target_modules, exclude_modules, layers_to_transform, layers_pattern)"
             )
 
     def _names(self, name: str, module: str) -> list[str]:
-        """Return under which names the configuration may mean a module: a tied output layer goes with the embedding."""
+        """Return the names that may select a module: a tied output layer is also selected by the embedding's name."""
         embedding = self._index.input_embedding
         is_twin = self._config.ensure_weight_tying and self._index.is_tied and module == self._index.output_layer
         return [name, module, *([embedding] if is_twin and embedding is not None else [])]
 
     def _cast(self, module: str, found: _Roles, scaling: float) -> LoRAWeights:
         if not torch.isfinite(torch.tensor(scaling, dtype=torch.float32)):
-            raise AdapterMismatch(f"the scaling of {module} is {scaling:g}, which float32 does not hold")
+            raise AdapterMismatch(f"the scaling of {module} is {scaling:g}, which is out of range for float32")
         cast = {role: self._checked(module, role, tensor, self._dtype) for role, tensor in found.items()}
         return LoRAWeights(cast["lora_A"], cast["lora_B"], scaling, cast.get("lora_bias"), cast.get("magnitude"))
 
@@ -303,8 +355,26 @@ class ModuleReader:
         return cast
 
 
+def _group_keys(keys: Sequence[TensorKey]) -> tuple[dict[int, dict[str, TensorKey]], dict[str, TensorKey]]:
+    """Return the low-rank keys of a module by depth and role, and the keys of its parameters by parameter name.
+
+    Raises:
+        AdapterMismatch: two tensors have the same purpose.
+    """
+    by_depth: dict[int, dict[str, TensorKey]] = {}
+    parameters: dict[str, TensorKey] = {}
+    for key in sorted(keys, key=lambda key: key.origin):
+        known = parameters if key.role == "parameter" else by_depth.setdefault(key.depth, {})
+        first = known.setdefault(key.parameter if key.role == "parameter" else key.role, key)
+        if first is not key and first.origin == key.origin:
+            raise AdapterMismatch(f"tensors {first.key} and {key.key} name the same matrix")
+    if len(names := {key.module for key in keys}) > 1:
+        raise AdapterMismatch(f"several sets of tensors match one module: {', '.join(sorted(names))}")
+    return by_depth, parameters
+
+
 def _is_same(tensor: torch.Tensor, base: torch.Tensor, *, is_lenient: bool) -> bool:
-    """Tell whether a tensor is the base model's own; leniently, equal in the coarser of their types is enough."""
+    """Return whether a tensor equals the base model's; if lenient, compared in the narrower of the two dtypes."""
     dtype = base.dtype
     if is_lenient:
         dtype = min((tensor.dtype, base.dtype), key=lambda dtype: dtype.itemsize)

@@ -1,17 +1,22 @@
-"""`adapter_config.json` of PEFT: what it says about ranks and scalings; whatever is not understood is refused by name.
+"""`adapter_config.json` of PEFT: ranks, scalings and selected modules. Unsupported keys are refused by name.
 
 The keys are those of `peft.LoraConfig` up to PEFT 0.21 (https://huggingface.co/docs/peft, "LoRA").
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
+import regex
+
 from mmlora.errors import AdapterMismatch
 from mmlora.lora.loading.files import CONFIG_FILE
-from mmlora.lora.loading.patterns import check_pattern, first_group, matches
-from mmlora.utils.text import is_finite_number
+from mmlora.utils.text import is_finite_number, shorten
+
+MAX_PATTERN_CHARS: Final = 100_000
+MATCH_TIMEOUT_S: Final = 1.0  # patterns come from adapter files, and some backtrack forever
 
 _UNDERSTOOD: Final = frozenset(
     [
@@ -35,8 +40,8 @@ _UNDERSTOOD: Final = frozenset(
         "alora_invocation_tokens",
     ]
 )
-# Training, provenance, how tensors were initialised, or settings of features that are off unless another key turns
-# them on. `fan_in_fan_out` follows from the module; VeLoRA and MonteCLoRA change gradients and noise of training only.
+# Training, provenance, initialisation, or settings of features that another key has to enable. `fan_in_fan_out`
+# follows from the module; VeLoRA and MonteCLoRA change only gradients and noise during training.
 _IRRELEVANT: Final = frozenset(
     [
         "peft_version",
@@ -59,9 +64,9 @@ _IRRELEVANT: Final = frozenset(
         "monteclora_config",
     ]
 )
-# Keys that are refused unless they have one of these values, and why.
+# Keys that are refused unless they have one of these values, with the reason.
 _REFUSED: Final[dict[str, tuple[tuple[Any, ...], str]]] = {
-    "peft_type": (("LORA",), "other methods than LoRA are not applied"),
+    "peft_type": (("LORA",), "only LoRA is supported"),
     "init_lora_weights": (
         (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
         "this initialisation also changed the base weights, so the tensors do not fit the plain base; save with PEFT's "
@@ -80,27 +85,27 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The part of a PEFT LoRA configuration that decides what the adapter computes.
+    """The part of a PEFT LoRA configuration that affects the output.
 
     Attributes:
         r: rank of modules without a `rank_pattern`.
         lora_alpha: numerator of the scaling of modules without an `alpha_pattern`.
         use_rslora: scale by `alpha / √r` instead of `alpha / r`.
-        rank_pattern: rank by regular expression on the end of the module name; the first that matches holds.
+        rank_pattern: rank by regular expression on the end of the module name; the first match is used.
         alpha_pattern: the same for alpha.
-        target_modules: which modules have tensors: a regular expression, names, or None for "not said".
+        target_modules: which modules have tensors: a regular expression, names, or None when not specified.
         exclude_modules: exceptions to it.
-        layers_to_transform: layer numbers that it is limited to; empty for all.
-        layers_pattern: names of the lists that these numbers count in; empty for any.
+        layers_to_transform: layer numbers it is limited to; empty for all.
+        layers_pattern: names of the module lists that these numbers index; empty for any list.
         bias: which biases of the base were trained and saved: "none", "all" or "lora_only".
-        lora_bias: lora_B has biases.
-        use_dora: there are magnitudes.
-        use_bdlora: some matrices are block-diagonal, and only their blocks are saved.
-        modules_to_save: ends of the names of modules that are replaced as a whole.
-        target_parameters: ends of the names of parameters, other than weights of layers, with low-rank changes.
+        lora_bias: whether lora_B has biases.
+        use_dora: whether there are DoRA magnitudes.
+        use_bdlora: whether some matrices are block-diagonal, with only their blocks saved.
+        modules_to_save: name suffixes of modules that are replaced as a whole.
+        target_parameters: name suffixes of parameters, other than weights of layers, with low-rank changes.
         trainable_token_indices: token ids whose embeddings are replaced, by module ("": the input embedding).
-        ensure_weight_tying: an output layer that shares the embedding's weight has a copy of what the embedding has.
-        alora_invocation_tokens: tokens from which on an activated LoRA holds.
+        ensure_weight_tying: whether an output layer tied to the embedding has a copy of the embedding's changes.
+        alora_invocation_tokens: an activated LoRA applies from these tokens on.
     """
 
     r: int
@@ -154,16 +159,16 @@ class PeftConfig:
         )
 
     def rank_of(self, *names: str) -> int:
-        """Return the rank of a module, known under one or several names (the first with a pattern decides)."""
+        """Return the rank of a module with one or several names; the first name with a pattern decides."""
         return _lookup(self.rank_pattern, names, self.r)
 
     def scaling_of(self, *names: str) -> float:
-        """Return the factor of a module: `alpha / r`, or `alpha / √r` with rsLoRA, both its own."""
+        """Return the scaling of a module, from its alpha and rank: `alpha / r`, or `alpha / √r` with rsLoRA."""
         rank = self.rank_of(*names)
         return _lookup(self.alpha_pattern, names, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def selects(self, name: str) -> bool:
-        """Tell whether PEFT would adapt the module of this name under this configuration."""
+        """Return whether PEFT adapts the module of this name under this configuration."""
         if self.exclude_modules and _is_named(self.exclude_modules, name):
             return False
         if self.target_modules is None or self.target_modules == "all-linear":
@@ -173,33 +178,33 @@ class PeftConfig:
         if isinstance(self.target_modules, str) or name in self.target_modules or not self.layers_to_transform:
             return True
         patterns = self.layers_pattern or (r"[^.]*",)
-        # The first number after a list name counts; without a list name, some parent must precede the list.
+        # The first number after a list name is the layer; without a list name, a parent must precede the list.
         prefix = r"(?:^|.*?\.)" if self.layers_pattern else r".*?\."
-        found = (first_group(rf"{prefix}{pattern}\.(\d+)\.", name) for pattern in patterns)
+        found = (_first_group(rf"{prefix}{pattern}\.(\d+)\.", name) for pattern in patterns)
         layer = next((group for group in found if group is not None), None)
         return layer is not None and layer.isdigit() and int(layer) in self.layers_to_transform
 
     def saves(self, name: str) -> bool:
-        """Tell whether `modules_to_save` holds the module of this name, or one that it lies in."""
+        """Return whether `modules_to_save` selects the module of this name or one of its parents."""
         atoms = name.split(".")
         parents = (".".join(atoms[: count + 1]) for count in range(len(atoms)))
         return any(parent.endswith(entry) for parent in parents for entry in self.modules_to_save)
 
     def targets_parameter(self, name: str) -> bool:
-        """Tell whether `target_parameters` holds the parameter of this name."""
+        """Return whether `target_parameters` selects the parameter of this name."""
         return any(name == entry or name.endswith(f".{entry}") for entry in self.target_parameters)
 
     def names_embedding(self, entry: str, name: str, input_embedding: str | None) -> bool:
-        """Tell whether an entry of `trainable_token_indices` means the module of this name."""
+        """Return whether an entry of `trainable_token_indices` selects the module of this name."""
         return _is_named((entry,), name) if entry else name == input_embedding
 
     def token_indices_of(self, name: str, input_embedding: str | None) -> tuple[int, ...] | None:
-        """Return the trained token ids of the embedding of this name, None without any."""
+        """Return the trained token ids of the embedding of this name; None when it has none."""
         entries = self.trainable_token_indices.items()
         return next((ids for entry, ids in entries if self.names_embedding(entry, name, input_embedding)), None)
 
     def digest_content(self) -> dict[str, Any]:
-        """Return what, besides the tensors, decides the output; patterns as pairs since their order matters."""
+        """Return everything except the tensors that affects the output; patterns as pairs, since order matters."""
         return {
             "r": self.r,
             "lora_alpha": self.lora_alpha,
@@ -213,7 +218,7 @@ class PeftConfig:
 
 
 def refusals(content: Mapping[str, Any]) -> Iterator[str]:
-    """Yield why an adapter of this configuration cannot be applied, key by key."""
+    """Yield the reasons why an adapter with this configuration cannot be applied, one per key."""
     if "peft_type" not in content:
         yield "there is no peft_type; it must be 'LORA'"
     for key, value in content.items():
@@ -230,15 +235,67 @@ def refusals(content: Mapping[str, Any]) -> Iterator[str]:
 def _lookup(pattern: Mapping[str, T], names: Sequence[str], default: T) -> T:
     for name in names:
         for key, value in pattern.items():
-            if name == key or matches(rf"(?:.*\.)?(?:{key})", name):
+            if name == key or _matches(rf"(?:.*\.)?(?:{key})", name):
                 return value
     return default
 
 
 def _is_named(selection: str | Sequence[str], name: str) -> bool:
     if isinstance(selection, str):
-        return matches(selection, name)
+        return _matches(selection, name)
     return any(name == entry or name.endswith(f".{entry}") for entry in selection)
+
+
+def _check_pattern(pattern: str, key: str) -> str:
+    """Return a pattern that is a valid regular expression, both alone and behind a parent's name.
+
+    Args:
+        pattern: the expression.
+        key: of the configuration, for the error.
+
+    Raises:
+        AdapterMismatch: it is invalid or too long.
+    """
+    if len(pattern) > MAX_PATTERN_CHARS:
+        raise AdapterMismatch(f"{key} has a pattern of {len(pattern)} characters; allowed are {MAX_PATTERN_CHARS}")
+    try:
+        for composed in (pattern, rf"(?:.*\.)?(?:{pattern})"):
+            re.compile(composed)
+            regex.compile(composed)
+    except (re.error, regex.error, OverflowError, RecursionError, ValueError) as error:
+        raise AdapterMismatch(
+            f"{key} has {shorten(pattern)}, which is not a valid regular expression: {error}"
+        ) from None
+    return pattern
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Return whether a pattern matches a whole name.
+
+    Raises:
+        AdapterMismatch: matching exceeds the time limit.
+    """
+    return _match(pattern, name, is_whole=True) is not None
+
+
+def _first_group(pattern: str, name: str) -> str | None:
+    """Return the last group of a pattern that matches the start of a name; None when it does not match.
+
+    Raises:
+        AdapterMismatch: matching exceeds the time limit.
+    """
+    found = _match(pattern, name, is_whole=False)
+    return None if found is None else str(found.group(found.lastindex or 1))
+
+
+def _match(pattern: str, name: str, *, is_whole: bool) -> "regex.Match[str] | None":
+    match = regex.fullmatch if is_whole else regex.match
+    try:
+        return match(pattern, name, timeout=MATCH_TIMEOUT_S)
+    except TimeoutError:
+        raise AdapterMismatch(
+            f"the pattern {shorten(pattern)} takes more than {MATCH_TIMEOUT_S:g} s on {name!r}"
+        ) from None
 
 
 def _wrong(key: str, value: object, allowed: str) -> AdapterMismatch:
@@ -268,7 +325,7 @@ def _pattern(content: Mapping[str, Any], kind: str) -> list[tuple[str, object]]:
     key = f"{kind}_pattern"
     items = list(_typed(content, key, dict, {}).items())
     for pattern, _ in items:
-        check_pattern(pattern, f"{CONFIG_FILE}: {key}")
+        _check_pattern(pattern, f"{CONFIG_FILE}: {key}")
     return items
 
 
@@ -277,7 +334,7 @@ def _names(content: Mapping[str, Any], key: str) -> str | tuple[str, ...] | None
     if value is None:
         return None
     if isinstance(value, str):
-        return check_pattern(value, f"{CONFIG_FILE}: {key}")
+        return _check_pattern(value, f"{CONFIG_FILE}: {key}")
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return tuple(value)
     raise _wrong(key, value, "a string or a list of strings")
@@ -312,7 +369,7 @@ def _token_indices(value: object) -> dict[str, tuple[int, ...]]:
 
 def _as_tuple(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     names = (value,) if isinstance(value, str) else value or ()
-    return tuple(check_pattern(name, f"{CONFIG_FILE}: layers_pattern") for name in names if name)
+    return tuple(_check_pattern(name, f"{CONFIG_FILE}: layers_pattern") for name in names if name)
 
 
 def _layers(value: object) -> tuple[int, ...]:

@@ -186,9 +186,9 @@ def test_what_is_read_stays_when_the_files_change(adapter: Path) -> None:
         (lambda path: (path / "adapter_config.json").write_text("["), AdapterMismatch, "cannot be read as JSON"),
         (lambda path: (path / "adapter_config.json").write_text("[]"), AdapterMismatch, "holds a list"),
         (lambda path: (path / "adapter_model.safetensors").unlink(), AdapterNotFound, "no adapter_model.safetensors"),
-        (lambda path: _cut(path, 0), AdapterError, r"\(0 bytes\) is no valid safetensors file"),
-        (lambda path: _cut(path, 200), AdapterError, r"\(200 bytes\) is no valid safetensors file"),
-        (lambda path: _cut(path, -1), AdapterError, "is no valid safetensors file"),
+        (lambda path: _cut(path, 0), AdapterError, r"\(0 bytes\) is not a valid safetensors file"),
+        (lambda path: _cut(path, 200), AdapterError, r"\(200 bytes\) is not a valid safetensors file"),
+        (lambda path: _cut(path, -1), AdapterError, "is not a valid safetensors file"),
     ],
     ids=["no-config", "bad-config", "list-config", "no-tensors", "empty", "cut-header", "one-byte-short"],
 )

@@ -116,11 +116,11 @@ BROKEN: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     ),
     "dora": (
         with_tensor(f"base_model.model.{Q0}.lora_magnitude_vector", torch.ones(32)),
-        f"says use_dora=False, but for the magnitude of {Q0} there is one",
+        f"says use_dora=False, but there is a magnitude tensor for {Q0}",
     ),
     "lora-bias": (
         with_tensor(f"base_model.model.{Q0}.lora_B.bias", torch.ones(32)),
-        f"says lora_bias=False, but for the lora_bias of {Q0} there is one",
+        f"says lora_bias=False, but there is a lora_bias tensor for {Q0}",
     ),
     "saved-module-shape": (
         with_tensor("base_model.model.lm_head.weight", torch.ones(2)),
@@ -132,7 +132,7 @@ BROKEN: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     ),
     "other-base": (
         with_tensor("base_model.model.lm_head.base_layer.weight", torch.ones(64, 32)),
-        "lm_head.base_layer.weight differs from the base model's own",
+        "lm_head.base_layer.weight differs from the base model",
     ),
     "no-such-parameter": (with_tensor("base_model.model.lm_head.bias", torch.ones(64)), "1 of 9 tensors.*lm_head.bias"),
     "token-rows": (
@@ -180,8 +180,8 @@ def test_values_that_overflow_the_models_dtype_are_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_dora": True}, f"says use_dora=True, but for the magnitude of {DOWN0} there is none"),
-        ({"lora_bias": True}, f"says lora_bias=True, but for the lora_bias of {DOWN0} there is none"),
+        ({"use_dora": True}, f"says use_dora=True, but there is no magnitude tensor for {DOWN0}"),
+        ({"lora_bias": True}, f"says lora_bias=True, but there is no lora_bias tensor for {DOWN0}"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save has 'lm_head', but there are no tensors for lm_head"),
         ({"modules_to_save": ["nowhere"]}, "modules_to_save has 'nowhere', but this model has no such module"),
         ({"trainable_token_indices": [3]}, "names the input embedding, but has no tensor"),
@@ -246,7 +246,7 @@ def test_missing_and_corrupt_files(tiny_llama: nn.Module, index: ModuleIndex, sa
     content = file.read_bytes()
     for corrupt in (content[:-100], content[:20], b"", b"PK\x03\x04" + content):
         file.write_bytes(corrupt)
-        with pytest.raises(AdapterError, match=f"{len(corrupt)} bytes.* is no valid safetensors"):
+        with pytest.raises(AdapterError, match=f"{len(corrupt)} bytes.* is not a valid safetensors"):
             load(path, index)
     file.unlink()
     (path / "adapter_model.bin").write_bytes(b"x")
@@ -330,7 +330,7 @@ def test_a_load_beside_a_pass_sees_the_base_models_own_tensors(llama: nn.Module,
 def test_a_saved_module_that_rounds_to_the_base_is_no_base(
     llama: nn.Module, save_adapter: Any, edit_tensors: Any
 ) -> None:
-    """Only base weights that PEFT saved along may be coarser than the base model's own."""
+    """Only base weights that PEFT saved with the adapter may have a narrower dtype than the base model."""
     path = save_adapter(llama, modules_to_save=["lm_head"])
     rounded = llama.get_submodule("lm_head").weight.detach().bfloat16()
     edit_tensors(path, with_tensor("base_model.model.lm_head.weight", rounded))

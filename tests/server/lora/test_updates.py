@@ -138,7 +138,7 @@ def test_an_adapter_is_unloaded_by_its_id(server: RunningServer, adapters: dict[
         ({"lora_name": "audio", "lora_path": "words"}, 400, "lora_name", "the default adapter for audio"),
         ({"lora_name": "audio", "lora_path": "words", "load_inplace": True}, 400, "lora_name", "default adapter"),
         ({"lora_name": "started", "lora_path": "words"}, 400, "lora_name", "'started' is loaded already"),
-        ({"lora_name": "new", "lora_path": "damaged"}, 400, None, "is no valid safetensors file"),
+        ({"lora_name": "new", "lora_path": "damaged"}, 400, None, "is not a valid safetensors file"),
         ({"lora_name": "started", "lora_path": "damaged", "load_inplace": True}, 400, None, "safetensors"),
     ],
     ids=lambda value: "" if isinstance(value, dict | int) or value is None else value[:24],
