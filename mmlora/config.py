@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeGuard
 from mmlora.errors import ConfigError
 from mmlora.processors.fetch.addresses import parse_networks
 from mmlora.processors.media.items import DEFAULT_CACHE_BYTES, DEFAULT_FETCH_TIMEOUT_S, DEFAULT_LIMITS, MediaLimits
+from mmlora.processors.modalities import MODALITIES
 
 if TYPE_CHECKING:  # `mmlora --help` needs the options, not torch
     import torch
 
 DTYPE_NAMES: Final = ("float32", "float", "float16", "half", "bfloat16")
-MODALITIES = ("audio", "image")
 AUTO = "auto"
 DOMAIN = re.compile(r"(\*\.)?[^\s/:@*]*")
 Groups = Mapping[str, str]  # titles to the names of options, for `--help`

@@ -17,7 +17,8 @@ from transformers import PretrainedConfig
 from mmlora.errors import MediaError, RequestError
 from mmlora.processors.base import ProcessedMedia
 from mmlora.processors.media.audio import RESAMPLER, resample
-from mmlora.processors.media.items import AudioItem, MediaItem
+from mmlora.processors.media.items import AudioItem, ImageItem, MediaItem
+from mmlora.processors.modalities import IMAGE, MODALITIES
 from mmlora.processors.placeholders import Placeholders, placeholder_id
 from mmlora.processors.pretrained import load_processor
 
@@ -53,9 +54,12 @@ class GeneralProcessor(Placeholders):
         load: Callable[[PretrainedConfig, Path, Any], Any] = load_processor,
     ) -> None:
         self._processor = load(config, Path(model_path), tokenizer)
-        found = {"image": "image_processor", "audio": "feature_extractor"}
-        self._parts = {modality: getattr(self._processor, name, None) for modality, name in found.items()}
-        modalities = [modality for modality, part in self._parts.items() if part is not None]
+        self._parts = {
+            modality.name: getattr(self._processor, modality.processor_part)
+            for modality in MODALITIES.values()
+            if getattr(self._processor, modality.processor_part, None) is not None
+        }
+        modalities = list(self._parts)
         self._embed_ids = {modality: placeholder_id(config, modality) for modality in modalities}
         super().__init__({modality: self.written_id(modality, tokenizer) for modality in modalities}, tokenizer)
         # Blanks may be added tokens, too (Gemma has line breaks); they belong to the text around an item.
@@ -119,26 +123,27 @@ class GeneralProcessor(Placeholders):
         return output
 
     def _media_arguments(self, item: MediaItem) -> dict[str, Any]:
-        if not isinstance(item, AudioItem):
+        if isinstance(item, ImageItem):
             return {"images": [item.image]}
-        rate = self._parts["audio"].sampling_rate  # type: ignore[union-attr]
+        assert isinstance(item, AudioItem)
+        rate = self._parts[item.modality].sampling_rate
         return {"audio": [resample(item, rate)], "sampling_rate": rate}
 
     def _check_heard(self, item: AudioItem, features: torch.Tensor) -> None:
         """Refuse a clip of which transformers' class would drop the end; features have mel bins first, or frames."""
-        extractor: Any = self._parts["audio"]
+        extractor = self._parts[item.modality]
         heard_s = features.numel() / extractor.feature_size * extractor.hop_length / extractor.sampling_rate
         if item.duration_s > heard_s + MAX_REST_S:
             raise MediaError(f"audio of {item.duration_s:.1f} s is too long: this model hears {heard_s:.0f} s at most")
 
     def _checked_options(self, modality: str, options: Mapping[str, Any]) -> dict[str, Any]:
-        kwargs = getattr(self._parts["image"], "valid_kwargs", None) if self._parts["image"] is not None else None
+        kwargs = getattr(self._parts.get(IMAGE.name), "valid_kwargs", None)
         allowed = sorted(getattr(kwargs, "__annotations__", {}))
         unknown = sorted(str(name) for name in options if name not in allowed)
         if unknown:
             takes = ", ".join(allowed) or "none"
             raise RequestError(f"unknown processor option {', '.join(unknown)}: allowed are {takes}")
-        if modality != "image":
+        if modality != IMAGE.name:
             return {}
         for name, value in options.items():
             self._check_size(name, value)
@@ -148,7 +153,7 @@ class GeneralProcessor(Placeholders):
         """Refuse an option that makes far more of a picture than the checkpoint's own settings."""
         if not any(part in name for part in SIZES):
             return
-        own = list(_numbers(getattr(self._parts["image"], name, None)))
+        own = list(_numbers(getattr(self._parts[IMAGE.name], name, None)))
         limit = MAX_FACTOR * max(own) if own else MAX_PIXELS
         for number in _numbers(value):
             if not number <= limit:

@@ -10,8 +10,9 @@ from transformers import PretrainedConfig
 
 from mmlora.errors import ConfigError, MediaError
 from mmlora.processors.base import MultiModalProcessor, ProcessedMedia
+from mmlora.processors.modalities import MODALITIES
 
-_NUMBERED = re.compile(r"<\|(image|audio)_(\d{1,9})\|>", re.ASCII)
+_NUMBERED = re.compile(rf"<\|({'|'.join(MODALITIES)})_(\d{{1,9}})\|>", re.ASCII)
 
 
 class Placeholders:
@@ -96,7 +97,7 @@ def placeholder_id(config: PretrainedConfig, modality: str) -> int:
     Raises:
         ConfigError: the configuration names none.
     """
-    tower = getattr(config, {"image": "vision_config"}.get(modality, f"{modality}_config"), None)
+    tower = getattr(config, MODALITIES[modality].config_name, None)
     for owner in (config, tower):
         for name in (f"{modality}_token_id", f"{modality}_token_index"):
             value = getattr(owner, name, None)

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from mmlora.async_llm import AsyncLLM
-from mmlora.inputs.chat import MODALITIES
+from mmlora.processors.modalities import PART_MODALITIES
 from mmlora.server.bodies import Body, FieldError, FirstOnly, body_schema, parse_body
 from mmlora.server.errors import UTF8JSONResponse
 from mmlora.server.http.admission import read_body
@@ -158,7 +158,7 @@ def _check_text_only(message: Mapping[str, Any], name: str) -> None:
     content = message.get("content")
     for part in content if isinstance(content, list) else ():
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if isinstance(kind, str) and kind in MODALITIES:
+        if isinstance(kind, str) and kind in PART_MODALITIES:
             text = (
                 f"{name}.content has a part of type {kind!r}; /tokenize takes text only "
                 "(the usage of a chat completion counts the tokens of media)"

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from mmlora.processors.base import ProcessedMedia
+from mmlora.processors.modalities import AUDIO, MODALITIES
 from mmlora.towers.base import BidirectionalSpan, PromptLayout, Towers
 
-FEATURES = {"image": "get_image_features", "audio": "get_audio_features"}
 CONNECTOR = re.compile(r"merger|projector")  # of families that have it inside a tower
-TOWER_CONFIGS = {"vision_config": "vision_tower", "audio_config": "audio_tower", "encoder_config": "audio_tower"}
+TOWER_CONFIGS = {m.config_name: m.tower for m in MODALITIES.values()} | {"encoder_config": AUDIO.tower}
 
 
 class GeneralTowers:
@@ -33,10 +33,10 @@ class GeneralTowers:
         self.model = model
         inner = getattr(model, "model", model)
         self._encoders = {
-            modality: getattr(owner, name)
-            for modality, name in FEATURES.items()
+            modality.name: getattr(owner, modality.features_method)
+            for modality in MODALITIES.values()
             for owner in (inner, model)
-            if hasattr(owner, name)
+            if hasattr(owner, modality.features_method)
         }
         self.modalities = frozenset(self._encoders)
         self._rope_index = getattr(inner, "get_rope_index", getattr(model, "get_rope_index", None))

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from mmlora.models.families import FAMILIES, Family
+from mmlora.processors.modalities import MODALITIES
 
-TOWERS: Final = {"image": "vision_tower", "audio": "audio_tower"}
 COLUMNS: Final = ("family", "type in config.json", "takes", "LoRA on", "equal to transformers and PEFT")
 PARITY_FILE: Final = Path(__file__).parents[1] / "models" / "parity.json"
 
@@ -86,7 +86,7 @@ def model_rows() -> list[ModelRow]:
 
 
 def _row(model_type: str, family: Family, parity: Parity | None) -> ModelRow:
-    towers = [tower for modality, tower in TOWERS.items() if modality in family.modalities]
+    towers = [modality.tower for modality in MODALITIES.values() if modality.name in family.modalities]
     parts = parity.parts if parity is not None and parity.parts else None
     parts = parts or ("language_model", *(["connector"] if towers else []), *towers)
     return ModelRow(family.name, model_type, family.modalities, parts, family.transformers_since, parity)

@@ -9,20 +9,14 @@ from mmlora.errors import RequestError
 from mmlora.inputs.chat_template import ChatTemplate, Message, Part, Tools, Turn
 from mmlora.processors.fetch.loader import PromptMedia
 from mmlora.processors.fetch.reference import MediaReference
-from mmlora.processors.media.decoding import why_not_taken
+from mmlora.processors.media.decoding import why_unsupported
 from mmlora.processors.media.items import MediaItem
+from mmlora.processors.modalities import PART_MODALITIES
 from mmlora.utils.text import shorten
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 MESSAGE_FIELDS: Final = frozenset({"role", "content", "name", "refusal", "tool_calls", "tool_call_id"})
-MODALITIES: Final = {
-    "image_url": "image",
-    "input_audio": "audio",
-    "audio_url": "audio",
-    "image": "image",
-    "audio": "audio",
-}
-PART_TYPES: Final = ("text", *MODALITIES)
+PART_TYPES: Final = ("text", *PART_MODALITIES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +180,7 @@ def _read_part(part: Any) -> Part:
         return part
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind not in PART_TYPES:
-        reason = why_not_taken(str(kind)) or f"allowed: {', '.join(PART_TYPES)}"
+        reason = why_unsupported(str(kind)) or f"allowed: {', '.join(PART_TYPES)}"
         raise RequestError(f"content part of type {kind!r}; {reason}")
     value, uuid = part.get(kind), part.get("uuid")
     if value is None and (kind == "text" or uuid is None):
@@ -201,12 +195,12 @@ def _read_part(part: Any) -> Part:
 
 def _reference(kind: str, value: Any, uuid: Any) -> MediaReference:
     """Return the reference of a media part; without a value it is to the cached item of that uuid."""
-    modality = MODALITIES[kind]
-    if value is None or kind in ("image", "audio"):
+    modality, form = PART_MODALITIES[kind].name, PART_MODALITIES[kind].part_types[kind]
+    if value is None or form == "object":
         return MediaReference(modality, value, "object", uuid)
-    if kind == "input_audio":
-        return MediaReference(modality, _string_field(value, kind, "data"), "base64", uuid)
-    return MediaReference(modality, value if isinstance(value, str) else _string_field(value, kind, "url"), "url", uuid)
+    if form == "base64":
+        return MediaReference(modality, _string_field(value, kind, "data"), form, uuid)
+    return MediaReference(modality, value if isinstance(value, str) else _string_field(value, kind, "url"), form, uuid)
 
 
 def _string_field(value: Any, kind: str, name: str) -> str:

@@ -22,7 +22,7 @@ from mmlora.lora.store.host_cache import HostCache
 from mmlora.outputs import LoRAChoice
 from mmlora.processors.base import MultiModalProcessor, ProcessedMedia
 from mmlora.processors.fetch.loader import MediaLoader
-from mmlora.processors.media.decoding import check_counts, check_decoded_bytes, load_media, why_not_taken
+from mmlora.processors.media.decoding import check_counts, check_decoded_bytes, load_media, why_unsupported
 from mmlora.processors.media.items import MediaItem
 from mmlora.processors.placeholders import PlaceholderRange, expand_placeholders
 from mmlora.sampling_params import SamplingParams
@@ -256,7 +256,7 @@ class InputProcessor:
         unknown = sorted(modality for modality in contents if modality not in allowed)
         if unknown:
             takes = f"the model takes {', '.join(allowed)}" if allowed else "the model takes text only"
-            reason = why_not_taken(unknown[0])
+            reason = why_unsupported(unknown[0])
             raise RequestError(f"multi_modal_data holds {', '.join(unknown)}; {reason or takes}")
         listed = {modality: items for modality in contents if (items := as_items(contents[modality]))}
         counts = {modality: len(items) for modality, items in listed.items()}
@@ -403,7 +403,7 @@ def prompt_fields(prompt: str | Sequence[int] | Mapping[str, Any]) -> Mapping[st
     if isinstance(prompt, Mapping):
         unknown = sorted(str(key) for key in prompt if key not in PROMPT_KEYS)
         if unknown:
-            reason = why_not_taken(unknown[0]) or f"allowed: {', '.join(PROMPT_KEYS)}"
+            reason = why_unsupported(unknown[0]) or f"allowed: {', '.join(PROMPT_KEYS)}"
             raise RequestError(f"prompt has unknown key(s) {', '.join(unknown)}; {reason}")
         if prompt.get("prompt") is None and prompt.get("prompt_token_ids") is None:
             raise RequestError("a prompt needs 'prompt' or 'prompt_token_ids'")

@@ -15,7 +15,7 @@ from mmlora.processors.fetch.data_url import load_base64, load_data_url
 from mmlora.processors.fetch.file_source import FileSource
 from mmlora.processors.fetch.reference import HTTP_SCHEMES, MediaReference, scheme_of
 from mmlora.processors.media.cache import CachedMedia, MediaCache
-from mmlora.processors.media.decoding import check_decoded_bytes, load_media
+from mmlora.processors.media.decoding import check_decoded_bytes, load_media, sniff_modality
 from mmlora.processors.media.items import (
     DEFAULT_CACHE_BYTES,
     DEFAULT_FETCH_TIMEOUT_S,
@@ -23,7 +23,6 @@ from mmlora.processors.media.items import (
     MediaItem,
     MediaLimits,
 )
-from mmlora.processors.media.sniff import sniff
 from mmlora.utils.text import shorten
 
 if TYPE_CHECKING:
@@ -112,7 +111,7 @@ class MediaLoader:
         Raises:
             MediaError: it is unusable.
         """
-        if sniff(content[:64]) is None:
+        if sniff_modality(content[:64]) is None:
             raise MediaError(f"media URL {shorten(url)} leads to what is neither audio nor an image")
         return load_media(content, self.limits, expected=expected)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from mmlora.errors import MediaError
-from mmlora.processors.media.decoding import check_counts, why_not_taken
+from mmlora.processors.media.decoding import check_counts, why_unsupported
 from mmlora.utils.text import shorten
 
 MAX_UUID_CHARS: Final = 256
@@ -63,7 +63,7 @@ def references_of(
     for name in (*data, *uuids):
         if name not in modalities:
             takes = f"the model takes {', '.join(sorted(modalities)) or 'text only'}"
-            raise MediaError(f"multi_modal_data holds {shorten(name)}; {why_not_taken(name) or takes}")
+            raise MediaError(f"multi_modal_data holds {shorten(name)}; {why_unsupported(name) or takes}")
     references = {}
     for name in dict.fromkeys((*data, *uuids)):
         names = _as_list(uuids.get(name))

@@ -1,19 +1,20 @@
-"""Turn encoded audio or arrays into `AudioItem`: decoding (soundfile), scaling, mixing to mono, resampling (librosa).
+"""Audio: encoded bytes or arrays to `AudioItem` (decoding, scaling, mixing to mono) and resampling.
 
-Both libraries are imported where they are used: the engine must import without them.
+The libraries (soundfile, PyAV, librosa) are imported where they are used: the engine must import without them.
 """
 
+import errno
 import io
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from mmlora.errors import MediaError
-from mmlora.processors.media.containers import check_container
-from mmlora.processors.media.items import DEFAULT_LIMITS, AudioItem, MediaLimits
-from mmlora.processors.media.mp3 import with_length
+from mmlora.processors.media.containers import check_container, claimed_mp3_frames, container_format, skip_id3
+from mmlora.processors.media.items import DEFAULT_LIMITS, AudioItem, MediaLimits, is_array, to_numpy
 
 MIN_RATE, MAX_RATE = 1_000, 384_000  # Hz
 MAX_CHANNELS = 32
@@ -22,45 +23,77 @@ RESAMPLER = "soxr_hq"
 
 _BLOCK_FRAMES = 1 << 16
 _UNKNOWN_FRAMES = 1 << 62
-_MP3_SLACK = 2 * 1152  # samples; an MP3 header may or may not count its own frame and the encoder delay
+_MAX_STREAMS = 32  # of one container
 _INTEGER_SCALE = {"uint8": 2.0**7, "int8": 2.0**7, "int16": 2.0**15, "int32": 2.0**31}
 _FORM = (
     "audio arrays are given as (array, sample_rate), the array of shape [num_samples], [n, channels] or [channels, n]"
 )
 
+
+@dataclass(frozen=True)
+class Demuxer:
+    """How FFmpeg reads one container.
+
+    Attributes:
+        name: FFmpeg's, or one of its names.
+        formats: all of its names.
+        decoders: FFmpeg's names of the codecs that are allowed in it.
+        is_raw: packets follow each other without a container, and may be damaged at both ends.
+    """
+
+    name: str
+    formats: str
+    decoders: tuple[str, ...]
+    is_raw: bool = False
+
+
+DEMUXERS: Final[Mapping[str, Demuxer]] = {  # by `container_format`; libsndfile reads what is not here
+    "mp3": Demuxer("mp3", "mp3", ("mp3float",), is_raw=True),
+    "aac": Demuxer("aac", "aac", ("aac",), is_raw=True),
+    "mp4": Demuxer("mp4", "mov,mp4,m4a,3gp,3g2,mj2", ("aac", "alac", "mp3float", "opus", "flac")),
+    "matroska": Demuxer("matroska", "matroska,webm", ("opus", "vorbis", "aac", "mp3float", "flac")),
+}
+_FFMPEG_OPTIONS: Final = {"protocol_whitelist": "none", "max_streams": str(_MAX_STREAMS)}
+
 Samples = npt.NDArray[np.float32]
 
 
 def decode_audio(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> AudioItem:
-    """Decode WAV, FLAC, OGG or MP3 bytes to mono float32; the length is checked in the header first.
+    """Decode encoded bytes to mono float32; the declared length is checked first, the real one while decoding.
+
+    libsndfile reads WAV, FLAC and Ogg; FFmpeg reads MP3, raw AAC (ADTS), MP4 (M4A, QuickTime) and WebM (Matroska), of
+    which the default audio track is taken.
 
     Raises:
-        MediaError: undecodable, truncated, too long, no samples, not finite.
+        MediaError: undecodable, truncated, too long, no audio track, no samples, not finite.
     """
-    try:
-        import soundfile
-    except ImportError as error:
-        raise MediaError("decoding audio files needs the package soundfile; (array, sample_rate) needs none") from error
     check_container(data)
-    if not data.startswith((b"RIFF", b"fLaC", b"OggS")):
-        data = with_length(data)
+    demuxer = DEMUXERS.get(container_format(data) or "")
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            rate, claimed = checked_rate(file.samplerate), int(file.frames)
-            _check_channels(file.channels)
-            if claimed >= _UNKNOWN_FRAMES:  # FLAC written to a pipe
-                claimed = 0
-                file.seekable = lambda: False  # soundfile would seek to the end that is not known
-            _check_duration(claimed, rate, limits)
-            samples = _read_mono(file, min(int(limits.max_duration_s * rate), limits.max_samples) + 1)
-            slack = _MP3_SLACK if file.format == "MP3" else 0
-    except (soundfile.SoundFileError, RuntimeError, ValueError, OSError) as error:
-        reason = getattr(error, "error_string", error)  # without the address of our buffer, which soundfile tells
-        raise MediaError(f"cannot decode the audio content ({len(data)} bytes): {reason}") from error
-    _check_duration(len(samples), rate, limits)
-    if len(samples) < claimed - slack:
-        raise MediaError(f"truncated audio: its header claims {claimed} samples, {len(samples)} could be decoded")
+        samples, rate = _read_soundfile(data, limits) if demuxer is None else _read_ffmpeg(data, demuxer, limits)
+    except ImportError as error:
+        raise MediaError(
+            f"{error.name} is needed to decode such files; (array, sample_rate) needs no package"
+        ) from error
     return _checked_item(samples, rate)
+
+
+def is_audio_pair(content: object) -> bool:
+    """Return whether an object is a tuple or list, the form of `(array, sample_rate)`."""
+    return isinstance(content, tuple | list)
+
+
+def audio_from_pair(pair: tuple[Any, ...] | list[Any], limits: MediaLimits = DEFAULT_LIMITS) -> AudioItem:
+    """Convert `(array, sample_rate)`; see `audio_from_array`.
+
+    Raises:
+        MediaError: as `audio_from_array`, or it is another tuple or list.
+    """
+    if len(pair) != 2:
+        raise MediaError(f"a {type(pair).__name__} of {len(pair)} items is not media; audio is (array, sample_rate)")
+    if isinstance(pair[0], int | float) and is_array(pair[1]):
+        raise MediaError("got (sample_rate, array); audio is given as (array, sample_rate)")
+    return audio_from_array(pair[0], pair[1], limits)
 
 
 def audio_from_array(array: Any, sample_rate: Any, limits: MediaLimits = DEFAULT_LIMITS) -> AudioItem:
@@ -73,7 +106,7 @@ def audio_from_array(array: Any, sample_rate: Any, limits: MediaLimits = DEFAULT
         MediaError: wrong type or shape, empty, too long, a rate that is not sane, samples not finite.
     """
     rate = checked_rate(sample_rate)
-    values = _as_numpy(array)
+    values = _sample_array(array)
     if values.ndim not in (1, 2):
         raise MediaError(f"audio array of shape {values.shape}: {_FORM}")
     if values.size == 0:
@@ -117,6 +150,27 @@ def checked_rate(rate: Any) -> int:
     return int(rate)
 
 
+def _read_soundfile(data: bytes, limits: MediaLimits) -> tuple[Samples, int]:
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            rate, claimed = checked_rate(file.samplerate), int(file.frames)
+            _check_channels(file.channels)
+            if claimed >= _UNKNOWN_FRAMES:  # FLAC written to a pipe
+                claimed = 0
+                file.seekable = lambda: False  # soundfile would seek to the end that is not known
+            _check_duration(claimed, rate, limits)
+            samples = _read_mono(file, min(int(limits.max_duration_s * rate), limits.max_samples) + 1)
+    except (soundfile.SoundFileError, RuntimeError, ValueError, OSError) as error:
+        # `error_string` lacks the address of our buffer, which the exception's own text holds.
+        raise _undecodable(data, getattr(error, "error_string", error)) from error
+    _check_duration(len(samples), rate, limits)
+    if len(samples) < claimed:
+        raise MediaError(f"truncated audio: its header claims {claimed} samples, {len(samples)} could be decoded")
+    return samples, rate
+
+
 def _read_mono(file: Any, max_frames: int) -> Samples:
     """Read in blocks, so that memory follows what is really decoded and not what a header claims."""
     blocks, num_frames = [], 0
@@ -129,12 +183,89 @@ def _read_mono(file: Any, max_frames: int) -> Samples:
     return np.concatenate(blocks) if blocks else np.empty(0, np.float32)
 
 
-def _as_numpy(array: Any) -> npt.NDArray[Any]:
-    if isinstance(array, torch.Tensor):
-        tensor = array.detach().cpu()
-        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    if isinstance(array, np.ndarray):
-        return array
+def _read_ffmpeg(data: bytes, demuxer: Demuxer, limits: MediaLimits) -> tuple[Samples, int]:
+    """Read with the one named demuxer and its few decoders: FFmpeg probes nothing and opens nothing else."""
+    import av
+
+    data = skip_id3(data)
+    options = {**_FFMPEG_OPTIONS, "format_whitelist": demuxer.formats, "codec_whitelist": ",".join(demuxer.decoders)}
+    try:
+        with av.open(
+            io.BytesIO(data), format=demuxer.name, options=options, io_open=_refuse_to_open, metadata_errors="ignore"
+        ) as container:
+            stream = _audio_track(container.streams.audio, demuxer)
+            claimed = claimed_mp3_frames(data) if demuxer.name == "mp3" else None
+            if stream.duration is not None and (claimed is not None or demuxer.name == "mp4"):  # else it is an estimate
+                rate = checked_rate(stream.codec_context.rate)
+                _check_duration(int(stream.duration * stream.time_base * rate), rate, limits)
+            samples, rate, num_packets = _decode_track(container, stream, limits, skips_damage=demuxer.is_raw)
+    except av.FFmpegError as error:
+        is_limit = error.errno == errno.ENOMEM
+        reason = f"it has more than {_MAX_STREAMS} streams" if is_limit else error.strerror
+        raise _undecodable(data, reason) from error
+    if claimed is not None and num_packets + 1 < claimed:
+        raise MediaError(f"truncated MP3: its header claims {claimed} frames, {num_packets} are there")
+    return samples, rate
+
+
+def _audio_track(tracks: Sequence[Any], demuxer: Demuxer) -> Any:
+    """Return the audio track that is marked as the default one, else the first."""
+    if not tracks:
+        raise MediaError(f"the {demuxer.name} container has no audio track")
+    track = next((track for track in tracks if track.disposition.default), tracks[0])
+    codec = track.codec_context
+    if codec is None or codec.name not in demuxer.decoders:
+        name = codec.name if codec is not None else "unknown"
+        raise MediaError(f"the audio codec is {name}; allowed in {demuxer.name} are {', '.join(demuxer.decoders)}")
+    codec.thread_count = 1
+    return track
+
+
+def _decode_track(container: Any, track: Any, limits: MediaLimits, *, skips_damage: bool) -> tuple[Samples, int, int]:
+    """Return mono samples, their rate and the number of packets.
+
+    Args:
+        skips_damage: continue behind a packet that cannot be decoded, as streams without a container may begin and end
+            anywhere.
+    """
+    import av
+
+    blocks, rates, num_frames, num_packets = [np.empty(0, np.float32)], set(), 0, 0
+    for packet in container.demux(track):
+        num_packets += packet.size > 0
+        try:
+            frames = packet.decode()
+        except av.InvalidDataError:
+            if not skips_damage:
+                raise
+            continue
+        for frame in frames:
+            rates.add(checked_rate(frame.rate))
+            if len(rates) > 1:
+                raise MediaError(f"the sample rate changes within the clip: {sorted(rates)} Hz")
+            num_frames += frame.samples
+            _check_duration(num_frames, frame.rate, limits)
+            channels = frame.layout.nb_channels
+            _check_channels(channels)
+            values = frame.to_ndarray()  # [channels, n], or [1, n * channels] where the channels are interleaved
+            block = _scaled(values.T if frame.format.is_planar else values.reshape(-1, channels))
+            blocks.append(block.mean(axis=1, dtype=np.float32) if channels > 1 else block[:, 0])
+    if not rates:
+        raise MediaError("no audio could be decoded from the content")
+    return np.concatenate(blocks), rates.pop(), num_packets
+
+
+def _refuse_to_open(url: str, *_: Any) -> None:
+    raise MediaError(f"the container refers to another file ({url[:80]!r}), which is not opened")
+
+
+def _undecodable(data: bytes, reason: object) -> MediaError:
+    return MediaError(f"cannot decode the audio content ({len(data)} bytes): {reason}")
+
+
+def _sample_array(array: Any) -> npt.NDArray[Any]:
+    if is_array(array):
+        return to_numpy(array)
     if isinstance(array, list | tuple):
         try:
             return np.asarray(array, dtype=np.float32)

@@ -1,24 +1,153 @@
-"""Find truncated audio containers before decoding: libsndfile silently shortens them to what is there."""
+"""Recognize containers by their magic bytes, and check what they claim before a decoder reads them.
+
+File names and MIME types are never looked at.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Final
 
 from mmlora.errors import MediaError
 
-# Encoders that stream to a pipe cannot go back to write the length; they claim almost 2 or 4 GiB.
+MAX_MP4_SAMPLES: Final = 4_000_000  # packets of all tracks; the decoder's index takes 24 bytes for each
+MAX_MP4_TAGS: Final = 1_000  # the decoder compares each tag with all others
+MAX_METADATA_BYTES: Final = 1 << 18  # of a Matroska file, likewise
+MAX_EBML_ELEMENTS: Final = 1_000_000
+MAX_INNER_ID3_BYTES: Final = 1 << 16  # of a tag inside a stream of raw AAC, likewise
+
+_BMP_HEADER_BYTES = frozenset({12, 40, 52, 56, 64, 108, 124})  # sizes of the known DIB headers
+_IMAGE_BRANDS = frozenset(
+    (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"mif2", b"msf1", b"avif", b"avis", b"crx ")
+)
+_MAGIC: Final = {
+    b"fLaC": "flac",
+    b"OggS": "ogg",
+    b"ID3": "mp3",
+    b"\x1aE\xdf\xa3": "matroska",
+    b"\x89PNG\r\n\x1a\n": "png",
+    b"\xff\xd8\xff": "jpeg",
+    b"GIF87a": "gif",
+    b"GIF89a": "gif",
+}
+_UNSUPPORTED: Final = {
+    b"FORM": "an AIFF file",
+    b"#!AMR": "an AMR file",
+    b"0&\xb2u\x8ef\xcf\x11": "a Windows Media file",
+    b"II*\x00": "a TIFF image",
+    b"MM\x00*": "a TIFF image",
+    b"%PDF": "a PDF document",
+    b"PK\x03\x04": "a ZIP archive",
+    b"\x1f\x8b": "gzip data",
+    b"RF64": "an RF64 file",
+    b"RIFF": "a RIFF container that is neither WAVE nor WEBP",
+}
+_TEXT_CONTROL = frozenset(b"\t\n\r\f\x1b")
+
+# Encoders that write to a pipe cannot go back to set the length; they claim almost 2 or 4 GiB.
 _UNKNOWN_LENGTHS = (range(0x7FFFF000, 0x80000000), range(0xFFFFF000, 0x100000000))
 _OGG_HEADER_BYTES = 27
+_MP4_CONTENT = frozenset((b"mdat", b"free", b"skip", b"wide"))  # boxes without tables
+_MP4_COUNT = re.compile(rb"stsz.{8}(.{4})|stz2.{8}(.{4})|trun.{4}(.{4})", re.DOTALL)
+_ALAC_FRAME = re.compile(rb"alac\0{4}(.{4})", re.DOTALL)
+_MAX_ALAC_FRAME = 1 << 16  # samples; encoders write 4096
+_SEGMENT, _CLUSTER, _VOID = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75", b"\xec"
+_MATROSKA_CONTENT = frozenset((_SEGMENT, _CLUSTER, _VOID, b"\xa3", b"\xa0"))  # and SimpleBlock, BlockGroup
+_XING = re.compile(rb"(?:Xing|Info).{3}(.)(.{4})|VBRI.{10}(.{4})", re.DOTALL)
+_INNER_ID3 = re.compile(rb"ID3[\2-\4]\0.([\0-\x7f]{4})", re.DOTALL)
+_XING_WINDOW = 64  # bytes from the start of a frame; the tag begins at 36 at the latest
+
+
+def container_format(data: bytes) -> str | None:
+    """Return the format of encoded content by its magic bytes, None if it is not a supported one.
+
+    The names are those of `Modality.formats`.
+    """
+    head = data[:64]
+    if head.startswith(b"RIFF"):
+        return {b"WAVE": "wav", b"WEBP": "webp"}.get(head[8:12])
+    if head[4:8] == b"ftyp":
+        return None if head[8:12] in _IMAGE_BRANDS else "mp4"
+    if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in _BMP_HEADER_BYTES:
+        return "bmp"
+    return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), _mpeg_audio(head))
+
+
+def describe_content(data: bytes) -> str:
+    """Name unsupported content for an error message."""
+    head = data[:512]
+    if head[4:8] == b"ftyp":
+        return f"an MP4-family image (brand {head[8:12].decode('ascii', 'replace').strip()!r}: HEIC or AVIF)"
+    for magic, name in _UNSUPPORTED.items():
+        if head.startswith(magic):
+            return name
+    if _is_text(head):
+        return f"text beginning with {head[:32].decode('utf-8', 'replace')!r}"
+    return f"unknown bytes beginning with {head[:12].hex(' ')}"
 
 
 def check_container(data: bytes) -> None:
-    """Raise if a WAV data chunk or the last Ogg page claims more bytes than there are.
+    """Refuse audio containers that are cut off, or whose tables would cost a decoder far more than their size.
 
-    FLAC is checked after decoding, against the number of samples that its header claims; MP3 in `mp3.py`.
+    libsndfile and FFmpeg silently shorten a truncated file to what is there. FLAC and MP3 are checked after decoding,
+    against the number of samples or frames that their header claims; raw AAC claims nothing.
 
     Raises:
-        MediaError: the file is truncated; the message holds the claimed and the present size.
+        MediaError: names the claim and what is there or allowed.
     """
-    if data.startswith(b"RIFF"):
-        _check_wav(data)
-    elif data.startswith(b"OggS"):
-        _check_ogg(data)
+    match container_format(data):
+        case "wav":
+            _check_wav(data)
+        case "ogg":
+            _check_ogg(data)
+        case "mp4":
+            _check_mp4(data)
+        case "matroska":
+            _check_matroska(data)
+        case "aac":
+            _check_adts(data)
+
+
+def skip_id3(data: bytes) -> bytes:
+    """Return an MPEG audio stream without the ID3v2 tag in front of it, which may hold pictures."""
+    if data[:3] != b"ID3" or len(data) < 10:
+        return data
+    return data[10 + _synchsafe(data[6:10]) + (10 if data[5] & 0x10 else 0) :]
+
+
+def claimed_mp3_frames(data: bytes) -> int | None:
+    """Return the number of frames that the Xing, Info or VBRI tag of an MP3 without ID3 claims, None without a tag."""
+    start = max(data.find(b"\xff"), 0)
+    tag = _XING.search(data, start, start + _XING_WINDOW)
+    if tag is None:
+        return None
+    flags, xing, vbri = tag.groups()
+    if flags is not None and not flags[0] & 1:
+        return None
+    return int.from_bytes(xing or vbri, "big")
+
+
+def _synchsafe(four: bytes) -> int:
+    """Return a size of an ID3 tag, seven bits a byte."""
+    return sum(byte << shift for byte, shift in zip(four, (21, 14, 7, 0), strict=True))
+
+
+def _mpeg_audio(head: bytes) -> str | None:
+    """Recognize an MPEG audio layer III frame or an ADTS header; layer bits 10 and 11 are not supported."""
+    if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
+        return None
+    version, layer, bitrate, rate = head[1] >> 3 & 3, head[1] >> 1 & 3, head[2] >> 4, head[2] >> 2 & 3
+    if layer == 0 and version >= 2:  # the twelve bits of ADTS's sync word
+        return "aac" if head[2] >> 2 & 15 < 13 else None
+    # The reserved values keep out the UTF-16 byte-order mark, among others.
+    return "mp3" if layer == 1 and version != 1 and bitrate != 15 and rate != 3 else None
+
+
+def _is_text(head: bytes) -> bool:
+    if head.startswith((b"\xff\xfe", b"\xfe\xff", b"\xef\xbb\xbf")):
+        return True
+    # A UTF-8 character may be cut at the end of the window.
+    text = head.decode("utf-8", "ignore").encode()
+    return len(head) - len(text) <= 3 and all(byte >= 32 or byte in _TEXT_CONTROL for byte in head)
 
 
 def _check_wav(data: bytes) -> None:
@@ -51,3 +180,76 @@ def _check_ogg(data: bytes) -> None:
         if len(lengths) < num_segments or end > len(data):
             raise MediaError(f"truncated OGG: the page at byte {position} is longer than the {len(data)} bytes given")
         position = end
+
+
+def _check_mp4(data: bytes) -> None:
+    """Walk the outermost boxes; a table without entries of its own may claim billions of samples."""
+    num_samples, position = 0, 0
+    while position + 8 <= len(data):
+        size, kind = int.from_bytes(data[position : position + 4], "big"), data[position + 4 : position + 8]
+        if size == 1:
+            size = int.from_bytes(data[position + 8 : position + 16], "big")
+        size = size or len(data) - position  # 0: up to the end
+        if size < 8 or size > len(data) - position:
+            raise MediaError(
+                f"truncated or damaged MP4: its {kind!r} box claims {size} bytes, {len(data) - position} are there"
+            )
+        if kind not in _MP4_CONTENT:
+            box = data[position : position + size]
+            for match in _MP4_COUNT.finditer(box):
+                num_samples += int.from_bytes(match[match.lastindex or 1], "big")
+            if num_samples > MAX_MP4_SAMPLES:
+                raise MediaError(f"the MP4 claims {num_samples} packets; at most {MAX_MP4_SAMPLES} are allowed")
+            if box.count(b"data") > MAX_MP4_TAGS:
+                raise MediaError(f"the MP4 has more than the allowed {MAX_MP4_TAGS} tags")
+            if b"cmov" in box:
+                raise MediaError("the MP4 has a compressed header (cmov), which is not supported")
+            for (length,) in _ALAC_FRAME.findall(box):
+                if int.from_bytes(length, "big") > _MAX_ALAC_FRAME:
+                    raise MediaError(f"the MP4 claims ALAC frames of more than the allowed {_MAX_ALAC_FRAME} samples")
+        position += size
+
+
+def _check_adts(data: bytes) -> None:
+    for match in _INNER_ID3.finditer(data):
+        if _synchsafe(match[1]) > MAX_INNER_ID3_BYTES:
+            raise MediaError(
+                f"the AAC stream holds an ID3 tag of {_synchsafe(match[1])} bytes; at most {MAX_INNER_ID3_BYTES} are "
+                "allowed"
+            )
+
+
+def _check_matroska(data: bytes) -> None:
+    """Walk the elements of the segment, which a cut file or one of endless metadata fails."""
+    metadata_bytes = 0
+    for count, (position, element_id, start, end) in enumerate(_ebml_elements(data)):
+        if end is not None and end > len(data):
+            raise MediaError(
+                f"truncated WebM or Matroska: the element at byte {position} claims {end - start} bytes, "
+                f"{len(data) - start} are there"
+            )
+        if element_id not in _MATROSKA_CONTENT:
+            metadata_bytes += (end or start) - position
+        if metadata_bytes > MAX_METADATA_BYTES or count == MAX_EBML_ELEMENTS:
+            raise MediaError(
+                f"the WebM or Matroska file has more than the allowed {MAX_METADATA_BYTES} bytes of metadata or "
+                f"{MAX_EBML_ELEMENTS} elements"
+            )
+
+
+def _ebml_elements(data: bytes) -> Iterator[tuple[int, bytes, int, int | None]]:
+    """Yield position, id, start and end of the outermost elements and of those in the segment.
+
+    Live recordings have segments and clusters of unknown size: their end is None, and their content is walked, too.
+    """
+    position = 0
+    while position + 1 < len(data) and data[position]:
+        size_at = position + 9 - data[position].bit_length()
+        if size_at >= len(data) or not data[size_at]:
+            return
+        start = size_at + 9 - data[size_at].bit_length()
+        unknown = (1 << 7 * (start - size_at)) - 1
+        size = int.from_bytes(data[size_at:start], "big") & unknown
+        element_id, end = data[position:size_at], None if size == unknown else start + size
+        yield position, element_id, start, end
+        position = start if end is None or element_id == _SEGMENT else end

@@ -1,70 +1,57 @@
-"""The way into the processors: decide what a piece of content is, by what it is, and decode it within limits."""
+"""Decode media content of any accepted form within limits; its modality follows from the content alone."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
-
-import numpy as np
-import torch
-from PIL import Image
+from typing import Final
 
 from mmlora.errors import MediaError
-from mmlora.processors.media.audio import audio_from_array, decode_audio
-from mmlora.processors.media.image import decode_image, image_from_array, image_from_pil
-from mmlora.processors.media.items import DEFAULT_LIMITS, AudioItem, ImageItem, MediaItem, MediaLimits, Modality
-from mmlora.processors.media.sniff import describe, sniff
+from mmlora.processors.media.containers import container_format, describe_content
+from mmlora.processors.media.items import DEFAULT_LIMITS, MediaItem, MediaLimits, is_array
+from mmlora.processors.modalities import MODALITIES, Modality
 
-__all__ = [
-    "AudioItem",
-    "ImageItem",
-    "MediaItem",
-    "MediaLimits",
-    "Modality",
-    "check_counts",
-    "check_decoded_bytes",
-    "load_media",
-    "sniff",
-]
-
-_SUPPORTED = "supported are WAV, FLAC, OGG and MP3 audio and PNG, JPEG, WebP, GIF and BMP images"
-_FORMS = "bytes, a PIL image, a [height, width, 3] uint8 array, or audio as (array, sample_rate)"
-
-NOT_TAKEN: Mapping[str, str] = {
-    "embeds": "ready embeddings are not taken: give the image or the audio itself",
-    "video": "videos are not taken: give their frames as images",
+_SUPPORTED: Final = "supported are " + " and ".join(
+    f"{', '.join(modality.formats.values())} {modality.name}" for modality in MODALITIES.values()
+)
+_FORMS: Final = "bytes, a PIL image, a [height, width, 3] uint8 array, or audio as (array, sample_rate)"
+_UNSUPPORTED: Final[Mapping[str, str]] = {
+    "embeds": "precomputed embeddings are not supported: send the image or the audio itself",
+    "video": "videos are not supported: send their frames as images",
 }
 
 
-def why_not_taken(name: str) -> str | None:
-    """Return a sentence on a kind of content that others take (`image_embeds`, `video_url`); None for any other."""
-    return next((reason for part, reason in NOT_TAKEN.items() if part in name), None)
+def why_unsupported(name: str) -> str | None:
+    """Return a hint on a kind of content that other engines take (`image_embeds`, `video_url`); None for any other."""
+    return next((reason for part, reason in _UNSUPPORTED.items() if part in name), None)
+
+
+def sniff_modality(data: bytes) -> Modality | None:
+    """Return the modality of encoded content by its magic bytes, or None if its format is not supported."""
+    name = container_format(data)
+    return next((modality for modality in MODALITIES.values() if name in modality.formats), None)
 
 
 def load_media(content: object, limits: MediaLimits = DEFAULT_LIMITS, *, expected: str | None = None) -> MediaItem:
     """Decode one audio clip or image of any accepted form.
 
     Args:
-        content: encoded bytes (told by magic bytes), `(array, sample_rate)`, a PIL image, or a
-            `[height, width, 3] uint8` array. Paths and URLs are not content and are refused.
-        limits: byte, pixel and duration limits, checked before decoding.
-        expected: `"audio"` or `"image"` where the caller's field says which it must be.
+        content: encoded bytes, `(array, sample_rate)`, a PIL image, or a `[height, width, 3] uint8` array. Paths and
+            URLs are not content and are refused.
+        limits: byte, pixel and duration limits; what an item claims is checked before it is decoded.
+        expected: the modality that the content must have, None for any.
 
     Raises:
-        MediaError: unusable content, or content of the other modality than `expected`.
+        MediaError: unusable content, or content of another modality than `expected`.
     """
     modality = _modality_of(content)
-    if expected is not None and modality != expected:
-        raise MediaError(f"the content is {modality}, but {expected} was expected here")
-    if isinstance(content, AudioItem | ImageItem):
+    if expected is not None and modality.name != expected:
+        raise MediaError(f"the content is {modality.name}, but {expected} was expected here")
+    if isinstance(content, MediaItem):
         return content
     if isinstance(content, bytes | bytearray | memoryview):
         data = bytes(content)
-        _check_bytes(len(data), limits)
-        return decode_audio(data, limits) if modality == "audio" else decode_image(data, limits)
-    if isinstance(content, Image.Image):
-        return image_from_pil(content, limits)
-    if isinstance(content, tuple | list):
-        return audio_from_array(content[0], content[1], limits)
-    return image_from_array(content, limits)
+        if len(data) > limits.max_bytes:
+            raise MediaError(f"media content of {len(data)} bytes is larger than the allowed {limits.max_bytes} bytes")
+        return modality.decode(data, limits)
+    return modality.convert(content, limits)
 
 
 def check_counts(counts: Mapping[str, int], modalities: Collection[str], limits: Mapping[str, int] | None) -> None:
@@ -76,7 +63,7 @@ def check_counts(counts: Mapping[str, int], modalities: Collection[str], limits:
         limits: most items by modality (`limit_mm_per_prompt`); others are not limited.
 
     Raises:
-        MediaError: naming the modality, the number and what is allowed.
+        MediaError: names the modality, the number and what is allowed.
     """
     for modality, count in counts.items():
         if count and modality not in modalities:
@@ -91,7 +78,7 @@ def check_decoded_bytes(num_bytes: int, limits: MediaLimits) -> None:
     """Refuse the media of one prompt once they have more bytes than it may hold.
 
     Raises:
-        MediaError: naming the number and what is allowed.
+        MediaError: names the number and what is allowed.
     """
     if num_bytes > limits.max_decoded_bytes:
         raise MediaError(
@@ -101,47 +88,28 @@ def check_decoded_bytes(num_bytes: int, limits: MediaLimits) -> None:
 
 
 def _modality_of(content: object) -> Modality:
-    if isinstance(content, AudioItem | ImageItem):
-        return content.modality
+    if isinstance(content, MediaItem):
+        return MODALITIES[content.modality]
     if isinstance(content, bytes | bytearray | memoryview):
-        return _modality_of_bytes(content)
-    if isinstance(content, Image.Image):
-        return "image"
-    if isinstance(content, np.ndarray | torch.Tensor):
-        if content.ndim == 3:
-            return "image"
+        return _modality_of_bytes(bytes(content[:512]))
+    for modality in MODALITIES.values():
+        if modality.accepts(content):
+            return modality
+    if is_array(content):
         raise MediaError(
-            f"a bare array of shape {tuple(content.shape)} is no media: an image is a [height, width, 3] uint8 array, "
-            "audio is (array, sample_rate), and ready embeddings are not taken"
+            f"a bare array of shape {tuple(content.shape)} is not supported: an image is a [height, width, 3] uint8 "
+            "array, audio is (array, sample_rate), and precomputed embeddings are not supported"
         )
-    if isinstance(content, tuple | list):
-        _check_pair(content)
-        return "audio"
     raise MediaError(f"media content is a {type(content).__name__}; allowed are {_FORMS}{_hint(content)}")
 
 
-def _modality_of_bytes(content: bytes | bytearray | memoryview) -> Modality:
-    head = bytes(content[:512])
+def _modality_of_bytes(head: bytes) -> Modality:
     if not head:
         raise MediaError(f"media content of 0 bytes; {_SUPPORTED}")
-    modality = sniff(head)
+    modality = sniff_modality(head)
     if modality is None:
-        raise MediaError(f"the content is neither audio nor an image but {describe(head)}; {_SUPPORTED}")
+        raise MediaError(f"the content is neither audio nor an image but {describe_content(head)}; {_SUPPORTED}")
     return modality
-
-
-def _check_pair(content: tuple[Any, ...] | list[Any]) -> None:
-    if len(content) != 2:
-        raise MediaError(
-            f"a {type(content).__name__} of {len(content)} items is not media; audio is (array, sample_rate)"
-        )
-    if isinstance(content[0], int | float) and isinstance(content[1], np.ndarray | torch.Tensor):
-        raise MediaError("got (sample_rate, array); audio is given as (array, sample_rate)")
-
-
-def _check_bytes(num_bytes: int, limits: MediaLimits) -> None:
-    if num_bytes > limits.max_bytes:
-        raise MediaError(f"media content of {num_bytes} bytes is larger than the allowed {limits.max_bytes} bytes")
 
 
 def _hint(content: object) -> str:

@@ -4,11 +4,10 @@ import io
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from mmlora.errors import MediaError
-from mmlora.processors.media.items import DEFAULT_LIMITS, ImageItem, MediaLimits, strips
+from mmlora.processors.media.items import DEFAULT_LIMITS, ImageItem, MediaLimits, is_array, strips, to_numpy
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
@@ -30,6 +29,20 @@ def decode_image(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> ImageItem
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged headers
         raise MediaError(f"cannot decode the image content ({len(data)} bytes): {error}") from error
     return image_from_pil(image, limits)
+
+
+def is_image_object(content: object) -> bool:
+    """Return whether an object is a PIL image or an array of three dimensions."""
+    return isinstance(content, Image.Image) or (is_array(content) and content.ndim == 3)
+
+
+def image_from_object(content: Any, limits: MediaLimits = DEFAULT_LIMITS) -> ImageItem:
+    """Convert a PIL image or a `[height, width, 3] uint8` array.
+
+    Raises:
+        MediaError: as `image_from_pil` and `image_from_array`.
+    """
+    return image_from_pil(content, limits) if isinstance(content, Image.Image) else image_from_array(content, limits)
 
 
 def image_from_pil(image: Image.Image, limits: MediaLimits = DEFAULT_LIMITS) -> ImageItem:
@@ -58,7 +71,7 @@ def image_from_array(array: Any, limits: MediaLimits = DEFAULT_LIMITS) -> ImageI
     Raises:
         MediaError: another shape or type, empty or too large.
     """
-    values = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else array
+    values = to_numpy(array)
     if values.ndim != 3 or values.shape[2] != 3 or values.dtype != np.uint8:
         raise MediaError(
             f"array of shape {tuple(values.shape)} and type {values.dtype}: "

@@ -1,9 +1,11 @@
-"""Decoded media items and the limits they were admitted under; decoding itself is in `audio.py` and `image.py`."""
+"""Decoded media items and their limits; `audio.py` and `image.py` decode them."""
 
 import hashlib
+import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -11,23 +13,38 @@ from PIL import Image
 
 from mmlora.errors import ConfigError
 
-Modality = Literal["audio", "image"]
+
+@dataclass(frozen=True, eq=False)
+class MediaItem(ABC):
+    """One decoded item.
+
+    Attributes:
+        modality: its name in `MODALITIES`.
+        content_hash: sha256 hex; items of equal content have equal hashes.
+    """
+
+    modality: ClassVar[str]
+    content_hash: str
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Size of the decoded content."""
 
 
 @dataclass(frozen=True, eq=False)
-class AudioItem:
-    """Hold one mono clip.
+class AudioItem(MediaItem):
+    """A mono clip.
 
     Attributes:
+        content_hash: of the samples and the rate.
         samples: `[num_samples] float32`, full scale −1…1, read-only.
         sample_rate: Hz.
-        content_hash: sha256 hex of the samples and the rate.
     """
 
-    modality: ClassVar[Literal["audio"]] = "audio"
+    modality: ClassVar[str] = "audio"
     samples: npt.NDArray[np.float32]
     sample_rate: int
-    content_hash: str
 
     @classmethod
     def from_samples(cls, samples: npt.NDArray[np.float32], sample_rate: int) -> "AudioItem":
@@ -36,7 +53,7 @@ class AudioItem:
         samples.setflags(write=False)
         digest = hashlib.sha256(f"audio:{sample_rate}:".encode())
         digest.update(samples.data)
-        return cls(samples, sample_rate, digest.hexdigest())
+        return cls(digest.hexdigest(), samples, sample_rate)
 
     @property
     def duration_s(self) -> float:
@@ -48,17 +65,16 @@ class AudioItem:
 
 
 @dataclass(frozen=True, eq=False)
-class ImageItem:
-    """Hold one RGB picture, EXIF-oriented, with alpha laid on white.
+class ImageItem(MediaItem):
+    """An RGB image, EXIF-oriented, composited on white where it is transparent.
 
     Attributes:
+        content_hash: of the size and the pixels.
         image: mode `RGB`; treat as read-only.
-        content_hash: sha256 hex of the size and the pixels.
     """
 
-    modality: ClassVar[Literal["image"]] = "image"
+    modality: ClassVar[str] = "image"
     image: Image.Image
-    content_hash: str
 
     @classmethod
     def from_rgb(cls, image: Image.Image) -> "ImageItem":
@@ -66,7 +82,7 @@ class ImageItem:
         digest = hashlib.sha256(f"image:{image.width}x{image.height}:".encode())
         for box in strips(*image.size):
             digest.update(image.crop(box).tobytes())
-        return cls(image, digest.hexdigest())
+        return cls(digest.hexdigest(), image)
 
     @property
     def num_bytes(self) -> int:
@@ -74,24 +90,36 @@ class ImageItem:
 
 
 def strips(width: int, height: int) -> Iterator[tuple[int, int, int, int]]:
-    """Boxes of whole rows, about a million pixels each, that make up a picture."""
+    """Yield boxes of whole rows, about a million pixels each, that cover an image."""
     rows = max(1, 2**20 // width)
     for top in range(0, height, rows):
         yield 0, top, width, min(top + rows, height)
 
 
-MediaItem = AudioItem | ImageItem
+def is_array(content: object) -> TypeGuard[Any]:
+    """Return whether an object is a numpy array or a torch tensor; torch is not imported for it."""
+    torch = sys.modules.get("torch")
+    return isinstance(content, np.ndarray) or (torch is not None and isinstance(content, torch.Tensor))
+
+
+def to_numpy(array: Any) -> npt.NDArray[Any]:
+    """Return a numpy array or a torch tensor as a numpy array; bfloat16 becomes float32."""
+    if isinstance(array, np.ndarray):
+        return array
+    tensor = array.detach().cpu()
+    result: npt.NDArray[Any] = (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()
+    return result
 
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """Bound what media may cost; all but the last are checked before an item is decoded.
+    """Limits on media; what an item claims is checked before decoding, all but the last again while decoding.
 
     Attributes:
         max_bytes: encoded size of an item in bytes.
         max_pixels: width x height in px.
         max_duration_s: length of a clip in seconds.
-        max_samples: length of a clip in samples, whatever their rate.
+        max_samples: length of a clip in samples at its own rate.
         max_decoded_bytes: all media of one conversation, decoded.
     """
 

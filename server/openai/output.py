@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from mmlora.errors import EngineDeadError, RequestError
 from mmlora.outputs import CompletionOutput, LoRAChoice, RequestOutput
+from mmlora.processors.modalities import MODALITIES
 from mmlora.server.errors import UTF8JSONResponse, error_body
 
 logger = logging.getLogger(__name__)
@@ -56,18 +57,17 @@ def count_tokens(outputs: Iterable[RequestOutput], num_completion_tokens: int) -
     """
     last = list(outputs)
     num_prompt_tokens = sum(len(output.prompt_token_ids) for output in last)
-    num_audio_tokens, num_image_tokens = (
-        sum(output.num_media_tokens.get(modality, 0) for output in last) for modality in ("audio", "image")
-    )
+    num_media_tokens = {
+        modality: sum(output.num_media_tokens.get(modality, 0) for output in last) for modality in MODALITIES
+    }
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_completion_tokens,
         "total_tokens": num_prompt_tokens + num_completion_tokens,
         "prompt_tokens_details": {
             "cached_tokens": sum(output.num_cached_tokens for output in last),
-            "audio_tokens": num_audio_tokens,
-            "image_tokens": num_image_tokens,
-            "text_tokens": num_prompt_tokens - num_audio_tokens - num_image_tokens,
+            **{f"{modality}_tokens": count for modality, count in num_media_tokens.items()},
+            "text_tokens": num_prompt_tokens - sum(num_media_tokens.values()),
         },
     }
 

@@ -7,7 +7,8 @@ import pytest
 
 from mmlora.errors import MediaError
 from mmlora.processors.fetch.data_url import load_base64, load_data_url
-from mmlora.processors.media.decoding import MediaLimits, load_media
+from mmlora.processors.media.decoding import load_media
+from mmlora.processors.media.items import MediaLimits
 
 
 @pytest.fixture

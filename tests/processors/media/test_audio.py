@@ -10,7 +10,8 @@ import torch
 
 from mmlora.errors import MediaError
 from mmlora.processors.media.audio import audio_from_array, resample
-from mmlora.processors.media.decoding import MediaLimits, load_media
+from mmlora.processors.media.decoding import load_media
+from mmlora.processors.media.items import MediaLimits
 
 
 @pytest.mark.parametrize("dtype, full", [("int8", 2**7), ("int16", 2**15), ("int32", 2**31)])

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from mmlora.errors import ConfigError, MediaError
-from mmlora.processors.media.decoding import AudioItem, ImageItem, MediaLimits, load_media, sniff
+from mmlora.processors.media.decoding import load_media, sniff_modality
+from mmlora.processors.media.items import AudioItem, ImageItem, MediaLimits
+from mmlora.processors.modalities import MODALITIES
 
 AUDIO = ["WAV", "FLAC", "OGG", "MP3"]
 IMAGE = ["PNG", "JPEG", "WEBP", "GIF", "BMP"]
@@ -14,7 +16,7 @@ IMAGE = ["PNG", "JPEG", "WEBP", "GIF", "BMP"]
 @pytest.mark.parametrize("format", AUDIO)
 def test_audio_files_are_audio(format, encode_audio):
     data = encode_audio(format=format)
-    assert sniff(data) == "audio"
+    assert sniff_modality(data) == MODALITIES["audio"]
     item = load_media(data)
     assert isinstance(item, AudioItem) and item.modality == "audio" and item.sample_rate == 16000
     assert item.samples.dtype == np.float32 and item.samples.ndim == 1
@@ -25,7 +27,7 @@ def test_audio_files_are_audio(format, encode_audio):
 @pytest.mark.parametrize("format", IMAGE)
 def test_image_files_are_images(format, picture, encode_image):
     data = encode_image(picture(), format)
-    assert sniff(data) == "image"
+    assert sniff_modality(data) == MODALITIES["image"]
     item = load_media(data)
     assert isinstance(item, ImageItem) and item.modality == "image"
     assert item.image.mode == "RGB" and item.image.size == (60, 40)
@@ -38,16 +40,19 @@ def test_image_files_are_images(format, picture, encode_image):
         ("\ufeffhällo".encode("utf-16"), "neither"),
         (b"BM is how this sentence begins", "text"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "text"),
-        (b"\x00\x00\x00\x20ftypM4A isom", "M4A"),
-        (b"\xff\xf1\x50\x80\x00\x1f\xfc", "unknown bytes"),  # AAC in ADTS
+        (b"\x00\x00\x00\x20ftypheic\x00\x00\x00\x00mif1", "HEIC"),
+        (b"\x00\x00\x00\x20ftypavif\x00\x00\x00\x00mif1", "AVIF"),
+        (b"FORM\x00\x00\x00\x20AIFF", "AIFF"),
+        (b"#!AMR\n", "AMR"),
+        (b"0&\xb2u\x8ef\xcf\x11\xa6\xd9", "Windows Media"),
         (b"RIFF\x24\x00\x00\x00AVI LIST", "RIFF"),
         (b"%PDF-1.7", "PDF"),
         (b"", "0 bytes"),
     ],
-    ids=["text", "utf16", "BM-text", "svg", "m4a", "aac", "avi", "pdf", "empty"],
+    ids=["text", "utf16", "BM-text", "svg", "heic", "avif", "aiff", "amr", "wma", "avi", "pdf", "empty"],
 )
 def test_other_bytes_are_refused_by_name(data, named):
-    assert sniff(data) is None
+    assert sniff_modality(data) is None
     with pytest.raises(MediaError, match=named):
         load_media(data)
 

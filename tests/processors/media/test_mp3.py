@@ -2,13 +2,13 @@
 
 import io
 
+import av
 import numpy as np
 import pytest
 import soundfile
 
 from mmlora.errors import MediaError
 from mmlora.processors.media.decoding import load_media
-from mmlora.processors.media.mp3 import _frames
 
 RATE = 16000
 
@@ -21,7 +21,15 @@ def encode(samples, rate=RATE, mode="VARIABLE"):
 
 
 def without_tag(data):
-    return data[list(_frames(data))[1].start :]
+    """The same packets without the Xing frame that says how many there are."""
+    buffer = io.BytesIO()
+    with av.open(io.BytesIO(data)) as source, av.open(buffer, "w", format="mp3", options={"write_xing": "0"}) as copy:
+        stream = copy.add_stream_from_template(source.streams.audio[0])
+        for packet in source.demux(source.streams.audio[0]):
+            packet.stream = stream
+            if packet.size:
+                copy.mux(packet)
+    return buffer.getvalue()
 
 
 def noise(*loudness, rate=RATE, channels=1):
@@ -40,8 +48,7 @@ def num_samples(data):
 @pytest.mark.parametrize("mode", ["VARIABLE", "CONSTANT"])
 def test_frames_are_found_in_every_version(rate, channels, mode):
     data = encode(noise(0.3, 0.001, rate=rate, channels=channels), rate, mode)
-    frames = list(_frames(data))
-    assert frames[0].start == 0 and frames[-1].start + frames[-1].num_bytes == len(data)
+    assert num_samples(data) == 2 * rate
     assert abs(num_samples(without_tag(data)) - 2 * rate) <= 3 * 1152
 
 

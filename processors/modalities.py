@@ -1,0 +1,85 @@
+"""Registry of the modalities that requests may hold beside text. Everything else reads from it.
+
+A new modality is one entry here, its module in `processors/media`, and a tower.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from mmlora.processors.media import audio, image
+from mmlora.processors.media.items import AudioItem, ImageItem, MediaItem, MediaLimits
+
+ContentForm = Literal["url", "base64", "object"]
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One kind of media.
+
+    Attributes:
+        name: in requests, options, usage and metrics.
+        item_class: of decoded items.
+        formats: encoded formats, by their name in `container_format`.
+        accepts: returns whether an object (not bytes) is content of this modality.
+        decode: makes an item of encoded bytes, within limits.
+        convert: makes an item of an object that `accepts` takes, within limits.
+        part_types: types of content parts in chat messages, each with the form of its content.
+        processor_part: the attribute of a `transformers` processor that prepares its items.
+        config_name: the attribute of a model's configuration that holds the tower's.
+        features_method: the method of a `transformers` model that encodes its items.
+        tower: the part of a model, as LoRA reports name it.
+    """
+
+    name: str
+    item_class: type[MediaItem]
+    formats: Mapping[str, str]
+    accepts: Callable[[object], bool]
+    decode: Callable[[bytes, MediaLimits], MediaItem]
+    convert: Callable[[Any, MediaLimits], MediaItem]
+    part_types: Mapping[str, ContentForm]
+    processor_part: str
+    config_name: str
+    features_method: str
+    tower: str
+
+
+AUDIO: Final = Modality(
+    name="audio",
+    item_class=AudioItem,
+    formats={
+        "wav": "WAV",
+        "flac": "FLAC",
+        "ogg": "Ogg",
+        "mp3": "MP3",
+        "aac": "AAC",
+        "mp4": "MP4 (M4A)",
+        "matroska": "WebM (Matroska)",
+    },
+    accepts=audio.is_audio_pair,
+    decode=audio.decode_audio,
+    convert=audio.audio_from_pair,
+    part_types={"audio": "object", "audio_url": "url", "input_audio": "base64"},
+    processor_part="feature_extractor",
+    config_name="audio_config",
+    features_method="get_audio_features",
+    tower="audio_tower",
+)
+IMAGE: Final = Modality(
+    name="image",
+    item_class=ImageItem,
+    formats={"png": "PNG", "jpeg": "JPEG", "webp": "WebP", "gif": "GIF", "bmp": "BMP"},
+    accepts=image.is_image_object,
+    decode=image.decode_image,
+    convert=image.image_from_object,
+    part_types={"image": "object", "image_url": "url"},
+    processor_part="image_processor",
+    config_name="vision_config",
+    features_method="get_image_features",
+    tower="vision_tower",
+)
+MODALITIES: Final[Mapping[str, Modality]] = {modality.name: modality for modality in (AUDIO, IMAGE)}
+# By the type of a content part.
+PART_MODALITIES: Final[Mapping[str, Modality]] = {
+    part_type: modality for modality in MODALITIES.values() for part_type in modality.part_types
+}
