@@ -23,6 +23,7 @@ RESAMPLER = "soxr_hq"
 
 _BLOCK_FRAMES = 1 << 16
 _UNKNOWN_FRAMES = 1 << 62
+_DISPOSITION_DEFAULT = 1  # AV_DISPOSITION_DEFAULT
 _MAX_STREAMS = 32  # of one container
 _INTEGER_SCALE = {"uint8": 2.0**7, "int8": 2.0**7, "int16": 2.0**15, "int32": 2.0**31}
 _FORM = (
@@ -53,7 +54,7 @@ DEMUXERS: Final[Mapping[str, Demuxer]] = {  # by `container_format`; libsndfile 
     "mp4": Demuxer("mp4", "mov,mp4,m4a,3gp,3g2,mj2", ("aac", "alac", "mp3float", "opus", "flac")),
     "matroska": Demuxer("matroska", "matroska,webm", ("opus", "vorbis", "aac", "mp3float", "flac")),
 }
-_FFMPEG_OPTIONS: Final = {"protocol_whitelist": "none", "max_streams": str(_MAX_STREAMS)}
+_FFMPEG_OPTIONS: Final = {"protocol_whitelist": "none", "max_streams": str(_MAX_STREAMS + 1)}
 
 Samples = npt.NDArray[np.float32]
 
@@ -193,6 +194,8 @@ def _read_ffmpeg(data: bytes, demuxer: Demuxer, limits: MediaLimits) -> tuple[Sa
         with av.open(
             io.BytesIO(data), format=demuxer.name, options=options, io_open=_refuse_to_open, metadata_errors="ignore"
         ) as container:
+            if len(container.streams) > _MAX_STREAMS:
+                raise _undecodable(data, f"it has more than {_MAX_STREAMS} streams")
             stream = _audio_track(container.streams.audio, demuxer)
             claimed = claimed_mp3_frames(data) if demuxer.name == "mp3" else None
             if stream.duration is not None and (claimed is not None or demuxer.name == "mp4"):  # else it is an estimate
@@ -200,8 +203,8 @@ def _read_ffmpeg(data: bytes, demuxer: Demuxer, limits: MediaLimits) -> tuple[Sa
                 _check_duration(int(stream.duration * stream.time_base * rate), rate, limits)
             samples, rate, num_packets = _decode_track(container, stream, limits, skips_damage=demuxer.is_raw)
     except av.FFmpegError as error:
-        is_limit = error.errno == errno.ENOMEM
-        reason = f"it has more than {_MAX_STREAMS} streams" if is_limit else error.strerror
+        # FFmpeg's MP4 demuxer reports the stream after the last allowed one as a lack of memory.
+        reason = f"it has more than {_MAX_STREAMS} streams" if error.errno == errno.ENOMEM else error.strerror
         raise _undecodable(data, reason) from error
     if claimed is not None and num_packets + 1 < claimed:
         raise MediaError(f"truncated MP3: its header claims {claimed} frames, {num_packets} are there")
@@ -212,7 +215,7 @@ def _audio_track(tracks: Sequence[Any], demuxer: Demuxer) -> Any:
     """Return the audio track that is marked as the default one, else the first."""
     if not tracks:
         raise MediaError(f"the {demuxer.name} container has no audio track")
-    track = next((track for track in tracks if track.disposition.default), tracks[0])
+    track = next((track for track in tracks if track.disposition & _DISPOSITION_DEFAULT), tracks[0])
     codec = track.codec_context
     if codec is None or codec.name not in demuxer.decoders:
         name = codec.name if codec is not None else "unknown"

@@ -204,7 +204,7 @@ def _check_mp4(data: bytes) -> None:
                 raise MediaError(f"the MP4 has more than the allowed {MAX_MP4_TAGS} tags")
             if b"cmov" in box:
                 raise MediaError("the MP4 has a compressed header (cmov), which is not supported")
-            for (length,) in _ALAC_FRAME.findall(box):
+            for length in _ALAC_FRAME.findall(box):
                 if int.from_bytes(length, "big") > _MAX_ALAC_FRAME:
                     raise MediaError(f"the MP4 claims ALAC frames of more than the allowed {_MAX_ALAC_FRAME} samples")
         position += size

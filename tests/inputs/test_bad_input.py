@@ -206,14 +206,23 @@ def test_a_wrong_processor_option_is_refused(llm, serves_on):
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"multi_modal_data": {"image_embeds": torch.zeros(4, 8)}}, "holds image_embeds; ready embeddings are not"),
-        ({"multi_modal_data": {"audio_embeds": [torch.zeros(4, 8)]}}, "holds audio_embeds; ready embeddings are not"),
+        (
+            {"multi_modal_data": {"image_embeds": torch.zeros(4, 8)}},
+            "holds image_embeds; precomputed embeddings are not",
+        ),
+        (
+            {"multi_modal_data": {"audio_embeds": [torch.zeros(4, 8)]}},
+            "holds audio_embeds; precomputed embeddings are not",
+        ),
         (
             {"multi_modal_data": {"image": torch.zeros(4, 8)}},
-            r"shape \(4, 8\) is no media: .* ready embeddings are not",
+            r"shape \(4, 8\) is not supported: .* precomputed embeddings are not",
         ),
-        ({"multi_modal_data": {"video": [IMAGE]}}, "holds video; videos are not taken: give their frames as images"),
-        ({"prompt_embeds": torch.zeros(4, 8)}, r"key\(s\) prompt_embeds; ready embeddings are not"),
+        (
+            {"multi_modal_data": {"video": [IMAGE]}},
+            "holds video; videos are not supported: send their frames as images",
+        ),
+        ({"prompt_embeds": torch.zeros(4, 8)}, r"key\(s\) prompt_embeds; precomputed embeddings are not"),
     ],
     ids=["image_embeds", "audio_embeds", "embeddings as an image", "video", "prompt_embeds"],
 )

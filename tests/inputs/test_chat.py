@@ -162,7 +162,7 @@ def test_template_arguments_reach_the_template():
         (["hi"], "must be a mapping"),
         ([{"content": "hi"}], "'role' and 'content'"),
         ([{"role": "user", "content": 5}], "content is a int"),
-        ([{"role": "user", "content": [{"type": "video_url"}]}], "'video_url'; videos are not taken"),
+        ([{"role": "user", "content": [{"type": "video_url"}]}], "'video_url'; videos are not supported"),
         ([{"role": "user", "content": [5]}], "content part of type None"),
         ([{"role": "user", "content": [{"type": "text"}]}], "lacks its 'text' field"),
         ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "'text' holds a int"),

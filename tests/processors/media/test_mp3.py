@@ -46,7 +46,7 @@ def num_samples(data):
 @pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 48000])
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("mode", ["VARIABLE", "CONSTANT"])
-def test_frames_are_found_in_every_version(rate, channels, mode):
+def test_every_version_is_decoded_whole(rate, channels, mode):
     data = encode(noise(0.3, 0.001, rate=rate, channels=channels), rate, mode)
     assert num_samples(data) == 2 * rate
     assert abs(num_samples(without_tag(data)) - 2 * rate) <= 3 * 1152

@@ -143,7 +143,7 @@ def test_an_unknown_name_is_404(server: RunningServer, field: str, value: object
         ("too many, none of them readable", "limit_mm_per_prompt"),
         ("no placeholder", "placeholder"),
         ("no media", "placeholder"),
-        ("video", "videos are not taken"),
+        ("video", "videos are not supported"),
         ("unknown modality", "the model takes audio, image"),
     ],
 )

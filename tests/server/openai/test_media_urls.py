@@ -170,7 +170,7 @@ def test_completions_take_uuids_as_well(server: RunningServer, web: WebServer) -
     assert len(texts) == 1 and len(web.requests) == 1
     for uuids, message in (
         ({"image": ["one"]}, "holds 1 for the 2 items of image"),
-        ({"video": ["one"]}, "videos are not taken"),
+        ({"video": ["one"]}, "videos are not supported"),
         ({"image": [5, None]}, "must be text of 1 to 256"),
     ):
         refused = complete({"image": [url, url]}, uuids)
