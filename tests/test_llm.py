@@ -152,7 +152,7 @@ def test_unknown_options_of_the_engine_are_refused(tiny_phi4):
 
 def test_adapters_need_enable_lora(tiny_phi4, adapter_a):
     engine = engine_of(tiny_phi4)
-    with pytest.raises(RequestError, match="adapter 'a' was asked for, but the engine has enable_lora=False"):
+    with pytest.raises(RequestError, match="adapter 'a' is requested, but the engine has enable_lora=False"):
         engine.add_request("r", "x", GREEDY, adapter_a)
 
 

@@ -1,7 +1,6 @@
-"""Which adapter a request gets: the explicit one, a default for its modalities, or none.
+"""The adapter policy: which adapter a request gets. Explicit choice, default for its modalities, or base model.
 
-Pure functions over names; nothing here loads, runs or remembers anything. Every entry point, offline and online,
-decides through `choose_adapter`.
+Pure functions: nothing here loads or caches anything. Every entry point, offline and online, calls `choose_adapter`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +14,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Choice(Generic[T]):
-    """An adapter (None: the base model), why it was chosen, and a warning for the client."""
+    """The chosen adapter (None for the base model), the reason, and a warning for the client."""
 
     adapter: T | None
     reason: str
@@ -23,7 +22,7 @@ class Choice(Generic[T]):
 
 
 def modality_key(modalities: Iterable[str]) -> str:
-    """The canonical key of a set of modalities: `audio`, `audio+image`."""
+    """Return the canonical key of a set of modalities, such as `audio` or `audio+image`."""
     return "+".join(sorted(set(modalities)))
 
 
@@ -31,18 +30,18 @@ def parse_defaults(defaults: Mapping[str, str] | None, supported: Iterable[str])
     """Check `default_mm_loras` and return it under canonical keys.
 
     Args:
-        defaults: modality, or modalities joined with `+`, to an adapter path.
-        supported: the modalities that the model takes.
+        defaults: adapter path by modality, or by several modalities joined with `+`.
+        supported: modalities that the model supports.
 
     Raises:
-        ConfigError: the model takes no media, a key names another modality, repeats one, or has no path.
+        ConfigError: the model is text-only, a key has an unsupported or repeated modality, or a value is not a path.
     """
     allowed = sorted(supported)
     parsed: dict[str, str] = {}
     for key, path in (defaults or {}).items():
         names = [name.strip() for name in str(key).split("+")]
         if not allowed:
-            raise ConfigError(f"default_mm_loras[{key!r}]: the model takes text only, so no default can apply")
+            raise ConfigError(f"default_mm_loras[{key!r}]: the model is text-only, so no default can apply")
         if set(names) - set(allowed) or len(set(names)) != len(names):
             raise ConfigError(
                 f"default_mm_loras[{key!r}]: allowed are {', '.join(allowed)} and combinations such as "
@@ -63,16 +62,16 @@ def choose_adapter(
     explicit: T | None = None,
     is_base_explicit: bool = False,
 ) -> Choice[T]:
-    """Decide the adapter of one request.
+    """Choose the adapter of one request.
 
-    An explicit choice wins. Else a default for exactly this set of modalities, else the default of the only mapped
-    modality; with several mapped modalities none applies, and the choice carries a warning.
+    In this order: an explicit choice; the default for exactly this set of modalities; the default of the only
+    modality that has one. If several modalities have one, none applies and the choice has a warning.
 
     Args:
-        modalities: of the request's parsed media items.
-        defaults: adapters under the keys of `parse_defaults`.
+        modalities: those of the request's media items.
+        defaults: adapters by the keys that `parse_defaults` returns.
         explicit: the adapter that the request names.
-        is_base_explicit: the request asks for the base model on purpose.
+        is_base_explicit: the request explicitly asks for the base model.
     """
     if is_base_explicit:
         return Choice(None, "explicit:base")
@@ -90,6 +89,6 @@ def choose_adapter(
     conflict = modality_key(mapped)
     warning = (
         f"the prompt has {' and '.join(mapped)}, each with a default adapter: none was applied. "
-        f"Name an adapter, or give default_mm_loras a {conflict!r} key"
+        f"Name an adapter, or add a {conflict!r} key to default_mm_loras"
     )
     return Choice(None, f"conflict:{conflict}", warning)

@@ -1,6 +1,6 @@
-"""`EngineInput`: a request as the engine takes it, with its `MediaInput`s.
+"""`EngineInput`: a processed request, the only form that the engine accepts.
 
-The input processor makes them outside the engine thread; nothing in them changes afterwards.
+`InputProcessor` creates it outside the engine thread; it is immutable.
 """
 
 from collections import Counter
@@ -20,26 +20,30 @@ from mmlora.towers.base import PromptLayout
 
 @dataclass(frozen=True)
 class MediaInput:
-    """One media item of a prompt: its tensors, where it goes, and the identity of its embeddings.
+    """One media item of a prompt, processed and placed.
 
-    `encoder_key` names everything that the embeddings depend on: content, processor options, projection mode and
-    the tower part of the adapter; and the salt of the request.
+    Attributes:
+        media: its tensors.
+        start: index of its first placeholder token in the prompt.
+        mode: projection mode of the tower.
+        encoder_key: key in the encoder cache. It contains everything that the embeddings depend on (content,
+            processor options, projection mode, the adapter's tower part) and the request's cache salt.
     """
 
     media: ProcessedMedia
-    start: int  # first placeholder in the prompt
+    start: int
     mode: str
     encoder_key: tuple[tuple[str, object], ...]
 
     @property
     def end(self) -> int:
-        """One past the last placeholder."""
+        """One past its last placeholder token."""
         return self.start + self.media.num_tokens
 
 
 @dataclass(frozen=True)
 class EngineInput:
-    """A request made ready outside the engine thread: tokenized, its media processed, its adapter chosen and loaded."""
+    """A request that is ready to be scheduled: tokenized, its media processed, its adapter chosen and loaded."""
 
     request_id: str
     prompt: str | None
@@ -50,15 +54,15 @@ class EngineInput:
     lora: LoRAChoice
     lora_request: LoRARequest | LoRAMix | None
     max_tokens: int
-    adapter_start: int = 0  # first token that the adapter changes; later than 0 for an activated LoRA
+    adapter_start: int = 0  # first token with the adapter applied; above 0 for an activated LoRA (aLoRA)
     layout: PromptLayout = PromptLayout()
-    priority: int = 0  # lower is served earlier
-    cache_salt: str | None = None  # prefixes and encoded media are shared among requests with the same one
-    matchers: tuple[Matcher, ...] = ()  # at the start of each answer, where they are under a constraint
+    priority: int = 0  # lower runs earlier
+    cache_salt: str | None = None  # only requests with the same salt share cached prefixes and encoded media
+    matchers: tuple[Matcher, ...] = ()  # one per output at its start state; empty without a constraint
 
     @cached_property
     def num_media_tokens(self) -> Mapping[str, int]:
-        """Tokens of the prompt that stand for media, by modality."""
+        """Number of placeholder tokens in the prompt, by modality."""
         counts: Counter[str] = Counter()
         for item in self.media:
             counts[item.media.modality] += item.media.num_tokens

@@ -39,21 +39,21 @@ Prompt = str | Sequence[int] | Mapping[str, Any] | ChatPrompt
 
 
 class InputProcessor:
-    """Makes requests ready for the engine.
+    """Turns prompts into `EngineInput`s.
 
     Attributes:
-        media: loader of the media that requests carry or refer to.
-        chat_template: of the engine's `chat_template` option, or else the tokenizer's own.
+        media: loads the media that requests contain or refer to.
+        chat_template: the template of the `chat_template` option, by default the tokenizer's.
 
     Args:
         args: the engine's options.
-        tokenizer: of the model.
-        vocab_size: rows of the embedding table.
-        max_model_len: most tokens in prompt and answer.
+        tokenizer: the model's tokenizer.
+        vocab_size: number of rows of the embedding table.
+        max_model_len: limit of prompt and output tokens together.
         processor, towers: None for a text-only model.
         store: loads adapters; None without LoRA.
-        defaults: adapters of `default_mm_loras`, under canonical keys, with the request that names them.
-        constraints: compiles what answers must look like.
+        defaults: by canonical key of `default_mm_loras`, the request that names the adapter and the loaded adapter.
+        constraints: compiles `structured_outputs`.
     """
 
     def __init__(
@@ -175,20 +175,20 @@ class InputProcessor:
         lora_request: LoRARequest | object | None = None,
         priority: int = 0,
     ) -> EngineInput:
-        """Make one request ready.
+        """Process one request.
 
         Args:
-            request_id: the caller's.
-            prompt: text, token ids, or a mapping with `prompt` or `prompt_token_ids` (which then are the prompt),
-                `multi_modal_data`, `mm_processor_kwargs` and `cache_salt`.
+            request_id: chosen by the caller.
+            prompt: text, token ids, a `ChatPrompt`, or a mapping with `prompt` or `prompt_token_ids` (which takes
+                precedence), `multi_modal_data`, `mm_processor_kwargs` and `cache_salt`.
             params: sampling parameters.
-            lora_request: an adapter or a mix, `BASE` for none on purpose, None to let the media decide.
-            priority: lower is served earlier; only 0 unless `scheduling_policy` is `priority`.
+            lora_request: an adapter or a mix; `BASE` for the base model; None to choose by the media.
+            priority: lower runs earlier; must be 0 unless `scheduling_policy` is `priority`.
 
         Raises:
-            RequestError: the prompt has the wrong form or length, or the parameters do not fit the model.
-            ConstraintError: the answer cannot be made to look like what `structured_outputs` wants.
-            MediaError: a media item cannot be used, or does not match the placeholders.
+            RequestError: the prompt is malformed or too long, or the parameters do not fit the model.
+            ConstraintError: `structured_outputs` cannot be compiled.
+            MediaError: a media item cannot be used, or the items do not match the placeholders.
             AdapterError: the adapter cannot be loaded.
         """
         self._check_params(params)
@@ -238,17 +238,17 @@ class InputProcessor:
         return text, self.encode(text)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Tokenize a prompt, numbered placeholders written as the model's own; media are not put in.
+        """Tokenize a prompt. Numbered placeholders are replaced by the model's own; none is expanded.
 
         Raises:
-            RequestError: it is too long, or no text.
-            MediaError: placeholders are numbered out of turn.
+            RequestError: the prompt is too long, or is not valid text.
+            MediaError: numbered placeholders are out of order.
         """
         normalized = self.processor.normalize(text) if self.processor is not None else text
         return encode_text(self.tokenizer, normalized, self.max_model_len, add_special_tokens=add_special_tokens)
 
     def _load_media(self, data: object) -> dict[str, list[MediaItem]]:
-        """Decode `multi_modal_data`, once its items are counted."""
+        """Count the items of `multi_modal_data`, then decode them."""
         if not isinstance(data, Mapping):
             raise RequestError(f"multi_modal_data is a {type(data).__name__}; it must map modalities to items")
         allowed = sorted(self.processor.modalities) if self.processor is not None else []
@@ -274,7 +274,7 @@ class InputProcessor:
     def _process_media(
         self, items: Mapping[str, list[MediaItem]], kwargs: Mapping[str, Any] | None
     ) -> list[ProcessedMedia]:
-        """Compute the tensors of media, in the order of their modalities' names."""
+        """Compute the tensors of the media, sorted by modality."""
         if not items:
             return []
         assert self.processor is not None
@@ -284,7 +284,7 @@ class InputProcessor:
     def _expand(
         self, token_ids: list[int], processed: list[ProcessedMedia]
     ) -> tuple[list[int], list[PlaceholderRange]]:
-        """Expand the placeholders of a prompt; of text alone nothing is asked but that it has none."""
+        """Expand the placeholders of a prompt; skipped for a prompt without media and placeholders."""
         if not processed and self._placeholder_ids.isdisjoint(token_ids):
             return token_ids, []
         assert self.processor is not None
@@ -309,7 +309,7 @@ class InputProcessor:
         try:
             return self._towers.layout(token_ids, [(item.start, item.media) for item in media])
         except (ValueError, TypeError, RuntimeError, LookupError) as error:
-            raise MediaError(f"the model cannot place the media of this prompt: {error}") from error
+            raise MediaError(f"the model cannot compute positions for the media of this prompt: {error}") from error
 
     def _choose_adapter(
         self, modalities: set[str], lora_request: LoRARequest | object | None
@@ -319,7 +319,7 @@ class InputProcessor:
             raise RequestError(f"lora_request={lora_request!r} must be a LoRARequest, a LoRAMix, mmlora.BASE or None")
         explicit = lora_request if isinstance(lora_request, LoRARequest | LoRAMix) else None
         if explicit is not None and self._store is None:
-            raise RequestError(f"adapter {explicit.lora_name!r} was asked for, but the engine has enable_lora=False")
+            raise RequestError(f"adapter {explicit.lora_name!r} is requested, but the engine has enable_lora=False")
         requests: dict[str, LoRARequest | LoRAMix] = {key: request for key, (request, _) in self._defaults.items()}
         choice = choose_adapter(modalities, requests, explicit=explicit, is_base_explicit=is_base)
         if choice.adapter is None:
@@ -337,7 +337,7 @@ class InputProcessor:
         return self._store.get(request)
 
     def _compile(self, params: SamplingParams) -> tuple[Matcher, ...]:
-        """A matcher for each answer; copies are made here, since those of large constraints take 30 ms each."""
+        """Return one matcher per output; copies are made here since those of large constraints take 30 ms each."""
         if params.structured_outputs is None:
             return ()
         start = self._constraints.compile(params.structured_outputs)
@@ -362,7 +362,7 @@ class InputProcessor:
         if priority != 0 and self._args.scheduling_policy != PRIORITY:
             raise RequestError(
                 f"priority={priority} needs scheduling_policy={PRIORITY!r}; the engine has "
-                f"{self._args.scheduling_policy!r}, and takes 0 only"
+                f"{self._args.scheduling_policy!r}, which allows only 0"
             )
 
     def _check_tokens(self, token_ids: list[int]) -> None:
@@ -370,8 +370,8 @@ class InputProcessor:
             raise RequestError("the prompt is empty; at least one token is needed")
         if len(token_ids) >= self.max_model_len:
             raise RequestError(
-                f"the prompt has {len(token_ids)} tokens; with at least one new token "
-                f"max_model_len={self.max_model_len} must hold it"
+                f"the prompt has {len(token_ids)} tokens; prompt and at least one output token must fit into "
+                f"max_model_len={self.max_model_len}"
             )
         for token in token_ids:
             if not isinstance(token, int) or not (0 <= token < self.vocab_size or token in self._placeholder_ids):
@@ -379,24 +379,24 @@ class InputProcessor:
 
 
 def _last_start(token_ids: list[int], wanted: tuple[int, ...]) -> int:
-    """Where some tokens begin for the last time; the number of all tokens when they do not occur."""
+    """Return where `wanted` last occurs in `token_ids`, or `len(token_ids)`."""
     starts = range(len(token_ids) - len(wanted), -1, -1)
     return next((start for start in starts if tuple(token_ids[start : start + len(wanted)]) == wanted), len(token_ids))
 
 
 def _not_invoked(adapter: Adapter, choice: LoRAChoice) -> LoRAChoice:
     warning = (
-        f"the prompt lacks the tokens {list(adapter.invocation_tokens)}, from which on adapter {adapter.name!r} holds: "
-        "it was not applied"
+        f"adapter {adapter.name!r} was not applied: the prompt lacks its invocation tokens "
+        f"{list(adapter.invocation_tokens)}"
     )
     return LoRAChoice(None, None, choice.reason, warning)
 
 
 def prompt_fields(prompt: str | Sequence[int] | Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a prompt as a mapping with text, or token ids (which count), or both.
+    """Return a prompt as a mapping with `prompt`, `prompt_token_ids` or both.
 
     Raises:
-        RequestError: it has another form.
+        RequestError: it has another type or unknown keys.
     """
     if isinstance(prompt, str):
         return {"prompt": prompt}
@@ -417,17 +417,17 @@ def prompt_fields(prompt: str | Sequence[int] | Mapping[str, Any]) -> Mapping[st
 
 
 def as_items(contents: object) -> list[object]:
-    """Return one item or a list of them as a list; an `(array, rate)` tuple is one item."""
+    """Return one item or a list of items as a list; an `(array, rate)` tuple is one item."""
     if contents is None:
         return []
     return list(contents) if isinstance(contents, list) else [contents]
 
 
 def encode_text(tokenizer: Any, text: str, max_model_len: int | None, *, add_special_tokens: bool = True) -> list[int]:
-    """Tokenize a prompt, unless it is so long that its tokens cannot fit.
+    """Tokenize a prompt, unless it has so many characters that its tokens cannot fit.
 
     Raises:
-        RequestError: it is too long, or no text (a lone surrogate, for one).
+        RequestError: the prompt is too long, or is not valid text (for example a lone surrogate).
     """
     if max_model_len is not None and len(text) > max_model_len * MAX_CHARS_PER_TOKEN:
         raise RequestError(
@@ -453,6 +453,6 @@ def _check_options(options: object, salt: object) -> None:
     if options is not None and not isinstance(options, Mapping):
         raise RequestError(f"mm_processor_kwargs is a {type(options).__name__}; it must be a mapping")
     if salt is not None and not (isinstance(salt, str) and salt):
-        raise RequestError(f"cache_salt={shorten(salt)} must be text, and not empty")
+        raise RequestError(f"cache_salt={shorten(salt)} must be non-empty text")
     if isinstance(salt, str) and len(salt) > MAX_SALT_CHARS:
         raise RequestError(f"cache_salt has {len(salt)} characters; allowed are {MAX_SALT_CHARS}")
