@@ -386,8 +386,8 @@ def _last_start(token_ids: list[int], wanted: tuple[int, ...]) -> int:
 
 def _not_invoked(adapter: Adapter, choice: LoRAChoice) -> LoRAChoice:
     warning = (
-        f"adapter {adapter.name!r} was not applied: the prompt lacks its invocation tokens "
-        f"{list(adapter.invocation_tokens)}"
+        f"adapter {adapter.name!r} was not applied: the prompt lacks the tokens {list(adapter.invocation_tokens)} that "
+        "invoke it"
     )
     return LoRAChoice(None, None, choice.reason, warning)
 

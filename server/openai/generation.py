@@ -13,7 +13,7 @@ from mmlora.server.http.admission import read_body
 from mmlora.server.http.auth import CALLER
 from mmlora.server.lora.served_models import LoRAField, ServedModels
 from mmlora.server.openai.logprobs import check_prompt_logprobs
-from mmlora.server.openai.output import Answer, raise_failure
+from mmlora.server.openai.output import ResponseBuilder, raise_failure
 from mmlora.server.openai.streaming import Outputs, close, respond_with
 
 
@@ -25,7 +25,7 @@ class Generation:
         request_id: also the id of the response.
         model, lora: fields of the request, which name the adapter.
         prompt, params: what to generate from and how.
-        output: builds the response.
+        builder: builds the response.
         is_stream: send server-sent events.
         priority: lower is served earlier.
     """
@@ -35,7 +35,7 @@ class Generation:
     lora: LoRAField
     prompt: ChatPrompt
     params: SamplingParams
-    output: Answer
+    builder: ResponseBuilder
     is_stream: bool = False
     priority: int = 0
 
@@ -63,7 +63,7 @@ class GenerationService(ABC):
         body = await read_body(request, self._max_request_bytes)
         generation = await self._llm.run_in_pool(self._parse, request, body, CALLER.get())
         return await respond_with(
-            request, generation.output, self._generate(generation), is_stream=generation.is_stream
+            request, generation.builder, self._generate(generation), is_stream=generation.is_stream
         )
 
     @abstractmethod

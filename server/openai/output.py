@@ -1,4 +1,4 @@
-"""OpenAI's answer objects, built from `RequestOutput`s: what all endpoints that generate text have in common."""
+"""`ResponseBuilder`: from the outputs of the engine to the response objects of OpenAI's API."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ DONE = "data: [DONE]\n\n"
 
 
 def lora_headers(choice: LoRAChoice) -> dict[str, str]:
-    """`x-mmlora-reason`, and `x-mmlora-adapter` (percent-encoded) unless the base model answered."""
+    """Return `x-mmlora-reason` and, unless the base model was used, `x-mmlora-adapter` (percent-encoded)."""
     headers = {"x-mmlora-reason": choice.reason}
     if choice.adapter is not None:
         headers["x-mmlora-adapter"] = quote(choice.adapter, safe="/+:@,")
@@ -30,30 +30,30 @@ def lora_headers(choice: LoRAChoice) -> dict[str, str]:
 
 
 def raise_failure(output: RequestOutput) -> None:
-    """Raise what ended a request early, if anything did.
+    """Raise the error that ended a request early, if there is one.
 
     Raises:
-        MMLoRAError: the request failed, or the engine was shut down under it.
+        MMLoRAError: the request failed, or the engine was shut down while it ran.
     """
     if output.error is not None:
-        if not isinstance(output.error, RequestError):  # the client is not told more than that it failed
+        if not isinstance(output.error, RequestError):  # clients get a generic message
             logger.error("request %s failed: %s", output.request_id, output.error)
         raise output.error
     if any(completion.finish_reason == "abort" for completion in output.outputs):
-        raise EngineDeadError("the server is shutting down; the answer is not complete")
+        raise EngineDeadError("the server is shutting down; the response is incomplete")
 
 
 def finite(logprob: float) -> float:
-    """A log probability as JSON has it: it knows no infinity; OpenAI's floor for "impossible" is -9999."""
+    """Return a log probability that JSON can encode; OpenAI's value for minus infinity is -9999."""
     return max(logprob, -9999.0)
 
 
 def count_tokens(outputs: Iterable[RequestOutput], num_completion_tokens: int) -> Json:
-    """The `usage` of an answer.
+    """Return the `usage` of a response.
 
     Args:
-        outputs: one of each prompt.
-        num_completion_tokens: of all answers.
+        outputs: one output per prompt.
+        num_completion_tokens: tokens of all choices.
     """
     last = list(outputs)
     num_prompt_tokens = sum(len(output.prompt_token_ids) for output in last)
@@ -72,48 +72,51 @@ def count_tokens(outputs: Iterable[RequestOutput], num_completion_tokens: int) -
     }
 
 
-class Answer(ABC):
-    """One answer in the making: it takes the outputs of the engine, whole or one by one as a stream brings them."""
+class ResponseBuilder(ABC):
+    """Builds one response, either as a whole or as a stream of server-sent events."""
 
     @abstractmethod
     def complete(self, outputs: list[RequestOutput]) -> Json:
-        """The whole answer from all deltas of its prompts."""
+        """Return the whole response, built from all output deltas."""
 
     def response(self, outputs: list[RequestOutput], headers: Mapping[str, str]) -> Response:
-        """The whole answer over HTTP."""
+        """Return the whole HTTP response."""
         return UTF8JSONResponse(self.complete(outputs), headers=headers)
 
     @abstractmethod
     def lora(self, outputs: Iterable[RequestOutput]) -> LoRAChoice:
-        """What the headers tell of the adapter."""
+        """Return the adapter choice for the headers."""
 
     @abstractmethod
     def events(self, output: RequestOutput) -> Iterator[str]:
-        """What is new since the last output, as server-sent events."""
+        """Yield the events of one output delta."""
 
     @abstractmethod
     def last_events(self) -> Iterator[str]:
-        """What ends a stream that went well."""
+        """Yield the events that end a successful stream."""
 
     def failure(self, error: Exception) -> Iterator[str]:
-        """What ends a stream in an error."""
+        """Yield the events that end a failed stream."""
         yield event(error_body(error))
         yield DONE
 
 
 def event(data: Json, name: str | None = None) -> str:
-    """Write one server-sent event."""
+    """Format one server-sent event."""
     head = f"event: {name}\n" if name is not None else ""
     return f"{head}data: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
-class ChoicesAnswer(Answer):
-    """An answer of numbered choices, to one prompt or to several that were sent together.
+class ChoicesBuilder(ResponseBuilder):
+    """Builds a response with numbered choices, for one prompt or a batch of prompts.
+
+    Attributes:
+        WHOLE, CHUNK: the `object` of a whole response and of a chunk of a stream.
 
     Args:
-        request_id: the answer's id.
-        model: what the client asked for.
-        include_usage: a stream ends with the token counts.
+        request_id: the response's id.
+        model: the name that the client asked for.
+        include_usage: end a stream with the token counts.
     """
 
     WHOLE: ClassVar[str]
@@ -130,7 +133,7 @@ class ChoicesAnswer(Answer):
         self._num_tokens = 0
 
     def complete(self, outputs: list[RequestOutput]) -> Json:
-        """The whole answer from all deltas of its prompts."""
+        """Return the whole response, built from all output deltas."""
         deltas: dict[str, list[RequestOutput]] = {}
         for output in outputs:
             self._count(output, output.outputs)
@@ -139,21 +142,21 @@ class ChoicesAnswer(Answer):
         for parts in sorted(deltas.values(), key=lambda parts: self._index(parts[0], 0)):
             for place in range(len(parts[0].outputs)):
                 choice = self._choice(parts[-1], [part.outputs[place] for part in parts])
-                # One answer names one adapter; a prompt for which another one was chosen says so itself.
-                own = {} if parts[-1].lora == first else {"lora": asdict(parts[-1].lora)}
-                choices.append({**choice, **own})
+                # A response names one adapter; choices of prompts with another adapter name theirs.
+                differing = {} if parts[-1].lora == first else {"lora": asdict(parts[-1].lora)}
+                choices.append({**choice, **differing})
         return {**self._head(self.WHOLE, first), "choices": choices, "usage": self._usage()}
 
     def lora(self, outputs: Iterable[RequestOutput]) -> LoRAChoice:
-        """What was chosen for the first prompt, which is told of the whole answer."""
+        """Return the choice for the first prompt."""
         return min(outputs, key=lambda output: self._index(output, 0)).lora
 
     def events(self, output: RequestOutput) -> Iterator[str]:
-        """What is new since the last output; a choice's first and last chunk name the adapter."""
+        """Yield the chunks of one output delta; the first and last chunk of a choice name the adapter."""
         return map(event, self._chunks(output))
 
     def last_events(self) -> Iterator[str]:
-        """The token counts, if they were asked for, and the end."""
+        """Yield the token counts, if requested, and the end marker."""
         if self._include_usage:
             yield event({**self._head(self.CHUNK, None), "choices": [], "usage": self._usage()})
         yield DONE
@@ -163,36 +166,36 @@ class ChoicesAnswer(Answer):
             index = self._index(output, completion.index)
             if index not in self._begun:
                 self._begun.add(index)
-                yield self._chunk(index, self._opening(output), output.lora)
+                yield self._chunk(index, self._first_delta(output), output.lora)
         new = [part for part in output.outputs if self._index(output, part.index) not in self._finished]
         self._count(output, new)
         for completion in new:
             index = self._index(output, completion.index)
-            content = self._news(output, completion)
+            content = self._delta(output, completion)
             if content is not None:
                 yield self._chunk(index, content, None)
             if completion.finish_reason is not None:
                 self._finished.add(index)
-                yield self._chunk(index, self._closing(completion), output.lora)
+                yield self._chunk(index, self._last_delta(completion), output.lora)
 
     @abstractmethod
     def _choice(self, last: RequestOutput, parts: list[CompletionOutput]) -> Json:
-        """A whole choice from its deltas."""
+        """Return a whole choice, built from its deltas."""
 
     @abstractmethod
-    def _opening(self, output: RequestOutput) -> Json:
-        """What a choice's first chunk holds."""
+    def _first_delta(self, output: RequestOutput) -> Json:
+        """Return the content of a choice's first chunk."""
 
     @abstractmethod
-    def _news(self, output: RequestOutput, completion: CompletionOutput) -> Json | None:
-        """What the chunk of a delta holds; None when there is nothing to tell."""
+    def _delta(self, output: RequestOutput, completion: CompletionOutput) -> Json | None:
+        """Return the content of a delta's chunk; None if it is empty."""
 
     @abstractmethod
-    def _closing(self, completion: CompletionOutput) -> Json:
-        """What a choice's last chunk holds."""
+    def _last_delta(self, completion: CompletionOutput) -> Json:
+        """Return the content of a choice's last chunk."""
 
     def _index(self, output: RequestOutput, place: int) -> int:
-        """A choice's index from its place among the choices of its prompt."""
+        """Return a choice's index, given its place among the choices of its prompt."""
         return place
 
     def _count(self, output: RequestOutput, new: Iterable[CompletionOutput]) -> None:

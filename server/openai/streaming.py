@@ -1,4 +1,4 @@
-"""From the outputs of the engine to an HTTP response: one JSON object, or server-sent events."""
+"""Send the outputs of the engine as an HTTP response: one JSON object or a stream of server-sent events."""
 
 import asyncio
 import logging
@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from mmlora.errors import MMLoRAError
 from mmlora.outputs import RequestOutput
 from mmlora.server.http.admission import Deadline
-from mmlora.server.openai.output import Answer, lora_headers
+from mmlora.server.openai.output import ResponseBuilder, lora_headers
 
 logger = logging.getLogger(__name__)
 Outputs = AsyncIterator[RequestOutput]
@@ -20,35 +20,35 @@ MAX_INLINE_ENTRIES: Final = 2048  # larger responses are built outside the event
 T = TypeVar("T")
 
 
-async def respond_with(request: Request, answer: Answer, outputs: Outputs, *, is_stream: bool) -> Response:
-    """Answer with what the engine brings; when the client leaves, `outputs` is closed.
+async def respond_with(request: Request, builder: ResponseBuilder, outputs: Outputs, *, is_stream: bool) -> Response:
+    """Return the response to a request. When the client disconnects, `outputs` is closed.
 
     Args:
         request: its body must have been read.
-        answer: takes the outputs.
-        outputs: every delta of the answer.
-        is_stream: send events as they come.
+        builder: builds the response.
+        outputs: all output deltas.
+        is_stream: send server-sent events.
 
     Raises:
-        MMLoRAError: the request failed before the answer began, or took too long.
-        ClientDisconnect: the client left before that.
+        MMLoRAError: the request failed before the response began, or timed out.
+        ClientDisconnect: the client disconnected before that.
     """
     deadline = getattr(request.state, "deadline", None)
     if deadline is not None:
         outputs = _until(deadline, outputs)
     if not is_stream:
         parts = await until_disconnect(request, _collect(outputs))
-        headers = lora_headers(answer.lora(parts))
+        headers = lora_headers(builder.lora(parts))
         if sum(map(_num_entries, parts)) <= MAX_INLINE_ENTRIES:
-            return answer.response(parts, headers)
-        return await asyncio.to_thread(answer.response, parts, headers)
-    # The headers name the adapter and a refusal needs its status: both are known with the first output.
+            return builder.response(parts, headers)
+        return await asyncio.to_thread(builder.response, parts, headers)
+    # The status and the headers, which name the adapter, are known with the first output.
     first = await until_disconnect(request, _next(outputs))
-    return EventStream(_events(answer, first, outputs), headers=lora_headers(first.lora))
+    return EventStream(_events(builder, first, outputs), headers=lora_headers(first.lora))
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events that close their source when the client leaves, wherever the stream stood."""
+    """Server-sent events that close their source when the client disconnects, at any point of the stream."""
 
     media_type = "text/event-stream"
 
@@ -60,29 +60,29 @@ class EventStream(StreamingResponse):
 
 
 async def close(iterator: object) -> None:
-    """End an async generator now rather than when it is collected: this is what aborts a request."""
+    """Close an async generator now and not at garbage collection; this aborts the request."""
     close_now = getattr(iterator, "aclose", None)
     if close_now is not None:
         await close_now()
 
 
-async def _events(answer: Answer, first: RequestOutput, outputs: Outputs) -> AsyncIterator[str]:
-    """A stream. The status is sent by now, so a failure is an event of its own."""
+async def _events(builder: ResponseBuilder, first: RequestOutput, outputs: Outputs) -> AsyncIterator[str]:
+    """Yield the events of a stream. The status was already sent, so an error becomes an event."""
     num_entries = _num_entries(first)
     try:
-        yield "".join(answer.events(first))
+        yield "".join(builder.events(first))
         async for output in outputs:
             num_entries += _num_entries(output)
-            if events := "".join(answer.events(output)):
+            if events := "".join(builder.events(output)):
                 yield events
         if num_entries <= MAX_INLINE_ENTRIES:
-            yield "".join(answer.last_events())
+            yield "".join(builder.last_events())
         else:  # they may repeat the whole response
-            yield await asyncio.to_thread(lambda: "".join(answer.last_events()))
+            yield await asyncio.to_thread(lambda: "".join(builder.last_events()))
     except Exception as error:
         if not isinstance(error, MMLoRAError):
             logger.exception("a stream failed")
-        yield "".join(answer.failure(error))
+        yield "".join(builder.failure(error))
     finally:
         await close(outputs)
 
@@ -94,10 +94,10 @@ def _num_entries(output: RequestOutput) -> int:
 
 
 async def _until(deadline: Deadline, outputs: Outputs) -> Outputs:
-    """The outputs as long as there is time.
+    """Yield outputs until the deadline.
 
     Raises:
-        Refusal: there is no more; the request is aborted.
+        Refusal: the deadline has passed; the request is aborted.
     """
     try:
         while True:

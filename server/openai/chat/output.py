@@ -1,25 +1,23 @@
-"""`ChatAnswer`: OpenAI's chat completion, whole or in chunks."""
+"""`ChatCompletionBuilder`: chat completions, whole or in chunks."""
 
 from collections.abc import Callable, Iterable
 
 from mmlora.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from mmlora.server.openai.logprobs import listed_logprobs
-from mmlora.server.openai.output import ChoicesAnswer, Json, finite
+from mmlora.server.openai.output import ChoicesBuilder, Json, finite
 from mmlora.server.openai.tools.parser import Piece, TextParser, ToolCallDelta
 
 
-class ChatAnswer(ChoicesAnswer):
-    """One chat completion in the making.
+class ChatCompletionBuilder(ChoicesBuilder):
+    """Builds one chat completion.
 
     Args:
-        request_id: the answer's id.
-        model: what the client asked for.
+        request_id, model, include_usage: see `ChoicesBuilder`.
         top_logprobs: alternatives to report at each token; None for no log probabilities.
-        prompt_logprobs: the same for the prompt's tokens, for whole answers only.
-        front: text before each choice.
-        include_usage: a stream ends with the token counts.
-        new_parser: makes the parser of tool calls of one choice; None without tools.
-        new_call_id: makes the id of a call.
+        prompt_logprobs: the same for the prompt's tokens; for whole responses only.
+        prefix: text to repeat at the start of each choice.
+        new_parser: creates the tool call parser of one choice; None without tools.
+        new_call_id: creates the id of a tool call.
     """
 
     WHOLE = "chat.completion"
@@ -32,7 +30,7 @@ class ChatAnswer(ChoicesAnswer):
         top_logprobs: int | None,
         prompt_logprobs: int | None = None,
         *,
-        front: str = "",
+        prefix: str = "",
         include_usage: bool,
         new_parser: Callable[[], TextParser | None] | None,
         new_call_id: Callable[[], str],
@@ -40,24 +38,24 @@ class ChatAnswer(ChoicesAnswer):
         super().__init__(request_id, model, include_usage=include_usage)
         self._top_logprobs = top_logprobs
         self._prompt_logprobs = prompt_logprobs
-        self._front = front
+        self._prefix = prefix
         self._new_parser = new_parser
         self._new_call_id = new_call_id
         self._parsers: dict[int, TextParser | None] = {}  # by choice
-        self._callers: set[int] = set()  # choices that call tools
+        self._callers: set[int] = set()  # choices with tool calls
 
     def complete(self, outputs: list[RequestOutput]) -> Json:
-        """The whole answer from all deltas, with the log probabilities of the prompt if they were asked for."""
-        answer = super().complete(outputs)
+        """Return the whole completion, with the log probabilities of the prompt if requested."""
+        completion = super().complete(outputs)
         if self._prompt_logprobs is None:
-            return answer
+            return completion
         last = outputs[-1]
         listed = listed_logprobs(last.prompt_token_ids, last.prompt_logprobs or (), self._prompt_logprobs)
-        return {**answer, "prompt_logprobs": listed}
+        return {**completion, "prompt_logprobs": listed}
 
     def _choice(self, last: RequestOutput, parts: list[CompletionOutput]) -> Json:
         pieces = self._pieces(parts[-1].index, "".join(part.text for part in parts), is_last=True)
-        content = self._front + "".join(piece for piece in pieces if isinstance(piece, str))
+        content = self._prefix + "".join(piece for piece in pieces if isinstance(piece, str))
         message: Json = {"role": "assistant", "content": content, "refusal": None}
         calls = [self._call(piece) for piece in pieces if isinstance(piece, ToolCallDelta)]
         if calls:
@@ -70,10 +68,10 @@ class ChatAnswer(ChoicesAnswer):
             "stop_reason": parts[-1].stop_reason,
         }
 
-    def _opening(self, output: RequestOutput) -> Json:
-        return {"delta": {"role": "assistant", "content": self._front}}
+    def _first_delta(self, output: RequestOutput) -> Json:
+        return {"delta": {"role": "assistant", "content": self._prefix}}
 
-    def _news(self, output: RequestOutput, completion: CompletionOutput) -> Json | None:
+    def _delta(self, output: RequestOutput, completion: CompletionOutput) -> Json | None:
         logprobs = self._logprobs([completion])
         pieces = self._pieces(completion.index, completion.text, is_last=completion.finish_reason is not None)
         calls = [{"index": piece.index, **self._call(piece)} for piece in pieces if isinstance(piece, ToolCallDelta)]
@@ -83,11 +81,11 @@ class ChatAnswer(ChoicesAnswer):
         delta = {**({"content": content} if content or not calls else {}), **({"tool_calls": calls} if calls else {})}
         return {"delta": delta, "logprobs": logprobs}
 
-    def _closing(self, completion: CompletionOutput) -> Json:
+    def _last_delta(self, completion: CompletionOutput) -> Json:
         return {"delta": {}, "finish_reason": self._finish_reason(completion), "stop_reason": completion.stop_reason}
 
     def _pieces(self, index: int, text: str, *, is_last: bool) -> list[Piece]:
-        """What the next text of a choice holds: content and calls."""
+        """Split the next text of a choice into content and tool calls."""
         if index not in self._parsers:
             self._parsers[index] = self._new_parser() if self._new_parser is not None else None
         parser = self._parsers[index]
@@ -99,7 +97,7 @@ class ChatAnswer(ChoicesAnswer):
         return pieces
 
     def _call(self, piece: ToolCallDelta) -> Json:
-        """A call that begins, or more of its arguments."""
+        """Return the start of a tool call, or more of its arguments."""
         if piece.name is None:
             return {"function": {"arguments": piece.arguments}}
         function = {"name": piece.name, "arguments": piece.arguments}
@@ -116,7 +114,7 @@ class ChatAnswer(ChoicesAnswer):
 
 
 def list_logprobs(parts: Iterable[CompletionOutput], num_top: int) -> list[Json]:
-    """The log probability of each token, with those of the `num_top` likeliest ones."""
+    """Return the log probability of each token, with those of the `num_top` likeliest tokens."""
     return [
         _token_logprobs(token, top, num_top)
         for part in parts
@@ -133,6 +131,6 @@ def _token_logprobs(token_id: int, top: TokenLogprobs, num_top: int) -> Json:
 
 
 def _token(text: str, logprob: float) -> Json:
-    """A token's entry; the bytes of one that is only part of a character are not known from its text."""
+    """Return a token's entry; for part of a character, the bytes are unknown."""
     is_partial = "\N{REPLACEMENT CHARACTER}" in text
     return {"token": text, "logprob": finite(logprob), "bytes": None if is_partial else list(text.encode())}

@@ -1,4 +1,4 @@
-"""The body of `POST /v1/chat/completions`: parsed, checked, and turned into sampling options.
+"""The request body of `POST /v1/chat/completions`.
 
 `mmlora.inputs.chat` validates the messages.
 """
@@ -15,7 +15,7 @@ from mmlora.server.openai.tools.choice import ToolChoice, read_tool_choice
 
 
 class ChatCompletionRequest(GenerationRequest):
-    """The fields of a chat completion that this server reads."""
+    """The supported fields of a chat completion request."""
 
     NEUTRAL_VALUES = {
         "add_special_tokens": (None, False),
@@ -49,14 +49,14 @@ class ChatCompletionRequest(GenerationRequest):
         """The tools and how they may be called; None where the request has neither tools nor a choice.
 
         Raises:
-            FieldError: a field has another form.
+            FieldError: a field is malformed.
         """
         if self.tools is None and self.tool_choice is None:
             return None
         return read_tool_choice(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     def sampling_options(self) -> dict[str, Any]:
-        """The fields of `SamplingParams` that the request sets.
+        """Return the fields of `SamplingParams` that the request sets.
 
         Raises:
             FieldError: two fields contradict each other.
@@ -79,10 +79,10 @@ class ChatCompletionRequest(GenerationRequest):
 
 
 def parse_chat_request(body: bytes) -> ChatCompletionRequest:
-    """Read a request body.
+    """Parse a request body.
 
     Raises:
-        FieldError: the body is not JSON, a field has the wrong type, or is not supported.
+        FieldError: the body is not JSON, or a field has the wrong type or is not supported.
     """
     request = ChatCompletionRequest.parse(body)
     _ = request.tooling

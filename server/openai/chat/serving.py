@@ -8,7 +8,7 @@ from starlette.requests import Request
 from mmlora.async_llm import AsyncLLM
 from mmlora.inputs.chat import text_of
 from mmlora.server.lora.served_models import ServedModels
-from mmlora.server.openai.chat.output import ChatAnswer
+from mmlora.server.openai.chat.output import ChatCompletionBuilder
 from mmlora.server.openai.chat.protocol import parse_chat_request
 from mmlora.server.openai.generation import Generation, GenerationService
 from mmlora.server.openai.tools.choice import ToolCalling
@@ -46,12 +46,12 @@ class ChatService(GenerationService):
         )
         request_id = f"chatcmpl-{uuid.uuid4().hex}"
         is_echo = bool(chat.echo) and chat.messages[-1]["role"] == "assistant"
-        output = ChatAnswer(
+        builder = ChatCompletionBuilder(
             request_id,
             chat.model or self._models.base_name,
             chat.top_logprobs or 0 if chat.logprobs else None,
             chat.prompt_logprobs,
-            front=text_of(prompt.turns[-1]) if is_echo else "",
+            prefix=text_of(prompt.turns[-1]) if is_echo else "",
             include_usage=chat.include_usage,
             new_parser=new_parser,
             new_call_id=self._tool_calling.new_call_id,
@@ -62,7 +62,7 @@ class ChatService(GenerationService):
             chat.lora,
             prompt,
             self._llm.default_sampling_params(**options),
-            output,
+            builder,
             is_stream=bool(chat.stream),
             priority=chat.priority or 0,
         )

@@ -1,4 +1,4 @@
-"""`CompletionAnswer`: OpenAI's legacy completion, to one prompt or several, whole or in chunks."""
+"""`CompletionBuilder`: OpenAI's legacy completion, to one prompt or several, whole or in chunks."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from mmlora.engine.detokenizer import REPLACEMENT, Detokenizer
 from mmlora.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from mmlora.server.openai.completions.protocol import CompletionRequest
 from mmlora.server.openai.logprobs import is_reported, listed_logprobs
-from mmlora.server.openai.output import ChoicesAnswer, Json, finite
+from mmlora.server.openai.output import ChoicesBuilder, Json, finite
 
 LOGPROB_COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
@@ -22,7 +22,7 @@ class _Front:
     prompt_logprobs: list[Any] | None = None
 
 
-class CompletionAnswer(ChoicesAnswer):
+class CompletionBuilder(ChoicesBuilder):
     """One completion in the making.
 
     Attributes:
@@ -74,24 +74,24 @@ class CompletionAnswer(ChoicesAnswer):
         choice: Json = {
             "index": self._index(last, parts[-1].index),
             "logprobs": join_logprobs(front.logprobs, self._logprobs(last, parts)),
-            **self._closing(parts[-1]),
+            **self._last_delta(parts[-1]),
             "text": front.text + text,
         }
         if self._asked.prompt_logprobs is not None:
             choice["prompt_logprobs"] = front.prompt_logprobs
         return choice
 
-    def _opening(self, output: RequestOutput) -> Json:
+    def _first_delta(self, output: RequestOutput) -> Json:
         front = self._front(output)
         return {"text": front.text, "logprobs": front.logprobs}
 
-    def _news(self, output: RequestOutput, completion: CompletionOutput) -> Json | None:
+    def _delta(self, output: RequestOutput, completion: CompletionOutput) -> Json | None:
         logprobs = self._logprobs(output, [completion])
         if self._asked.is_prompt_only or not (completion.text or (logprobs and logprobs["tokens"])):
             return None
         return {"text": completion.text, "logprobs": logprobs}
 
-    def _closing(self, completion: CompletionOutput) -> Json:
+    def _last_delta(self, completion: CompletionOutput) -> Json:
         if self._asked.is_prompt_only:
             return {"text": "", "finish_reason": "length", "stop_reason": None}
         return {"text": "", "finish_reason": completion.finish_reason, "stop_reason": completion.stop_reason}

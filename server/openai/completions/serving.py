@@ -18,7 +18,7 @@ from mmlora.server.errors import Refusal, error_body, status_of
 from mmlora.server.http.admission import read_body
 from mmlora.server.http.auth import CALLER
 from mmlora.server.lora.served_models import ServedModels
-from mmlora.server.openai.completions.output import CompletionAnswer
+from mmlora.server.openai.completions.output import CompletionBuilder
 from mmlora.server.openai.completions.protocol import CompletionRequest, TextOrTokens, parse_completion_request
 from mmlora.server.openai.logprobs import check_prompt_logprobs
 from mmlora.server.openai.output import raise_failure
@@ -51,11 +51,11 @@ class CompletionService:
         body = await read_body(request, self._max_request_bytes)
         asked = await self._llm.run_in_pool(parse_completion_request, body)
         model = asked.model or self._models.base_name
-        answer = CompletionAnswer(f"cmpl-{uuid.uuid4().hex}", model, asked, self._llm.tokenizer)
+        answer = CompletionBuilder(f"cmpl-{uuid.uuid4().hex}", model, asked, self._llm.tokenizer)
         outputs = self._generate(asked, answer)
         return await respond_with(request, answer, outputs, is_stream=bool(asked.stream))
 
-    async def _generate(self, asked: CompletionRequest, answer: CompletionAnswer) -> Outputs:
+    async def _generate(self, asked: CompletionRequest, answer: CompletionBuilder) -> Outputs:
         params: SamplingParams = self._llm.default_sampling_params(**asked.sampling_options())
         lora_request = await self._models.find_adapter(asked.model, asked.lora)
         prompts = asked.prompts
@@ -75,7 +75,7 @@ class CompletionService:
             await close(outputs)
 
     async def _follow(
-        self, ready: RequestStream, answer: CompletionAnswer, asked: CompletionRequest, index: int
+        self, ready: RequestStream, answer: CompletionBuilder, asked: CompletionRequest, index: int
     ) -> Outputs:
         """The deltas of one prompt."""
         outputs, is_first = self._llm.run(ready), True

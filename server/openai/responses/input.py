@@ -1,4 +1,4 @@
-"""The `input` of a response as the messages of a chat, which is how the model is asked."""
+"""Convert the `input` of the Responses API to chat messages."""
 
 import contextlib
 import json
@@ -23,14 +23,14 @@ PART_FIELDS = {
 
 
 def as_messages(instructions: str | None, given: Any) -> list[Json]:
-    """Return the messages that `InputProcessor.chat_prompt` takes; their media are not looked at.
+    """Return the messages for `InputProcessor.chat_prompt`; media are passed through unchecked.
 
     Args:
-        instructions: become a system message before all others.
-        given: text, or a list of messages, calls of functions and their outputs.
+        instructions: become the first message, with the system role.
+        given: text, or a list of messages, function calls and function call outputs.
 
     Raises:
-        FieldError: naming the item or the part that has another form.
+        FieldError: naming the malformed item or part.
     """
     before = [] if instructions is None else [{"role": "system", "content": instructions}]
     if isinstance(given, str):
@@ -53,7 +53,7 @@ def _messages(items: list[Any]) -> list[Json]:
             case "function_call":
                 call = _call(item, place)
                 call_ids.add(call["id"])
-                # What the model wrote in one turn is one message: text if there was any, and calls.
+                # Text and calls of one turn are one message.
                 if not messages or messages[-1]["role"] != "assistant":
                     messages.append({"role": "assistant", "content": None})
                 messages[-1].setdefault("tool_calls", []).append(call)
@@ -61,7 +61,7 @@ def _messages(items: list[Any]) -> list[Json]:
                 messages.append(_output(item, call_ids, place))
             case kind:
                 allowed = (
-                    "message, function_call or function_call_output: there are no other tools, and nothing is kept"
+                    "message, function_call or function_call_output: this server has no other tools and stores nothing"
                 )
                 raise _must_be(f"{place}.type", kind, allowed)
     return messages
@@ -76,7 +76,7 @@ def _message(item: Json, place: str) -> Json:
 
 
 def _call(item: Json, place: str) -> Json:
-    """A call as messages of the assistant have it, with its arguments read."""
+    """Return a call in the form of `tool_calls`, its arguments parsed."""
     _check_fields(item, CALL_FIELDS, place)
     text, arguments = _text(item, "arguments", place), None
     with contextlib.suppress(ValueError, RecursionError):
@@ -91,12 +91,12 @@ def _output(item: Json, call_ids: Collection[str], place: str) -> Json:
     _check_fields(item, OUTPUT_FIELDS, place)
     call_id = _text(item, "call_id", place)
     if call_id not in call_ids:
-        raise _must_be(f"{place}.call_id", call_id, "that of a function_call before it")
+        raise _must_be(f"{place}.call_id", call_id, "the call_id of an earlier function_call")
     return {"role": "tool", "tool_call_id": call_id, "content": _content(item, "output", place)}
 
 
 def _content(item: Json, field: str, place: str) -> str | list[Json]:
-    """Text, or parts."""
+    """Return text or a list of parts."""
     content, place = item.get(field), f"{place}.{field}"
     if isinstance(content, str):
         return content

@@ -1,4 +1,4 @@
-"""`OutputItems`: what a response holds, messages and calls of functions, one after the other as the text comes."""
+"""`OutputItems`: the output of a response as a sequence of messages and function calls, built from text deltas."""
 
 import uuid
 from collections.abc import Callable
@@ -7,14 +7,14 @@ from typing import Any
 from mmlora.server.openai.tools.parser import Piece, TextParser
 
 Json = dict[str, Any]
-Event = tuple[str, Json]  # its type, and what it tells
+Event = tuple[str, Json]  # type and content
 
 
 class MessageItem:
-    """A message of one part of text.
+    """An assistant message with one text part.
 
     Args:
-        output_index: its place in the response.
+        output_index: index in the response's output.
     """
 
     def __init__(self, output_index: int) -> None:
@@ -25,7 +25,7 @@ class MessageItem:
         self._logprobs: list[Json] = []
 
     def open(self) -> list[Event]:
-        """The message and its part begin."""
+        """Return the events that start the message and its part."""
         item = {**self._head, "status": "in_progress", "content": []}
         return [
             ("response.output_item.added", {**self._place, "item": item}),
@@ -33,7 +33,7 @@ class MessageItem:
         ]
 
     def add(self, text: str, logprobs: list[Json]) -> list[Event]:
-        """More text, with the log probabilities of its tokens."""
+        """Add text with the log probabilities of its tokens, and return the event."""
         if not (text or logprobs):
             return []
         self._texts.append(text)
@@ -41,7 +41,7 @@ class MessageItem:
         return [("response.output_text.delta", {**self._part_place, "delta": text, "logprobs": logprobs})]
 
     def close(self, status: str) -> list[Event]:
-        """The whole text, the part and the message."""
+        """Return the events that end the text, the part and the message."""
         part = self._part()
         done = {"text": part["text"], "logprobs": part["logprobs"]}
         return [
@@ -51,7 +51,7 @@ class MessageItem:
         ]
 
     def content(self, status: str) -> Json:
-        """The item as it is by now."""
+        """Return the item so far."""
         return {**self._head, "status": status, "content": [self._part()]}
 
     def _part(self) -> Json:
@@ -59,12 +59,12 @@ class MessageItem:
 
 
 class FunctionCallItem:
-    """A call of a function.
+    """A function call.
 
     Args:
-        output_index: its place in the response.
-        name: of the function.
-        call_id: under which the client tells what came of it.
+        output_index: index in the response's output.
+        name: the function's name.
+        call_id: id with which the client sends back the function's output.
     """
 
     def __init__(self, output_index: int, name: str, call_id: str) -> None:
@@ -74,18 +74,18 @@ class FunctionCallItem:
         self._arguments: list[str] = []
 
     def open(self) -> list[Event]:
-        """The call begins."""
+        """Return the event that starts the call."""
         return [("response.output_item.added", {**self._place, "item": self.content("in_progress")})]
 
     def add(self, arguments: str, logprobs: list[Json]) -> list[Event]:
-        """More of the arguments; log probabilities have no place in a call."""
+        """Add text to the arguments, and return the event; a function call has no log probabilities."""
         if not arguments:
             return []
         self._arguments.append(arguments)
         return [("response.function_call_arguments.delta", {**self._arguments_place, "delta": arguments})]
 
     def close(self, status: str) -> list[Event]:
-        """All arguments, and the call."""
+        """Return the events that end the arguments and the call."""
         item = self.content(status)
         done = {"name": item["name"], "arguments": item["arguments"]}
         return [
@@ -94,16 +94,16 @@ class FunctionCallItem:
         ]
 
     def content(self, status: str) -> Json:
-        """The item as it is by now."""
+        """Return the item so far."""
         return {**self._head, "arguments": "".join(self._arguments), "status": status}
 
 
 class OutputItems:
-    """The items of a response in the making; at most the last of them is open.
+    """The items of one response; at most the last of them is open.
 
     Args:
-        parser: finds the calls in the text; None where there are none.
-        new_call_id: makes the id of a call.
+        parser: finds tool calls in the text; None without tools.
+        new_call_id: creates the id of a call.
     """
 
     def __init__(self, parser: TextParser | None, new_call_id: Callable[[], str]) -> None:
@@ -112,57 +112,57 @@ class OutputItems:
         self._num_items = 0
         self._closed: list[Json] = []
         self._open: MessageItem | FunctionCallItem | None = None
-        self._logprobs: list[Json] = []  # of tokens whose text the parser holds back
+        self._logprobs: list[Json] = []  # of tokens whose text is still in the parser
 
     def feed(self, text: str, logprobs: list[Json]) -> list[Event]:
-        """Take the next text, and the log probabilities of its tokens."""
+        """Add a text delta with the log probabilities of its tokens, and return the events."""
         self._logprobs += logprobs
         pieces: list[Piece] = self._parser.feed(text) if self._parser is not None else [text] if text else []
-        return [event for piece in pieces for event in self._take(piece)]
+        return [event for piece in pieces for event in self._add_piece(piece)]
 
     def finish(self, status: str) -> list[Event]:
-        """Take the end of the text; an answer that holds nothing at all is an empty message.
+        """End the text and return the events; without any text the output is one empty message.
 
         Args:
-            status: of the last item, unless it is known to be whole.
+            status: status of the last item, unless it has been completed.
         """
         pieces = self._parser.finish() if self._parser is not None else []
-        events = [event for piece in pieces for event in self._take(piece)]
+        events = [event for piece in pieces for event in self._add_piece(piece)]
         if self._num_items == 0 or (self._logprobs and isinstance(self._open, MessageItem)):
-            events += self._take("")
-        return events + self._close(status)
+            events += self._add_piece("")
+        return events + self._close_item(status)
 
     def content(self, status: str) -> list[Json]:
-        """The items as they are by now.
+        """Return the items so far.
 
         Args:
-            status: of the one that is open, if any is.
+            status: status of the open item.
         """
         return [*self._closed, *([self._open.content(status)] if self._open is not None else [])]
 
-    def _take(self, piece: Piece) -> list[Event]:
+    def _add_piece(self, piece: Piece) -> list[Event]:
         logprobs, self._logprobs = self._logprobs, []
         events: list[Event] = []
         if isinstance(piece, str):
             text, is_last = piece, False
             if not isinstance(self._open, MessageItem):
-                logprobs = _of_text(piece, logprobs) if self._num_items else logprobs
-                events = self._begin(MessageItem(self._num_items))
+                logprobs = _logprobs_of_text(piece, logprobs) if self._num_items else logprobs
+                events = self._open_item(MessageItem(self._num_items))
         else:
             text, is_last = piece.arguments, piece.is_last
             if piece.name is not None:
-                events = self._begin(FunctionCallItem(self._num_items, piece.name, self._new_call_id()))
+                events = self._open_item(FunctionCallItem(self._num_items, piece.name, self._new_call_id()))
         assert self._open is not None
         events += self._open.add(text, logprobs)
-        return events + (self._close("completed") if is_last else [])
+        return events + (self._close_item("completed") if is_last else [])
 
-    def _begin(self, item: MessageItem | FunctionCallItem) -> list[Event]:
-        events = self._close("completed")
+    def _open_item(self, item: MessageItem | FunctionCallItem) -> list[Event]:
+        events = self._close_item("completed")
         self._open = item
         self._num_items += 1
         return events + item.open()
 
-    def _close(self, status: str) -> list[Event]:
+    def _close_item(self, status: str) -> list[Event]:
         if self._open is None:
             return []
         item, self._open = self._open, None
@@ -170,8 +170,8 @@ class OutputItems:
         return item.close(status)
 
 
-def _of_text(text: str, logprobs: list[Json]) -> list[Json]:
-    """Leave out the tokens in front of a text that follows a call: they end the call."""
+def _logprobs_of_text(text: str, logprobs: list[Json]) -> list[Json]:
+    """Return the entries of a text that follows a call, without those of the tokens that end the call."""
     start, position = "".join(token["token"] for token in logprobs).rfind(text), 0
     for index, token in enumerate(logprobs):
         position += len(token["token"])

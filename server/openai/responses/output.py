@@ -1,4 +1,4 @@
-"""`ResponsesAnswer`: OpenAI's response object, whole or in typed events."""
+"""`ResponseObjectBuilder`: response objects of OpenAI's Responses API, whole or in typed events."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -8,28 +8,28 @@ from mmlora.outputs import LoRAChoice, RequestOutput
 from mmlora.sampling_params import SamplingParams
 from mmlora.server.errors import error_body
 from mmlora.server.openai.chat.output import list_logprobs
-from mmlora.server.openai.output import Answer, Json, count_tokens, event
+from mmlora.server.openai.output import Json, ResponseBuilder, count_tokens, event
 from mmlora.server.openai.responses.items import Event, OutputItems
 from mmlora.server.openai.responses.protocol import ResponsesRequest
 
 _TOOL: Json = {"description": None, "parameters": None, "strict": None}
 
 
-class ResponsesAnswer(Answer):
-    """One response in the making.
+class ResponseObjectBuilder(ResponseBuilder):
+    """Builds one response object.
 
     Args:
         request_id: the response's id, `resp_…`.
-        model: what the client asked for.
-        asked: the request, of which a response repeats much.
-        defaults: the model's own, for what the request leaves out.
-        items: none yet; takes the text.
+        model: the name that the client asked for.
+        request: many of its fields are repeated in the response.
+        defaults: the model's default sampling parameters.
+        items: the output items, still empty.
     """
 
     def __init__(
-        self, request_id: str, model: str, asked: ResponsesRequest, defaults: SamplingParams, items: OutputItems
+        self, request_id: str, model: str, request: ResponsesRequest, defaults: SamplingParams, items: OutputItems
     ) -> None:
-        self._num_top = asked.num_logprobs
+        self._num_top = request.num_logprobs
         self._outputs: list[RequestOutput] = []
         self._num_events = 0
         self._head = {
@@ -37,12 +37,12 @@ class ResponsesAnswer(Answer):
             "object": "response",
             "created_at": int(time.time()),
             "model": model,
-            **_echo(asked, defaults),
+            **_echo(request, defaults),
         }
         self._items = items
 
     def complete(self, outputs: list[RequestOutput]) -> Json:
-        """The whole response from all deltas."""
+        """Return the whole response, built from all output deltas."""
         self._outputs = outputs
         for output in outputs:
             self._feed(output)
@@ -50,11 +50,11 @@ class ResponsesAnswer(Answer):
         return self._response(self._status)
 
     def lora(self, outputs: Iterable[RequestOutput]) -> LoRAChoice:
-        """What was chosen."""
+        """Return the choice for the prompt."""
         return next(iter(outputs)).lora
 
     def events(self, output: RequestOutput) -> Iterator[str]:
-        """What is new since the last output; the first events tell of the response and so of the adapter."""
+        """Yield the events of one output delta; the first ones hold the response object with the adapter."""
         is_first = not self._outputs
         self._outputs.append(output)
         if is_first:
@@ -64,14 +64,14 @@ class ResponsesAnswer(Answer):
         yield from self._events(self._feed(output))
 
     def last_events(self) -> Iterator[str]:
-        """The end of the last item, and the response that holds them all."""
+        """Yield the events that end the last item, and the whole response."""
         yield from self._events(self._items.finish(self._status))
         yield self._event(f"response.{self._status}", response=self._response(self._status))
 
     def failure(self, error: Exception) -> Iterator[str]:
-        """The response as far as it came, and why it ended."""
-        told = error_body(error)["error"]
-        reason = {"code": "server_error", "message": told["message"], "type": told["type"]}
+        """Yield the response so far, with the error."""
+        body = error_body(error)["error"]
+        reason = {"code": "server_error", "message": body["message"], "type": body["type"]}
         yield self._event("response.failed", response=self._response("failed", reason))
 
     def _feed(self, output: RequestOutput) -> list[Event]:
@@ -100,7 +100,7 @@ class ResponsesAnswer(Answer):
         counts = count_tokens(self._outputs[-1:], num_tokens)
         return {
             "input_tokens": counts["prompt_tokens"],
-            # Every prompt may be kept in the prefix cache; OpenAI's second count is of what it costs to have it kept.
+            # OpenAI bills writes to the prompt cache; the prefix cache here stores every prompt for free.
             "input_tokens_details": {**counts["prompt_tokens_details"], "cache_write_tokens": 0},
             "output_tokens": counts["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": 0},
@@ -117,7 +117,7 @@ class ResponsesAnswer(Answer):
 
 
 def _token(entry: Json) -> Json:
-    """An entry as it is here, where OpenAI's types have no null for bytes that are not known."""
+    """Return an entry with lists for unknown bytes, since OpenAI's types of this API do not allow null there."""
     return {**_with_bytes(entry), "top_logprobs": list(map(_with_bytes, entry["top_logprobs"]))}
 
 
@@ -125,30 +125,30 @@ def _with_bytes(token: Json) -> Json:
     return {**token, "bytes": token["bytes"] or []}
 
 
-def _echo(asked: ResponsesRequest, defaults: SamplingParams) -> Json:
-    """What a response repeats of its request, with what holds where it says nothing."""
-    name = asked.tooling.name if asked.tooling is not None else None
+def _echo(request: ResponsesRequest, defaults: SamplingParams) -> Json:
+    """Return the fields of the request that a response repeats, with defaults for those not set."""
+    name = request.tooling.name if request.tooling is not None else None
     return {
         "background": False,
-        "instructions": asked.instructions,
-        "max_output_tokens": asked.max_output_tokens,
+        "instructions": request.instructions,
+        "max_output_tokens": request.max_output_tokens,
         "max_tool_calls": None,
-        "metadata": asked.metadata or {},
-        "parallel_tool_calls": asked.parallel_tool_calls is not False,
+        "metadata": request.metadata or {},
+        "parallel_tool_calls": request.parallel_tool_calls is not False,
         "previous_response_id": None,
-        "prompt_cache_key": asked.prompt_cache_key,
+        "prompt_cache_key": request.prompt_cache_key,
         "reasoning": {"effort": None, "summary": None},
-        "safety_identifier": asked.safety_identifier,
+        "safety_identifier": request.safety_identifier,
         "service_tier": "default",
         "store": False,
-        "temperature": defaults.temperature if asked.temperature is None else asked.temperature,
-        "text": {"format": {"type": "text"}, "verbosity": "medium", **_given(asked.text or {})},
-        "tool_choice": {"type": "function", "name": name} if name is not None else asked.tool_choice or "auto",
-        "tools": [{**_TOOL, **_given(tool)} for tool in asked.tools or ()],
-        "top_logprobs": asked.top_logprobs or 0,
-        "top_p": defaults.top_p if asked.top_p is None else asked.top_p,
+        "temperature": defaults.temperature if request.temperature is None else request.temperature,
+        "text": {"format": {"type": "text"}, "verbosity": "medium", **_given(request.text or {})},
+        "tool_choice": {"type": "function", "name": name} if name is not None else request.tool_choice or "auto",
+        "tools": [{**_TOOL, **_given(tool)} for tool in request.tools or ()],
+        "top_logprobs": request.top_logprobs or 0,
+        "top_p": defaults.top_p if request.top_p is None else request.top_p,
         "truncation": "disabled",
-        "user": asked.user,
+        "user": request.user,
     }
 
 

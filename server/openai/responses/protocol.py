@@ -1,7 +1,4 @@
-"""The body of `POST /v1/responses`: parsed, checked, and turned into sampling options.
-
-What `input` holds is `server.responses_input`'s matter.
-"""
+"""The request body of `POST /v1/responses`; `input.py` reads its `input`."""
 
 import json
 from collections.abc import Mapping
@@ -17,8 +14,8 @@ from mmlora.server.openai.tools.choice import ToolChoice, read_tool_choice
 from mmlora.utils.text import shorten
 
 MAX_METADATA = 16
-MAX_TOOLS_LENGTH = 2**20  # they come back in the answer, in several events of a stream
-# The last is what this server can include. The others belong to OpenAI's own tools and to reasoning, which it has not.
+MAX_TOOLS_LENGTH = 2**20  # they are repeated in the response, in several events of a stream
+# Only the last has an effect. The others concern tools of OpenAI and reasoning, which this server does not have.
 Includable = Literal[
     "code_interpreter_call.outputs",
     "computer_call_output.output.image_url",
@@ -30,7 +27,7 @@ Includable = Literal[
     "message.output_text.logprobs",
 ]
 TEXT_VALUES: Mapping[str, tuple[JsonValue, ...]] = {"text.verbosity": (None, "medium")}
-Label = Annotated[str, Field(max_length=512)]  # comes back in the answer, in several events of a stream
+Label = Annotated[str, Field(max_length=512)]  # repeated in the response, in several events of a stream
 
 
 def _check_metadata(value: Any) -> Any:
@@ -43,7 +40,7 @@ Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Label], BeforeVa
 
 
 class ResponsesRequest(GenerationRequest):
-    """The fields of a request for a response that this server reads."""
+    """The supported fields of a Responses API request."""
 
     NEUTRAL_VALUES = {
         "background": (None, False),
@@ -76,7 +73,7 @@ class ResponsesRequest(GenerationRequest):
 
     @property
     def num_logprobs(self) -> int | None:
-        """Alternatives to report at each token; None for no log probabilities."""
+        """Number of alternatives to report at each token; None for no log probabilities."""
         return self.top_logprobs or 0 if "message.output_text.logprobs" in (self.include or ()) else None
 
     @cached_property
@@ -84,20 +81,20 @@ class ResponsesRequest(GenerationRequest):
         """The tools and how they may be called; None where the request has neither tools nor a choice.
 
         Raises:
-            FieldError: a field has another form.
+            FieldError: a field is malformed.
         """
         if self.tools is None and self.tool_choice is None:
             return None
-        # Not every text of tools goes through the model's limits: with tool_choice="none" the model is told of none.
+        # With tool_choice="none" tools are not part of the prompt, so max_model_len does not bound their length.
         if (length := _length(self.tools, "tools")) > MAX_TOOLS_LENGTH:
             raise FieldError(f"tools has {length} characters; allowed are {MAX_TOOLS_LENGTH}", "tools")
         return read_tool_choice(self.tools, self.tool_choice, self.parallel_tool_calls, is_flat=True)
 
     def sampling_options(self) -> dict[str, Any]:
-        """The fields of `SamplingParams` that the request sets.
+        """Return the fields of `SamplingParams` that the request sets.
 
         Raises:
-            FieldError: a field needs another one or is not supported.
+            FieldError: a field requires another one or is not supported.
         """
         if self.max_tokens is not None:
             message = f"max_tokens={self.max_tokens} is not supported here; use max_output_tokens"
@@ -109,7 +106,7 @@ class ResponsesRequest(GenerationRequest):
         return {**self.given_sampling_options(), **limits, **self._constraint()}
 
     def _constraint(self) -> dict[str, Any]:
-        """The sampling options that `text` and the fields of others stand for."""
+        """Return the sampling options of `text` and `structured_outputs`."""
         if self.response_format is not None:
             raise FieldError("response_format is not supported here; use text.format", "response_format")
         _length(self.text, "text")
@@ -123,12 +120,12 @@ class ResponsesRequest(GenerationRequest):
 
 
 def _length(value: Any, name: str) -> int:
-    """Characters of a field that comes back in the answer.
+    """Return the length in characters of a field that the response repeats.
 
     Raises:
-        FieldError: it holds a number that JSON cannot write, such as one that was read from 1e999.
+        FieldError: it has a number that JSON cannot encode, such as 1e999, which is read as infinity.
     """
     try:
         return len(json.dumps(value, allow_nan=False))
     except ValueError:
-        raise FieldError(f"{name} holds NaN or an infinite number; allowed are finite ones", name) from None
+        raise FieldError(f"{name} holds NaN or an infinite number; numbers must be finite", name) from None

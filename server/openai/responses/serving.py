@@ -9,7 +9,7 @@ from mmlora.server.lora.served_models import ServedModels
 from mmlora.server.openai.generation import Generation, GenerationService
 from mmlora.server.openai.responses.input import as_messages
 from mmlora.server.openai.responses.items import OutputItems
-from mmlora.server.openai.responses.output import ResponsesAnswer
+from mmlora.server.openai.responses.output import ResponseObjectBuilder
 from mmlora.server.openai.responses.protocol import ResponsesRequest
 from mmlora.server.openai.tools.choice import ToolCalling
 
@@ -51,7 +51,7 @@ class ResponsesService(GenerationService):
             asked.lora,
             prompt,
             self._llm.default_sampling_params(**options),
-            ResponsesAnswer(request_id, asked.model or self._models.base_name, asked, self._defaults, items),
+            ResponseObjectBuilder(request_id, asked.model or self._models.base_name, asked, self._defaults, items),
             is_stream=bool(asked.stream),
             priority=asked.priority or 0,
         )

@@ -1,4 +1,4 @@
-"""`TranscriptionAnswer`: OpenAI's transcriptions and translations, whole or as events."""
+"""`TranscriptionBuilder`: OpenAI's transcriptions and translations, whole or as events."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -7,7 +7,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from mmlora.outputs import LoRAChoice, RequestOutput
 from mmlora.server.openai.chat.output import list_logprobs
-from mmlora.server.openai.output import DONE, Answer, Json, count_tokens, event
+from mmlora.server.openai.output import DONE, Json, ResponseBuilder, count_tokens, event
 from mmlora.server.openai.transcriptions.protocol import ResponseFormat
 
 UNKNOWN_LANGUAGE = "unknown"
@@ -34,7 +34,7 @@ class Asked:
     mark: str | None = None
 
 
-class TranscriptionAnswer(Answer):
+class TranscriptionBuilder(ResponseBuilder):
     """One text in the making.
 
     Args:

@@ -13,7 +13,7 @@ from mmlora.server.bodies import FieldError
 from mmlora.server.errors import Refusal
 from mmlora.server.lora.served_models import ServedModels
 from mmlora.server.openai.generation import Generation, GenerationService
-from mmlora.server.openai.transcriptions.output import Asked, TranscriptionAnswer
+from mmlora.server.openai.transcriptions.output import Asked, TranscriptionBuilder
 from mmlora.server.openai.transcriptions.protocol import AudioRequest, TranscriptionRequest, TranslationRequest
 
 
@@ -41,7 +41,7 @@ class TranscriptionService(GenerationService):
         instruction, language = _instruction(prompt, asked)
         clip = load_media(asked.file, self._llm.media.limits, expected="audio")
         assert isinstance(clip, AudioItem)
-        output = TranscriptionAnswer(
+        builder = TranscriptionBuilder(
             Asked(
                 "translate" if isinstance(asked, TranslationRequest) else "transcribe",
                 asked.response_format,
@@ -73,7 +73,7 @@ class TranscriptionService(GenerationService):
                 caller=caller,
             ),
             self._llm.default_sampling_params(**asked.sampling_options()),
-            output,
+            builder,
             is_stream=asked.stream,
             priority=asked.priority,
         )

@@ -17,7 +17,7 @@ from mmlora.lora.request import LoRARequest
 from mmlora.outputs import CompletionOutput, LoRAChoice, RequestOutput
 from mmlora.processors.fetch.data_url import load_base64
 from mmlora.server.args import LoRAModule
-from mmlora.server.openai.completions.output import CompletionAnswer, prompt_offsets
+from mmlora.server.openai.completions.output import CompletionBuilder, prompt_offsets
 from mmlora.server.openai.completions.protocol import CompletionRequest
 from tests.server.conftest import RunningServer, ServerFactory
 
@@ -335,7 +335,7 @@ def test_prompts_that_take_another_adapter_than_the_first_say_so() -> None:
     """An activated LoRA applies only to prompts with its invocation tokens."""
     applied, not_applied = LoRAChoice("a", "1", "explicit"), LoRAChoice(None, None, "explicit", "not applied")
     asked = CompletionRequest(prompt=["x", "y"])
-    answer = CompletionAnswer("cmpl-1", "tiny", asked, None)
+    answer = CompletionBuilder("cmpl-1", "tiny", asked, None)
     outputs = [
         RequestOutput(name, "", [1], [CompletionOutput(0, "z", [2], finish_reason="stop")], True, lora)
         for name, lora in zip(answer.request_ids, (applied, not_applied), strict=True)

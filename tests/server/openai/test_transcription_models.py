@@ -11,7 +11,7 @@ import pytest
 from openai import BadRequestError
 
 from mmlora.outputs import CompletionOutput, LoRAChoice, RequestOutput
-from mmlora.server.openai.transcriptions.output import Asked, TranscriptionAnswer
+from mmlora.server.openai.transcriptions.output import Asked, TranscriptionBuilder
 from tests.checkpoints import save_text_model
 from tests.families.table import save_family
 from tests.processors.families.test_voxtral import SPECIAL, as_published
@@ -117,9 +117,9 @@ def outputs(*texts: str) -> list[RequestOutput]:
 )
 def test_the_language_heard_is_no_part_of_the_text(texts: tuple[str, ...], deltas: list[str], language: str) -> None:
     asked = Asked("transcribe", "verbose_json", False, None, 1.0, "<asr_text>")
-    whole = TranscriptionAnswer(asked).complete(outputs(*texts))
+    whole = TranscriptionBuilder(asked).complete(outputs(*texts))
     assert (whole["text"], whole["language"]) == ("".join(deltas), language)
-    answer = TranscriptionAnswer(asked)
+    answer = TranscriptionBuilder(asked)
     events = [json.loads(event[6:]) for output in outputs(*texts) for event in answer.events(output)]
     assert [event["delta"] for event in events] == deltas
     done = json.loads(next(answer.last_events())[6:])
