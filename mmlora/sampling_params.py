@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn, TypeGuard, get_args, get_origin, get_typ
 
 from mmlora.errors import RequestError
 from mmlora.structured_outputs import StructuredOutputsParams
-from mmlora.utils.text import is_finite_number, shorten
+from mmlora.utils.text import shorten
 
 MAX_STOPS, MAX_STOP_CHARS = 64, 1024  # the text is searched for all of them after each token
 MAX_STOP_TOKENS = 1024  # each sampled token is compared with all of them
@@ -37,7 +37,7 @@ class Bounds:
         return f"above {self.low} and at most {self.high}" if self.excludes_low else f"from {self.low} to {self.high}"
 
     def contains(self, value: float) -> bool:
-        """Return whether a value is in the range."""
+        """Return whether a value is in the range; NaN never is."""
         is_high_enough = value > self.low if self.excludes_low else value >= self.low
         return is_high_enough and (self.high is None or value <= self.high)
 
@@ -128,8 +128,8 @@ class SamplingParams:
         value = getattr(self, name)
         if value is None and NoneType in types:
             return
-        is_number = is_finite_number(value) if float in types else _is_integer(value)
-        if not is_number or not bounds.contains(value):
+        allowed = (int, float) if float in types else (int,)
+        if not isinstance(value, allowed) or isinstance(value, bool) or not bounds.contains(value):
             kind = "a number" if float in types else "an integer,"
             self._refuse(name, f"{name}={shorten(value)} must be {kind} {bounds}")
 

@@ -12,8 +12,8 @@ from mmlora import __version__
 from mmlora.async_llm import AsyncLLM
 from mmlora.errors import MMLoRAError
 from mmlora.server.args import ServerArgs
-from mmlora.server.bodies import body_schema
-from mmlora.server.errors import Refusal, UTF8JSONResponse, error_response
+from mmlora.server.bodies import UTF8JSONResponse, body_schema
+from mmlora.server.errors import Refusal, error_response
 from mmlora.server.health import status_routes
 from mmlora.server.http.admission import Admission, AdmissionGate
 from mmlora.server.http.auth import CORS, Authentication

@@ -1,4 +1,4 @@
-"""Request bodies: JSON parsed within limits, validated by pydantic models, and described for the OpenAPI document."""
+"""JSON bodies: requests are parsed within limits, validated by pydantic models and described for OpenAPI."""
 
 import json
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, TypeAdapter, ValidationError
 from pydantic_core import from_json
+from starlette.responses import JSONResponse
 
 from mmlora.errors import RequestError
 from mmlora.utils.text import shorten
@@ -44,6 +45,18 @@ class Body(BaseModel):
     """Body of which every field is known; others are refused."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class UTF8JSONResponse(JSONResponse):
+    """JSON response in which `?` replaces characters that UTF-8 cannot encode.
+
+    Directory names that are not UTF-8 hold such characters; one of them must not make a whole list fail.
+    """
+
+    def render(self, content: object) -> bytes:
+        """Encode the content."""
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8", "replace")
 
 
 def parse_body(model: type[M], body: bytes) -> M:

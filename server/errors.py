@@ -1,14 +1,14 @@
-"""Errors as HTTP answers: OpenAI's error body, 4xx for what the client did, 5xx for what the server did."""
+"""Errors as HTTP responses in OpenAI's form: 4xx for faults of the client, 5xx for faults of the server."""
 
-import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 
 from mmlora.errors import AdapterNotFound, EngineDeadError, MMLoRAError, RequestError, ResolverError
+from mmlora.server.bodies import FieldError, UTF8JSONResponse
 
-KINDS: Final = {
+ERROR_TYPES: Final = {
     401: "authentication_error",
     404: "not_found_error",
     408: "timeout_error",
@@ -18,20 +18,8 @@ KINDS: Final = {
 }
 
 
-class UTF8JSONResponse(JSONResponse):
-    """JSON response in which `?` replaces characters that UTF-8 cannot encode.
-
-    Directory names that are not UTF-8 hold such characters; one of them must not make a whole list fail.
-    """
-
-    def render(self, content: object) -> bytes:
-        """Encode the content."""
-        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return text.encode("utf-8", "replace")
-
-
 class Refusal(MMLoRAError):
-    """A refusal that has a status of its own, and headers where that calls for them."""
+    """Error with an explicit status, whose message clients see, and headers where the status calls for them."""
 
     def __init__(
         self,
@@ -50,7 +38,7 @@ class Refusal(MMLoRAError):
 
 
 def status_of(error: Exception) -> int:
-    """The HTTP status of an error."""
+    """Return the HTTP status of an error."""
     if isinstance(error, Refusal):
         return error.status
     if isinstance(error, AdapterNotFound):
@@ -61,16 +49,17 @@ def status_of(error: Exception) -> int:
 
 
 def error_body(error: Exception) -> dict[str, Any]:
-    """Describe an error the way OpenAI does.
+    """Return OpenAI's description of an error.
 
-    What the client can mend, and refusals, tell their message; any other is an internal error and says no more.
+    Clients see the message of a `Refusal` and of errors whose status is not 500; others become a generic message, so
+    that internals do not leak.
     """
     status = status_of(error)
-    is_told = status != 500 or isinstance(error, Refusal)
-    kind = KINDS.get(status, "invalid_request_error" if status < 500 else "internal_server_error")
+    is_public = status != 500 or isinstance(error, Refusal)
+    kind = ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "internal_server_error")
     return {
         "error": {
-            "message": str(error) if is_told else "internal server error",
+            "message": str(error) if is_public else "internal server error",
             "type": kind,
             "param": getattr(error, "param", None),
             "code": getattr(error, "code", None) or _code(error),
@@ -78,15 +67,15 @@ def error_body(error: Exception) -> dict[str, Any]:
     }
 
 
-def error_response(error: Exception, headers: Mapping[str, str] | None = None) -> UTF8JSONResponse:
-    """Answer with an error."""
+def error_response(error: Exception, headers: Mapping[str, str] | None = None) -> Response:
+    """Return the response to a request that failed."""
     headers = headers if headers is not None else getattr(error, "headers", None)
     return UTF8JSONResponse(error_body(error), status_code=status_of(error), headers=headers)
 
 
 def _code(error: Exception) -> str | None:
-    """`MediaError` → `media_error`, so that a client can tell faults apart without reading prose."""
+    """Return a code that clients can compare, such as `media_error` for `MediaError`."""
     if status_of(error) == 500 or isinstance(error, Refusal):
         return None
-    name = "RequestError" if type(error).__name__ == "FieldError" else type(error).__name__
+    name = "RequestError" if isinstance(error, FieldError) else type(error).__name__
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")

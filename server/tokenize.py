@@ -8,8 +8,7 @@ from pydantic import BaseModel, Field
 
 from mmlora.async_llm import AsyncLLM
 from mmlora.processors.modalities import PART_MODALITIES
-from mmlora.server.bodies import Body, FieldError, FirstOnly, body_schema, parse_body
-from mmlora.server.errors import UTF8JSONResponse
+from mmlora.server.bodies import Body, FieldError, FirstOnly, UTF8JSONResponse, body_schema, parse_body
 from mmlora.server.http.admission import read_body
 from mmlora.server.lora.served_models import ServedModels
 from mmlora.utils.text import shorten

@@ -14,7 +14,8 @@ from starlette.responses import Response
 from mmlora.errors import EngineDeadError, RequestError
 from mmlora.outputs import CompletionOutput, LoRAChoice, RequestOutput
 from mmlora.processors.modalities import MODALITIES
-from mmlora.server.errors import UTF8JSONResponse, error_body
+from mmlora.server.bodies import UTF8JSONResponse
+from mmlora.server.errors import error_body
 
 logger = logging.getLogger(__name__)
 Json = dict[str, Any]
