@@ -1,4 +1,4 @@
-"""`GET /health` and `GET /ready` for those that watch a server and route requests to it, and `GET /version`."""
+"""`GET /health` (liveness), `GET /ready` (readiness) and `GET /version`."""
 
 from fastapi import APIRouter, Response
 from pydantic import BaseModel
@@ -24,8 +24,8 @@ def status_routes(llm: AsyncLLM, admission: Admission) -> APIRouter:
     """Build the routes.
 
     Args:
-        llm: the engine; `/health` is 503 once it is dead.
-        admission: of the server; `/ready` is 503, with the reason, while new requests are not served.
+        llm: the engine; `/health` returns 503 once it is dead.
+        admission: of the server; `/ready` returns 503 with the reason while new requests are refused.
     """
     routes = APIRouter()
 

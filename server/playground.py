@@ -1,7 +1,7 @@
-"""The playground: one static page that talks to the API as any client does.
+"""The playground: one static page that uses the API as any client does.
 
-The page and its files need no API key; the page asks for it when the API does. Every file comes from this server and
-the page may load nothing else.
+The page and its files need no API key; the page asks the user for it when the API does. All files come from this
+server, and the Content-Security-Policy lets the page load nothing else.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from mmlora.assets.audio import AudioAsset
 from mmlora.assets.image import ImageAsset
 
 _FOLDER: Final = Path(__file__).parent / "static"
-# Told here and not guessed: what the system knows of file names differs, and `nosniff` makes a wrong type an error.
+# `mimetypes` depends on the system's tables, and with `nosniff` a wrong type is an error.
 _MEDIA_TYPES: Final = {
     ".css": "text/css",
     ".flac": "audio/flac",
@@ -35,7 +35,7 @@ _POLICY: Final = "; ".join(
         "base-uri 'none'",
         "form-action 'none'",
         "frame-ancestors 'none'",
-        "require-trusted-types-for 'script'",  # no text, the model's least of all, becomes HTML
+        "require-trusted-types-for 'script'",  # no text, in particular of the model, is parsed as HTML
     )
 )
 _HEADERS: Final = {
@@ -48,23 +48,23 @@ _HEADERS: Final = {
 
 
 def playground_routes() -> APIRouter:
-    """Build the routes of the page, of its files and of the samples that it offers."""
+    """Build the routes of the page, its files and its samples."""
     routes = APIRouter(include_in_schema=False)
     samples = AudioAsset("two_plus_three").path, ImageAsset("shapes").path
     files = {path.name: path for path in (*_FOLDER.iterdir(), *samples) if path.suffix in _MEDIA_TYPES}
 
     @routes.api_route("/", methods=["GET", "HEAD"])
     async def page() -> FileResponse:
-        return _answer(files["index.html"])
+        return _file_response(files["index.html"])
 
     @routes.api_route("/playground/{name}", methods=["GET", "HEAD"])
     async def file(name: str) -> FileResponse:
-        if name not in files:  # a name is looked up and never becomes a path
+        if name not in files:  # the name is a key and never becomes a path
             raise HTTPException(404, "the playground has no such file")
-        return _answer(files[name])
+        return _file_response(files[name])
 
     return routes
 
 
-def _answer(path: Path) -> FileResponse:
+def _file_response(path: Path) -> FileResponse:
     return FileResponse(path, headers=_HEADERS, media_type=_MEDIA_TYPES[path.suffix])

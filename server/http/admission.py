@@ -1,4 +1,4 @@
-"""`Admission`: how many requests may be open at once, how long each may take, and whether new ones are let in."""
+"""Admission control: limits on the number of open requests, their duration, and the size of their bodies."""
 
 import asyncio
 import math
@@ -16,26 +16,26 @@ from mmlora.server.errors import Refusal, error_response
 from mmlora.server.http.auth import route_path
 
 MAX_RETRY_AFTER_S: Final = 60
-NUM_TIMED: Final = 64  # requests whose ends tell how fast they end
+NUM_TIMED: Final = 64  # most recent requests, whose end times give the rate at which requests end
 ADAPTER_UPDATES: Final = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 
 
 class Admission:
-    """Counts the requests that generate, from their head to the end of their answer, and refuses those beyond a bound.
+    """Counts open requests for generation, from their head to the end of the response, and refuses those over a limit.
 
     All methods are called on one event loop.
 
     Attributes:
-        is_closed: no further request is let in, since the server is to stop.
-        num_open: requests that were let in and have not ended: being read, made ready, waiting or running.
+        is_closed: whether new requests are refused because the server is shutting down.
+        num_open: admitted requests that have not ended: being received, processed, waiting or running.
         num_refused: by reason, `queue_full` or `shutting_down`.
-        request_timeout, body_timeout: seconds; None for as long as it takes.
+        request_timeout, body_timeout: in seconds; None means no limit.
 
     Args:
-        capacity: requests that run at once.
-        max_queued: requests that may be open beyond those.
-        request_timeout: from the head of a request to the end of its answer, in seconds.
-        body_timeout: from the head to the end of the body, of every request, in seconds.
+        capacity: maximum number of running requests.
+        max_queued: maximum number of open requests beyond these.
+        request_timeout: from the head of a request to the end of its response, in seconds.
+        body_timeout: from the head of any request to the end of its body, in seconds.
     """
 
     def __init__(
@@ -56,57 +56,57 @@ class Admission:
         self._ends_s: deque[float] = deque(maxlen=NUM_TIMED)
 
     def close(self) -> None:
-        """Let no further request in."""
+        """Refuse all further requests."""
         self.is_closed = True
 
     def enter(self) -> None:
-        """Let a request in; `leave` must follow.
+        """Admit a request; `leave` must follow.
 
         Raises:
             Refusal: 503 after `close`; 429 when too many are open.
         """
         if self.is_closed:
             self.num_refused["shutting_down"] += 1
-            message = "the server is shutting down and takes no further request"
+            message = "the server is shutting down and accepts no further requests"
             raise Refusal(503, message, code="shutting_down", headers={"retry-after": "1", "connection": "close"})
         if self.num_open >= self._capacity + self._max_queued:
             self.num_refused["queue_full"] += 1
             wait_s = self.estimate_wait_s()
             message = (
-                f"{self.num_open} requests are open; allowed are {self._capacity} that run and {self._max_queued} that "
-                f"wait; try again in {wait_s} s"
+                f"{self.num_open} requests are open; allowed are {self._capacity} running and {self._max_queued} "
+                f"waiting ones; try again in {wait_s} s"
             )
             raise Refusal(429, message, code="queue_full", headers={"retry-after": str(wait_s)})
         self.num_open += 1
 
     def leave(self) -> None:
-        """Note that a request has ended."""
+        """Record the end of an admitted request."""
         self.num_open -= 1
         self._ends_s.append(time.monotonic())
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
-        """Hold the place of a request that was let in."""
+        """Call `leave` on exit, for a request that was admitted."""
         try:
             yield
         finally:
             self.leave()
 
     def estimate_wait_s(self) -> int:
-        """Seconds in which the requests that wait will have begun, if requests go on ending as fast as they did."""
+        """Estimate the seconds until all waiting requests have started, from the rate at which requests end."""
         num_waiting = max(1, self.num_open - self._capacity)
         num_ends = len(self._ends_s)
-        # The time since the last end counts: nothing may have ended for a while.
+        # Measured until now, not until the last end: requests may have stalled since.
         mean_s = (time.monotonic() - self._ends_s[0]) / num_ends if num_ends else 1.0
         return min(MAX_RETRY_AFTER_S, max(1, math.ceil(num_waiting * mean_s)))
 
 
 class AdmissionGate:
-    """Has `Admission` decide before anything of a body is read.
+    """ASGI middleware that applies `Admission` before any of the body is read.
 
     Args:
         app: the application.
-        admission: of its server.
+        admission: the limits.
     """
 
     def __init__(self, app: ASGIApp, admission: Admission) -> None:
@@ -119,8 +119,8 @@ class AdmissionGate:
             return await self._app(scope, receive, send)
         admission, now = self._admission, asyncio.get_running_loop().time()
         if admission.body_timeout is not None:
-            receive = _until_body_is_late(receive, now + admission.body_timeout, admission.body_timeout)
-        if not _is_generating(scope):
+            receive = _limit_body_time(receive, now + admission.body_timeout, admission.body_timeout)
+        if not _is_generation(scope):
             return await self._app(scope, receive, send)
         try:
             admission.enter()
@@ -133,11 +133,11 @@ class AdmissionGate:
 
 
 class Deadline:
-    """When the answer to a request must have ended.
+    """Time by which the response to a request must have ended.
 
     Args:
-        start: of the request, by the clock of the event loop.
-        timeout: seconds.
+        start: when the request started, by the clock of the event loop.
+        timeout: in seconds.
     """
 
     def __init__(self, start: float, timeout: float) -> None:
@@ -145,23 +145,23 @@ class Deadline:
         self._timeout = timeout
 
     def refusal(self) -> Refusal:
-        """What is told when it has passed."""
-        return Refusal(504, f"the answer was not complete after {self._timeout:g} s", code="request_timeout")
+        """Return the error for a response that is not complete in time."""
+        return Refusal(504, f"the response was not complete after {self._timeout:g} s", code="request_timeout")
 
 
-def _is_generating(scope: Scope) -> bool:
-    """Whether a request asks for work of the model: every POST of OpenAI's API does."""
+def _is_generation(scope: Scope) -> bool:
+    """Return whether a request runs the model, as every POST of OpenAI's API does."""
     path = route_path(scope)
     return scope["method"] == "POST" and path.startswith("/v1/") and path not in ADAPTER_UPDATES
 
 
-def _until_body_is_late(receive: Receive, end: float, timeout: float) -> Receive:
-    """Receive the messages of a request; the last one of its body must have come by `end`."""
-    is_whole = False
+def _limit_body_time(receive: Receive, end: float, timeout: float) -> Receive:
+    """Wrap `receive` so that the whole body must have been received by `end`."""
+    is_complete = False
 
     async def receive_in_time() -> Message:
-        nonlocal is_whole
-        if is_whole:
+        nonlocal is_complete
+        if is_complete:
             return await receive()
         try:
             async with asyncio.timeout_at(end):
@@ -169,7 +169,7 @@ def _until_body_is_late(receive: Receive, end: float, timeout: float) -> Receive
         except TimeoutError:
             text = f"the body was not complete after {timeout:g} s"
             raise Refusal(408, text, code="body_timeout", headers={"connection": "close"}) from None
-        is_whole = not message.get("more_body", False)
+        is_complete = not message.get("more_body", False)
         return message
 
     return receive_in_time

@@ -1,4 +1,4 @@
-"""Adapters that resolvers find for a server: loaded, which is what verifies them, and served from then on."""
+"""Serving adapters that resolvers find: each is loaded, which verifies it, and then served by name."""
 
 import json
 import logging
@@ -24,29 +24,29 @@ ALLOW_VARIABLE = "MMLORA_ALLOW_RUNTIME_LORA_UPDATING"
 
 
 def start_resolution(llm: AsyncLLM, models: ServedModels, environment: Mapping[str, str]) -> None:
-    """Load plugins, and have unknown names resolved if `MMLORA_ALLOW_RUNTIME_LORA_UPDATING` is true.
+    """Load plugins, and enable resolvers for unknown names if `MMLORA_ALLOW_RUNTIME_LORA_UPDATING` is true.
 
     Args:
-        llm: the engine that loads what is found.
-        models: served names; its `resolution` is set.
-        environment: of the process; see `docs/resolvers.md`.
+        llm: the engine that loads the adapters.
+        models: the served models; sets `resolution`.
+        environment: environment variables; see `docs/resolvers.md`.
 
     Raises:
-        ConfigError: a variable cannot be read, or a plugin cannot be loaded.
+        ConfigError: a variable is invalid, or a plugin cannot be loaded.
     """
     is_allowed = read_bool(ALLOW_VARIABLE, environment)
     limits = ResolutionLimits.from_environment(environment)
     load_general_plugins(environment)
     store = llm.adapter_store
     if is_allowed and store is not None:
-        models.resolution = LoRAResolution(llm.model_name, _Acceptance(llm, models, store), limits)
+        models.resolution = LoRAResolution(llm.model_name, _AdapterLoader(llm, models, store), limits)
     elif LoRAResolverRegistry.get_supported_resolvers():
         needs = "enable_lora=True" if is_allowed else f"{ALLOW_VARIABLE}=true"
         logger.warning("%s needs %s: it is not asked", ", ".join(LoRAResolverRegistry.get_supported_resolvers()), needs)
 
 
-class _Acceptance:
-    """Loads an adapter that was found, and serves it."""
+class _AdapterLoader:
+    """Loads and serves the adapter that a resolver found."""
 
     def __init__(self, llm: AsyncLLM, models: ServedModels, store: HostCache) -> None:
         self._llm = llm
@@ -60,24 +60,28 @@ class _Acceptance:
         request = _as_directory(request)
         with self._models.name_locks.hold(request.lora_name):
             if request.lora_name in self._models.names:
-                return  # a client loaded one of this name meanwhile
-            if self._store.is_draining(request.lora_name):  # which passes
+                return  # a client has loaded an adapter of this name
+            if self._store.is_draining(request.lora_name):  # a temporary state
                 raise ResolverError(f"adapter {request.lora_name!r} is being unloaded")
             adapter = self._store.get(request)
-            self._warn_of_other_base(request, adapter.path)
+            self._warn_about_base(request, adapter.path)
             self._models.add_adapter(ServedAdapter(request.lora_name, request, adapter.digest, adapter.report))
 
-    def _warn_of_other_base(self, request: LoRARequest, directory: Path | None) -> None:
+    def _warn_about_base(self, request: LoRARequest, directory: Path | None) -> None:
         trained_on = request.base_model_name or _base_model_in(directory)
         if trained_on not in (None, *self._llm.args.model_names, self._llm.args.model):
-            logger.warning("adapter %r says it is for %r; its shapes fit, so it is used", request.lora_name, trained_on)
+            logger.warning(
+                "adapter %r was trained on %r; its shapes match this model, so it is used",
+                request.lora_name,
+                trained_on,
+            )
 
 
 def _as_directory(request: LoRARequest) -> LoRARequest:
-    """Make the path absolute: a relative one that is gone would be asked for on the Hub, a client having named it.
+    """Make the path absolute: a missing relative path would be taken as a Hub id, chosen by a client.
 
     Raises:
-        AdapterNotFound: there is no such directory.
+        AdapterNotFound: the directory does not exist.
     """
     directory = os.path.abspath(os.path.expanduser(request.lora_path))
     if not os.path.isdir(directory):
@@ -86,7 +90,7 @@ def _as_directory(request: LoRARequest) -> LoRARequest:
 
 
 def _base_model_in(directory: Path | None) -> str | None:
-    """The base model that an adapter's configuration names."""
+    """Return the base model that an adapter's configuration names."""
     if directory is None:
         return None
     name = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")

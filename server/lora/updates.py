@@ -1,4 +1,4 @@
-"""`POST /v1/load_lora_adapter` and `/v1/unload_lora_adapter`: adapters that come and go while the server runs."""
+"""`POST /v1/load_lora_adapter` and `/v1/unload_lora_adapter`: adapter updates at runtime."""
 
 import logging
 import secrets
@@ -27,13 +27,12 @@ logger = logging.getLogger(__name__)
 MAX_BODY_BYTES: Final = 2**16
 MAX_LORA_NAME_CHARS: Final = 255
 MAX_LORA_PATH_CHARS: Final = 4096
-FIRST_ID: Final = (
-    2**52
-)  # random ids are from here to twice that: exact in JavaScript's numbers, and not those of others
+# Random ids are in [2**52, 2**53): exact as JavaScript numbers, and far from ids that users choose.
+FIRST_ID: Final = 2**52
 
 
 class LoadBody(Body):
-    """What to load, and the name that clients use for it."""
+    """Body of a load request."""
 
     lora_name: str = Field(min_length=1, max_length=MAX_LORA_NAME_CHARS)
     lora_path: str = Field(min_length=1, max_length=MAX_LORA_PATH_CHARS)
@@ -42,7 +41,7 @@ class LoadBody(Body):
 
 
 class UnloadBody(Body):
-    """What to unload: a name, an id, or both of one adapter."""
+    """Body of an unload request: a name, an id, or both of one adapter."""
 
     lora_name: str | None = None
     lora_int_id: int | None = Field(None, ge=1, le=MAX_INT_ID)
@@ -53,8 +52,8 @@ def adapter_routes(llm: AsyncLLM, models: ServedModels, *, is_allowed: bool) -> 
 
     Args:
         llm: the engine.
-        models: served names, which the routes change.
-        is_allowed: whether clients may; if not, both routes are 404 and say what allows them.
+        models: the served models, which the routes change.
+        is_allowed: whether updates are allowed; if not, both routes return a 404 that says how to allow them.
     """
     updates = AdapterUpdates(llm, models)
 
@@ -79,11 +78,11 @@ def adapter_routes(llm: AsyncLLM, models: ServedModels, *, is_allowed: bool) -> 
 
 
 class AdapterUpdates:
-    """Loads and unloads adapters of one server. A change that has begun ends, whether its client waits or not.
+    """Loads and unloads adapters of one server. An update that has started completes even if its client disconnects.
 
     Args:
         llm: the engine.
-        models: served names.
+        models: the served models.
     """
 
     def __init__(self, llm: AsyncLLM, models: ServedModels) -> None:
@@ -91,17 +90,17 @@ class AdapterUpdates:
         self._models = models
 
     async def load(self, body: LoadBody) -> str:
-        """Load an adapter and serve it, or replace a served one by another version at once.
+        """Load and serve an adapter, or atomically replace a served one.
 
         Returns:
-            What the client is told.
+            The message for the client.
 
         Raises:
-            RequestError: the name cannot be had, or the adapter cannot be used; nothing was changed.
+            RequestError: the name is not available, or the adapter cannot be used; nothing has changed.
         """
         name = body.lora_name
         if not name.isprintable():
-            raise FieldError(f"lora_name is {shorten(name)}; it must hold printable characters only", "lora_name")
+            raise FieldError(f"lora_name is {shorten(name)}; it must contain only printable characters", "lora_name")
         if body.lora_path.startswith(MEMORY):
             message = f"lora_path is {shorten(body.lora_path)}; it must be a directory or a Hub id"
             raise FieldError(message, "lora_path")
@@ -110,13 +109,13 @@ class AdapterUpdates:
         return f"Success: LoRA adapter '{name}' added successfully"
 
     async def unload(self, body: UnloadBody) -> str:
-        """Serve an adapter no more; requests that run with it finish, then its memory is freed.
+        """Stop serving an adapter; its memory is freed when the requests that use it have finished.
 
         Returns:
-            What the client is told.
+            The message for the client.
 
         Raises:
-            RequestError: there is no such adapter, or it has to stay.
+            RequestError: there is no such adapter, or it cannot be unloaded.
         """
         if body.lora_name is None and body.lora_int_id is None:
             raise FieldError("lora_name or lora_int_id is required", "lora_name")
@@ -143,13 +142,17 @@ class AdapterUpdates:
                 body.base_model_name or (former.base_model_name if former is not None else None),
                 load_inplace=bool(body.load_inplace),
             )
-            # What `--lora-modules` names comes back at the next start as it was: only `add` writes to the registry.
+            # `add` writes to the registry, `get` does not: a replaced `--lora-modules` entry is restored by a restart.
             adapter = store.get(request) if served is not None else store.add(request)
             request = replace(request, lora_int_id=store.find(name).request.lora_int_id, load_inplace=False)
             self._models.add_adapter(ServedAdapter(name, request, adapter.digest, adapter.report), replace=True)
 
     def _check_name(self, name: str, *, may_replace: bool) -> ServedAdapter | None:
-        """The adapter that has the name already."""
+        """Return the adapter that is already served under the name.
+
+        Raises:
+            FieldError: the name is not available.
+        """
         if self._models.is_base(name):
             raise FieldError(f"lora_name {shorten(name)} is the name of the base model; choose another", "lora_name")
         served = self._models.adapters.get(name)
@@ -175,11 +178,11 @@ class AdapterUpdates:
                     f"the id of {shorten(name)} is {served.request.lora_int_id}"
                 )
                 raise FieldError(message, "lora_int_id")
-            adapter = self._models.remove_adapter(name)  # first, so that no request asks for what the engine lacks
+            adapter = self._models.remove_adapter(name)  # before the store, so that no new request selects it
             try:
-                with suppress(AdapterNotFound):  # it was removed from Python
+                with suppress(AdapterNotFound):  # it was removed through the Python API
                     store.remove(name)
-            except RequestError:  # the registry cannot be written
+            except RequestError:  # the registry is not writable
                 self._models.add_adapter(adapter)
                 raise
 
@@ -187,5 +190,5 @@ class AdapterUpdates:
         for name, adapter in self._models.adapters.items():
             if adapter.request.lora_int_id == lora_int_id:
                 return name
-        message = f"there is no adapter with lora_int_id={lora_int_id}; /v1/models lists those that there are"
+        message = f"there is no adapter with lora_int_id={lora_int_id}; /v1/models lists all adapters"
         raise Refusal(404, message, param="lora_int_id", code="adapter_not_found")

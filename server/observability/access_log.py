@@ -1,4 +1,4 @@
-"""`AccessLog`: a line for each HTTP request, and how many there were by route and status."""
+"""Access log: one line per HTTP request, and request counts by route and status."""
 
 import logging
 import time
@@ -23,12 +23,12 @@ logger = logging.getLogger(ACCESS_LOGGER)
 
 
 class AccessLog:
-    """Counts and logs the requests of an application, streams until their end.
+    """ASGI middleware that counts, logs and traces requests when their response has ended.
 
     Args:
         app: the application.
-        counts: by route and status; added to.
-        log_requests: prompts and the hashes of media go into the lines, too.
+        counts: incremented by route and status.
+        log_requests: include prompts and media hashes.
         tracer: traces the requests.
     """
 
@@ -44,9 +44,9 @@ class AccessLog:
         """Serve one connection."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        status, start_s = 500, time.monotonic()  # what a failure before the answer becomes, further out
+        status, start_s = 500, time.monotonic()  # 500 stays if an exception escapes before the response starts
 
-        async def note_status(message: Message) -> None:
+        async def record_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -55,26 +55,26 @@ class AccessLog:
         records: list[RequestRecord] = []
         token = OPEN_RECORDS.set(records)
         try:
-            await self._app(scope, receive, note_status)
+            await self._app(scope, receive, record_status)
         finally:
             OPEN_RECORDS.reset(token)
-            # The template and never the path: clients choose paths, and a label must not grow with them.
+            # The route's template, not the path: clients choose paths, and the number of labels must stay bounded.
             route = getattr(scope.get("route"), "path", NO_ROUTE)
             self._counts[route, status] += 1
-            fields = {**_http_fields(scope, status, time.monotonic() - start_s), **request_fields(records)}
+            fields = {**_http_fields(scope, status, time.monotonic() - start_s), **summarize_records(records)}
             if self._log_requests:
-                fields["requests"] = [_content(record) for record in records]
-            logger.info("%s", as_line(fields), extra={"fields": fields})
+                fields["requests"] = [_describe_content(record) for record in records]
+            logger.info("%s", format_line(fields), extra={"fields": fields})
             if self._tracer is not None:
                 self._tracer.trace(scope, route, fields, start_s, records)
 
 
-def request_fields(records: Sequence[RequestRecord]) -> dict[str, Any]:
-    """What is known of the engine's requests behind one HTTP request, several of them added up; no text."""
+def summarize_records(records: Sequence[RequestRecord]) -> dict[str, Any]:
+    """Return the log fields of the engine requests of one HTTP request: totals, without content."""
     if not records:
         return {}
     first = records[0]
-    # Nobody waits any more for an answer that is still on its way when the HTTP request is over.
+    # A request that was not queued by now never ran: its client has disconnected.
     queued = [record for record in records if record.queued_s]
     reasons = [reason for record in queued for reason in record.all_finish_reasons]
     choice = {"adapter": first.lora.adapter, "reason": first.lora.reason} if first.lora is not None else {}
@@ -89,11 +89,11 @@ def request_fields(records: Sequence[RequestRecord]) -> dict[str, Any]:
     }
 
 
-def as_line(fields: dict[str, Any]) -> str:
-    """The fields as text: method, path and status first, then the rest that is set, without what it was asked."""
+def format_line(fields: dict[str, Any]) -> str:
+    """Format the fields as text: method, path and status first, then the others that are set, without content."""
     rest = [(name, value) for name, value in fields.items() if name not in ("method", "path", "status", "requests")]
-    told = " ".join(f"{name}={value}" for name, value in rest if value is not None)
-    return printable(f"{fields['method']} {fields['path']} {fields['status']} {told}")
+    text = " ".join(f"{name}={value}" for name, value in rest if value is not None)
+    return printable(f"{fields['method']} {fields['path']} {fields['status']} {text}")
 
 
 def _http_fields(scope: Scope, status: int, seconds: float) -> dict[str, Any]:
@@ -101,5 +101,5 @@ def _http_fields(scope: Scope, status: int, seconds: float) -> dict[str, Any]:
     return {"method": scope["method"][:16], "path": path, "status": status, "seconds": round(seconds, 4)}
 
 
-def _content(record: RequestRecord) -> dict[str, Any]:
+def _describe_content(record: RequestRecord) -> dict[str, Any]:
     return {"prompt": record.prompt, "media": [asdict(item) for item in record.media]}

@@ -1,4 +1,4 @@
-"""The log of a server: lines of text, or one JSON object per line."""
+"""Log format of the server: text, or one JSON object per line."""
 
 import json
 import logging
@@ -14,14 +14,14 @@ TEXT_FORMAT: Final = "%(levelname)s %(name)s: %(message)s"
 
 
 class JSONFormatter(logging.Formatter):
-    """Writes a record as a JSON object: time, level, logger, message, the request it belongs to, and its own fields."""
+    """Formats a record as a JSON object: time, level, logger, message, request id, and the record's `fields`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Write one line."""
+        """Return one line."""
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line: dict[str, Any] = {"time": time, "level": record.levelname.lower(), "logger": record.name}
         line["message"] = record.getMessage()
-        records = OPEN_RECORDS.get()  # handlers run where the record was made
+        records = OPEN_RECORDS.get()  # handlers run in the context that logs the record
         if records:
             line["request_id"] = records[0].request_id
         line |= getattr(record, "fields", {})
@@ -31,44 +31,44 @@ class JSONFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """Writes a record as one line, and what was asked after it where that is wanted."""
+    """Formats a record as one line, followed by prompts and media hashes if these are logged."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Write one record."""
+        """Return one line."""
         requests = getattr(record, "fields", {}).get("requests")
         line = super().format(record)
         return f"{line} requests={json.dumps(requests)}" if requests else line
 
 
 def configure_logging(log_format: str, level: str) -> None:
-    """Send the log of this process to standard error, unless whoever embeds the server has set handlers.
+    """Log to standard error, unless the root logger has handlers already (an embedding application set them).
 
     Args:
         log_format: `text` or `json`.
-        level: of uvicorn and the access lines, as uvicorn calls it; everything else is logged from warnings on.
+        level: uvicorn's name of the log level of uvicorn and the access log; all other loggers log warnings.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JSONFormatter() if log_format == "json" else TextFormatter(TEXT_FORMAT))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of what the client is told
-    # uvicorn calls 5 "trace".
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # its warnings repeat the errors that clients get
+    # "trace" is uvicorn's name of level 5.
     logging.getLogger(ACCESS_LOGGER).setLevel({"trace": 5}.get(level) or level.upper())
     logging.getLogger(STARTUP_LOGGER).setLevel(logging.INFO)
     if log_format == "json" or not sys.stderr.isatty():
-        _draw_no_progress_bars()
+        _disable_progress_bars()
     if log_format == "json":
         logging.captureWarnings(True)
-        _quieten_libraries()
+        _redirect_library_logs()
 
 
-def _draw_no_progress_bars() -> None:
+def _disable_progress_bars() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of huggingface_hub, too
 
 
-def _quieten_libraries() -> None:
-    """Have libraries that write to standard error by themselves use the log."""
+def _redirect_library_logs() -> None:
+    """Redirect libraries that write to standard error to the log."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_default_handler()

@@ -1,7 +1,7 @@
-"""`Tracer`: OpenTelemetry spans of HTTP requests and of the engine's requests behind them, sent by OTLP over HTTP.
+"""OpenTelemetry tracing: spans of HTTP requests and of their engine requests, exported with OTLP over HTTP.
 
-Spans are made when a request is over, from what the access line is made of, and exported in batches by a thread of the
-SDK. OpenTelemetry is imported where a server traces, and nowhere else.
+Spans are created when a request has ended, from the data of the access log, and exported in batches by a thread of the
+SDK. OpenTelemetry is imported only if tracing is enabled.
 """
 
 import json
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace.export import SpanExporter
 
-UNTRACED_ROUTES: Final = ("/health", "/ready", "/metrics")  # others ask for them every few seconds
+UNTRACED_ROUTES: Final = ("/health", "/ready", "/metrics")  # polled every few seconds
 SHUTDOWN_TIMEOUT_S: Final = 5
 REQUEST_OPTIONS: Final = (
     "temperature",
@@ -39,12 +39,12 @@ Attributes = dict[str, Any]
 
 
 class Tracer:
-    """Makes and exports spans; the trace that a client's `traceparent` names goes on.
+    """Creates and exports spans; a client's `traceparent` header continues its trace.
 
     Args:
-        exporter: takes the spans, in batches.
-        model_name: what clients call the base model.
-        log_requests: spans hold prompts and the hashes of media.
+        exporter: exports the spans in batches.
+        model_name: name of the base model.
+        log_requests: include prompts and media hashes.
     """
 
     def __init__(self, exporter: "SpanExporter", model_name: str, *, log_requests: bool = False) -> None:
@@ -54,7 +54,7 @@ class Tracer:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         resource = Resource.create()
-        if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):  # unless the environment names it
+        if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):  # OTEL_SERVICE_NAME is not set
             resource = resource.merge(Resource({SERVICE_NAME: "mmlora"}))
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
@@ -66,14 +66,14 @@ class Tracer:
     def trace(
         self, scope: Scope, route: str, fields: Mapping[str, Any], start_s: float, records: Sequence[RequestRecord]
     ) -> None:
-        """Make the spans of an HTTP request that is over.
+        """Create the spans of an HTTP request that has ended.
 
         Args:
-            scope: of the request.
-            route: the template of its path.
+            scope: ASGI scope of the request.
+            route: its route's path template.
             fields: its method, path and status.
-            start_s: when it came (monotonic).
-            records: the engine's requests behind it.
+            start_s: when it was received (monotonic clock).
+            records: its engine requests.
         """
         from opentelemetry import trace
 
@@ -105,13 +105,13 @@ class Tracer:
         span.end(_wall_ns(end_s))
 
     def shutdown(self) -> None:
-        """Export what is left; a collector that does not answer is left after a while."""
+        """Export the remaining spans; give up after a timeout if the collector does not respond."""
         thread = threading.Thread(target=self._provider.shutdown, daemon=True)
         thread.start()
         thread.join(SHUTDOWN_TIMEOUT_S)
 
     def _trace_request(self, record: RequestRecord, route: str, parent: "Context", end_s: float) -> None:
-        """Make the span of a request of the engine."""
+        """Create the span of an engine request."""
         from opentelemetry import trace
 
         operation = "text_completion" if route == "/v1/completions" else "chat"
@@ -121,7 +121,7 @@ class Tracer:
             "gen_ai.provider.name": "mmlora",
             "gen_ai.request.model": self._model_name,
             **_request_attributes(record),
-            **_answer_attributes(record, end_s),
+            **_response_attributes(record, end_s),
             **(_content_attributes(record) if self._log_requests else {}),
         }
         name = f"{operation} {self._model_name}"
@@ -133,14 +133,14 @@ class Tracer:
 
 @contextmanager
 def tracing(endpoint: str | None, model_name: str, *, log_requests: bool = False) -> Iterator[Tracer | None]:
-    """Trace to a collector, if there is one, and export what is left in the end.
+    """Yield a tracer that exports to a collector, or None without an endpoint; export the remaining spans on exit.
 
     Args:
-        endpoint: URL that takes OTLP over HTTP, such as `http://localhost:4318/v1/traces`.
+        endpoint: OTLP-over-HTTP URL, such as `http://localhost:4318/v1/traces`.
         model_name, log_requests: see `Tracer`.
 
     Raises:
-        ConfigError: the URL is none, or OpenTelemetry is not installed.
+        ConfigError: the URL is invalid, or OpenTelemetry is not installed.
     """
     if endpoint is None:
         yield None
@@ -163,24 +163,24 @@ def tracing(endpoint: str | None, model_name: str, *, log_requests: bool = False
 
 
 def _request_attributes(record: RequestRecord) -> Attributes:
-    """What was asked, without its text."""
+    """Return the sampling parameters, adapter and media counts of a request, without content."""
     options = {f"gen_ai.request.{name}": getattr(record.params, name) for name in REQUEST_OPTIONS}
     choice = record.lora
     lora = {"adapter": choice.adapter, "reason": choice.reason, "digest": choice.digest} if choice is not None else {}
     modalities = Counter(item.modality for item in record.media)
-    found = {
+    attributes = {
         "gen_ai.request.choice.count": record.num_answers,
         **options,
         **{f"mmlora.lora.{name}": value for name, value in lora.items()},
         **{f"mmlora.media.{modality}": count for modality, count in modalities.items()},
     }
-    texts = {name: as_utf8(value) for name, value in found.items() if isinstance(value, str)}
-    return {name: value for name, value in {**found, **texts}.items() if value is not None}
+    texts = {name: as_utf8(value) for name, value in attributes.items() if isinstance(value, str)}
+    return {name: value for name, value in {**attributes, **texts}.items() if value is not None}
 
 
-def _answer_attributes(record: RequestRecord, end_s: float) -> Attributes:
-    """What came of it, and how long each stage took (s)."""
-    found: Attributes = {
+def _response_attributes(record: RequestRecord, end_s: float) -> Attributes:
+    """Return the finish reasons, token counts and latencies (s) of a request."""
+    attributes: Attributes = {
         "gen_ai.response.id": record.request_id,
         "gen_ai.response.finish_reasons": record.all_finish_reasons,
         "gen_ai.usage.input_tokens": record.num_prompt_tokens,
@@ -190,11 +190,11 @@ def _answer_attributes(record: RequestRecord, end_s: float) -> Attributes:
     }
     times = record.times
     if times is not None and record.num_output_tokens:
-        found["gen_ai.latency.time_in_queue"] = times.scheduled_s - record.queued_s
-        found["gen_ai.latency.time_to_first_token"] = times.first_token_s - record.start_s
-        found["gen_ai.latency.time_in_model_prefill"] = times.prefill_s
-        found["gen_ai.latency.time_in_model_decode"] = times.decode_s
-    return found
+        attributes["gen_ai.latency.time_in_queue"] = times.scheduled_s - record.queued_s
+        attributes["gen_ai.latency.time_to_first_token"] = times.first_token_s - record.start_s
+        attributes["gen_ai.latency.time_in_model_prefill"] = times.prefill_s
+        attributes["gen_ai.latency.time_in_model_decode"] = times.decode_s
+    return attributes
 
 
 def _content_attributes(record: RequestRecord) -> Attributes:
@@ -208,5 +208,5 @@ def _trace_headers(scope: Scope) -> dict[str, str]:
 
 
 def _wall_ns(monotonic_s: float) -> int:
-    """A time of the monotonic clock as nanoseconds since 1970."""
+    """Convert a time of the monotonic clock to nanoseconds since 1970."""
     return time.time_ns() - int((time.monotonic() - monotonic_s) * 1e9)

@@ -189,10 +189,10 @@ def test_another_base_model_in_the_configuration_is_a_warning(
 ) -> None:
     server = start(filesystem)
     assert post(server, model="other").status_code == 200
-    assert "adapter 'other' says it is for 'org/other-model'" in caplog.text
+    assert "adapter 'other' was trained on 'org/other-model'" in caplog.text
     caplog.clear()
     assert post(server, model="sql").status_code == 200
-    assert "says it is for" not in caplog.text
+    assert "was trained on" not in caplog.text
 
 
 @pytest.mark.parametrize("value", [None, "", "0", "false"])
