@@ -1,7 +1,9 @@
-"""Serve the bundled assistant with 64 adapters over 4 slots beside base traffic; print waits and latencies.
+"""Measure scheduling fairness: 64 adapters share 4 slots with base traffic; print waits and latencies.
 
-Arrivals are Poisson by the scheduler's step and adapters Zipf-distributed, so that steps are the same on every machine
-and only times depend on it. Base requests are served once beside the adapters and once alone.
+Arrivals are Poisson-distributed over scheduler steps and adapters are Zipf-distributed, so counts of steps are the same
+on every machine and only times differ. Base requests are served with the adapter traffic and then alone.
+
+    .venv/bin/python benchmarks/fairness.py
 """
 
 import argparse
@@ -18,7 +20,7 @@ PROMPT = "<|user|>What is your name?<|end|><|assistant|>"
 
 @dataclass
 class Job:
-    """A request; `adapter` is its number, None for the base model. Times are (step, s)."""
+    """A request. `adapter` is a number, None for the base model; each time is a pair of step and seconds."""
 
     arrival_step: int
     adapter: int | None
@@ -29,19 +31,19 @@ class Job:
 
     @property
     def wait(self) -> tuple[int, float]:
-        """Steps and seconds until it ran."""
+        """Steps and seconds from arrival to the first step."""
         assert self.started is not None
         return self.started[0] - self.arrived[0], self.started[1] - self.arrived[1]
 
     @property
     def latency(self) -> tuple[int, float]:
-        """Steps and seconds until it ended."""
+        """Steps and seconds from arrival to the end."""
         return self.ended[0] - self.arrived[0] + 1, self.ended[1] - self.arrived[1]
 
 
 @dataclass
 class Run:
-    """The engine and what it has done so far."""
+    """An engine that serves jobs, with counts of steps and seconds."""
 
     engine: LLMEngine
     jobs: list[Job]
@@ -58,8 +60,8 @@ class Run:
 
         self.engine.scheduler.schedule = recorded  # type: ignore[method-assign]
 
-    def to_end(self) -> None:
-        """Let the jobs arrive and serve them all."""
+    def serve_all(self) -> None:
+        """Add each job when its step comes, and serve all of them."""
         num_arrived, start_s = 0, time.monotonic()
         while num_arrived < len(self.jobs) or self.engine.has_unfinished_requests:
             while num_arrived < len(self.jobs) and self.jobs[num_arrived].arrival_step <= self.num_steps:
@@ -85,14 +87,14 @@ class Run:
 
 
 def lora_request(adapter: int | None) -> object:
-    """All adapters have the same weights, but each its own name and identity."""
+    """Return the request of an adapter. All have the same weights, but different names and identities."""
     if adapter is None:
         return BASE
     return LoRARequest(f"adapter-{adapter}", adapter + 1, assistant_adapters()["spanish-lora"])
 
 
 def make_jobs(options: argparse.Namespace) -> list[Job]:
-    """Draw the traffic."""
+    """Return random traffic, sorted by arrival."""
     rng = random.Random(options.seed)
     zipf = [1 / rank for rank in range(1, options.adapters + 1)]
     tuned, base = (list(range(options.adapters)), zipf), ([None], [1.0])
@@ -106,18 +108,18 @@ def make_jobs(options: argparse.Namespace) -> list[Job]:
 
 
 def serve(options: argparse.Namespace, jobs: list[Job]) -> Run:
-    """Serve the jobs with an engine whose adapters are in host memory."""
+    """Serve jobs with an engine that has all adapters in its host cache."""
     limits = {"max_cpu_loras": options.adapters, "max_num_seqs": options.max_num_seqs}
     engine = LLMEngine(EngineArgs(assistant_path(), enable_lora=True, max_loras=options.slots, **limits))
     for adapter in range(options.adapters):
         engine.process_input(f"load {adapter}", PROMPT, None, lora_request(adapter))
     run = Run(engine, jobs)
-    run.to_end()
+    run.serve_all()
     return run
 
 
 def describe(what: str, values: list[tuple[int, float]]) -> str:
-    """Mean, p99 and longest, in steps and in ms."""
+    """Return mean, p99 and maximum, in steps and ms, as a line."""
     steps, times = (sorted(column) for column in zip(*values, strict=True))
     mean_steps, mean_s, last = sum(steps) / len(steps), sum(times) / len(times), int(0.99 * len(steps))
     return (
@@ -128,17 +130,17 @@ def describe(what: str, values: list[tuple[int, float]]) -> str:
 
 
 def main() -> None:
-    """Run both ways and print."""
+    """Serve the traffic with and without adapters, and print both."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in (("adapters", 64), ("slots", 4), ("steps", 400), ("max-tokens", 64), ("max-num-seqs", 32)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--adapter-rate", type=float, default=0.5, help="adapter requests a step")
-    parser.add_argument("--base-rate", type=float, default=0.5, help="base requests a step")
+    parser.add_argument("--adapter-rate", type=float, default=0.5, help="adapter requests per step")
+    parser.add_argument("--base-rate", type=float, default=0.5, help="base requests per step")
     options = parser.parse_args()
     jobs = make_jobs(options)
     alone = [Job(job.arrival_step, None, job.num_tokens) for job in jobs if job.adapter is None]
-    for what, traffic in (("beside adapters", jobs), ("alone", alone)):
+    for what, traffic in (("with adapters", jobs), ("alone", alone)):
         run = serve(options, traffic)
         print(f"{what}: {run.num_steps} steps, {run.num_s:.1f} s")
         if what != "alone":

@@ -1,8 +1,8 @@
-"""Count the project's files that one text chat and one audio chat over HTTP run through, and their pool hops.
+"""Count the project's files in which one text chat and one audio chat over HTTP run code, and their thread-pool hops.
 
-The server runs in this process with the bundled assistant. Profilers are set before any thread starts; each kind of
-chat is sent once as a warm-up and then recorded, with `max_tokens=1`. All threads count, the client's as well (which
-runs no file of the project). A pool hop is a call of `ThreadPoolExecutor.submit` meanwhile.
+The server runs in this process with the bundled assistant. Profilers are set before any thread starts. Each chat is
+sent once as a warm-up and then recorded, with `max_tokens=1`. All threads count. A pool hop is a call of
+`ThreadPoolExecutor.submit` during the chat.
 
     .venv/bin/python benchmarks/files_touched.py [--list]
 """
@@ -30,12 +30,12 @@ TIMEOUT_S = 120.0
 
 
 class Recorder:
-    """Notes which project files run while it is on.
+    """Records in which project files code runs while it is on.
 
     Attributes:
         files: relative to the root.
-        num_moves: calls that came from another file than the last one of their thread.
-        num_hops: pieces of work that were given to a thread pool.
+        num_moves: calls into another file than that of the previous call of the thread.
+        num_hops: tasks submitted to a thread pool.
     """
 
     def __init__(self) -> None:
@@ -44,13 +44,13 @@ class Recorder:
         self._last = threading.local()
 
     def clear(self) -> None:
-        """Forget what was noted."""
+        """Reset all counts."""
         self.files: set[str] = set()
         self.num_moves = 0
         self.num_hops = 0
 
     def install(self) -> None:
-        """Profile this thread and all that start from now on, and count what thread pools are given."""
+        """Profile this thread and all later ones, and count tasks of thread pools."""
         submit: Callable[..., Future[Any]] = ThreadPoolExecutor.submit
 
         def counted(pool: ThreadPoolExecutor, /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -73,7 +73,7 @@ class Recorder:
 
 @cache
 def project_file(name: str) -> str | None:
-    """Return a file's path relative to the root, None for files that are not the project's."""
+    """Return a file's path relative to the root; None for files outside the project."""
     path = Path(os.path.realpath(name))
     if not path.is_relative_to(ROOT):
         return None
@@ -82,7 +82,7 @@ def project_file(name: str) -> str | None:
 
 
 def messages(modality: str) -> list[dict[str, Any]]:
-    """Return a chat of one modality, `text` or `audio`."""
+    """Return the messages of a chat of one modality, `text` or `audio`."""
     if modality == "text":
         return [{"role": "user", "content": "what is two plus three?"}]
     data = base64.b64encode((ROOT / "assets" / "samples" / "two_plus_three.flac").read_bytes()).decode()
@@ -90,7 +90,7 @@ def messages(modality: str) -> list[dict[str, Any]]:
 
 
 def ask(url: str, modality: str) -> None:
-    """Send one chat and check that it was answered."""
+    """Send one chat and check its response."""
     body = {"model": "assistant", "messages": messages(modality), "max_tokens": 1}
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
@@ -99,10 +99,10 @@ def ask(url: str, modality: str) -> None:
 
 
 def wait_until_ready(url: str) -> None:
-    """Wait for the server.
+    """Wait until the server is ready.
 
     Raises:
-        TimeoutError: it is not ready in time.
+        TimeoutError: it is not ready within `TIMEOUT_S`.
     """
     end_s = time.monotonic() + TIMEOUT_S
     while time.monotonic() < end_s:
@@ -115,7 +115,7 @@ def wait_until_ready(url: str) -> None:
 
 
 def record(recorder: Recorder, url: str, *, is_listed: bool) -> None:
-    """Record one chat of each modality and print what it ran through."""
+    """Record one chat of each modality and print the counts."""
     wait_until_ready(url)
     for modality in ("text", "audio"):
         ask(url, modality)
@@ -131,7 +131,7 @@ def record(recorder: Recorder, url: str, *, is_listed: bool) -> None:
 
 
 def main() -> None:
-    """Serve the bundled assistant, ask it, and stop it."""
+    """Serve the bundled assistant, record the chats, and stop it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="print the files")
     is_listed = parser.parse_args().list

@@ -1,4 +1,7 @@
-"""Time one Linear of a model, the LoRA kernels beside it, and PyTorch products per adapter, as PEFT computes them."""
+"""Compare the time of a Linear, of the LoRA kernels for it, and of one PyTorch product per adapter, as PEFT does it.
+
+.venv/bin/python benchmarks/lora_kernels.py [--device cpu]
+"""
 
 import argparse
 import platform
@@ -24,7 +27,7 @@ BATCHES = {
 
 
 def micros(call: Callable[[], object], device: torch.device) -> float:
-    """Median time of a call in microseconds; on a GPU with cold caches and from a graph, that is without the host."""
+    """Return the median time of a call in microseconds; on a GPU from a CUDA graph and with cold caches."""
     call()
     if device.type == "cuda":
         graph = torch.cuda.CUDAGraph()
@@ -35,7 +38,7 @@ def micros(call: Callable[[], object], device: torch.device) -> float:
 
 
 def row(in_features: int, out_features: int, rank: int, batch: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Time one line of the table."""
+    """Measure one case and return its line of the table."""
     lengths = BATCHES[batch]
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     segments = [(start, start + length, slot) for slot, (start, length) in enumerate(zip(starts, lengths, strict=True))]

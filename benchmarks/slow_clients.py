@@ -1,7 +1,9 @@
-"""Measure what 500 slow clients cost healthy ones: latencies of short chats without and beside them.
+"""Measure the effect of 500 slow clients (slowloris) on healthy ones: latency of short chats with and without them.
 
-`mmlora serve` runs the bundled assistant in a process of its own, and so do the slow clients: of half of them the head
-never ends, of the other half the body, a byte a second each. One that is closed connects again.
+`mmlora serve` runs the bundled assistant in a subprocess; the slow clients run in another. Half of them never finish
+the head of their request, the others never finish the body; each sends a byte per second and reconnects when closed.
+
+    .venv/bin/python benchmarks/slow_clients.py
 """
 
 import argparse
@@ -26,7 +28,7 @@ HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
 
 
 def drip(address: str, num_clients: int, are_connected: Event) -> None:
-    """Be that many slow clients until terminated, at hardly any cost: the CPU is for those who are measured."""
+    """Run slow clients until terminated, with little CPU time, so that they do not slow down the measured server."""
     parts = urlsplit(address)
     clients: list[socket.socket | None] = [None] * num_clients
     while True:
@@ -40,15 +42,15 @@ def drip(address: str, num_clients: int, are_connected: Event) -> None:
                 else:
                     client.send(b"x")
                 clients[number] = client
-            except OSError:  # the server has closed it
-                assert client is not None, "no connection can be made"
+            except OSError:  # closed by the server
+                assert client is not None, "the server accepts no connection"
                 client.close()
                 clients[number] = None
         are_connected.set()
 
 
 async def measure(address: str, num_requests: int, concurrency: int) -> list[float]:
-    """Latencies (ms) of healthy requests."""
+    """Return the latencies of healthy requests in ms."""
     latencies: list[float] = []
     async with httpx.AsyncClient(timeout=120) as client:
 
@@ -64,17 +66,17 @@ async def measure(address: str, num_requests: int, concurrency: int) -> list[flo
 
 
 def show(name: str, latencies: list[float]) -> float:
-    """Print a row; returns the p99."""
+    """Print a row and return its p99."""
     percentiles = statistics.quantiles(latencies, n=100)
     print(f"{name:<24} p50 {percentiles[49]:7.1f} ms   p99 {percentiles[98]:7.1f} ms   ({len(latencies)} requests)")
     return percentiles[98]
 
 
 def main() -> None:
-    """Print both, in turns."""
+    """Measure without and with slow clients in turns, and print both."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num-clients", type=int, default=500)
-    parser.add_argument("--num-requests", type=int, default=400, help="healthy ones in each round")
+    parser.add_argument("--num-requests", type=int, default=400, help="healthy requests per round")
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
@@ -86,14 +88,16 @@ def main() -> None:
         address = server.stdout.readline().split()[3].removesuffix("/v1")
         asyncio.run(measure(address, 40, options.concurrency))
         for _ in range(options.rounds):
-            alone = show("alone", asyncio.run(measure(address, options.num_requests, options.concurrency)))
+            latencies = asyncio.run(measure(address, options.num_requests, options.concurrency))
+            alone = show("without slow clients", latencies)
             context = multiprocessing.get_context("spawn")
             are_connected = context.Event()
             drippers = context.Process(target=drip, args=(address, options.num_clients, are_connected))
             drippers.start()
             are_connected.wait()
-            beside = asyncio.run(measure(address, options.num_requests, options.concurrency))
-            print(f"p99 beside / alone: {show(f'beside {options.num_clients} slow', beside) / alone:.2f}")
+            latencies = asyncio.run(measure(address, options.num_requests, options.concurrency))
+            p99 = show(f"with {options.num_clients} slow clients", latencies)
+            print(f"p99 with / without slow clients: {p99 / alone:.2f}")
             drippers.terminate()
             drippers.join()
         server.terminate()

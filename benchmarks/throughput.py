@@ -1,7 +1,9 @@
-"""Generate with the engine, with transformers and with PEFT from one random Llama; print tokens per second.
+"""Compare the throughput of the engine, of transformers and of PEFT on a random Llama, in tokens per second.
 
-All prompts come at once, greedy, each for the same number of tokens. "Adapters" are of rank 16 on all Linears, in turn
-over the prompts: in PEFT through `adapter_names`, all sides in one process.
+All prompts are submitted at once and decoded greedily to the same length. Adapters have rank 16 on all Linears and
+alternate over the prompts (in PEFT through `adapter_names`). All run in one process.
+
+    .venv/bin/python benchmarks/throughput.py
 """
 
 import argparse
@@ -25,7 +27,7 @@ VOCAB_SIZE = 32000
 
 
 def save_model(folder: Path, options: argparse.Namespace) -> Path:
-    """Save a random Llama with the assistant's tokenizer, which only has to be there."""
+    """Save a random Llama and its adapters; the tokenizer is the assistant's, and its text does not matter."""
     config = transformers.LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=options.hidden,
@@ -50,7 +52,7 @@ def save_model(folder: Path, options: argparse.Namespace) -> Path:
 
 
 def tokens_per_second(what: str, num_tokens: int, generate: Callable[[], object], device: str) -> None:
-    """Warm up, measure twice, print the better."""
+    """Warm up, measure twice, and print the better result."""
     generate()
     times = []
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Stream several answers at once from an event loop; each output holds what is new."""
+"""Stream several responses concurrently with `AsyncLLM`; each output holds the new text."""
 
 import asyncio
 

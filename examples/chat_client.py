@@ -1,4 +1,4 @@
-"""Talk to `mmlora serve` with OpenAI's client: python examples/chat_client.py [http://127.0.0.1:8000/v1]."""
+"""Stream a chat from `mmlora serve` with OpenAI's client: python examples/chat_client.py [http://127.0.0.1:8000/v1]."""
 
 import base64
 import sys

@@ -1,4 +1,4 @@
-"""Transcribe speech offline: audio in the prompt brings its own adapter, as in the reference document."""
+"""Transcribe speech offline: audio in the prompt selects the default adapter for audio."""
 
 from transformers import AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""What `make demo` runs: one server, one base model, and the adapter that each request gets by itself."""
+"""What `make demo` runs: one server, one base model, and the adapter that it applies automatically to each request."""
 
 import base64
 import os
@@ -18,7 +18,7 @@ from mmlora.assets.image import ImageAsset
 
 @contextmanager
 def server() -> Iterator[str]:
-    """Run `mmlora serve` on a free port and give its address; it is stopped whatever happens."""
+    """Run `mmlora serve` on a free port, yield its address, and always stop it."""
     command = [sys.executable, "-m", "mmlora.cli", "serve", "--port", "0", "--uvicorn-log-level", "warning"]
     environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)

@@ -1,9 +1,9 @@
-"""Serve adapters that are found when a request first names them: python examples/lora_resolver.py [PORT].
+"""Serve adapters that a resolver finds when a request first names them: python examples/lora_resolver.py [PORT].
 
     curl localhost:8000/v1/chat/completions -d '{"model": "spanish-lora", "messages": [{"role": "user", "content":
     "what is two plus three?"}]}' -H "Content-Type: application/json"
 
-`/v1/models` then shows `spanish-lora`, which it did not before.
+After this request, `/v1/models` lists `spanish-lora`.
 """
 
 import os
@@ -18,7 +18,7 @@ from mmlora.server.launch import serve
 
 
 class AssistantResolver(LoRAResolver):
-    """Knows the adapters of the bundled assistant."""
+    """Finds the adapters of the bundled assistant."""
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         path = assistant_adapters().get(lora_name)

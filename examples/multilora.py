@@ -1,4 +1,4 @@
-"""Answer one batch with several adapters: a prompt names its own, `None` lets its media decide, `BASE` takes none."""
+"""Run one batch with several adapters: a prompt may name its adapter, `None` selects by media, `BASE` uses none."""
 
 from mmlora import BASE, LLM, LoRARequest, SamplingParams
 from mmlora.assets.image import ImageAsset

@@ -1,4 +1,4 @@
-"""The same with OpenAI's Responses API: python examples/responses_client.py [http://127.0.0.1:8000/v1]."""
+"""Stream from OpenAI's Responses API: python examples/responses_client.py [http://127.0.0.1:8000/v1]."""
 
 import base64
 import sys

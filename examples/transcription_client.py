@@ -1,4 +1,4 @@
-"""Have `mmlora serve` write speech down: python examples/transcription_client.py [http://127.0.0.1:8000/v1]."""
+"""Transcribe a file with `mmlora serve`: python examples/transcription_client.py [http://127.0.0.1:8000/v1]."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Triton kernel of the second half of LoRA: from the rank of each row's adapter up to out_features, added to y."""
+"""Triton kernel of the second half of LoRA: multiplies by lora_B, up to out_features, and adds to y."""
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
@@ -57,7 +57,7 @@ def lora_expand_kernel(
         b = b.to(DOT_DTYPE)
         high = h.to(DTYPE)
         delta = tl.dot(high.to(DOT_DTYPE), b, delta, input_precision="ieee")
-        if tl.float32 != DTYPE:  # what rounding h to the weights' type dropped; b is in registers already
+        if tl.float32 != DTYPE:  # the rounding error of h in the weights' dtype; b is already in registers
             low = (h - high.to(tl.float32)).to(DTYPE)
             delta = tl.dot(low.to(DOT_DTYPE), b, delta, input_precision="ieee")
     y_block = y_ptr + rows.to(tl.int64)[:, None] * stride_y + columns[None, :]
@@ -83,7 +83,7 @@ def lora_expand(
         table: `[max_loras, 3] int64`, see `SlotWeights.table`.
         scaling: `[max_loras] fp32`.
         tiles: `[num_tiles, 3] int32`, see `RowSegments.tiles`.
-        dtype: of the lora_B that the table points to.
+        dtype: of the lora_B matrices in the table.
     """
     lora_expand_kernel[(tiles.shape[0], triton.cdiv(y.shape[1], BLOCK_N))](
         y,

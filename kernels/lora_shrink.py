@@ -1,4 +1,4 @@
-"""Triton kernel of the first half of LoRA: rows times lora_A, down to the rank of each row's adapter."""
+"""Triton kernel of the first half of LoRA: multiplies rows by lora_A, down to the rank of each row's adapter."""
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
@@ -20,7 +20,7 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfl
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
-    """Return the type in which `tl.dot` takes its operands: their own, but Triton's interpreter has no bf16 dot."""
+    """Return the dtype of the operands of `tl.dot`: fp32 for bf16 in Triton's interpreter, which has no bf16 dot."""
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return tl.float32 if is_interpreted and dtype == torch.bfloat16 else TRITON_DTYPES[dtype]
 
@@ -82,7 +82,7 @@ def lora_shrink(
         table: `[max_loras, 3] int64`, see `SlotWeights.table`.
         tiles: `[num_tiles, 3] int32`, see `RowSegments.tiles`.
         max_rank: at least the rank of every slot; columns of h.
-        dtype: of the lora_A that the table points to.
+        dtype: of the lora_A matrices in the table.
 
     Returns:
         h: `[num_rows, num_splits, max_rank] fp32`.

@@ -1,4 +1,4 @@
-"""The one door to the LoRA kernels: Triton on CUDA, torch on the CPU. Triton is imported only where it runs."""
+"""Public interface of the LoRA kernels: Triton on CUDA, torch on the CPU. Triton is imported only where it runs."""
 
 import os
 from collections.abc import Sequence
@@ -10,18 +10,18 @@ from mmlora.kernels.slot_weights import SlotWeights
 
 
 def uses_triton(device: torch.device) -> bool:
-    """Tell whether operations on this device run in Triton: always on CUDA, on the CPU only in its interpreter."""
+    """Return whether operations on a device run in Triton: always on CUDA, on the CPU only in its interpreter."""
     return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def row_segments(
     segments: Sequence[Segment], device: torch.device, tile_buffer: torch.Tensor | None = None
 ) -> RowSegments | None:
-    """Prepare the segments of a forward pass for `lora_apply`; None when no row has an adapter.
+    """Prepare the segments of a forward pass for `lora_apply`; return None if no row has an adapter.
 
     Args:
         segments: `(start, end, slot)`, covering all rows in order; slot −1 for base rows.
-        device: where the rows live.
+        device: of the rows.
         tile_buffer: `[max_tiles, 3] int32` to fill in place (see `build_tiles`).
     """
     num_rows, adapters = adapter_segments(segments)
@@ -32,22 +32,22 @@ def row_segments(
 
 
 def lora_apply(y: torch.Tensor, x: torch.Tensor, weights: SlotWeights, rows: RowSegments) -> None:
-    """Add every adapter's contribution to its own rows of y in place.
+    """Add each adapter's contribution to its rows of y, in place.
 
     **Semantics**: `y[start:end] += scaling[slot] * (x[start:end] @ lora_A[slot].T) @ lora_B[slot].T`
-    for each segment `(start, end, slot)`, summed in fp32 and rounded once; rows of no segment are left as they are.
+    for each segment `(start, end, slot)`, summed in fp32 and rounded once; rows outside all segments do not change.
 
     Args:
-        y: `[num_rows, out_features]`, its rows contiguous.
+        y: `[num_rows, out_features]` with contiguous rows.
         x: `[num_rows, in_features]`.
-        weights: of this module.
-        rows: of this forward pass.
+        weights: of the module.
+        rows: of the forward pass.
 
     Raises:
         ValueError: the rows of y are not contiguous.
     """
     if y.stride(1) != 1:
-        raise ValueError(f"the rows of y must be contiguous, its strides are {y.stride()}")
+        raise ValueError(f"y has strides {y.stride()}; its rows must be contiguous")
     if rows.tiles is not None:
         _apply_triton(y, x, weights, rows.tiles)
     else:
@@ -62,7 +62,7 @@ def _apply_torch(y: torch.Tensor, x: torch.Tensor, weights: SlotWeights, segment
         h = torch.mm(x[start:end].float(), lora_A.float().t())
         if y.dtype == torch.float32:
             y[start:end].addmm_(h, lora_B.float().t(), alpha=weights.scaling[slot])
-        else:  # rounded once, when the sum is known
+        else:  # round once, after the sum
             total = torch.addmm(y[start:end].float(), h, lora_B.float().t(), alpha=weights.scaling[slot])
             y[start:end] = total
 

@@ -1,6 +1,6 @@
-"""Which rows of a forward pass belong to which adapter slot: built on the host, one small copy to the device.
+"""Assignment of rows of a forward pass to adapter slots, and the tile table that the Triton kernels read.
 
-Owns the tile table that the Triton kernels walk; knows nothing of adapters or weights.
+Both are built on the host and copied to the device at once. This module does not depend on adapters or weights.
 """
 
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 
 BLOCK_M = 16
-"""Rows of one tile. It is the same for every batch, so the arithmetic of a row never depends on the batch."""
+"""Rows of a tile. It is constant, so that the arithmetic of a row never depends on the batch."""
 
 BASE_SLOT = -1
-"""Slot number of rows that take the base model only."""
+"""Slot number of rows without an adapter."""
 
 Segment = tuple[int, int, int]
-"""`(start, end, slot)`: rows `start … end − 1` take the adapter in `slot`, or none when it is −1."""
+"""`(start, end, slot)`: rows `start … end − 1` use the adapter in `slot`, or none if it is −1."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class RowSegments:
     """Row segments of one forward pass.
 
     Attributes:
-        num_rows: rows of the tensors that these segments describe.
-        segments: the segments with an adapter; base rows and empty segments are left out.
+        num_rows: rows of the tensors.
+        segments: non-empty segments with an adapter.
         tiles: `[num_tiles, 3] int32` on the device, `(start, end, slot)` of at most `BLOCK_M` rows each, padded with
-            slot −1; None where the torch path runs.
+            slot −1; None on the torch path.
     """
 
     num_rows: int
@@ -38,10 +38,10 @@ def adapter_segments(segments: Sequence[Segment]) -> tuple[int, tuple[Segment, .
     """Return the number of rows and the non-empty adapter segments.
 
     Args:
-        segments: cover all rows in order and without gaps; base rows have slot −1.
+        segments: must cover all rows in order and without gaps; base rows have slot −1.
 
     Raises:
-        ValueError: a gap, an overlap or a negative length, which would put an adapter on the wrong rows.
+        ValueError: there is a gap, an overlap or a negative length, which would apply an adapter to the wrong rows.
     """
     position = 0
     for start, end, slot in segments:
@@ -55,25 +55,25 @@ def adapter_segments(segments: Sequence[Segment]) -> tuple[int, tuple[Segment, .
 
 
 def max_tiles(max_num_rows: int, max_num_segments: int) -> int:
-    """Return how many tiles suffice for any division of `max_num_rows` rows into `max_num_segments` segments."""
+    """Return the number of tiles that suffices for any `max_num_segments` segments of `max_num_rows` rows."""
     return max_num_rows // BLOCK_M + max_num_segments
 
 
 def build_tiles(segments: Sequence[Segment], device: torch.device, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Cut segments into tiles and copy them to the device without waiting for it.
+    """Cut segments into tiles and copy them to the device without synchronization.
 
     Args:
         segments: adapter segments only.
-        device: where the kernels run.
-        out: `[max_tiles, 3] int32`, filled and padded with slot −1 in place so that a CUDA graph captured over it
-            stays valid; without it a tensor of the exact size is returned.
+        device: of the kernels.
+        out: `[max_tiles, 3] int32`, filled in place and padded with slot −1, so that a CUDA graph captured over it
+            stays valid; by default, return a new tensor of the exact size.
     """
     tiles = [
         (row, min(row + BLOCK_M, end), slot) for start, end, slot in segments for row in range(start, end, BLOCK_M)
     ]
     if out is not None:
         if len(tiles) > out.shape[0]:
-            raise ValueError(f"{len(tiles)} tiles exceed the {out.shape[0]} that the tile buffer holds")
+            raise ValueError(f"{len(tiles)} tiles do not fit into the tile buffer of {out.shape[0]}")
         tiles += [(0, 0, BASE_SLOT)] * (out.shape[0] - len(tiles))
     host = torch.tensor(tiles, dtype=torch.int32).view(-1, 3)
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""The LoRA matrices of one Linear module for every adapter slot, each stored at its true rank."""
+"""LoRA matrices of one Linear module for all adapter slots, each at its true rank."""
 
 import torch
 
@@ -6,15 +6,15 @@ from mmlora.kernels.segments import BASE_SLOT
 
 
 class SlotWeights:
-    """Hold `lora_A`, `lora_B` and the scaling of one module per slot.
+    """`lora_A`, `lora_B` and scaling of one module per slot.
 
     Attributes:
-        lora_A: per slot `[r, in_features]`, or None where the slot's adapter leaves this module alone.
+        lora_A: per slot `[r, in_features]`, or None if the slot's adapter does not change this module.
         lora_B: per slot `[out_features, r]`, or None.
         scaling: per slot.
-        max_rank: largest rank that any slot holds for this module; 0 when all are empty.
-        table: `[max_loras, 3] int64` on the device: address of lora_A, address of lora_B, rank (0: nothing to do);
-            this fixed shape lets kernels be captured while slots change their adapters.
+        max_rank: largest rank of any slot; 0 if all are empty.
+        table: `[max_loras, 3] int64` on the device: address of lora_A, address of lora_B, rank (0: no adapter). Its
+            shape is fixed, so that captured kernels remain valid when adapters change.
         scaling_table: `[max_loras] fp32` on the device.
     """
 
@@ -28,22 +28,22 @@ class SlotWeights:
         self.scaling_table = torch.zeros(max_loras, dtype=torch.float32, device=device)
 
     def set(self, slot: int, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> None:
-        """Put one adapter's matrices into a slot; on the CPU they are shared with the caller, not copied."""
+        """Store an adapter's matrices in a slot; on the CPU they are shared with the caller, not copied."""
         if not BASE_SLOT < slot < len(self.lora_A):
             raise IndexError(f"slot {slot} is outside 0 … {len(self.lora_A) - 1}")
         lora_A, lora_B = (weight.to(self.device, non_blocking=True).contiguous() for weight in (lora_A, lora_B))
         self.lora_A[slot], self.lora_B[slot], self.scaling[slot] = lora_A, lora_B, scaling
-        self._measure()
+        self._update_max_rank()
         self.table[slot] = torch.tensor([lora_A.data_ptr(), lora_B.data_ptr(), lora_A.shape[0]])
         self.scaling_table[slot] = scaling
 
     def clear(self, slot: int) -> None:
-        """Empty a slot and drop its tensors."""
+        """Clear a slot and drop its tensors."""
         self.lora_A[slot] = self.lora_B[slot] = None
         self.scaling[slot] = 0.0
-        self._measure()
+        self._update_max_rank()
         self.table[slot] = 0
         self.scaling_table[slot] = 0
 
-    def _measure(self) -> None:
+    def _update_max_rank(self) -> None:
         self.max_rank = max((lora_A.shape[0] for lora_A in self.lora_A if lora_A is not None), default=0)
