@@ -1,7 +1,7 @@
-"""Every option of the engine, checked before anything is loaded.
+"""`EngineArgs`: the options of the engine, validated before anything is loaded.
 
-`EngineArgs` is what `LLM(...)`, `AsyncLLM` and `mmlora serve` share. What only the loaded model can tell (its
-modalities, its context length) is checked in `mmlora.engine.llm_engine`.
+`LLM(...)`, `AsyncLLM` and `mmlora serve` share them. Checks that need the loaded model (its modalities, its context
+length) are in `mmlora.engine.llm_engine`.
 """
 
 import math
@@ -25,6 +25,8 @@ DOMAIN = re.compile(r"(\*\.)?[^\s/:@*]*")
 Groups = Mapping[str, str]  # titles to the names of options, for `--help`
 PRIORITY = "priority"
 SCHEDULING_POLICIES = ("fcfs", PRIORITY)
+# Options that scripts written for vLLM pass, with the only value that is supported.
+UNSUPPORTED: Final[Mapping[str, object]] = {"tensor_parallel_size": 1, "trust_remote_code": False, "quantization": None}
 
 
 @dataclass(frozen=True)
@@ -33,56 +35,54 @@ class EngineArgs:
 
     Args:
         model: directory or Hub id of a `transformers` checkpoint.
-        tokenizer: directory or Hub id, by default the model's.
-        revision: Hub revision of model and tokenizer.
-        served_model_name: name that clients use for the base model, by default `model`; of several, answers bear the
-            one that was asked for, metrics the first.
-        dtype: `auto` (the checkpoint's; float32 for half-precision checkpoints on CPU), `float32`, `float16` or
-            `bfloat16`. float32 on CUDA turns cuDNN's TF32 off in the whole process.
-        device: `auto` (CUDA where there is one), `cpu` or `cuda`.
-        seed: seeds every request that brings no seed of its own.
-        max_model_len: longest prompt plus answer in tokens, by default the model's context length.
-        max_num_seqs: most sequences in one step.
-        max_num_batched_tokens: most tokens in one step; longer prompts are prefilled in chunks.
-        scheduling_policy: `fcfs` (first come, first served, in fair turns of base and adapters) or `priority` (lowest
-            `priority` of a request first).
-        block_size: tokens in one KV block.
-        kv_cache_memory_bytes: memory of the KV cache; by default 1 GiB on CPU, and on CUDA what
-            `gpu_memory_utilization` leaves after the weights.
-        gpu_memory_utilization: share of the GPU's memory for weights and KV cache.
-        encoder_cache_memory_bytes: memory of the cache of encoded media.
-        enable_prefix_caching: reuse KV blocks of equal prefixes (same tokens, media, adapter and salt).
-        enforce_eager: accepted; this version always runs eagerly.
+        tokenizer: directory or Hub id of the tokenizer; by default the model's.
+        revision: Hub revision of the model and tokenizer.
+        served_model_name: name, or names, of the base model in requests; by default `model`. Responses repeat the
+            requested name, metrics use the first.
+        dtype: `auto` (the checkpoint's type, but float32 on CPU), `float32`, `float16` or `bfloat16`. float32 on CUDA
+            turns TF32 off in cuDNN for the whole process.
+        device: `auto` (CUDA if available), `cpu` or `cuda`.
+        seed: seed of requests without a seed.
+        max_model_len: maximum length of prompt plus output in tokens; by default the model's context length.
+        max_num_seqs: maximum number of sequences in one step.
+        max_num_batched_tokens: maximum number of tokens in one step; longer prompts are prefilled in chunks.
+        scheduling_policy: `fcfs` (first come, first served, with fair turns for the base model and each adapter) or
+            `priority` (lowest `priority` of a request first).
+        block_size: tokens in one KV cache block.
+        kv_cache_memory_bytes: size of the KV cache; by default 1 GiB on CPU, and on CUDA the part of
+            `gpu_memory_utilization` that the weights leave.
+        gpu_memory_utilization: fraction of GPU memory for weights and KV cache.
+        encoder_cache_memory_bytes: size of the cache of encoded media.
+        enable_prefix_caching: reuse KV blocks of equal prefixes (same tokens, media, adapter and cache salt).
+        enforce_eager: accepted for compatibility; this version always runs eagerly.
         enable_lora: allow adapters.
-        max_loras: most adapters in one step (slots on the device).
-        max_lora_rank: largest rank admitted; unset, any rank.
-        max_cpu_loras: adapters kept in host memory, by default `4 * max_loras`.
+        max_loras: maximum number of adapters in one step (device slots).
+        max_lora_rank: maximum adapter rank; unlimited by default.
+        max_cpu_loras: number of adapters kept in host memory, by default `4 * max_loras`.
         lora_registry: SQLite file that keeps adapters loaded at run time across restarts.
-        default_mm_loras: modality (`audio`, `image`, `audio+image`) to adapter path or Hub id, or `auto`: the adapters
-            that come with the model.
-        enable_tower_connector_lora: admit adapters with tower or connector tensors.
-        limit_mm_per_prompt: most items of a modality in one prompt.
-        max_media_bytes: largest media item as it is sent or fetched, in bytes.
-        max_image_pixels: largest image, width x height.
-        max_audio_seconds: longest clip in seconds.
-        max_audio_samples: longest clip in samples, whatever their rate.
-        max_decoded_media_bytes: most bytes of all media of one prompt, decoded.
-        allowed_local_media_path: directory whose files `file:` URLs may name; unset, none.
-        allowed_media_domains: hosts that http(s) URLs may name, `example.org` or `*.example.org`; unset, every one with
-            public addresses; an empty text, none.
-        allowed_media_networks: addresses that http(s) URLs may lead to beside public ones, such as `10.0.0.0/8`.
-        media_fetch_timeout: seconds in which an http(s) URL must have been read, redirects included.
-        media_cache_memory_bytes: memory of media that clients named by a uuid; 0 keeps none.
-        mm_processor_kwargs: options of the model's media processor, for every request.
-        chat_template: a Jinja template, or a file that holds one, in place of the tokenizer's.
-        max_logprobs: most `logprobs` a request may ask for; -1 for no bound.
-        generation_config: `auto` (the model's `generation_config.json` gives sampling defaults) or `none`.
-        tensor_parallel_size: only 1 is supported.
-        trust_remote_code: only false is supported; code of checkpoints is never run.
-        quantization: only unset is supported.
+        default_mm_loras: default adapters: a map from `audio`, `image` or `audio+image` to an adapter's directory or
+            Hub id, or `auto` for the adapters bundled with the model.
+        enable_tower_connector_lora: accept adapters with tower or connector tensors.
+        limit_mm_per_prompt: maximum number of items per modality in one prompt.
+        max_media_bytes: maximum encoded size of one media item, in bytes.
+        max_image_pixels: maximum image size, width x height.
+        max_audio_seconds: maximum audio duration in seconds.
+        max_audio_samples: maximum number of audio samples, at any sampling rate.
+        max_decoded_media_bytes: maximum decoded size of all media of one prompt, in bytes.
+        allowed_local_media_path: directory whose files `file:` URLs may read; by default none.
+        allowed_media_domains: hosts that http(s) URLs may name, `example.org` or `*.example.org`; by default every host
+            with public addresses, and with an empty string none.
+        allowed_media_networks: networks that http(s) URLs may reach in addition to public addresses, such as
+            `10.0.0.0/8`.
+        media_fetch_timeout: time limit for fetching an http(s) URL in seconds, redirects included.
+        media_cache_memory_bytes: size of the cache of media with a client-assigned uuid; 0 disables it.
+        mm_processor_kwargs: options of the model's media processor for every request.
+        chat_template: Jinja template, or a file with one, that replaces the tokenizer's.
+        max_logprobs: maximum `logprobs` of a request; -1 for no limit.
+        generation_config: `auto` (sampling defaults from the model's `generation_config.json`) or `none`.
 
     Raises:
-        ConfigError: every wrong option is named, all in one message.
+        ConfigError: with every invalid option in one message.
     """
 
     model: str
@@ -124,12 +124,8 @@ class EngineArgs:
     chat_template: str | None = None
     max_logprobs: int = 20
     generation_config: str = "auto"
-    tensor_parallel_size: int = 1
-    trust_remote_code: bool = False
-    quantization: str | None = None
     GROUPS: ClassVar[Groups] = {
-        "model": "tokenizer revision served_model_name dtype device seed max_model_len chat_template generation_config "
-        "quantization trust_remote_code",
+        "model": "tokenizer revision served_model_name dtype device seed max_model_len chat_template generation_config",
         "LoRA": "enable_lora default_mm_loras max_loras max_lora_rank max_cpu_loras lora_registry "
         "enable_tower_connector_lora",
         "media": "limit_mm_per_prompt mm_processor_kwargs max_media_bytes max_image_pixels max_audio_seconds "
@@ -137,8 +133,7 @@ class EngineArgs:
         "allowed_media_networks media_fetch_timeout media_cache_memory_bytes",
         "memory": "kv_cache_memory_bytes gpu_memory_utilization block_size enable_prefix_caching "
         "encoder_cache_memory_bytes",
-        "scheduling": "scheduling_policy max_num_seqs max_num_batched_tokens max_logprobs enforce_eager "
-        "tensor_parallel_size",
+        "scheduling": "scheduling_policy max_num_seqs max_num_batched_tokens max_logprobs enforce_eager",
     }
 
     _problems: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
@@ -153,31 +148,39 @@ class EngineArgs:
 
     @classmethod
     def from_kwargs(cls, model: str, **options: Any) -> "EngineArgs":
-        """Build from keywords, naming unknown ones.
+        """Create options from the keywords of `LLM(...)`, which may include `UNSUPPORTED` ones at their only value.
 
         Raises:
-            ConfigError: an option is unknown or has a wrong value.
+            ConfigError: an option is unknown or invalid.
         """
         allowed = {f.name for f in fields(cls) if f.init}
-        unknown = sorted(set(options) - allowed)
+        unknown = sorted(set(options) - allowed - set(UNSUPPORTED))
         if unknown:
             raise ConfigError(f"unknown option(s) {', '.join(unknown)}; allowed: {', '.join(sorted(allowed))}")
+        given = {name: options.pop(name) for name in UNSUPPORTED if name in options}
+        problems = [
+            f"{name}={value!r}: {UNSUPPORTED[name]!r} is the only supported value"
+            for name, value in given.items()
+            if value != UNSUPPORTED[name]
+        ]
+        if problems:
+            raise ConfigError(*problems)
         return cls(model=model, **options)
 
     @property
     def model_name(self) -> str:
-        """What clients call the base model."""
+        """The main name of the base model in requests and metrics."""
         return self.model_names[0]
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        """All that clients may call the base model, the one that metrics bear first."""
+        """All names of the base model, the one that metrics use first."""
         names = self.served_model_name or self.model
         return (names,) if isinstance(names, str) else tuple(names)
 
     @property
     def media_limits(self) -> MediaLimits:
-        """What media may cost."""
+        """Size and duration limits of media."""
         return MediaLimits(
             self.max_media_bytes,
             self.max_image_pixels,
@@ -188,12 +191,12 @@ class EngineArgs:
 
     @property
     def num_host_loras(self) -> int:
-        """Adapters kept in host memory."""
+        """Number of adapters kept in host memory."""
         return self.max_cpu_loras if self.max_cpu_loras is not None else 4 * self.max_loras
 
     @property
     def max_pinned_loras(self) -> int:
-        """Adapters that may be pinned: one slot stays free, or, where there is but one, one place on the host."""
+        """Maximum number of pinned adapters: one device slot stays free; with a single slot, one place on the host."""
         return (self.max_loras if self.max_loras > 1 else self.num_host_loras) - 1
 
     def _reject(self, name: str, allowed: str) -> None:
@@ -216,7 +219,7 @@ class EngineArgs:
         if not _is_int(self.seed):
             self._reject("seed", "must be an integer")
         if not _is_int(self.max_logprobs) or self.max_logprobs < -1:
-            self._reject("max_logprobs", "must be -1 (no bound) or more")
+            self._reject("max_logprobs", "must be -1 (no limit) or more")
         if not isinstance(self.gpu_memory_utilization, int | float) or not 0 < self.gpu_memory_utilization <= 1:
             self._reject("gpu_memory_utilization", "must be above 0 and at most 1")
 
@@ -225,7 +228,7 @@ class EngineArgs:
             self._reject("model", "must be a directory or a Hub id")
         names = (self.served_model_name,) if isinstance(self.served_model_name, str) else self.served_model_name or ()
         if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-            self._reject("served_model_name", "must be one name, or several different ones")
+            self._reject("served_model_name", "must be one name or several different ones")
         dtype = self.dtype if isinstance(self.dtype, str) else str(self.dtype).removeprefix("torch.")
         if dtype not in ("auto", *DTYPE_NAMES):
             self._reject("dtype", f"must be auto, {', '.join(DTYPE_NAMES)}")
@@ -235,12 +238,6 @@ class EngineArgs:
             self._reject("generation_config", "must be auto or none")
         if self.scheduling_policy not in SCHEDULING_POLICIES:
             self._reject("scheduling_policy", f"must be {' or '.join(SCHEDULING_POLICIES)}")
-        if self.tensor_parallel_size != 1:
-            self._reject("tensor_parallel_size", "only 1 is supported")
-        if self.trust_remote_code:
-            self._reject("trust_remote_code", "code from a checkpoint is never run; only False is supported")
-        if self.quantization is not None:
-            self._reject("quantization", "only None is supported")
 
     def _check_lora(self) -> None:
         if self.default_mm_loras not in (None, AUTO) and not isinstance(self.default_mm_loras, Mapping):
@@ -248,7 +245,7 @@ class EngineArgs:
         elif self.default_mm_loras and not self.enable_lora:
             self._reject("default_mm_loras", "needs enable_lora=True")
         if self.lora_registry is not None and not (isinstance(self.lora_registry, str) and self.lora_registry):
-            self._reject("lora_registry", "must be the path of a file")
+            self._reject("lora_registry", "must be a file path")
         elif self.lora_registry is not None and not self.enable_lora:
             self._reject("lora_registry", "needs enable_lora=True")
         counts = self.max_cpu_loras, self.max_loras
@@ -280,11 +277,11 @@ class EngineArgs:
             value = getattr(self, name)
             is_list = isinstance(value, Sequence) and not isinstance(value, str)
             if value is not None and not (is_list and all(isinstance(entry, str) for entry in value)):
-                self._reject(name, "must be a list of texts")
+                self._reject(name, "must be a list of strings")
                 return
         for domain in self.allowed_media_domains or ():
             if not DOMAIN.fullmatch(domain):
-                self._reject("allowed_media_domains", f"{domain!r} must be a host, or *. before one")
+                self._reject("allowed_media_domains", f"{domain!r} must be a host name, or *. and a host name")
         try:
             parse_networks(self.allowed_media_networks or ())
         except ConfigError as error:

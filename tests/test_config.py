@@ -1,5 +1,7 @@
 """`EngineArgs`: wrong options are refused by name, all of them in one message."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 
@@ -59,9 +61,6 @@ WRONG = [
     ("allowed_media_networks", [5]),
     ("max_logprobs", -2),
     ("generation_config", "some/path"),
-    ("tensor_parallel_size", 2),
-    ("trust_remote_code", True),
-    ("quantization", "awq"),
     ("scheduling_policy", "lifo"),
 ]
 
@@ -88,7 +87,6 @@ def test_a_wrong_option_is_refused_and_named(name, value):
         ("allowed_local_media_path", "/"),
         ("max_audio_seconds", 1),
         ("media_cache_memory_bytes", 0),
-        ("tensor_parallel_size", 1),
         ("enforce_eager", True),
         ("gpu_memory_utilization", 1),
     ],
@@ -100,8 +98,8 @@ def test_what_scripts_pass_is_accepted(name, value):
 
 def test_all_problems_come_in_one_message():
     with pytest.raises(ConfigError) as error:
-        EngineArgs(model="m", max_num_seqs=0, dtype="int8", quantization="awq", default_mm_loras={"audio": "p"})
-    for name in ("max_num_seqs=0", "dtype='int8'", "quantization='awq'", "default_mm_loras="):
+        EngineArgs(model="m", max_num_seqs=0, dtype="int8", device="tpu", default_mm_loras={"audio": "p"})
+    for name in ("max_num_seqs=0", "dtype='int8'", "device='tpu'", "default_mm_loras="):
         assert name in str(error.value)
 
 
@@ -114,6 +112,17 @@ def test_defaults_without_lora_say_what_they_need():
 def test_an_unknown_option_is_named_beside_the_allowed_ones():
     with pytest.raises(ConfigError, match=r"unknown option\(s\) max_lora, swap_space; allowed: .*max_loras"):
         EngineArgs.from_kwargs("m", swap_space=4, max_lora=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "only", "other"),
+    [("tensor_parallel_size", 1, 2), ("trust_remote_code", False, True), ("quantization", None, "awq")],
+)
+def test_options_of_other_engines_are_accepted_at_their_only_value(name: str, only: object, other: object) -> None:
+    assert EngineArgs.from_kwargs("m", **{name: only}) == EngineArgs("m")
+    with pytest.raises(ConfigError, match=rf"{name}={other!r}: {only!r} is the only supported value"):
+        EngineArgs.from_kwargs("m", **{name: other})
+    assert name not in {option.name for option in fields(EngineArgs)}
 
 
 def test_private_fields_cannot_be_passed():

@@ -237,9 +237,9 @@ def test_every_option_has_a_flag_and_a_help_text() -> None:
         (["--api-key", "[]"], "api_key is empty"),
         (["--api-key", "[1]"], "must be a list of strings"),
         (["--allow-credentials"], "allow_credentials=True: needs allowed_origins"),
-        (["--allowed-origins", "*", "--allow-credentials"], "needs origins by name"),
+        (["--allowed-origins", "*", "--allow-credentials"], "needs explicit origins"),
         (["--allowed-methods", "GET"], "needs allowed_origins"),
-        (["--uds", "s", "--port", "80"], "leave these out"),
+        (["--uds", "s", "--port", "80"], "leave them out"),
         (["--root-path", "llm"], "must begin with a slash"),
         (["--ssl-cert-reqs", "3"], "must be 0, 1 or 2"),
         (["--ssl-certfile", "c", "--ssl-cert-reqs", "2"], "needs ssl_ca_certs"),
@@ -315,7 +315,7 @@ def test_the_help_has_a_group_for_every_option(capsys: pytest.CaptureFixture[str
         cli.main(["serve", "--help"])
     page = capsys.readouterr().out
     titles = [line.removesuffix(":") for line in page.splitlines() if line.endswith(":") and line[0] != " "]
-    of_server = ["network", "security", "limits of the server", "logging"]
+    of_server = ["network", "security", "server limits", "logging"]
     assert titles[2:] == [*of_server, "LoRA", "tools", "model", "media", "memory", "scheduling"]
     assert "--request-timeout SECONDS" in page and page.startswith("usage: mmlora serve [MODEL] [OPTION ...]\n")
 

@@ -171,7 +171,7 @@ def test_a_registry_that_cannot_be_written_leaves_the_previous_state(contents: C
     ("options", "message"),
     [
         ({"enable_lora": False}, "lora_registry='.*': needs enable_lora=True"),
-        ({"lora_registry": 5}, "lora_registry=5: must be the path of a file"),
+        ({"lora_registry": 5}, "lora_registry=5: must be a file path"),
         ({}, "lora_registry='.*' cannot be used: file is not a database"),
     ],
 )
