@@ -1,4 +1,4 @@
-"""Loads plugins: functions under the entry-point group `mmlora.general_plugins`, called once at start."""
+"""Plugins: functions in the entry-point group `mmlora.general_plugins`, called once at startup."""
 
 import logging
 import os
@@ -15,13 +15,13 @@ PLUGINS_VARIABLE: Final = "MMLORA_PLUGINS"
 
 
 def load_general_plugins(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Load the plugins that `MMLORA_PLUGINS` names, separated by commas, in that order; no other is run.
+    """Load the plugins listed in `MMLORA_PLUGINS`, separated by commas, in that order; no others are loaded.
 
     Returns:
         Their names.
 
     Raises:
-        ConfigError: a plugin is not installed, or fails.
+        ConfigError: a plugin is not installed or fails.
     """
     chosen = [name.strip() for name in environment.get(PLUGINS_VARIABLE, "").split(",") if name.strip()]
     installed = {entry.name: entry for entry in entry_points(group=GROUP)} if chosen else {}

@@ -1,4 +1,4 @@
-"""The plugin `lora_filesystem_resolver`: an adapter `foobar` is the directory `foobar` under a root."""
+"""Plugin `lora_filesystem_resolver`: resolves an adapter `foobar` to the directory `foobar` under a root."""
 
 from pathlib import Path
 
@@ -6,18 +6,17 @@ from mmlora.errors import ConfigError
 from mmlora.lora.loading.files import CONFIG_FILE
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.resolver import LoRAResolver, LoRAResolverRegistry, derive_lora_id, is_lora_name
-from mmlora.plugins.bounds import check_containment
-from mmlora.plugins.threads import ResolverThreads
+from mmlora.plugins.limits import ResolverThreads, check_containment
 from mmlora.utils.environment import read_required
 
 ROOT_VARIABLE = "MMLORA_LORA_RESOLVER_CACHE_DIR"
 
 
 class FilesystemResolver(LoRAResolver):
-    """Finds adapters under a directory.
+    """Finds adapters under a local directory.
 
     Args:
-        root: the directory; links may not lead out of it.
+        root: the directory; symbolic links may not lead out of it.
 
     Raises:
         ConfigError: there is no such directory.
@@ -30,11 +29,11 @@ class FilesystemResolver(LoRAResolver):
         self._threads = ResolverThreads()
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
-        """Find the directory of an adapter; None when it has no `adapter_config.json`.
+        """Return the directory of an adapter; None when there is no `adapter_config.json`.
 
         Raises:
-            AdapterError: it leads out of the root.
-            ResolverError: too many calls hang.
+            AdapterError: it lies outside of the root.
+            ResolverError: too many calls have not returned.
         """
         return await self._threads.run(self._find, lora_name)
 
@@ -47,10 +46,10 @@ class FilesystemResolver(LoRAResolver):
 
 
 def register() -> None:
-    """Register the resolver with the root that `MMLORA_LORA_RESOLVER_CACHE_DIR` names.
+    """Register the resolver for the directory in `MMLORA_LORA_RESOLVER_CACHE_DIR`.
 
     Raises:
-        ConfigError: it is not set, or is no directory.
+        ConfigError: it is not set, or not a directory.
     """
-    root = read_required(ROOT_VARIABLE, "the directory that lora_filesystem_resolver looks into")
+    root = read_required(ROOT_VARIABLE, "the directory that lora_filesystem_resolver searches")
     LoRAResolverRegistry.register_resolver("lora_filesystem_resolver", FilesystemResolver(root))

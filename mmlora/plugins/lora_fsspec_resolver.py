@@ -1,7 +1,7 @@
-"""The plugin `lora_fsspec_resolver`: adapters under any URL that fsspec reads, S3 included.
+"""Plugin `lora_fsspec_resolver`: downloads adapters from any URL that fsspec supports, such as S3.
 
-An adapter's two files are downloaded into a directory that appears whole or not at all. It is named by a hash of where
-they came from and of their version, so a name that a client sends never becomes a local path.
+The two files of an adapter are downloaded into a directory that appears atomically. Its name is a hash of the source
+and the version of the files, so a client's adapter name never becomes a local path.
 """
 
 import hashlib
@@ -18,29 +18,28 @@ from mmlora.errors import ConfigError, ResolverError
 from mmlora.lora.loading.files import CONFIG_FILE, WEIGHTS_FILE
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.resolver import LoRAResolver, LoRAResolverRegistry, derive_lora_id, is_lora_name
-from mmlora.plugins.bounds import DEFAULT_MAX_BYTES, check_size, read_max_bytes
-from mmlora.plugins.threads import ResolverThreads
+from mmlora.plugins.limits import DEFAULT_MAX_BYTES, ResolverThreads, check_size, read_max_bytes
 from mmlora.utils.environment import read_required
 
 URL_VARIABLE = "MMLORA_LORA_RESOLVER_URL"
 DOWNLOADS_VARIABLE = "MMLORA_LORA_RESOLVER_DOWNLOAD_DIR"
 CHUNK_BYTES = 2**20
 FIELDS = ("lora_name", "base_model_name")
-# What the file systems of fsspec call the version of a file; a system that knows none gives its size alone.
+# Keys for the version of a file in the file systems of fsspec; all of them report at least the size.
 VERSION_KEYS = ("size", "ETag", "etag", "VersionId", "generation", "LastModified", "last_modified", "mtime", "created")
 
 
 class FsspecResolver(LoRAResolver):
-    """Finds adapters under a URL, and downloads their two files.
+    """Finds adapters under a URL and downloads their two files.
 
     Args:
-        url: `s3://bucket/loras`, or a template such as `s3://bucket/{base_model_name}/{lora_name}`. Credentials are
-            taken from where the file system looks for them.
+        url: `s3://bucket/loras`, or a template such as `s3://bucket/{base_model_name}/{lora_name}`. Credentials
+            come from the defaults of the file system.
         downloads: local directory for the files.
-        max_bytes: largest file that is downloaded.
+        max_bytes: size limit of downloaded files.
 
     Raises:
-        ConfigError: the URL names a local directory, no file system that is installed, or an unknown field.
+        ConfigError: the URL is a local directory, or has an unknown field or a file system that is not installed.
     """
 
     def __init__(self, url: str, downloads: Path, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
@@ -50,11 +49,11 @@ class FsspecResolver(LoRAResolver):
         self._threads = ResolverThreads()
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
-        """Find and download an adapter; None when one of its two files does not exist.
+        """Download an adapter; return None when one of its two files does not exist.
 
         Raises:
             AdapterError: a file is too large.
-            ResolverError: a download was cut short, or its file cannot be written; or too many calls hang.
+            ResolverError: a download is truncated or cannot be written, or too many calls have not returned.
         """
         if not is_lora_name(lora_name):
             return None
@@ -62,10 +61,10 @@ class FsspecResolver(LoRAResolver):
         try:
             return await self._threads.run(self._find, base_model_name, lora_name, is_abandoned)
         finally:
-            is_abandoned.set()  # where nobody waits any more, the thread stops at the next chunk
+            is_abandoned.set()  # stops the download at its next chunk when the caller was cancelled
 
     def _find(self, base_model_name: str, lora_name: str, is_abandoned: threading.Event) -> LoRARequest | None:
-        # The URL is not parsed again: in a name, `::` or `?` would be read as part of its syntax.
+        # The URL is not parsed again: `::` or `?` in a name would be taken for URL syntax.
         source = self._template.replace("{base_model_name}", base_model_name).replace("{lora_name}", lora_name)
         try:
             infos = {name: self._filesystem.info(f"{source}/{name}") for name in (CONFIG_FILE, WEIGHTS_FILE)}
@@ -90,11 +89,11 @@ class FsspecResolver(LoRAResolver):
                         for chunk in self._read(name, source, size, is_abandoned):
                             local.write(chunk)
                         local.flush()
-                        os.fsync(local.fileno())  # else a directory could outlive a power cut, and its files not
+                        os.fsync(local.fileno())  # else the directory could survive a power failure without its files
                 try:
                     partial.rename(directory)
                 except OSError:
-                    if not directory.is_dir():  # else another process was first
+                    if not directory.is_dir():  # else another process has finished first
                         raise
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -102,7 +101,7 @@ class FsspecResolver(LoRAResolver):
             raise ResolverError(f"{self._downloads} cannot be written: {error.strerror or error}") from error
 
     def _read(self, name: str, source: str, size: int | None, is_abandoned: threading.Event) -> Iterator[bytes]:
-        """The chunks of a remote file, not one byte more than is allowed, nor one less than there are."""
+        """Yield the chunks of a remote file; raise when it is truncated or exceeds the size limit."""
         num_bytes = 0
         check_size(name, size or 0, self._max_bytes)
         try:
@@ -123,7 +122,7 @@ def register() -> None:
     """Register the resolver for the URL in `MMLORA_LORA_RESOLVER_URL`.
 
     Raises:
-        ConfigError: it is not set, or cannot be used.
+        ConfigError: it is not set or cannot be used.
     """
     url = read_required(URL_VARIABLE, "a URL for lora_fsspec_resolver, such as s3://bucket/loras")
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -139,17 +138,17 @@ def _as_template(url: str) -> str:
 
 
 def _open_filesystem(template: str) -> tuple[Any, str]:
-    """The file system of a URL, and the path in it. Messages do not show the URL, which may hold a password."""
+    """Return the file system and the path of a URL. Errors do not show the URL, which may contain a password."""
     try:
         from fsspec.core import url_to_fs
         from fsspec.implementations.local import LocalFileSystem
 
         filesystem, path = url_to_fs(template, use_listings_cache=False, skip_instance_cache=True)
     except ImportError as error:
-        remedy = "pip install 'mmlora[s3]' brings it for S3"
+        remedy = "pip install 'mmlora[s3]' installs the one for S3"
         raise ConfigError(f"lora_fsspec_resolver: a package is missing: {error}; {remedy}") from error
     except ValueError as error:
         raise ConfigError(f"{URL_VARIABLE}: {error}") from None
     if isinstance(filesystem, LocalFileSystem):
-        raise ConfigError(f"{URL_VARIABLE} is a local directory; lora_filesystem_resolver reads those")
+        raise ConfigError(f"{URL_VARIABLE} is a local directory; use lora_filesystem_resolver instead")
     return filesystem, path

@@ -1,7 +1,7 @@
-"""The plugin `lora_hf_hub_resolver`: adapters `org/repo` and `org/repo/subfolder` of listed Hugging Face repositories.
+"""Plugin `lora_hf_hub_resolver`: resolves `org/repo` and `org/repo/subfolder` in an allow-list of Hub repositories.
 
-The operator lists repositories and may pin their revisions; a client cannot choose one, since on the Hub anybody can
-put files under `refs/pr/…` of a repository.
+The operator lists repositories and may pin their revisions. Clients cannot choose a revision, because anyone can push
+files to `refs/pr/…` of a repository on the Hub.
 """
 
 from collections.abc import Mapping
@@ -20,20 +20,19 @@ from mmlora.errors import ResolverError
 from mmlora.lora.loading.files import CONFIG_FILE, WEIGHTS_FILE
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.resolver import LoRAResolver, LoRAResolverRegistry, derive_lora_id, is_lora_name
-from mmlora.plugins.bounds import DEFAULT_MAX_BYTES, check_containment, check_size, read_max_bytes
-from mmlora.plugins.threads import ResolverThreads
+from mmlora.plugins.limits import DEFAULT_MAX_BYTES, ResolverThreads, check_containment, check_size, read_max_bytes
 from mmlora.utils.environment import read_required
 
 REPOSITORIES_VARIABLE = "MMLORA_LORA_RESOLVER_HF_REPO_LIST"
 
 
 class HubResolver(LoRAResolver):
-    """Finds adapters on the Hugging Face Hub, and downloads their two files into its cache.
+    """Finds adapters on the Hugging Face Hub and downloads their two files into the Hub's cache.
 
     Args:
-        repositories: revision by repository id; None is the main branch. No other repository is asked for.
-        max_bytes: largest file that is downloaded.
-        api: a client of the Hub.
+        repositories: revision by repository id; None is the main branch. Other repositories are never requested.
+        max_bytes: size limit of downloaded files.
+        api: Hub client.
     """
 
     def __init__(
@@ -45,11 +44,12 @@ class HubResolver(LoRAResolver):
         self._threads = ResolverThreads()
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
-        """Find and download an adapter; None when its repository is not listed or has no such files.
+        """Download an adapter; return None when its repository is not listed or lacks the files.
 
         Raises:
             AdapterError: a file is too large.
-            ResolverError: the Hub cannot be reached, and the cache does not hold the adapter; or too many calls hang.
+            ResolverError: the Hub cannot be reached and the adapter is not in the cache, or too many calls have not
+                returned.
         """
         return await self._threads.run(self._find, lora_name)
 
@@ -63,7 +63,7 @@ class HubResolver(LoRAResolver):
             snapshot = config.parents[len(folders)]
             self._download(repo_id, "/".join([*folders, WEIGHTS_FILE]), snapshot.name)  # of the same commit
         except GatedRepoError as error:
-            raise ResolverError(f"{repo_id} is gated, and the Hub's token does not open it") from error
+            raise ResolverError(f"{repo_id} is gated, and the Hub token has no access to it") from error
         except LocalEntryNotFoundError as error:
             raise ResolverError(f"the Hub cannot be reached, and its cache does not hold {lora_name}") from error
         except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
@@ -74,19 +74,19 @@ class HubResolver(LoRAResolver):
     def _download(self, repo_id: str, filename: str, revision: str | None) -> Path:
         plan = self._api.hf_hub_download(repo_id, filename, revision=revision, dry_run=True)
         if plan.file_size is None:
-            raise ResolverError(f"the Hub does not say how large {repo_id}/{filename} is")
+            raise ResolverError(f"the Hub does not report the size of {repo_id}/{filename}")
         check_size(f"{repo_id}/{filename}", plan.file_size, self._max_bytes)
         return Path(self._api.hf_hub_download(repo_id, filename, revision=revision))
 
 
 def register() -> None:
-    """Register the resolver for the repositories that `MMLORA_LORA_RESOLVER_HF_REPO_LIST` names.
+    """Register the resolver for the repositories in `MMLORA_LORA_RESOLVER_HF_REPO_LIST`.
 
     Raises:
         ConfigError: it is not set.
     """
     listed = read_required(
-        REPOSITORIES_VARIABLE, "repositories that lora_hf_hub_resolver may ask for, such as org/repo"
+        REPOSITORIES_VARIABLE, "repositories that lora_hf_hub_resolver may request, such as org/repo"
     )
     entries = [entry.strip().partition("@") for entry in listed.split(",") if entry.strip()]
     repositories = {repo_id: revision or None for repo_id, _, revision in entries}

@@ -11,8 +11,8 @@ from mmlora.async_llm import AsyncLLM
 from mmlora.errors import AdapterNotFound, ResolverError
 from mmlora.lora.loading.files import CONFIG_FILE
 from mmlora.lora.request import LoRARequest
+from mmlora.lora.resolution import LoRAResolution, ResolutionLimits
 from mmlora.lora.resolver import LoRAResolverRegistry
-from mmlora.lora.resolving.resolution import LoRAResolution, ResolutionLimits
 from mmlora.lora.store.host_cache import HostCache
 from mmlora.plugins import load_general_plugins
 from mmlora.server.lora.served_models import ServedAdapter, ServedModels

@@ -17,7 +17,7 @@ from mmlora.errors import AdapterError, AdapterNotFound, RequestError
 from mmlora.lora.adapter import AdapterReport
 from mmlora.lora.mix import MAX_MIX_PARTS, LoRAMix
 from mmlora.lora.request import BASE, LoRARequest
-from mmlora.lora.resolving.resolution import LoRAResolution
+from mmlora.lora.resolution import LoRAResolution
 from mmlora.server.bodies import FieldError
 from mmlora.server.errors import Refusal
 from mmlora.utils.text import is_finite_number, shorten

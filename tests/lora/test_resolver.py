@@ -14,8 +14,8 @@ import pytest
 
 from mmlora.errors import AdapterError, AdapterMismatch, AdapterNotFound, ConfigError, MMLoRAError, ResolverError
 from mmlora.lora.request import LoRARequest
+from mmlora.lora.resolution import LoRAResolution, ResolutionLimits
 from mmlora.lora.resolver import LoRAResolver, LoRAResolverRegistry, derive_lora_id, is_lora_name
-from mmlora.lora.resolving.resolution import LoRAResolution, ResolutionLimits
 
 Answer = Callable[[str], Awaitable[object]]
 
@@ -318,7 +318,7 @@ def test_an_unknown_name_is_remembered_for_its_lifetime(
     register: Callable[..., list[Scripted]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now_s = 100.0
-    monkeypatch.setattr("mmlora.lora.resolving.resolution.time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr("mmlora.lora.resolution.time", SimpleNamespace(monotonic=lambda: now_s))
     (resolver,) = register(returning(None))
     resolution = make(miss_lifetime_s=60)
     for _ in range(5):

@@ -12,8 +12,7 @@ import pytest
 
 from mmlora.lora.loading.files import CONFIG_FILE, WEIGHTS_FILE
 from mmlora.lora.request import LoRARequest
-from mmlora.lora.resolver import LoRAResolver, LoRAResolverRegistry
-from mmlora.lora.resolving.resolver_loop import resolver_loop
+from mmlora.lora.resolver import LoRAResolver, LoRAResolverRegistry, resolver_loop
 
 FILES = {CONFIG_FILE: json.dumps({"r": 4}).encode(), WEIGHTS_FILE: bytes(range(256)) * 40}
 

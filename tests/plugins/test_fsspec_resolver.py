@@ -16,7 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from mmlora.errors import AdapterError, ConfigError, ResolverError
 from mmlora.lora.loading.files import CONFIG_FILE, WEIGHTS_FILE
-from mmlora.lora.resolving.resolver_loop import resolver_loop
+from mmlora.lora.resolver import resolver_loop
 from mmlora.plugins.lora_fsspec_resolver import FsspecResolver
 from tests.plugins.conftest import FILES, read_files, resolve
 from tests.plugins.s3 import put, run_s3
@@ -235,8 +235,8 @@ def test_a_download_that_nobody_waits_for_stops(
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("/some/directory", "is a local directory; lora_filesystem_resolver reads those"),
-        ("file:///some/directory", "is a local directory; lora_filesystem_resolver reads those"),
+        ("/some/directory", "is a local directory; use lora_filesystem_resolver instead"),
+        ("file:///some/directory", "is a local directory; use lora_filesystem_resolver instead"),
         ("memory://x/{name}", r"unknown \['name'\]; allowed are lora_name, base_model_name"),
         ("memory://x/{lora_name.__class__}", "unknown"),
         ("nonsense://user:hunter2@x", "Protocol not known: nonsense"),

@@ -82,7 +82,7 @@ def test_without_s3fs_the_plugin_names_what_to_install() -> None:
     code = """
 import sys
 sys.modules.update(dict.fromkeys(["fastapi", "uvicorn", "s3fs"]))  # None: not importable
-import mmlora.lora.resolving.resolution, mmlora.plugins, mmlora.plugins.lora_fsspec_resolver
+import mmlora.lora.resolution, mmlora.plugins, mmlora.plugins.lora_fsspec_resolver
 from mmlora.errors import ConfigError
 from mmlora.plugins.lora_fsspec_resolver import FsspecResolver
 from pathlib import Path

@@ -24,8 +24,7 @@ from mmlora.config import EngineArgs
 from mmlora.errors import AdapterNotFound, ConfigError, RequestError
 from mmlora.lora.adapter import AdapterReport
 from mmlora.lora.request import LoRARequest
-from mmlora.lora.resolver import LoRAResolver, LoRAResolverRegistry, derive_lora_id
-from mmlora.lora.resolving.resolver_loop import resolver_loop
+from mmlora.lora.resolver import LoRAResolver, LoRAResolverRegistry, derive_lora_id, resolver_loop
 from mmlora.server.api import build_app
 from mmlora.server.launch import load_served_models
 from mmlora.server.lora.resolved import start_resolution

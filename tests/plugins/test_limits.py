@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 
 from mmlora.errors import ResolverError
-from mmlora.lora.resolver import LoRAResolver
-from mmlora.lora.resolving.resolver_loop import resolver_loop
+from mmlora.lora.resolver import LoRAResolver, resolver_loop
+from mmlora.plugins.limits import MAX_THREADS, ResolverThreads
 from mmlora.plugins.lora_filesystem_resolver import FilesystemResolver
 from mmlora.plugins.lora_fsspec_resolver import FsspecResolver
 from mmlora.plugins.lora_hf_hub_resolver import HubResolver
-from mmlora.plugins.threads import MAX_THREADS, ResolverThreads
 from tests.plugins.conftest import resolve, write_adapter
 
 BUNDLED: dict[str, Callable[[Path], LoRAResolver]] = {
@@ -83,7 +82,7 @@ def test_where_no_thread_can_be_started_the_next_call_may_be(monkeypatch: pytest
 def test_a_call_that_hangs_does_not_keep_the_process_from_ending() -> None:
     code = """
 import asyncio, threading
-from mmlora.plugins.threads import ResolverThreads
+from mmlora.plugins.limits import ResolverThreads
 
 async def main():
     try:

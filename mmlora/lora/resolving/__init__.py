@@ -1,1 +1,0 @@
-"""Find adapters that nobody loaded, through the registered resolvers."""
