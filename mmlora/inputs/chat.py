@@ -7,10 +7,9 @@ from typing import Any, Final
 
 from mmlora.errors import RequestError
 from mmlora.inputs.chat_template import ChatTemplate, Message, Part, Tools, Turn
-from mmlora.processors.fetch.loader import PromptMedia
+from mmlora.processors.fetch.loader import PendingMedia
 from mmlora.processors.fetch.reference import MediaReference
 from mmlora.processors.media.decoding import why_unsupported
-from mmlora.processors.media.items import MediaItem
 from mmlora.processors.modalities import PART_MODALITIES
 from mmlora.utils.text import shorten
 
@@ -25,8 +24,7 @@ class ChatPrompt:
 
     Attributes:
         turns: messages with the parts of their content, text and media references.
-        references: the media of all turns, in order.
-        media: loads them; None without any.
+        media: the media of all turns; None without any.
         template: renders the turns.
         template_kwargs: passed to the template.
         tools: OpenAI's, passed to the template.
@@ -34,34 +32,12 @@ class ChatPrompt:
     """
 
     turns: list[Turn]
-    references: list[MediaReference]
-    media: PromptMedia | None
+    media: PendingMedia | None
     template: ChatTemplate
     template_kwargs: Mapping[str, Any]
     tools: Tools = ()
     mm_processor_kwargs: Mapping[str, Any] | None = None
     cache_salt: str | None = None
-
-    async def fetch(self) -> None:
-        """Fetch the media that are at http(s) URLs; without it, rendering fetches them and blocks its thread.
-
-        Raises:
-            MediaError: there are too many, or one cannot be read.
-        """
-        if self.media is not None:
-            await self.media.fetch(self.references)
-
-    def load_media(self) -> dict[str, list[MediaItem]]:
-        """Decode the media, by modality in the order of the turns.
-
-        Raises:
-            MediaError: an item cannot be used, or they are too large together.
-        """
-        items: dict[str, list[MediaItem]] = {}
-        for reference in self.references:
-            assert self.media is not None
-            items.setdefault(reference.modality, []).append(self.media.load(reference))
-        return items
 
     def render(self) -> str:
         """Return the text of the prompt.

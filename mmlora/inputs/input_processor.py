@@ -21,7 +21,7 @@ from mmlora.lora.request import BASE, LoRARequest
 from mmlora.lora.store.host_cache import HostCache
 from mmlora.outputs import LoRAChoice
 from mmlora.processors.base import MultiModalProcessor, ProcessedMedia
-from mmlora.processors.fetch.loader import MediaLoader
+from mmlora.processors.fetch.loader import MediaLoader, PendingMedia
 from mmlora.processors.media.decoding import check_counts, check_decoded_bytes, load_media, why_unsupported
 from mmlora.processors.media.items import MediaItem
 from mmlora.processors.placeholders import PlaceholderRange, expand_placeholders
@@ -145,8 +145,7 @@ class InputProcessor:
             template = self._templates(load_chat_template(chat_template))
         return ChatPrompt(
             turns=turns,
-            references=references,
-            media=self.media.begin(caller) if references else None,
+            media=PendingMedia(references, self.media.begin(caller)) if references else None,
             template=template,
             template_kwargs={
                 "add_generation_prompt": add_generation_prompt,
@@ -196,7 +195,8 @@ class InputProcessor:
         text: str | None
         if isinstance(prompt, ChatPrompt):
             text, token_ids = self.render(prompt)
-            items, options, salt = prompt.load_media(), prompt.mm_processor_kwargs, prompt.cache_salt
+            items = prompt.media.load() if prompt.media is not None else {}
+            options, salt = prompt.mm_processor_kwargs, prompt.cache_salt
         else:
             fields = prompt_fields(prompt)
             text, token_ids = self._tokenize(fields)
@@ -248,7 +248,9 @@ class InputProcessor:
         return encode_text(self.tokenizer, normalized, self.max_model_len, add_special_tokens=add_special_tokens)
 
     def _load_media(self, data: object) -> dict[str, list[MediaItem]]:
-        """Count the items of `multi_modal_data`, then decode them."""
+        """Count the items of `multi_modal_data`, then decode them; `PendingMedia` has been counted already."""
+        if isinstance(data, PendingMedia):
+            return data.load()
         if not isinstance(data, Mapping):
             raise RequestError(f"multi_modal_data is a {type(data).__name__}; it must map modalities to items")
         allowed = sorted(self.processor.modalities) if self.processor is not None else []

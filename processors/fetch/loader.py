@@ -6,6 +6,7 @@ without holding a thread, and then decodes, in a thread that may be blocked for 
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
@@ -182,3 +183,35 @@ class PromptMedia:
         if reference.http_url in self._fetched:
             return self._loader.decode(content, self._fetched[content], reference.modality)
         return self._loader.load_url(content, expected=reference.modality)
+
+
+@dataclass(frozen=True, eq=False)
+class PendingMedia:
+    """The media of one prompt, still to be fetched and decoded.
+
+    Attributes:
+        references: the media in order.
+        loader: fetches and decodes them.
+    """
+
+    references: Sequence[MediaReference]
+    loader: PromptMedia
+
+    async def fetch(self) -> None:
+        """Fetch the media at http(s) URLs; `load` would block its thread for that.
+
+        Raises:
+            MediaError: there are too many URLs, or one cannot be fetched.
+        """
+        await self.loader.fetch(self.references)
+
+    def load(self) -> dict[str, list[MediaItem]]:
+        """Decode the media and return them by modality.
+
+        Raises:
+            MediaError: an item cannot be used, or they are too large together.
+        """
+        items: dict[str, list[MediaItem]] = {}
+        for reference in self.references:
+            items.setdefault(reference.modality, []).append(self.loader.load(reference))
+        return items

@@ -87,7 +87,8 @@ class GenerationService(ABC):
         """
         model, lora, params = generation.model, generation.lora, generation.params
         lora_request = await self._models.find_adapter(model, lora)
-        await generation.prompt.fetch()
+        if generation.prompt.media is not None:
+            await generation.prompt.media.fetch()
         with self._models.log_failures(model, lora):
             ready = await self._llm.prepare(
                 generation.prompt, params, generation.request_id, lora_request, generation.priority

@@ -64,7 +64,11 @@ def render_chat(messages, *, processor=PROCESSOR, media=None, limit_mm_per_promp
     inputs.media = media or inputs.media
     prompt = inputs.chat_prompt(messages, **options)
     text, token_ids = inputs.render(prompt)
-    return {"prompt": text, "prompt_token_ids": token_ids, "multi_modal_data": prompt.load_media()}
+    return {
+        "prompt": text,
+        "prompt_token_ids": token_ids,
+        "multi_modal_data": prompt.media.load() if prompt.media is not None else {},
+    }
 
 
 def url_of(content, mime):

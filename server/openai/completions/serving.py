@@ -4,6 +4,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -11,8 +12,8 @@ from starlette.responses import Response
 
 from mmlora.async_llm import AsyncLLM, RequestStream
 from mmlora.errors import EngineDeadError, MMLoRAError
-from mmlora.processors.fetch.loader import PromptMedia
-from mmlora.processors.fetch.reference import MediaReference, references_of
+from mmlora.processors.fetch.loader import PendingMedia
+from mmlora.processors.fetch.reference import references_of
 from mmlora.sampling_params import SamplingParams
 from mmlora.server.errors import Refusal, error_body, status_of
 from mmlora.server.http.admission import read_body
@@ -24,8 +25,18 @@ from mmlora.server.openai.logprobs import check_prompt_logprobs
 from mmlora.server.openai.output import raise_failure
 from mmlora.server.openai.streaming import Outputs, close, respond_with
 
-References = dict[str, list[MediaReference]]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _ParsedCompletion:
+    """A request that was parsed and validated, with its prompts as the engine takes them."""
+
+    request: CompletionRequest
+    builder: CompletionBuilder
+    params: SamplingParams
+    prompts: list[dict[str, Any]]
+    media: PendingMedia | None
 
 
 class CompletionService:
@@ -49,24 +60,51 @@ class CompletionService:
             MMLoRAError: the request cannot be served, or failed before the answer began.
         """
         body = await read_body(request, self._max_request_bytes)
-        asked = await self._llm.run_in_pool(parse_completion_request, body)
-        model = asked.model or self._models.base_name
-        answer = CompletionBuilder(f"cmpl-{uuid.uuid4().hex}", model, asked, self._llm.tokenizer)
-        outputs = self._generate(asked, answer)
-        return await respond_with(request, answer, outputs, is_stream=bool(asked.stream))
+        parsed = await self._llm.run_in_pool(self._parse, body, CALLER.get())
+        outputs = self._generate(parsed)
+        return await respond_with(request, parsed.builder, outputs, is_stream=bool(parsed.request.stream))
 
-    async def _generate(self, asked: CompletionRequest, answer: CompletionBuilder) -> Outputs:
-        params: SamplingParams = self._llm.default_sampling_params(**asked.sampling_options())
-        lora_request = await self._models.find_adapter(asked.model, asked.lora)
-        prompts = asked.prompts
+    def _parse(self, body: bytes, caller: str) -> _ParsedCompletion:
+        """Parse and validate a body, outside the event loop; nothing is fetched or decoded yet."""
+        request = parse_completion_request(body)
+        builder = CompletionBuilder(
+            f"cmpl-{uuid.uuid4().hex}", request.model or self._models.base_name, request, self._llm.tokenizer
+        )
+        references = references_of(
+            request.multi_modal_data or {},
+            request.multi_modal_uuids or {},
+            self._llm.processor.modalities if self._llm.processor is not None else (),
+            self._llm.args.limit_mm_per_prompt,
+        )
+        flat = [reference for found in references.values() for reference in found]
+        media = PendingMedia(flat, self._llm.media.begin(caller)) if flat else None
+        options = {"mm_processor_kwargs": request.mm_processor_kwargs, "cache_salt": request.cache_salt}
+        prompts = []
+        for index, prompt in enumerate(request.prompts):
+            with _naming_prompt(index, len(request.prompts)):
+                prompts.append({**options, "multi_modal_data": media, **self._prompt_fields(request, prompt)})
+        params = self._llm.default_sampling_params(**request.sampling_options())
+        return _ParsedCompletion(request, builder, params, prompts, media)
+
+    def _prompt_fields(self, request: CompletionRequest, prompt: TextOrTokens) -> dict[str, Any]:
+        if not isinstance(prompt, str):
+            return {"prompt_token_ids": prompt}
+        if request.add_special_tokens is False:
+            return {"prompt": prompt, "prompt_token_ids": self._llm.encode(prompt, add_special_tokens=False)}
+        return {"prompt": prompt}
+
+    async def _generate(self, parsed: _ParsedCompletion) -> Outputs:
+        request, builder, params = parsed.request, parsed.builder, parsed.params
+        lora_request = await self._models.find_adapter(request.model, request.lora)
         ready = []
-        for index, (prompt, request_id) in enumerate(zip(prompts, answer.request_ids, strict=True)):
-            with _naming_prompt(index, len(prompts)), self._models.log_failures(asked.model, asked.lora):
-                fields = await self._load(asked, prompt)
-                ready.append(await self._llm.prepare(fields, params, request_id, lora_request, asked.priority or 0))
-        num_tokens = sum(len(request.input.prompt_token_ids) for request in ready)
-        check_prompt_logprobs(num_tokens, asked.num_prompt_logprobs, len(self._llm.tokenizer), n=params.n)
-        followed = [self._follow(request, answer, asked, index) for index, request in enumerate(ready)]
+        if parsed.media is not None:
+            await parsed.media.fetch()
+        for index, (prompt, request_id) in enumerate(zip(parsed.prompts, builder.request_ids, strict=True)):
+            with _naming_prompt(index, len(parsed.prompts)), self._models.log_failures(request.model, request.lora):
+                ready.append(await self._llm.prepare(prompt, params, request_id, lora_request, request.priority or 0))
+        num_tokens = sum(len(stream.input.prompt_token_ids) for stream in ready)
+        check_prompt_logprobs(num_tokens, request.num_prompt_logprobs, len(self._llm.tokenizer), n=params.n)
+        followed = [self._follow(stream, builder, request, index) for index, stream in enumerate(ready)]
         outputs = merge(followed)
         try:
             async for output in outputs:
@@ -75,51 +113,21 @@ class CompletionService:
             await close(outputs)
 
     async def _follow(
-        self, ready: RequestStream, answer: CompletionBuilder, asked: CompletionRequest, index: int
+        self, ready: RequestStream, builder: CompletionBuilder, asked: CompletionRequest, index: int
     ) -> Outputs:
         """The deltas of one prompt."""
-        outputs, is_first = self._llm.run(ready), True
+        outputs = self._llm.run(ready)
+        must_begin = bool(asked.echo) or asked.prompt_logprobs is not None
         try:
             with _naming_prompt(index, len(asked.prompts)), self._models.log_failures(asked.model, asked.lora):
                 async for output in outputs:
                     raise_failure(output)
-                    if is_first:
-                        await self._llm.run_in_pool(answer.begin, output)
-                        is_first = False
+                    if must_begin:
+                        await self._llm.run_in_pool(builder.begin, output)
+                        must_begin = False
                     yield output
         finally:
             await close(outputs)
-
-    async def _load(self, asked: CompletionRequest, prompt: TextOrTokens) -> dict[str, Any]:
-        """A prompt as the engine takes it, its media fetched and decoded."""
-        media = self._llm.media.begin(CALLER.get())
-        references = await self._llm.run_in_pool(self._references, asked)
-        await media.fetch(reference for found in references.values() for reference in found)
-        return await self._llm.run_in_pool(self._decode, asked, prompt, references, media)
-
-    def _references(self, asked: CompletionRequest) -> References:
-        processor = self._llm.processor
-        return references_of(
-            asked.multi_modal_data or {},
-            asked.multi_modal_uuids or {},
-            processor.modalities if processor is not None else (),
-            self._llm.args.limit_mm_per_prompt,
-        )
-
-    def _decode(
-        self, asked: CompletionRequest, prompt: TextOrTokens, references: References, media: PromptMedia
-    ) -> dict[str, Any]:
-        items = {modality: [media.load(reference) for reference in found] for modality, found in references.items()}
-        fields: dict[str, Any] = {
-            "multi_modal_data": items,
-            "mm_processor_kwargs": asked.mm_processor_kwargs,
-            "cache_salt": asked.cache_salt,
-        }
-        if not isinstance(prompt, str):
-            return {**fields, "prompt_token_ids": prompt}
-        if asked.add_special_tokens is False:
-            fields["prompt_token_ids"] = self._llm.encode(prompt, add_special_tokens=False)
-        return {**fields, "prompt": prompt}
 
 
 @contextmanager

@@ -199,21 +199,20 @@ def test_a_prompt_that_fails_before_the_stream_begins_fails_them_all(
 def fail_at(
     server: RunningServer, patch: pytest.MonkeyPatch, step: int, failure: MMLoRAError, *, of_index: int
 ) -> None:
-    """Have the sequence of one prompt fail, from a step on; those of other prompts wait for it in the first step."""
-    engine, calls = server.llm.engine, []
-    run = engine.runner.run
+    """Make the sequence of one prompt fail from a step on; in the first step the other prompts get no token."""
+    sampler, calls = server.llm.engine.sampler, []
+    run = sampler.run
 
-    def run_and_fail(scheduled: Any) -> Any:
-        result = run(scheduled)
-        calls.append(scheduled)
-        ids = {item.seq: item.seq.request.request_id for item in scheduled}
+    def run_and_fail(items: Any, logits: Any, result: Any) -> None:
+        run(items, logits, result)
+        calls.append(items)
+        ids = {item.seq: item.seq.request.request_id for item in items}
         failed = [seq for seq, name in ids.items() if name.endswith(f"-{of_index}") and len(calls) >= step]
         result.failed.extend((seq, failure) for seq in failed)
-        if step == 1:  # nothing comes of the others
+        if step == 1:
             result.sampled.clear()
-        return result
 
-    patch.setattr(engine.runner, "run", run_and_fail)
+    patch.setattr(sampler, "run", run_and_fail)
 
 
 def test_a_prompt_that_fails_in_the_middle_ends_the_stream(
