@@ -1,8 +1,8 @@
-"""Tiny random checkpoints and PEFT adapters on disk: the one place where tests make them.
+"""Create tiny random checkpoints and PEFT adapters on disk.
 
-Weights are rounded to what bfloat16 and float16 both hold, so that a half-precision run has the very weights of the
-float32 reference. Every tensor is drawn anew at a sane scale: the classes leave some at std 1.0 or zero, which would
-hide errors.
+Weights are rounded to values that both bfloat16 and float16 represent exactly, so that half-precision runs have the
+same weights as the float32 reference. All tensors are redrawn at a realistic scale: the model classes initialize some
+with a standard deviation of 1.0 or with zeros, which would hide errors.
 """
 
 import warnings
@@ -33,7 +33,7 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
 
-# Names of the Linears in each part of Phi-4-multimodal, as PEFT takes them: one regular expression.
+# `target_modules` for each part of Phi-4-multimodal, as a regular expression.
 _PHI4_TARGETS: Mapping[str, str] = dict(
     zip(
         PARTS,
@@ -49,13 +49,13 @@ _PHI4_TARGETS: Mapping[str, str] = dict(
 
 
 def phi4_targets(*parts: str) -> str:
-    """`target_modules` for parts of the tiny Phi-4-multimodal; all of them by default."""
+    """Return `target_modules` for some parts of the tiny Phi-4-multimodal, by default for all."""
     return "|".join(f"({_PHI4_TARGETS[part]})" for part in parts or PARTS)
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What to hand to PEFT for a random adapter, and the seed of its tensors."""
+    """PEFT options of a random adapter, and the seed of its tensors."""
 
     target_modules: str | tuple[str, ...]
     seed: int
@@ -83,16 +83,16 @@ PHI4_ADAPTERS: Mapping[str, AdapterSpec] = {
 
 
 def build_tokenizer(tokens: Mapping[str, str] | None = None) -> PreTrainedTokenizerFast:
-    """One token per byte, and the special tokens first; any text round-trips.
+    """Build a tokenizer with the special tokens and one token per byte, which round-trips any text.
 
     Args:
-        tokens: special tokens of a family's own, by attribute; they come last.
+        tokens: more special tokens of a family, by attribute; they come last.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
     tokenizer = Tokenizer(models.BPE(vocab, []))
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    if tokens:  # as Gemma has them: line breaks at the seams of media become one token, which is added but not special
+    if tokens:  # as in Gemma: line breaks next to media become one token, which is added but not special
         tokenizer.add_tokens([AddedToken("\n" * count, normalized=False) for count in (1, 2, 3, 4)])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -111,7 +111,7 @@ VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 
 
 def phi4_config() -> transformers.PretrainedConfig:
-    """Three decoder layers of 6 heads over 3, size 12, half of it rotated; 42-px crops; 2 of 3 vision layers used."""
+    """Return a configuration: 3 decoder layers, 6 query and 3 KV heads of size 12, rotated by half, and 42-px crops."""
     return transformers.Phi4MultimodalConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=72,
@@ -207,7 +207,7 @@ TEXT_FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 
 
-# Decoders whose attention this engine does not know; options beyond `TEXT_FAMILIES`.
+# Decoders whose attention the engine does not support, in the form of `TEXT_FAMILIES`.
 REFUSED_FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "diffllama": ("DiffLlama", {}),
     "doge": ("Doge", {}),
@@ -234,7 +234,7 @@ REFUSED_FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 
 def save_text_model(path: Path, family: str, seed: int = 0, **changes: Any) -> Path:
-    """Write a tiny text model of a family with its tokenizer; `changes` are options of its configuration."""
+    """Save a tiny text model of a family with its tokenizer; `changes` override options of its configuration."""
     name, options = {**TEXT_FAMILIES, **REFUSED_FAMILIES}[family]
     config_name = f"{name}TextConfig" if family.endswith("_text") else f"{name}Config"
     config = getattr(transformers, config_name)(**{**_TEXT, **options, **changes})
@@ -243,7 +243,7 @@ def save_text_model(path: Path, family: str, seed: int = 0, **changes: Any) -> P
 
 
 def save_phi4(path: Path, seed: int = 0) -> Path:
-    """Write a tiny Phi-4-multimodal in the format of the Hub: weights, tokenizer, chat template, preprocessor."""
+    """Save a tiny Phi-4-multimodal in the Hub's format: weights, tokenizer, chat template, preprocessor."""
     _save(path, transformers.Phi4MultimodalForCausalLM, phi4_config(), seed)
     (path / "preprocessor_config.json").write_text(
         '{"processor_class": "Phi4MultimodalProcessor", "image_processor_type": "Phi4MultimodalImageProcessor",'
@@ -254,7 +254,7 @@ def save_phi4(path: Path, seed: int = 0) -> Path:
 
 
 def save_adapter(model_path: Path, path: Path, spec: AdapterSpec, dtype: torch.dtype = torch.float32) -> Path:
-    """Write an adapter for the model in `model_path` as PEFT does, with random A and B of visible effect."""
+    """Save an adapter with PEFT for the model in `model_path`; random A and B change the output visibly."""
     from peft import LoraConfig, get_peft_model
 
     model = load_reference(model_path)
@@ -268,7 +268,7 @@ def save_adapter(model_path: Path, path: Path, spec: AdapterSpec, dtype: torch.d
 
 
 def randomize_adapter(path: Path, seed: int, dtype: torch.dtype = torch.float32) -> None:
-    """Replace an adapter's tensors by others: rows of A of length 1, B half as large as a base weight per rank."""
+    """Replace an adapter's tensors by random ones: rows of A have length 1, B has half the scale of base weights."""
     generator = torch.Generator().manual_seed(seed)
     file = path / "adapter_model.safetensors"
     tensors = {}
@@ -281,11 +281,11 @@ def randomize_adapter(path: Path, seed: int, dtype: torch.dtype = torch.float32)
 
 
 def load_reference(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model as plain transformers loads it."""
+    """Load a model with plain transformers."""
     config = transformers.AutoConfig.from_pretrained(path)
     model_class = getattr(transformers, config.architectures[0])
     text_config = config.get_text_config()
-    # SDPA has no softcap (transformers 5.17 takes it nevertheless), and without a mask it makes PaliGemma see ahead.
+    # SDPA lacks softcap (transformers 5.17 still selects it), and without a mask it makes PaliGemma bidirectional.
     needs_eager = ("attn_logit_softcapping", "use_bidirectional_attention")
     attention = "eager" if any(getattr(text_config, name, None) for name in needs_eager) else None
     model = model_class.from_pretrained(path, dtype=dtype, attn_implementation=attention)
@@ -308,7 +308,7 @@ def _draw_weights(model: nn.Module, generator: torch.Generator) -> None:
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("bias"):
             value = 0.1 * noise
-        elif parameter.ndim == 1:  # a norm; Gemma adds 1 to its own
+        elif parameter.ndim == 1:  # a norm; Gemma adds 1 to its weight
             value = parameter + 0.1 * noise
         elif "embed_tokens.weight" in name or "extensor" in name or "position_embedding" in name:
             value = noise
@@ -318,6 +318,6 @@ def _draw_weights(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def _rounded(value: torch.Tensor) -> torch.Tensor:
-    """The nearest values that bfloat16 and float16 both hold; what is subnormal in float16 becomes 0."""
+    """Round to values that bfloat16 and float16 both represent; float16 subnormals become 0."""
     smallest = torch.finfo(torch.float16).smallest_normal
     return torch.where(value.abs() < smallest, 0.0, value).bfloat16().to(value.dtype)

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="where engines run that tests start in this process, e.g. cuda")
+    parser.addoption("--device", default="cpu", help="device of engines in the test process, such as cuda")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def device_of_engines(pytestconfig: pytest.Config) -> Iterator[None]:
-    """Put engines where `--device` says, though the tests ask for the CPU; references stay there."""
+    """Run engines on the device of `--device` where tests ask for the CPU; references stay on the CPU."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         if (device := pytestconfig.getoption("--device")) != "cpu":
             from mmlora.engine import loading
@@ -73,7 +73,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def phi4_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """A tiny random Phi-4-multimodal, its adapters (`tests.checkpoints.PHI4_ADAPTERS`) and its reference."""
+    """A tiny random Phi-4-multimodal with its adapters (`tests.checkpoints.PHI4_ADAPTERS`) and reference."""
     from tests.checkpoints import PHI4_ADAPTERS, save_adapter, save_phi4
     from tests.equality import Checkpoint
     from tests.reference import Reference
@@ -115,7 +115,7 @@ def tiny_phi4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_adapters(tiny_phi4: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Random adapters for it: `a` to `d` on the language model, `everything` on the towers as well."""
+    """Random adapters of `tiny_phi4`: `a` to `d` on the language model, `everything` also on the towers."""
     from tests.checkpoints import PHI4_ADAPTERS, randomize_adapter, save_adapter
 
     folder = tmp_path_factory.mktemp("adapters")

@@ -1,4 +1,8 @@
-"""Comparison of the engine with the reference, as DESIGN.md "Equality, precisely" defines it."""
+"""Compare outputs of the engine with the reference.
+
+Tokens must be equal up to the first near-tie: a token at which the reference's top two logits differ by less than
+`NEAR_TIE`. Logits must be within `LOGIT_TOLERANCE` up to there.
+"""
 
 import json
 from collections import defaultdict
@@ -22,7 +26,7 @@ NEAR_TIE = 1e-3  # fp32: between the reference's top two logits
 
 @dataclass(frozen=True)
 class Case:
-    """A request for engine and reference alike; `adapter` is a key of the checkpoint's adapters."""
+    """A request to engine and reference; `adapter` is a key of the checkpoint's adapters."""
 
     name: str
     prompt: str
@@ -32,7 +36,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk with its adapters, and the float32 reference for it."""
+    """A model on disk with its adapters and its float32 reference."""
 
     path: Any
     adapters: dict[str, Any]
@@ -41,17 +45,17 @@ class Checkpoint:
 
     @property
     def model_type(self) -> str:
-        """What the families' table calls it."""
+        """The key of its family in `mmlora.models.families.FAMILIES`."""
         return model_type_of(self.path)
 
     def lora_request(self, name: str | None) -> object:
-        """What to pass for an adapter; on purpose `BASE` for none."""
+        """Return the `lora_request` of an adapter; `BASE` for None, so that no default adapter applies."""
         if name is None:
             return BASE
         return LoRARequest(name, 1 + list(self.adapters).index(name), str(self.adapters[name]))
 
     def expected(self, case: Case) -> ReferenceOutput:
-        """The reference's answer, computed once per case."""
+        """Return the reference's output, computed once per case."""
         key = (case.name, case.prompt, case.adapter)
         if key not in self._known:
             adapter = self.adapters[case.adapter] if case.adapter is not None else None
@@ -61,17 +65,17 @@ class Checkpoint:
 
 @dataclass
 class Statistics:
-    """What comparisons found."""
+    """Results of comparisons."""
 
     num_answers: int = 0
     num_logit_rows: int = 0
     num_near_ties: int = 0
     max_logit_error: float = 0.0
     half_errors: dict[str, str] = field(default_factory=dict)
-    parts: set[str] = field(default_factory=set)  # of the model, that adapters changed
+    parts: set[str] = field(default_factory=set)  # parts of the model that adapters changed
 
     def add(self, num_logit_rows: int, logit_error: float, is_near_tie: bool = False) -> None:
-        """Count one answer."""
+        """Count one output."""
         self.num_answers += 1
         self.num_logit_rows += num_logit_rows
         self.max_logit_error = max(self.max_logit_error, logit_error)
@@ -103,13 +107,13 @@ Logits = dict[int, torch.Tensor]
 
 
 def model_type_of(path: Path | str) -> str:
-    """What the configuration of a checkpoint says."""
+    """Return the `model_type` of a checkpoint."""
     return str(json.loads((Path(path) / "config.json").read_text())["model_type"])
 
 
 @contextmanager
 def recorded_logits(llm: LLM) -> Iterator[dict[str, Logits]]:
-    """Record raw logits `[vocab_size]` by request id and position, for the first answer of each request."""
+    """Record raw logits `[vocab_size]` by request id and position, for the first sequence of each request."""
     sampler: Any = llm.llm_engine.sampler
     run, found = sampler.run, defaultdict(dict)
 
@@ -128,17 +132,17 @@ def recorded_logits(llm: LLM) -> Iterator[dict[str, Logits]]:
 
 
 def greedy(**options: Any) -> SamplingParams:
-    """Greedy decoding of `NUM_TOKENS` tokens that computes the logits of every prompt token too."""
+    """Return parameters of greedy decoding by `NUM_TOKENS` tokens."""
     return SamplingParams(**{"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True, **options})
 
 
 def run_cases(
     llm: LLM, checkpoint: Checkpoint, cases: Sequence[Case], *, is_automatic: bool = False, **options: Any
 ) -> list[tuple[RequestOutput, Logits]]:
-    """Run all cases as one batch, by default with the logits of the whole prompt.
+    """Run all cases as one batch, by default with logits of all prompt tokens.
 
     Args:
-        is_automatic: leave the choice of adapter to the engine.
+        is_automatic: do not name adapters, so that the engine chooses them.
     """
     prompts = [{"prompt": case.prompt, "multi_modal_data": case.media.as_prompt_data} for case in cases]
     loras = None if is_automatic else [checkpoint.lora_request(case.adapter) for case in cases]
@@ -170,7 +174,7 @@ def check_equal(
     name: str = "",
     model_type: str | None = None,
 ) -> None:
-    """Compare an answer with the reference; after a near-tie that fell the other way, there is nothing to compare."""
+    """Compare an output with the reference, up to the first near-tie at which their tokens differ."""
     assert output.error is None, f"{name}: {output.error}"
     assert output.prompt_token_ids == expected.prompt_ids, name
     tokens = output.outputs[0].token_ids
@@ -189,6 +193,6 @@ def check_equal(
 
 
 def num_equal_tokens(tokens: Sequence[int], others: Sequence[int]) -> int:
-    """Length of the common start."""
+    """Return the length of the common prefix."""
     pairs = enumerate(zip(tokens, others, strict=False))
     return next((index for index, (one, other) in pairs if one != other), min(len(tokens), len(others)))

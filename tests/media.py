@@ -1,4 +1,4 @@
-"""Small clips and pictures for the equality tests, each from its seed."""
+"""Small audio clips and pictures, generated from a seed."""
 
 import numpy as np
 from PIL import Image
@@ -7,7 +7,7 @@ RATE = 16000
 
 
 def clip(seconds: float, seed: int) -> tuple[np.ndarray, int]:
-    """A chirp with noise."""
+    """Return a chirp with noise, and its sampling rate."""
     rng = np.random.default_rng(seed)
     time = np.arange(int(seconds * RATE)) / RATE
     tone = 0.3 * np.sin(2 * np.pi * rng.uniform(100, 900) * time * (1 + time))
@@ -15,6 +15,6 @@ def clip(seconds: float, seed: int) -> tuple[np.ndarray, int]:
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:
-    """Coarse coloured patches."""
+    """Return a picture of coarse coloured patches."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR)

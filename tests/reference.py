@@ -1,6 +1,6 @@
-"""The independent reference: transformers and PEFT, one request at a time, greedy, no batching and no padding.
+"""The independent reference: transformers and PEFT with greedy decoding, one request at a time, without padding.
 
-Audio features are transformers' own. Picture tensors are `mmlora.processors.families.phi4_images`, since
+Audio features come from transformers. Picture tensors come from `mmlora.processors.families.phi4_images`, since
 transformers' class needs torchvision; tests/processors compares the two.
 """
 
@@ -28,7 +28,7 @@ Audio = tuple[np.ndarray, int]
 
 @dataclass(frozen=True)
 class ReferenceOutput:
-    """A prompt and its greedy answer, with the logits behind them."""
+    """A prompt and its greedy continuation, with their logits."""
 
     prompt_ids: list[int]
     token_ids: list[int]
@@ -37,25 +37,25 @@ class ReferenceOutput:
 
 @dataclass(frozen=True)
 class Media:
-    """The media of one prompt, in the order of its placeholders. Clips of one prompt are equally long."""
+    """The media of one prompt, in the order of its placeholders. All clips of a prompt have the same length."""
 
     audios: Sequence[Audio] = field(default=())
     images: Sequence[Image.Image] = field(default=())
 
     @property
     def as_prompt_data(self) -> dict[str, Any]:
-        """In the form of `multi_modal_data`."""
+        """The media in the form of `multi_modal_data`."""
         found = {"audio": list(self.audios), "image": list(self.images)}
         return {modality: items for modality, items in found.items() if items}
 
 
 class Reference:
-    """A checkpoint in one precision, with as many adapters as are asked for.
+    """A checkpoint run by transformers and PEFT in one precision; adapters are loaded on first use.
 
     Args:
         path: of the model.
-        dtype: of weights and activations, adapters included.
-        is_adapter_upcast: let PEFT keep adapters in float32, as it does by default.
+        dtype: of weights and activations, including adapters.
+        is_adapter_upcast: keep adapters in float32, which is PEFT's default.
     """
 
     def __init__(self, path: Path, dtype: torch.dtype = torch.float32, *, is_adapter_upcast: bool = False) -> None:
@@ -69,7 +69,7 @@ class Reference:
     def generate(
         self, prompt: str, media: Media | None = None, adapter: Path | None = None, max_tokens: int = NUM_TOKENS
     ) -> ReferenceOutput:
-        """Continue a prompt greedily, never stopping early."""
+        """Continue a prompt greedily by `max_tokens` tokens; end-of-text tokens do not stop it."""
         model = self._base if adapter is None else self._with_adapter(adapter)
         tensors, counts = self._tensors(media or Media())
         prompt_ids = _expand(self.tokenizer(prompt).input_ids, counts)
@@ -85,7 +85,7 @@ class Reference:
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int], media: Media | None = None, adapter: Path | None = None) -> torch.Tensor:
-        """Logits `[num_tokens, vocab_size]` in float32 for given tokens, placeholders already expanded."""
+        """Return float32 logits `[num_tokens, vocab_size]` of tokens, placeholders already expanded."""
         model = self._base if adapter is None else self._with_adapter(adapter)
         tensors, _ = self._tensors(media or Media())
         return model(input_ids=torch.tensor([token_ids]), use_cache=False, **tensors).logits[0].float()
@@ -102,7 +102,7 @@ class Reference:
         return self._models[path]
 
     def _tensors(self, media: Media) -> tuple[dict[str, torch.Tensor], dict[int, list[int]]]:
-        """Arguments of `forward`, and the number of placeholders of each item by placeholder id."""
+        """Return arguments of `forward`, and the number of placeholders of each item by placeholder id."""
         tensors: dict[str, torch.Tensor] = {}
         counts: dict[int, list[int]] = {AUDIO_ID: [], IMAGE_ID: []}
         if media.audios:
@@ -120,7 +120,7 @@ class Reference:
             num_crops = max(len(found["image_pixel_values"]) for found, _ in pictures)
             for name in ("image_pixel_values", "image_attention_mask", "image_sizes"):
                 items = [found[name] for found, _ in pictures]
-                if name != "image_sizes":  # crops beyond a picture's own are not read
+                if name != "image_sizes":  # padding crops are not read
                     items = [pad(x, (0, 0) * (x.ndim - 1) + (0, num_crops - len(x)), value=1) for x in items]
                 tensors[name] = torch.stack(items)
             counts[IMAGE_ID] = [count for _, count in pictures]
@@ -133,7 +133,7 @@ def _expand(token_ids: list[int], counts: dict[int, list[int]]) -> list[int]:
 
 
 def _check_loaded(model: PeftModel, path: Path) -> None:
-    """PEFT only warns when keys of an adapter match nothing; then it would be no reference."""
+    """Check that all tensors of an adapter were loaded: PEFT only warns about keys that match nothing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = get_peft_model_state_dict(model)

@@ -1,4 +1,4 @@
-"""Servers in processes of their own, as people start them."""
+"""Start servers in subprocesses, as users do."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ START_S, END_S = 120, 60
 
 @dataclass(frozen=True)
 class ServerProcess:
-    """A server that is ready, and the line that says so."""
+    """A ready server in a subprocess; `line` is its line "mmlora is ready: …"."""
 
     process: subprocess.Popen[str]
     line: str
 
     @property
     def address(self) -> str:
-        """Of the server, without `/v1`."""
+        """URL of the server, without `/v1`."""
         return self.line.split()[3].removesuffix("/v1")
 
     def stop(self, sig: signal.Signals) -> tuple[int, str]:
-        """Send a signal, and give the exit code and what was written to a standard error that is a pipe."""
+        """Send a signal and wait; return the exit code and the standard error, if that is a pipe."""
         self.process.send_signal(sig)
         _, errors = self.process.communicate(timeout=END_S)
         return self.process.returncode, errors or ""
@@ -35,7 +35,7 @@ class ServerProcess:
 
 @contextmanager
 def run_process(*arguments: str, stderr: int = subprocess.DEVNULL, **environment: str) -> Iterator[ServerProcess]:
-    """Run Python with these arguments, which must serve, until the block ends."""
+    """Run a Python command that starts a server, until the block ends."""
     with subprocess.Popen(
         [sys.executable, *arguments],
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""The table of families: its page is what the generator writes, each is proven, and code of its own stays small."""
+"""The table of families: its page is up to date, each family is proven, and the code of a family stays small."""
 
 import ast
 import json
@@ -58,7 +58,7 @@ def test_the_recorder_keeps_replaces_and_fails() -> None:
 
 
 def test_each_tiny_checkpoint_is_of_a_family_of_the_table() -> None:
-    """So that one that fails is recorded as failing; see `tests/models/parity.py`."""
+    """Otherwise a failure would not be recorded, see `tests/models/parity.py`."""
     assert {name.partition("+")[0] for name in CHECKPOINTS} <= set(FAMILIES)
 
 
@@ -148,7 +148,7 @@ def sources() -> Iterator[Path]:
 
 
 def families_named_in(tree: ast.Module) -> Iterator[str]:
-    """Where code asks for a `model_type` or names a model class, messages and docstrings apart."""
+    """Yield where code reads a `model_type` or names a model class, except in messages and docstrings."""
     quoted = {id(node) for text in ast.walk(tree) if isinstance(text, ast.JoinedStr) for node in ast.walk(text)}
     quoted |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in (node for node in ast.walk(tree) if id(node) not in quoted):

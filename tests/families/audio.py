@@ -1,4 +1,4 @@
-"""Tiny checkpoints of families that hear."""
+"""Tiny checkpoints of families with audio."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from tests.checkpoints import AUDIO_ID
-from tests.families.spec import TEXT, Family
+from tests.families.spec import TEXT, FamilySpec
 from tests.processors.families import granite_features
 
 
@@ -89,7 +89,7 @@ def _voxtral(tokenizer: Any) -> Any:
 
 def _voxtral_processor(tokenizer: Any) -> Any:
     class Built(transformers.VoxtralProcessor):
-        """Puts audio and text together, which the class leaves to mistral-common."""
+        """Combines audio and text, for which the class requires mistral-common."""
 
         def __call__(self, text: str, audio: Any = (), sampling_rate: int = 16000, **kwargs: Any) -> Any:
             options = {"padding": True, "truncation": False, "pad_to_multiple_of": VOXTRAL_FRAMES * 160}
@@ -162,8 +162,8 @@ _GRANITE_TARGETS = {
     "connector": r".*projector\.(linear|.*layer\.\d+\.(attention\.attention\.query|output_query\.dense))",
     "audio_tower": r".*encoder\.layers\.\d+\.(attn|ff1)\..*(to_q|to_out|up_proj)",
 }
-AUDIO_FAMILIES: Mapping[str, Family] = {
-    "audioflamingo3": Family(
+AUDIO_FAMILIES: Mapping[str, FamilySpec] = {
+    "audioflamingo3": FamilySpec(
         "AudioFlamingo3ForConditionalGeneration",
         _audio_flamingo3,
         _audio_flamingo3_processor,
@@ -172,10 +172,10 @@ AUDIO_FAMILIES: Mapping[str, Family] = {
         "<|audio|>",
         is_single=True,
     ),
-    "granite_speech": Family(
+    "granite_speech": FamilySpec(
         "GraniteSpeechForConditionalGeneration", _granite_speech, None, "audio", _GRANITE_TARGETS, "<|audio|>"
     ),
-    "granite_speech_plus": Family(
+    "granite_speech_plus": FamilySpec(
         "GraniteSpeechPlusForConditionalGeneration",
         _granite_speech_plus,
         None,
@@ -183,7 +183,7 @@ AUDIO_FAMILIES: Mapping[str, Family] = {
         _GRANITE_TARGETS,
         "<|audio|>",
     ),
-    "qwen2_audio": Family(
+    "qwen2_audio": FamilySpec(
         "Qwen2AudioForConditionalGeneration",
         _qwen2_audio,
         _qwen2_audio_processor,
@@ -191,7 +191,7 @@ AUDIO_FAMILIES: Mapping[str, Family] = {
         _WHISPER_TARGETS,
         "<|audio|>",
     ),
-    "qwen3_asr": Family(
+    "qwen3_asr": FamilySpec(
         "Qwen3ASRForConditionalGeneration",
         _qwen3_asr,
         _qwen3_asr_processor,
@@ -205,7 +205,7 @@ AUDIO_FAMILIES: Mapping[str, Family] = {
         },
         is_single=True,
     ),
-    "voxtral": Family(
+    "voxtral": FamilySpec(
         "VoxtralForConditionalGeneration", _voxtral, _voxtral_processor, "audio", _WHISPER_TARGETS, "<|audio|>"
     ),
 }

@@ -1,4 +1,4 @@
-"""A tiny Gemma 3n, with a tower in the place of the one that needs timm."""
+"""A tiny Gemma 3n, with a vision tower that replaces the one that needs timm."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tests.families.spec import TEXT, Family
+from tests.families.spec import TEXT, FamilySpec
 
 TOKENS = {
     "boi_token": "<start_of_image>",
@@ -21,7 +21,7 @@ TOKENS = {
 
 
 class GridTower(transformers.PreTrainedModel):
-    """Sixteen patches of a picture, `[batch, hidden_size, 4, 4]` as timm's MobileNet gives them."""
+    """Return 16 patches of a picture, `[batch, hidden_size, 4, 4]`, in the form of timm's MobileNet."""
 
     config_class = transformers.models.gemma3n.configuration_gemma3n.Gemma3nVisionConfig
     main_input_name = "pixel_values"
@@ -78,8 +78,8 @@ def _gemma3n_processor(tokenizer: Any) -> Any:
     return transformers.Gemma3nProcessor(extractor, pil, tokenizer, audio_seq_length=30, image_seq_length=16)
 
 
-GEMMA3N_FAMILIES: Mapping[str, Family] = {
-    "gemma3n": Family(
+GEMMA3N_FAMILIES: Mapping[str, FamilySpec] = {
+    "gemma3n": FamilySpec(
         "Gemma3nForConditionalGeneration",
         _gemma3n,
         _gemma3n_processor,

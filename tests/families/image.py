@@ -1,4 +1,4 @@
-"""Tiny checkpoints of families that see."""
+"""Tiny checkpoints of families with images."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import transformers
 
 from tests.checkpoints import IMAGE_ID
-from tests.families.spec import TEXT, VISION, Family, pixtral_class, without_video
+from tests.families.spec import TEXT, VISION, FamilySpec, pixtral_class, without_video
 
 
 def _llava(tokenizer: Any) -> Any:
@@ -250,11 +250,11 @@ _CLIP_TARGETS = {
     "connector": r".*multi_modal_projector\.linear_[12]",
     "vision_tower": r".*vision_tower\..*layers\.\d+\..*(q_proj|out_proj|fc1)",
 }
-IMAGE_FAMILIES: Mapping[str, Family] = {
-    "llava": Family(
+IMAGE_FAMILIES: Mapping[str, FamilySpec] = {
+    "llava": FamilySpec(
         "LlavaForConditionalGeneration", _llava, _clip_processor("Llava"), "image", _CLIP_TARGETS, "<|image|>"
     ),
-    "llava_next": Family(
+    "llava_next": FamilySpec(
         "LlavaNextForConditionalGeneration",
         _llava_next,
         _clip_processor("LlavaNext", image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]]),
@@ -262,7 +262,7 @@ IMAGE_FAMILIES: Mapping[str, Family] = {
         _CLIP_TARGETS,
         "<|image|>",
     ),
-    "idefics3": Family(
+    "idefics3": FamilySpec(
         "Idefics3ForConditionalGeneration",
         _idefics3,
         _idefics3_processor,
@@ -280,7 +280,7 @@ IMAGE_FAMILIES: Mapping[str, Family] = {
             "global_image_token": "<global-img>",
         },
     ),
-    "smolvlm": Family(
+    "smolvlm": FamilySpec(
         "SmolVLMForConditionalGeneration",
         _smolvlm,
         _smolvlm_processor,
@@ -300,7 +300,7 @@ IMAGE_FAMILIES: Mapping[str, Family] = {
         },
     ),
     **{
-        model_type: Family(
+        model_type: FamilySpec(
             f"{name}ForConditionalGeneration",
             _qwen_vl(name, vision, **text),
             _qwen_vl_processor(name),
@@ -332,7 +332,7 @@ IMAGE_FAMILIES: Mapping[str, Family] = {
             ),
         )
     },
-    "internvl": Family(
+    "internvl": FamilySpec(
         "InternVLForConditionalGeneration",
         _internvl,
         _internvl_processor,
@@ -350,7 +350,7 @@ IMAGE_FAMILIES: Mapping[str, Family] = {
             "video_token": "<video>",
         },
     ),
-    "granite4_vision": Family(
+    "granite4_vision": FamilySpec(
         "Granite4VisionForConditionalGeneration",
         _granite4_vision,
         _granite4_vision_processor,
@@ -362,7 +362,7 @@ IMAGE_FAMILIES: Mapping[str, Family] = {
         },
         "<|image|>",
     ),
-    "gemma3": Family(
+    "gemma3": FamilySpec(
         "Gemma3ForConditionalGeneration",
         _gemma3,
         _gemma3_processor,
@@ -381,7 +381,7 @@ IMAGE_FAMILIES: Mapping[str, Family] = {
         token_kinds={"token_type_ids": 0},
     ),
     **{
-        model_type: Family(
+        model_type: FamilySpec(
             f"{name}ForConditionalGeneration",
             _pixtral_text(name),
             _pixtral_processor(merge_size),
@@ -397,7 +397,7 @@ IMAGE_FAMILIES: Mapping[str, Family] = {
         for model_type, name, merge_size in (("mistral3", "Mistral3", 2), ("llava+pixtral", "Llava", 1))
     },
     **{
-        model_type: Family(
+        model_type: FamilySpec(
             "PaliGemmaForConditionalGeneration",
             config,
             _paligemma_processor,
@@ -425,7 +425,7 @@ IMAGE_FAMILIES: Mapping[str, Family] = {
             ),
         )
     },
-    "qwen2_5_omni_thinker": Family(
+    "qwen2_5_omni_thinker": FamilySpec(
         "Qwen2_5OmniThinkerForConditionalGeneration",
         _omni,
         _omni_processor,

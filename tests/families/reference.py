@@ -1,4 +1,4 @@
-"""transformers + PEFT as the reference of a family: its own processor, and everything anew for each token."""
+"""transformers and PEFT as the reference for a family: its own processor, and a full forward per token."""
 
 import copy
 import warnings
@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from tests.checkpoints import AUDIO_ID, load_reference
-from tests.families.spec import Family
+from tests.families.spec import FamilySpec
 from tests.processors.families import granite_features
 from tests.reference import NUM_TOKENS, Media, ReferenceOutput
 
@@ -20,15 +20,15 @@ TEXT_KEYS = ("input_ids", "attention_mask")
 
 
 class FamilyReference:
-    """A checkpoint as transformers and PEFT run it: its own processor, and everything anew for each token.
+    """A checkpoint run by transformers and PEFT, with a full forward for each token.
 
     Args:
         path: of the checkpoint.
-        family: whose processor is built as the test table says, not from the checkpoint's files.
+        family: builds the processor, which is not read from the checkpoint's files.
         dtype: of weights, adapters and activations.
     """
 
-    def __init__(self, path: Path, family: Family, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, path: Path, family: FamilySpec, dtype: torch.dtype = torch.float32) -> None:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         self._processor = family.processor(self.tokenizer) if family.processor is not None else None
         self._family = family
@@ -39,7 +39,7 @@ class FamilyReference:
     def generate(
         self, prompt: str, media: Media | None = None, adapter: Path | None = None, max_tokens: int = NUM_TOKENS
     ) -> ReferenceOutput:
-        """Continue a prompt greedily, never stopping early."""
+        """Continue a prompt greedily by `max_tokens` tokens; end-of-text tokens do not stop it."""
         if adapter not in self._models:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -83,7 +83,7 @@ class FamilyReference:
         return {"input_ids": torch.tensor([ids]), **tensors}
 
     def _joined(self, prompt: str, media: Media) -> dict[str, Any]:
-        """Give the processor one item at a time, with the text that follows it; items are of equal lengths."""
+        """Process one item at a time, with the text that follows it; all items have equal lengths."""
         mark = self._family.placeholder
         before, *texts = prompt.split(mark)
         texts = [f"{before}{mark}{texts[0]}", *(f"{mark}{text}" for text in texts[1:])]

@@ -1,4 +1,4 @@
-"""How a tiny checkpoint of a family is made, and sizes that most of them share."""
+"""`FamilySpec`: how to create a tiny checkpoint of a model family, and sizes that most families share."""
 
 import importlib
 import sys
@@ -10,7 +10,7 @@ from unittest.mock import patch
 from tests.checkpoints import VOCAB_SIZE
 
 TEXT: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE + 64,  # room for a family's own tokens
+    "vocab_size": VOCAB_SIZE + 64,  # with room for tokens of a family
     "hidden_size": 48,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -32,24 +32,38 @@ VISION: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Family:
-    """How to make one: its model class and configuration, its processor, and what a part's Linears are called."""
+class FamilySpec:
+    """How to create a tiny checkpoint of a family, and how to prompt and adapt it.
+
+    Attributes:
+        model_class: name of the transformers class.
+        config: builds the configuration from the tokenizer.
+        processor: builds the processor from the tokenizer; None if transformers' own class does not run here.
+        modality: of the media.
+        targets: `target_modules` of adapters by part, as regular expressions.
+        placeholder: stands for one item in a prompt.
+        parameters: raw parameters that take LoRA, by part.
+        tokens: special tokens of the family, by attribute of the tokenizer.
+        token_kinds: model inputs with one value per token, with the value for a generated token.
+        other_placeholder: a second modality and its placeholder.
+        is_single: transformers' processor takes one item at a time.
+    """
 
     model_class: str
-    config: Callable[[Any], Any]  # from the tokenizer
-    processor: Callable[[Any], Any] | None  # from the tokenizer; None where transformers' own cannot be built here
+    config: Callable[[Any], Any]
+    processor: Callable[[Any], Any] | None
     modality: str
     targets: Mapping[str, str]
     placeholder: str
-    parameters: Mapping[str, str] = field(default_factory=dict)  # by part, raw parameters that take LoRA
-    tokens: Mapping[str, str] = field(default_factory=dict)  # special tokens of its own, by attribute of the tokenizer
-    token_kinds: Mapping[str, int] = field(default_factory=dict)  # inputs by token that count, and a new token's value
-    other_placeholder: tuple[str, str] | None = None  # a second modality, and what stands for an item of it
-    is_single: bool = False  # transformers' processor takes one item at a time
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    tokens: Mapping[str, str] = field(default_factory=dict)
+    token_kinds: Mapping[str, int] = field(default_factory=dict)
+    other_placeholder: tuple[str, str] | None = None
+    is_single: bool = False
 
 
 def without_video(processor_class: type, *parts: Any, **options: Any) -> Any:
-    """Build a processor whose video part, which needs torchvision, is None."""
+    """Build a processor without its video processor, which needs torchvision."""
 
     class Built(processor_class):
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
@@ -59,7 +73,7 @@ def without_video(processor_class: type, *parts: Any, **options: Any) -> Any:
 
 
 def pixtral_class() -> Any:
-    """`transformers.PixtralProcessor`; its module imports torchvision for a function that the Pillow class has, too."""
+    """Return `transformers.PixtralProcessor`, with the Pillow module in place of one that needs torchvision."""
     name = "transformers.models.pixtral.image_processing_pixtral"
     pil = importlib.import_module("transformers.models.pixtral.image_processing_pil_pixtral")
     with patch.dict(sys.modules, {name: pil}):

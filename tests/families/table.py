@@ -1,4 +1,4 @@
-"""All families of tiny multimodal checkpoints, each with its own processor."""
+"""`FAMILIES`: specifications of all tiny multimodal checkpoints, and functions that save them."""
 
 import json
 from collections.abc import Mapping
@@ -16,13 +16,13 @@ from tests.checkpoints import VOCAB_SIZE, AdapterSpec, _draw_weights, build_toke
 from tests.families.audio import AUDIO_FAMILIES
 from tests.families.gemma3n import GEMMA3N_FAMILIES
 from tests.families.image import IMAGE_FAMILIES
-from tests.families.spec import Family
+from tests.families.spec import FamilySpec
 
-FAMILIES: Mapping[str, Family] = {**AUDIO_FAMILIES, **IMAGE_FAMILIES, **GEMMA3N_FAMILIES}
+FAMILIES: Mapping[str, FamilySpec] = {**AUDIO_FAMILIES, **IMAGE_FAMILIES, **GEMMA3N_FAMILIES}
 
 
 def adapter_of(family: str, *parts: str, seed: int, r: int) -> AdapterSpec:
-    """An adapter on some parts of a family; on all that it has by default."""
+    """Return an adapter on some parts of a family, by default on all of them."""
     spec = FAMILIES[family]
     modules = [f"({spec.targets[part]})" for part in parts or PARTS if part in spec.targets]
     parameters = [spec.parameters[part] for part in parts or PARTS if part in spec.parameters]
@@ -30,12 +30,12 @@ def adapter_of(family: str, *parts: str, seed: int, r: int) -> AdapterSpec:
 
 
 def parts_of(family: str) -> list[str]:
-    """The parts of a family that take LoRA."""
+    """Return the parts of a family that take LoRA."""
     return [part for part in PARTS if part in {**FAMILIES[family].targets, **FAMILIES[family].parameters}]
 
 
 def save_family(path: Path, family: str, seed: int = 0) -> Path:
-    """Write a tiny model of a family with its tokenizer and processor; skip the test where transformers is too old."""
+    """Save a tiny model of a family with its tokenizer and processor; skip the test if transformers is too old."""
     since = families.FAMILIES[family.partition("+")[0]].transformers_since
     if Version(transformers.__version__) < Version(since):
         pytest.skip(f"{family} needs transformers {since}; docs/models.md")
@@ -46,7 +46,7 @@ def save_family(path: Path, family: str, seed: int = 0) -> Path:
     model = getattr(transformers, spec.model_class)(config)
     _draw_weights(model, torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        model.get_output_embeddings().weight[VOCAB_SIZE:] = 0  # so that no answer holds a placeholder of its own
+        model.get_output_embeddings().weight[VOCAB_SIZE:] = 0  # never generate placeholders
     model.generation_config.eos_token_id = 4
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -56,7 +56,7 @@ def save_family(path: Path, family: str, seed: int = 0) -> Path:
 
 
 def save_processor(processor: Any, path: Path) -> None:
-    """Write a processor's settings and those of its parts; `save_pretrained` fails where one of them is None."""
+    """Save the settings of a processor and its parts; `save_pretrained` fails if a part is None."""
     class_name = next(base.__name__ for base in type(processor).__mro__ if base.__name__ != "Built")
     settings = {key: value for key, value in processor.to_dict().items() if not key.endswith("processor")}
     parts = {}

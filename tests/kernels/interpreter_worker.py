@@ -1,6 +1,6 @@
-"""Run kernel cases in a process of its own: Triton decides at import whether it interprets kernels or compiles them.
+"""Run kernel cases in a subprocess, since Triton decides at import whether it interprets or compiles kernels.
 
-Reads one JSON case a line from stdin, answers with one JSON line of measurements. Device: first argument.
+Reads one case per line from stdin as JSON, and writes a line of measurements as JSON. The first argument is the device.
 """
 
 import json
@@ -16,7 +16,7 @@ from tests.kernels.reference import lora_apply_reference, lora_expand_reference,
 
 
 def run_case(case: dict, device: torch.device) -> dict:
-    """Return the largest differences between kernels and twins, and what must hold bit by bit."""
+    """Return the largest differences between kernels and references, and whether bitwise properties hold."""
     torch.manual_seed(case["seed"])
     dtype = getattr(torch, case["dtype"])
     in_features, out_features, ranks = case["in"], case["out"], case["ranks"]

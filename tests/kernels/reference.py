@@ -1,4 +1,4 @@
-"""Naive PyTorch twins of the LoRA kernels: the definition that the kernels are tested against."""
+"""Naive PyTorch references of the LoRA kernels, which define what the kernels compute."""
 
 from collections.abc import Sequence
 
@@ -66,7 +66,7 @@ def lora_apply_reference(
     scaling: Sequence[float],
     segments: Sequence[Segment],
 ) -> None:
-    """Add every adapter's contribution to its own rows.
+    """Add each adapter's contribution to its rows.
 
     **Semantics**: `y[start:end] += scaling[slot] * (x[start:end] @ lora_A[slot].T) @ lora_B[slot].T`.
     """

@@ -1,4 +1,4 @@
-"""The Triton kernels against their PyTorch twins: interpreted on the CPU, compiled where there is a GPU."""
+"""Triton kernels equal their PyTorch references: interpreted on the CPU, compiled on a GPU."""
 
 import json
 import os
@@ -11,10 +11,10 @@ import pytest
 
 Run = Callable[[dict], dict]
 
-# Largest difference of one output; both sides round y once, so in 16 bits it is a unit in the last place of y < 16.
+# Largest difference of an output; both sides round y once, so in 16 bits it is a unit in the last place of y < 16.
 TOLERANCE = {"float32": 1e-5, "float16": 2**-7, "bfloat16": 2**-4}
-# Share of outputs that may differ at all: few where both sides round once, many if h were rounded too. Only for fp16:
-# fp32 differs in its last bits, and Triton's interpreter truncates to bf16 where everyone else rounds.
+# Share of outputs that may differ at all: few if both sides round once, many if h is rounded, too. Only for fp16: fp32
+# differs in its last bits, and Triton's interpreter truncates to bf16 instead of rounding.
 UNEQUAL = {"float16": 0.03}
 
 SEGMENTS = {
@@ -43,9 +43,9 @@ def worker(device: str) -> Iterator[Run]:
         def run(case: dict) -> dict:
             process.stdin.write(json.dumps(case) + "\n")
             process.stdin.flush()
-            answer = process.stdout.readline()
-            assert answer, f"the worker died on {case}"
-            return json.loads(answer)
+            line = process.stdout.readline()
+            assert line, f"the worker died on {case}"
+            return json.loads(line)
 
         yield run
         process.stdin.close()

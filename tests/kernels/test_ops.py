@@ -27,7 +27,7 @@ def slot_weights(in_features: int, out_features: int, ranks: list[int], dtype: t
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_torch_path_equals_the_twin(dtype: torch.dtype) -> None:
+def test_torch_path_equals_the_reference(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weights = slot_weights(33, 50, [7, 0, 40], dtype)
     segments = [(0, 3, -1), (3, 25, 0), (25, 25, 2), (25, 30, 1), (30, 60, 2)]
@@ -42,7 +42,7 @@ def test_torch_path_equals_the_twin(dtype: torch.dtype) -> None:
     assert not torch.equal(y[3:25], before[3:25])
 
 
-def test_torch_path_takes_weights_of_a_wider_type() -> None:
+def test_torch_path_accepts_weights_of_a_wider_dtype() -> None:
     torch.manual_seed(0)
     weights = slot_weights(8, 9, [4], torch.float32)
     x, y = torch.randn(5, 8).bfloat16(), torch.randn(5, 9).bfloat16()
@@ -52,7 +52,7 @@ def test_torch_path_takes_weights_of_a_wider_type() -> None:
     assert (y.float() - expected.float()).abs().max() <= TOLERANCE[torch.bfloat16]
 
 
-def test_a_row_is_bit_equal_whoever_shares_the_batch() -> None:
+def test_a_row_is_bit_identical_in_any_batch() -> None:
     torch.manual_seed(0)
     weights = slot_weights(33, 50, [7, 5, 40], torch.float32)
     x, y = torch.randn(40, 33), torch.randn(40, 50)
@@ -62,7 +62,7 @@ def test_a_row_is_bit_equal_whoever_shares_the_batch() -> None:
     assert torch.equal(alone[10:30], mixed[10:30])
 
 
-def test_all_base_needs_no_work() -> None:
+def test_base_rows_have_no_segments() -> None:
     assert ops.row_segments([(0, 5, -1), (5, 5, 2)], CPU) is None
 
 

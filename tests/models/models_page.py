@@ -1,4 +1,4 @@
-"""`python -m tests.models.models_page` writes `docs/models.md`; `make models` compares all families first."""
+"""Write `docs/models.md`: `python -m tests.models.models_page`. `make models` compares all families first."""
 
 from pathlib import Path
 
@@ -10,23 +10,23 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 INTRODUCTION = """\
 # Models
 
-Written by `make models`; `mmlora models` prints the same table, and `mmlora doctor MODEL` tells of one checkpoint.
+`make models` writes this page; `mmlora models` prints the same table. `mmlora doctor MODEL` examines one checkpoint.
 
-Each family was compared as a tiny random checkpoint, on a CPU in float32, with {versions}:
-greedy answers must be equal up to near-ties (two logits closer than 1e-3), and every row of logits must be within
-1e-4, for the base and for adapters on each part, alone, in mixed batches and in chunks. A text decoder that is not in
-the table is served all the same if it gives the same logits on the paged cache as by itself, which is checked whenever
-a model is loaded. Where a version of `transformers` stands beside a name, the processor of that family needs it: an
-older one is refused when the model is loaded, and the family's tests skip.
+A tiny random checkpoint of each family was compared, on a CPU in float32, with {versions}.
+Greedy outputs must be equal up to near-ties (two logits closer than 1e-3), and all logits must be within 1e-4: for the
+base model and for adapters on each part, alone, in mixed batches and with chunked prefill. Other text decoders are
+served, too, if they compute the same logits on the paged KV cache as with their own attention; this is checked when a
+model is loaded. Where a version of `transformers` follows a name, the processor of that family needs it. With an older
+version, the model is refused at load and the family's tests are skipped.
 
-Other formats of checkpoints that are read as a family's: {layouts}.
+Other checkpoint formats that are read: {layouts}.
 """
 
 
 def page(rows: list[ModelRow]) -> str:
-    """The whole page."""
+    """Return the page."""
     introduction = INTRODUCTION.format(
-        versions=" or ".join(sorted({_versions(row) for row in rows if row.parity is not None})) or "nothing yet",
+        versions=" or ".join(sorted({_versions(row) for row in rows if row.parity is not None})) or "not recorded yet",
         layouts=", ".join(f"`{name}`" for name in LAYOUTS),
     )
     table = [COLUMNS, ("---",) * len(COLUMNS), *map(cells_of, rows)]

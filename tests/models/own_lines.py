@@ -1,8 +1,7 @@
-"""How much code a family has of its own: its entry in the table, what that names, and what that names in turn.
+"""Count the lines of code that only one family needs: its entry in the table and everything that the entry uses.
 
-Only modules of `processors/` and `towers/` that are not for all families count, and whatever else an entry names.
-Blank lines, comments, docstrings and the words of `transcription.py` do not; an import counts as one line, however
-long.
+This covers modules of `processors/` and `towers/` that are not shared by all families, and other modules that an entry
+uses. Blank lines, comments, docstrings and the prompts of `transcription.py` do not count; an import is one line.
 """
 
 import ast
@@ -16,7 +15,7 @@ from pathlib import Path
 
 TABLE = "mmlora.models.families"
 PACKAGES = ("mmlora.processors", "mmlora.towers")
-PARENTS = ("mmlora.models", "mmlora.processors.families")  # of modules that are imported whole
+PARENTS = ("mmlora.models", "mmlora.processors.families")  # of modules that are imported as a whole
 GENERAL = frozenset(
     (
         "audio base containers data_url decoding encoder general image items mp3 placeholders pretrained sniff "
@@ -29,12 +28,12 @@ NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tok
 
 @dataclass(frozen=True)
 class OwnLines:
-    """Lines of one family.
+    """Lines of code of one family.
 
     Attributes:
-        code: that stand between its media and its decoder.
-        features: that make tensors of samples or pixels where no class of `transformers` runs here: functions called
-            `features` and modules called `…_images`, `…_audio` or `…_features` in `processors/`.
+        code: all except `features`.
+        features: lines that compute tensors from samples or pixels if no class of `transformers` can: functions
+            called `features` and modules called `…_images`, `…_audio` or `…_features` in `processors/`.
     """
 
     code: int
@@ -67,14 +66,9 @@ def own_lines(model_type: str) -> OwnLines:
     return OwnLines(len(code - features), len(code & features))
 
 
-def layout_lines(name: str) -> int:
-    """Count the lines of the module that reads a layout, which has its name."""
-    return len(_Source.of(f"mmlora.models.layouts.{name}").code_lines)
-
-
 @dataclass(frozen=True, eq=False)
 class _Source:
-    """A module as it is written."""
+    """The source of a module."""
 
     name: str
     tree: ast.Module
@@ -102,7 +96,7 @@ class _Source:
         return [statement for statement in self.tree.body if name == "*" or name in _defined(statement)]
 
     def imported(self, node: ast.AST) -> Iterator[tuple[str, "_Source"]]:
-        """Yield what a node uses of other modules that are not for all families."""
+        """Yield the names that a node uses from modules that are not shared by all families, with their modules."""
         names = _names(node)
         inner = [found for found in ast.walk(node) if isinstance(found, ast.ImportFrom)]
         outer = [found for found in self.tree.body if isinstance(found, ast.ImportFrom)]
@@ -120,7 +114,7 @@ class _Source:
         return name not in GENERAL and (is_listed or (self.name == TABLE and module.startswith("mmlora.")))
 
     def feature_lines(self, statement: ast.stmt) -> Iterator[int]:
-        """Yield the lines of a statement that make features."""
+        """Yield the lines of a statement that compute features."""
         if not self.name.startswith(PACKAGES[0]):
             return
         if self.name.endswith(FEATURE_MODULES):

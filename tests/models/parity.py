@@ -1,8 +1,7 @@
-"""Write what the equality tests found of each family to `mmlora/models/parity.json`.
+"""A pytest plugin that writes the results of the equality tests per family to `mmlora/models/parity.json`.
 
-A plugin: `pytest -p tests.models.parity`.
-
-A family that failed is recorded as failing; one that was not compared keeps the record it has.
+Use it with `pytest -p tests.models.parity`. A family whose test failed is recorded as failing; a family that was not
+tested keeps its record.
 """
 
 import json
@@ -24,9 +23,9 @@ _failed: set[str] = set()
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Note the family that a failed test compared: its parameter `family`, or the checkpoint it was given.
+    """Record the family of a failed test, from its parameter `family` or its fixture `Checkpoint`.
 
-    A parameter `model_type+variant` is one of several checkpoints of a family.
+    A parameter `model_type+variant` names one of several checkpoints of a family.
     """
     report = yield
     if report.failed:
@@ -45,7 +44,7 @@ def pytest_sessionfinish() -> None:
 
 
 def updated(known: dict[str, Any], found: dict[str, equality.Statistics], failed: set[str]) -> dict[str, Any]:
-    """Put new records in the place of old ones, in the order of the families' table."""
+    """Return old records replaced by new ones, in the order of the families' table."""
     versions = {package: version(package) for package in PACKAGES}
     measured = {
         model_type: {

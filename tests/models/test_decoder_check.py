@@ -1,4 +1,4 @@
-"""A decoder that computes something else on the paged cache than by itself is refused at load, in one sentence."""
+"""A decoder whose logits differ between the paged cache and its own attention is refused at load, in one sentence."""
 
 from pathlib import Path
 
@@ -28,13 +28,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_a_decoder_that_would_be_wrong_is_refused(family: str, tmp_path: Path) -> None:
+def test_a_decoder_with_wrong_logits_is_refused(family: str, tmp_path: Path) -> None:
     path = save_text_model(tmp_path / family, family)
     with pytest.raises(ConfigError, match=REFUSED[family]):
         LLM(str(path), dtype="float32", device="cpu", max_model_len=128)
 
 
-def test_a_window_that_cannot_be_reached_does_not_matter(tmp_path: Path) -> None:
+def test_a_window_longer_than_max_model_len_does_not_matter(tmp_path: Path) -> None:
     path = save_text_model(tmp_path / "phimoe", "phimoe")
     llm = LLM(str(path), dtype="float32", device="cpu", max_model_len=64, max_logprobs=-1, max_num_batched_tokens=16)
     checkpoint = Checkpoint(path, {}, Reference(path))
@@ -43,13 +43,13 @@ def test_a_window_that_cannot_be_reached_does_not_matter(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", ["diffllama", "doge"])
-def test_half_precision_hides_nothing(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_errors_are_detected_in_half_precision(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     path = save_text_model(tmp_path / family, family)
     with pytest.raises(ConfigError, match=REFUSED[family]):
         LLM(str(path), dtype=str(dtype).removeprefix("torch."), device="cpu", max_model_len=128)
 
 
-def test_rounding_in_a_deep_model_with_a_large_vocabulary_is_no_reason_to_refuse() -> None:
+def test_rounding_in_a_deep_model_with_a_large_vocabulary_is_accepted() -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(vocab_size=32000, num_hidden_layers=48, initializer_range=0.1, **sizes)
@@ -58,7 +58,7 @@ def test_rounding_in_a_deep_model_with_a_large_vocabulary_is_no_reason_to_refuse
     check_decoder(model, None, SDPABackend(), KVLayout(48, 2, 16, 16, torch.bfloat16), 128)
 
 
-def test_a_model_that_gives_no_numbers_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_computes_nan_is_refused(tmp_path: Path) -> None:
     path = save_text_model(tmp_path / "llama", "llama")
     weights = load_file(path / "model.safetensors")
     weights["model.norm.weight"][0] = float("inf")
@@ -69,7 +69,7 @@ def test_a_model_that_gives_no_numbers_is_refused(tmp_path: Path) -> None:
         LLM(str(path), dtype="float16", device="cpu", max_model_len=128)
 
 
-def test_the_command_says_so_and_ends_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_reason_and_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = save_text_model(tmp_path / "doge", "doge")
     assert cli.main(["serve", str(path), "--port", "0", "--device", "cpu"]) == 2
     message = capsys.readouterr().err.strip()

@@ -1,4 +1,4 @@
-"""Adapters in a model's directory that are meant for a modality: found, applied by `auto`, else suggested."""
+"""Adapters for modalities in a model's directory are found; `auto` applies them, otherwise the log suggests them."""
 
 import json
 import logging
@@ -38,7 +38,7 @@ SUGGESTION = "found adapters for audio, image, audio+image in the model director
 
 @pytest.fixture(scope="module")
 def phi4(tiny_phi4: Path, tiny_adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory as Microsoft's, with an adapter that is meant for no modality beside the two."""
+    """A model directory like Microsoft's, with a third adapter that is not for a modality."""
     path = Path(shutil.copytree(tiny_phi4, tmp_path_factory.mktemp("auto") / "phi4"))
     for name, adapter in (("speech-lora", "a"), ("vision-lora", "b"), ("spanish-lora", "c")):
         shutil.copytree(tiny_adapters[adapter], path / name)
@@ -51,7 +51,7 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in found]
 
 
-def test_phi4s_folders_are_found(tmp_path: Path) -> None:
+def test_folders_of_phi4_are_found(tmp_path: Path) -> None:
     assert find_default_adapters(phi4_config(), tmp_path) == {}
     for name in ("speech-lora", "vision-lora", "other-lora"):
         (tmp_path / name).mkdir()
@@ -62,14 +62,14 @@ def test_phi4s_folders_are_found(tmp_path: Path) -> None:
     assert find_default_adapters(phi4_config(), tmp_path) == {"audio": speech}
 
 
-def test_granite_speechs_own_adapter_is_found_where_its_configuration_says_so(tmp_path: Path) -> None:
+def test_the_adapter_of_granite_speech_is_found_if_its_configuration_declares_it(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").touch()
     assert find_default_adapters(GraniteSpeechConfig(has_lora_adapter=True), tmp_path) == {"audio": str(tmp_path)}
     assert find_default_adapters(GraniteSpeechConfig(has_lora_adapter=False), tmp_path) == {}
-    assert find_default_adapters(LlamaConfig(), tmp_path) == {}, "an adapter that is meant for no modality"
+    assert find_default_adapters(LlamaConfig(), tmp_path) == {}, "an adapter without a modality"
 
 
-def test_the_bundled_assistants_are_those_that_it_is_served_with() -> None:
+def test_adapters_of_the_bundled_assistant_are_found() -> None:
     path = Path(assistant_path())
     assert find_default_adapters(load_config(path), path) == assistant_default_mm_loras()
 
@@ -81,7 +81,7 @@ def test_the_files_of_adapters_in_subfolders_are_downloaded() -> None:
     assert list(filter_repo_objects(files, allow_patterns=MODEL_FILES)) == files
 
 
-def test_auto_applies_them_and_says_so(phi4: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_applies_and_logs_them(phi4: Path, caplog: pytest.LogCaptureFixture) -> None:
     llm = LLM(str(phi4), default_mm_loras="auto", **OPTIONS)
     (message,) = messages(caplog)
     assert message.startswith("default_mm_loras=auto: audio uses ") and str(phi4 / "vision-lora") in message
@@ -94,7 +94,7 @@ def test_auto_applies_them_and_says_so(phi4: Path, caplog: pytest.LogCaptureFixt
         assert output.lora.digest == wanted.lora.digest is not None
 
 
-def test_auto_runs_a_model_that_has_none(tiny_phi4: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_accepts_a_model_without_adapters(tiny_phi4: Path, caplog: pytest.LogCaptureFixture) -> None:
     llm = LLM(str(tiny_phi4), default_mm_loras="auto", **OPTIONS)
     assert messages(caplog) == [f"default_mm_loras=auto: {tiny_phi4} has no adapters for modalities"]
     (output,) = llm.generate(SPOKEN, PARAMS, use_tqdm=False)
@@ -105,7 +105,7 @@ def test_without_the_option_they_are_suggested(phi4: Path, tiny_phi4: Path, capl
     llm = LLM(str(phi4), **OPTIONS)
     assert messages(caplog) == [SUGGESTION] and llm.llm_engine.default_loras == {}
     caplog.clear()
-    LLM(str(phi4), default_mm_loras={}, **OPTIONS)  # none on purpose
+    LLM(str(phi4), default_mm_loras={}, **OPTIONS)  # explicitly none
     LLM(str(phi4), **{**OPTIONS, "enable_lora": False})
     LLM(str(tiny_phi4), **OPTIONS)
     assert messages(caplog) == []
@@ -119,7 +119,7 @@ def test_the_server_lists_and_names_them(phi4: Path) -> None:
         llm.shutdown()
 
 
-def test_a_granite_speech_directory_serves_itself(tmp_path: Path) -> None:
+def test_a_granite_speech_directory_is_its_own_adapter(tmp_path: Path) -> None:
     path = save_family(tmp_path / "granite", "granite_speech")
     adapter = save_adapter(path, tmp_path / "adapter", adapter_of("granite_speech", seed=1, r=2))
     for file in adapter.glob("adapter_*"):
@@ -132,14 +132,14 @@ def test_a_granite_speech_directory_serves_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("value", "reason"), [("always", "or be 'auto'"), (["audio"], "or be 'auto'")])
-def test_another_word_is_refused(value: Any, reason: str) -> None:
+def test_other_values_are_refused(value: Any, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         EngineArgs("m", enable_lora=True, default_mm_loras=value)
     with pytest.raises(ConfigError, match="default_mm_loras='auto': needs enable_lora=True"):
         EngineArgs("m", default_mm_loras="auto")
 
 
-def test_the_word_on_the_command_line_and_in_the_environment(capsys: pytest.CaptureFixture[str]) -> None:
+def test_auto_on_the_command_line_and_in_the_environment(capsys: pytest.CaptureFixture[str]) -> None:
     options = {"model": "m", "enable_lora": True}
     engine, _ = parse_options(options, {"MMLORA_DEFAULT_MM_LORAS": "auto"})
     assert engine.default_mm_loras == "auto"

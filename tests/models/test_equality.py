@@ -1,4 +1,4 @@
-"""Every kind of request gives what transformers + PEFT give: greedy tokens, and logits within 1e-4 in float32."""
+"""Each kind of request equals transformers + PEFT: greedy tokens, and logits within 1e-4 in float32."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +16,8 @@ from tests.reference import Media
 AUDIO = Media(audios=[clip(0.7, 1)])
 IMAGE = Media(images=[picture(40, 42, 2)])
 BOTH = Media(audios=[clip(0.55, 3)], images=[picture(90, 50, 4)])
-# Both pictures fill their crops: in a batch that needs a mask anywhere, transformers' vision tower is bidirectional for
-# all of it, else causal (`is_causal` is True there), so that a full picture depends on the others of its prompt.
+# Both pictures fill their crops. transformers' vision tower is causal (`is_causal` is True) unless some picture of the
+# batch needs a mask, so a picture that fills its crop would depend on the other pictures of its prompt.
 MANY = Media(audios=[clip(0.4, 5), clip(0.4, 6)], images=[picture(30, 30, 7), picture(84, 42, 8)])
 
 TEXT_PROMPT = "<|user|>How many dogs can you count?<|end|><|assistant|>"
@@ -58,7 +58,7 @@ def load(checkpoint: Checkpoint, **options: Any) -> LLM:
 
 @pytest.fixture(scope="module")
 def llm(phi4_checkpoint: Checkpoint) -> LLM:
-    """Chunks of 16 tokens, so that every picture and most clips are cut."""
+    """An engine with chunks of 16 tokens, which split each picture and most clips."""
     return load(phi4_checkpoint)
 
 
@@ -77,8 +77,8 @@ def test_fewer_slots_than_adapters(phi4_checkpoint: Checkpoint) -> None:
     check_cases(load(phi4_checkpoint, max_loras=2, max_cpu_loras=8), phi4_checkpoint, CASES[::-1])
 
 
-def test_cases_can_tell(phi4_checkpoint: Checkpoint) -> None:
-    """Adapters that an answer does not depend on would prove nothing."""
+def test_cases_depend_on_their_adapters(phi4_checkpoint: Checkpoint) -> None:
+    """A case whose output does not depend on its adapter would prove nothing."""
     answers: dict[str, list[list[int]]] = {}
     for case in CASES:
         answers.setdefault(case.prompt + str(id(case.media)), []).append(phi4_checkpoint.expected(case).token_ids)
@@ -97,7 +97,7 @@ DEFAULT_REASONS = {
 
 @pytest.mark.parametrize("combination", [None, "connector"])
 def test_defaults(phi4_checkpoint: Checkpoint, combination: str | None) -> None:
-    """Media choose their adapter; together they need a key of their own, else the base answers."""
+    """Media select their default adapter; audio and images need the key `audio+image`, else the base model is used."""
     adapters, reasons = phi4_checkpoint.adapters, dict(DEFAULT_REASONS)
     defaults = {"audio": str(adapters["audio"]), "image": str(adapters["everything"])}
     if combination is not None:
@@ -115,7 +115,7 @@ def test_defaults(phi4_checkpoint: Checkpoint, combination: str | None) -> None:
 
 
 def dense(entries: list[TokenLogprobs]) -> torch.Tensor:
-    """`[len(entries), vocab_size]`."""
+    """Return log probabilities `[len(entries), vocab_size]`."""
     return torch.tensor([[entry[token].logprob for token in range(VOCAB_SIZE)] for entry in entries])
 
 
@@ -140,7 +140,7 @@ def test_prefix_cache_hit(phi4_checkpoint: Checkpoint, case: Case) -> None:
     assert output.num_cached_tokens == (len(output.prompt_token_ids) - 1) // 8 * 8
 
 
-def test_several_answers(llm: LLM, phi4_checkpoint: Checkpoint) -> None:
+def test_several_outputs(llm: LLM, phi4_checkpoint: Checkpoint) -> None:
     case = CASES[18]
     ((output, logits),) = run_cases(llm, phi4_checkpoint, [case], n=3)
     check_equal(output, logits, phi4_checkpoint.expected(case), case.name)
@@ -162,7 +162,7 @@ def test_text_families(text_checkpoint: Callable[[str], Checkpoint], family: str
 
 
 def test_pictures_encoded_together(phi4_checkpoint: Checkpoint) -> None:
-    """A picture that fills its crop and one that does not have tensors of one shape, and do not change each other."""
+    """A picture that fills its crop and one that does not have equal shapes, and do not influence each other."""
     sizes = {"full": (42, 42), "narrow": (20, 42), "flat": (42, 25)}
     cases = [Case(name, IMAGE_PROMPT, Media(images=[picture(*size, 50)])) for name, size in sizes.items()]
     check_cases(load(phi4_checkpoint, max_num_batched_tokens=2048), phi4_checkpoint, cases)

@@ -1,4 +1,4 @@
-"""Every multimodal family equals transformers, and PEFT for adapters of each of its parts, alone and mixed."""
+"""Each multimodal family equals transformers, and PEFT with adapters on each of its parts, alone and in batches."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +15,8 @@ from tests.families.table import FAMILIES, adapter_of, parts_of, save_family
 from tests.media import clip, picture
 from tests.reference import NUM_TOKENS, Media
 
-HALF_NOISE = 1.25  # few prompts; sums in another order
-TWINS = {  # of one shape, so that a tower encodes them together
+HALF_NOISE = 1.25  # few prompts, and another order of sums
+TWINS = {  # of equal shapes, so that a tower encodes them in one batch
     "image": Media(images=[picture(50, 50, 11), picture(50, 50, 12), picture(50, 50, 13)]),
     "audio": Media(audios=[clip(0.6, 14), clip(0.6, 15), clip(0.6, 16)]),
 }
@@ -85,7 +85,7 @@ def test_alone_and_mixed(family: str, family_checkpoint: Callable[[str], Checkpo
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_and_preempted(family: str, family_checkpoint: Callable[[str], Checkpoint]) -> None:
-    """Without logits of prompts, prefixes come from the cache; few blocks make sequences start over."""
+    """Without prompt logits, prefixes come from the cache; with few blocks, sequences are preempted."""
     checkpoint = family_checkpoint(family)
     cases = cases_of(family, checkpoint.adapters)
     longest = max(len(checkpoint.expected(case).prompt_ids) for case in cases) + NUM_TOKENS
@@ -111,7 +111,7 @@ def test_cached_and_preempted(family: str, family_checkpoint: Callable[[str], Ch
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision(family: str, dtype: str, family_checkpoint: Callable[[str], Checkpoint]) -> None:
-    """The mean error of logits against float32 is that of transformers + PEFT in the same type, but for noise."""
+    """The mean error of logits against float32 equals that of transformers + PEFT in the same dtype, up to noise."""
     checkpoint = family_checkpoint(family)
     cases = [case for case in cases_of(family, checkpoint.adapters) if case.adapter in (None, "all")]
     reference = FamilyReference(checkpoint.path, FAMILIES[family], getattr(torch, dtype))

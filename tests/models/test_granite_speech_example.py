@@ -1,4 +1,4 @@
-"""The reference document's Granite Speech example, offline and as a command, unchanged but for the names."""
+"""vLLM's documented Granite Speech example, offline and on the command line, with only names changed."""
 
 import base64
 import json
@@ -37,7 +37,7 @@ def reference(adapter: Path) -> FamilyReference:
 
 @pytest.fixture(scope="module")
 def model_id(adapter: Path) -> str:
-    """A model with its adapter in its own directory, the keys without PEFT's prefix, as the published one has it."""
+    """A model with its adapter in the same directory and keys without PEFT's prefix, like the published one."""
     path = Path(shutil.copytree(adapter.parent / "plain", adapter.parent / "granite-speech-3.3-2b"))
     for file in adapter.iterdir():
         shutil.copy(file, path)

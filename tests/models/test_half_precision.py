@@ -1,8 +1,8 @@
-"""In bfloat16 and float16 the engine is as close to float32 as transformers + PEFT are in the same type.
+"""In bfloat16 and float16 the engine is as close to float32 as transformers + PEFT are in the same dtype.
 
-Measured is the mean of |logits - float32 logits| over the vocabulary and all positions of six fixed prompts, so that
-no choice of a token feeds back. Weights are representable in both types: what differs is the arithmetic alone. PEFT
-runs both ways, adapters in that type and in float32 (its default); the largest error of a single logit is printed too.
+The error is the mean of |logits - float32 logits| over the vocabulary and all positions of six fixed prompts, so that
+sampled tokens have no influence. Both dtypes represent all weights exactly, so only the arithmetic differs. PEFT runs
+with adapters in that dtype and in float32 (its default). The largest error of a single logit is printed as well.
 """
 
 from typing import Any
@@ -15,10 +15,9 @@ from tests.equality import STATISTICS, Checkpoint, greedy, recorded_logits
 from tests.media import clip, picture
 from tests.reference import Media, Reference
 
-TIE = (
-    1.005  # until transformers 5.23 patch positions are rounded to the type, which dwarfs all else alike on both sides
-)
-NOISE = 1.02  # with fp32 adapters both do the same arithmetic; sums in another order leave means 1 % apart
+# Until transformers 5.23, rounded patch positions dominate the error of both sides.
+TIE = 1.005
+NOISE = 1.02  # with fp32 adapters the arithmetic is the same up to the order of sums, which changes means by 1 %
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 TEXT = " and the fleece of it was white as snow, so it went to school one day"
 KINDS: dict[str, tuple[str, list[Media], str | None]] = {

@@ -1,4 +1,4 @@
-"""`mmlora.models.loader` and attention: what a model takes, and what is refused instead of being computed wrongly."""
+"""`mmlora.models.loader` and attention: limits of a model, and models that are refused."""
 
 import json
 
@@ -24,7 +24,7 @@ def llama(**rope):
     return LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=512, rope_parameters=parameters)
 
 
-def test_longrope_takes_the_models_whole_length():
+def test_longrope_allows_the_full_context_length():
     assert resolve_max_model_len(None, llama(original_max_position_embeddings=64)) == 512
     with pytest.raises(ConfigError, match="max_model_len=513 exceeds this model's limit of 512 tokens"):
         resolve_max_model_len(513, llama(original_max_position_embeddings=64))
@@ -65,7 +65,7 @@ def test_a_decoder_without_the_attention_interface_is_refused():
     [(torch.float32, "cuda", False), (torch.bfloat16, "cuda", True), (torch.float32, "cpu", True)],
     ids=str,
 )
-def test_float32_is_convolved_in_float32(dtype, device, is_allowed, monkeypatch):
+def test_float32_convolutions_do_not_use_tf32(dtype, device, is_allowed, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     disable_tf32(dtype, torch.device(device))
     assert torch.backends.cudnn.allow_tf32 is is_allowed

@@ -1,4 +1,4 @@
-"""longrope: every token equals transformers' forward over the whole sequence so far, whoever shares the batch."""
+"""longrope: each token equals transformers' forward over the whole sequence so far, in any batch."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ LENGTHS = {"short": 200, "long": 360, "crossing": ORIGINAL - 3}
 
 @pytest.fixture(scope="module", params=["phi3", "llama"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rotary dimension 10; the long factors are far from the short ones."""
+    """A model with rotary dimension 10, whose long factors are far from the short ones."""
     rope = {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
@@ -63,7 +63,7 @@ def test_short_long_and_crossing_sequences_in_one_batch(checkpoint: Path, llm: L
 
 
 def test_the_prefix_cache_keeps_both_kinds_apart(checkpoint: Path, llm: LLM) -> None:
-    """A long prompt begins with the very tokens of a short one, whose keys it must not take."""
+    """A long prompt must not reuse the keys of a short prompt that is its prefix."""
     model = load_reference(checkpoint)
     for length in (200, 360, 200, 360):
         with recorded_logits(llm) as logits:

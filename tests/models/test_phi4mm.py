@@ -39,7 +39,7 @@ VISION = {
     "image_token_id": IMAGE_ID,
 }
 SIGLIP, AUDIO = phi4mm.VISION, phi4mm.AUDIO
-PUBLISHED_SIZE = 5_574_460_384  # numbers in microsoft/Phi-4-multimodal-instruct, adapters included
+PUBLISHED_SIZE = 5_574_460_384  # parameters in microsoft/Phi-4-multimodal-instruct, adapters included
 ROPE = {"short_factor": [1.0, 1.3, 1.9], "long_factor": [1.1, 2.0, 7.5]}
 LORA_LAYERS = r"layers.*((self_attn\.(qkv|o)_proj)|(mlp\.(gate_up|down)_proj))"
 LORA_MODULES = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
@@ -182,7 +182,7 @@ BASE_CASES = [replace(case, name=f"{case.name}, base", adapter=None) for case in
 
 
 def microsoft_name(name: str) -> str:
-    """What a tensor of `Phi4MultimodalForCausalLM` is called in Microsoft's files."""
+    """Return the name of a tensor of `Phi4MultimodalForCausalLM` in Microsoft's files."""
     decoder = re.fullmatch(r"(model\.layers\.\d+\.(?:self_attn|mlp)\.\w+)\.weight", name)
     if decoder:
         return f"{decoder[1]}.base_layer.weight"
@@ -211,7 +211,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def save_twin(path: Path) -> Path:
-    """A tiny checkpoint in the layout of `transformers`, with longrope and tied embeddings as Microsoft's has them."""
+    """Save a tiny checkpoint in the layout of `transformers`, with longrope and tied embeddings like Microsoft's."""
     save_phi4(path)
     config = json.loads((path / "config.json").read_text())
     theirs = {"rope_type": "longrope", "original_max_position_embeddings": 256}
@@ -220,7 +220,7 @@ def save_twin(path: Path) -> Path:
     write_json(path / "config.json", config)
     tensors = load_file(path / "model.safetensors")
     del tensors["lm_head.weight"]
-    tensors["model.embed_tokens.weight"] /= 4  # else logits are so large that the tolerance is below their rounding
+    tensors["model.embed_tokens.weight"] /= 4  # otherwise rounding of large logits exceeds the tolerance
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     return path
 
@@ -260,7 +260,7 @@ def save_microsoft_tokenizer(path: Path, twin: Path) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny_towers() -> Any:
-    """What Microsoft's code fixes at the size of SigLIP, at the size of the test."""
+    """Replace the constants of Microsoft's code, such as the size of SigLIP, by those of the tiny checkpoint."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(phi4mm, "VISION", VISION)
         patch.setattr(phi4mm, "AUDIO", {"audio_token_id": AUDIO_ID})
@@ -269,7 +269,7 @@ def tiny_towers() -> Any:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """`microsoft`, to load, and its `twin` in the layout of `transformers`, with the adapters as PEFT wrote them."""
+    """The `microsoft` checkpoint to test, and its `twin` in the layout of `transformers` and PEFT's adapters."""
     folder = tmp_path_factory.mktemp("phi4mm")
     twin = save_twin(folder / "twin")
     adapters = {name: save_adapter(twin, folder / name, spec) for name, spec in SPECS.items()}
@@ -289,7 +289,7 @@ def default_adapters(path: Path) -> dict[str, str]:
 
 
 def check(llm: LLM, checkpoints: SimpleNamespace, cases: list[Case], checkpoint: Checkpoint, **options: Any) -> None:
-    """Compare with the twin, whose tokenizer has one spelling of each placeholder."""
+    """Compare with the twin, whose tokenizer has one spelling per placeholder."""
     for case, (output, logits) in zip(cases, run_cases(llm, checkpoint, cases, **options), strict=True):
         known = replace(case, prompt=re.sub(r"<\|(image|audio)_\d\|>", r"<|\1|>", case.prompt))
         check_equal(output, logits, checkpoints.twin.expected(known), case.name)
@@ -297,7 +297,7 @@ def check(llm: LLM, checkpoints: SimpleNamespace, cases: list[Case], checkpoint:
 
 @pytest.fixture(scope="module")
 def llm(checkpoints: SimpleNamespace) -> LLM:
-    """With default adapters that lie in the main files only."""
+    """An engine whose default adapters are only in the weight files."""
     return load(checkpoints.path, default_mm_loras=default_adapters(checkpoints.path))
 
 
@@ -306,7 +306,7 @@ def test_every_kind_of_prompt_with_its_default_adapter(llm: LLM, checkpoints: Si
     check(llm, checkpoints, CASES, checkpoints.microsoft, is_automatic=True)
 
 
-def test_they_are_found_by_themselves(checkpoints: SimpleNamespace, tmp_path: Path) -> None:
+def test_embedded_adapters_are_found_automatically(checkpoints: SimpleNamespace, tmp_path: Path) -> None:
     found = find_default_adapters(load_config(checkpoints.path), checkpoints.path)
     assert found == default_adapters(checkpoints.path)
     path = Path(shutil.copytree(checkpoints.path, tmp_path / "noise"))
@@ -315,7 +315,7 @@ def test_they_are_found_by_themselves(checkpoints: SimpleNamespace, tmp_path: Pa
     assert find_default_adapters(load_config(path), path) == {}
 
 
-def test_base(llm: LLM, checkpoints: SimpleNamespace) -> None:
+def test_base_model(llm: LLM, checkpoints: SimpleNamespace) -> None:
     check(llm, checkpoints, BASE_CASES, checkpoints.microsoft)
 
 
@@ -330,7 +330,7 @@ def test_extracted_adapters_are_what_peft_wrote(llm: LLM, checkpoints: SimpleNam
         assert files.tensors.keys() == original.tensors.keys()
         assert all(torch.equal(tensor, original.tensors[key]) for key, tensor in files.tensors.items())
     check(llm, checkpoints, CASES[1:], replace(checkpoints.microsoft, adapters=found))
-    # PEFT takes them too, and gives the same.
+    # PEFT accepts them as well, with the same output.
     extracted = checkpoints.twin.reference.generate("<|user|>one<|assistant|>", adapter=found["speech"])
     original = checkpoints.twin.reference.generate(
         "<|user|>one<|assistant|>", adapter=checkpoints.twin.adapters["speech"]
@@ -340,7 +340,7 @@ def test_extracted_adapters_are_what_peft_wrote(llm: LLM, checkpoints: SimpleNam
         phi4mm.extract_adapters(checkpoints.path, tmp_path)
 
 
-def test_folder_on_disk_comes_before_the_main_files(checkpoints: SimpleNamespace, tmp_path: Path) -> None:
+def test_an_adapter_folder_takes_precedence_over_the_weight_files(checkpoints: SimpleNamespace, tmp_path: Path) -> None:
     path = copy(checkpoints.path, tmp_path)
     assert phi4mm.embedded_adapter(path, str(path / "vision-lora")) is not None
     (path / "vision-lora").mkdir()
@@ -350,7 +350,7 @@ def test_folder_on_disk_comes_before_the_main_files(checkpoints: SimpleNamespace
 
 
 def copy(source: Path, folder: Path) -> Path:
-    """A directory of links to the files of another, in which single files can be replaced."""
+    """Return a directory of links to the files of another, in which single files can be replaced."""
     path = folder / "copy"
     path.mkdir()
     for file in source.iterdir():
@@ -435,7 +435,7 @@ def test_configurations_that_are_refused(
         load_config(path)
 
 
-def test_configuration_is_the_twins(checkpoints: SimpleNamespace) -> None:
+def test_configuration_equals_that_of_the_twin(checkpoints: SimpleNamespace) -> None:
     ours, theirs = load_config(checkpoints.path).to_dict(), load_config(checkpoints.twin.path).to_dict()
     names = set(CONFIG) & set(theirs) - {"model_type", "eos_token_id", "sliding_window", "embd_layer", "_name_or_path"}
     names.add("architectures")
@@ -444,7 +444,7 @@ def test_configuration_is_the_twins(checkpoints: SimpleNamespace) -> None:
         assert {name: ours[block].get(name) for name in theirs[block]} == theirs[block]
 
 
-def test_published_sizes_give_as_many_numbers_as_the_published_files(
+def test_the_published_configuration_has_as_many_parameters_as_the_published_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(phi4mm, "VISION", SIGLIP)
@@ -471,12 +471,12 @@ def test_published_sizes_give_as_many_numbers_as_the_published_files(
     assert num_base + num_lora == PUBLISHED_SIZE
 
 
-def test_tokenizer_splits_as_its_file_says(llm: LLM) -> None:
+def test_the_tokenizer_follows_its_file(llm: LLM) -> None:
     written = json.loads(llm.get_tokenizer().backend_tokenizer.to_str())
     assert written["pre_tokenizer"] == DIGITS_FIRST
 
 
-def test_settings_come_from_microsofts_files(llm: LLM, checkpoints: SimpleNamespace) -> None:
+def test_settings_are_read_from_microsofts_files(llm: LLM, checkpoints: SimpleNamespace) -> None:
     processor = llm.llm_engine.input_processor.processor
     stand_in = Phi4MultimodalProcessor(load_config(checkpoints.path), checkpoints.path, llm.get_tokenizer())
     assert stand_in.image_processor.dynamic_hd == 4
@@ -487,7 +487,7 @@ def test_settings_come_from_microsofts_files(llm: LLM, checkpoints: SimpleNamesp
 
 
 @pytest.mark.parametrize("prompt", ["<|image_2|>", "<|audio_1|><|image_1|><|image_1|>", "<|image_2|><|image_1|>"])
-def test_numbers_out_of_turn(llm: LLM, prompt: str) -> None:
+def test_numbered_placeholders_out_of_order_are_refused(llm: LLM, prompt: str) -> None:
     with pytest.raises(MediaError, match="is due"):
         llm.generate({"prompt": prompt, "multi_modal_data": {"image": picture(30, 30, 1)}}, use_tqdm=False)
 
@@ -501,7 +501,7 @@ def test_chat_writes_placeholders_into_the_text(llm: LLM) -> None:
 
 
 def test_no_code_of_the_checkpoint_is_run(llm: LLM) -> None:
-    """Its modules exit when they are imported; `transformers` would import them under this name."""
+    """The modules of the checkpoint exit when `transformers` imports them under this name."""
     assert not [name for name in sys.modules if name.startswith("transformers_modules")]
 
 

@@ -1,4 +1,4 @@
-"""A whole Qwen2.5-Omni checkpoint: its thinker answers as if it were alone, adapters trained on either apply."""
+"""A complete Qwen2.5-Omni checkpoint: the output equals that of its thinker, and adapters of both apply."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def load(path: Path) -> LLM:
     return LLM(str(path), enable_lora=True, dtype="float32", device="cpu", max_model_len=512)
 
 
-def test_the_thinker_of_a_whole_model_answers_as_if_alone(thinker: Path, whole: Path) -> None:
+def test_a_complete_model_equals_its_thinker(thinker: Path, whole: Path) -> None:
     adapter = save_adapter(thinker, thinker.parent / "lora", adapter_of("qwen2_5_omni_thinker", seed=3, r=3))
     renamed = Path(shutil.copytree(adapter, thinker.parent / "renamed"))
     weights = renamed / "adapter_model.safetensors"
@@ -66,7 +66,7 @@ def test_the_thinker_of_a_whole_model_answers_as_if_alone(thinker: Path, whole: 
 
 
 @pytest.mark.parametrize("text", ["say <|audio_bos|> please", "<|vision_bos|>"])
-def test_a_prompt_that_cannot_be_laid_out_is_refused(thinker: Path, text: str) -> None:
+def test_a_prompt_without_valid_positions_is_refused(thinker: Path, text: str) -> None:
     llm = load(thinker)
     prompt = {
         "prompt": f"<|vision_bos|><|IMAGE|><|vision_eos|>{text}",
@@ -84,7 +84,7 @@ def test_a_short_clip_is_small(thinker: Path) -> None:
     assert sum(tensor.nbytes for tensor in processor.process(item).tensors.values()) < 20_000
 
 
-def test_a_tensor_of_no_known_part_is_refused(whole: Path, thinker: Path, tmp_path: Path) -> None:
+def test_a_tensor_of_an_unknown_part_is_refused(whole: Path, thinker: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(whole, tmp_path / "model"))
     write_weights(path, load_file(thinker / "model.safetensors"), "listener.weight")
     with pytest.raises(ConfigError, match=r"1 tensor\(s\) of a qwen2_5_omni checkpoint are unknown: listener.weight"):

@@ -1,4 +1,4 @@
-"""A model that cannot be served says why in one sentence, before any weight is read; `mmlora serve` ends with 2."""
+"""A model that cannot be served is refused with one sentence before weights are read; `mmlora serve` exits with 2."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ LLAMA = {**TEXT, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "
 
 
 def composite(name: str, **options: Any) -> dict[str, Any]:
-    """The configuration of a model with towers."""
+    """Return the configuration of a model with towers."""
     config = getattr(transformers, f"{name}Config")(text_config={**TEXT, "model_type": "qwen2"}, **options)
     return {**config.to_dict(), "architectures": [f"{name}ForConditionalGeneration"]}
 
@@ -82,7 +82,9 @@ def save_config(path: Path, config: object) -> Path:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_the_command_says_why_and_ends_with_2(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_reason_and_exits_with_2(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     build, reason = REFUSED[case]
     path = save_config(tmp_path, build())
     assert cli.main(["serve", str(path), "--port", "0", "--device", "cpu"]) == 2
@@ -131,7 +133,7 @@ def test_a_hostile_configuration_is_refused_in_one_line(
     assert "\x1b" not in line and line.isprintable()
 
 
-def test_a_file_that_is_no_json(tmp_path: Path) -> None:
+def test_a_file_that_is_not_json(tmp_path: Path) -> None:
     for content in (b"", b"{", b"\xff\xfe{", b"[" * 100_000):
         (tmp_path / "config.json").write_bytes(content)
         with pytest.raises(ConfigError, match="no configuration"):
@@ -166,15 +168,15 @@ def test_recurrent_state_is_refused_by_name(model_type: str) -> None:
     assert model_type in message or config.architectures[0] in message
 
 
-# Configurations whose own defaults contradict each other.
+# Configurations with contradictory defaults.
 WITHOUT_DEFAULTS: Mapping[str, dict[str, Any]] = {
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}
 }
 
 
 @pytest.mark.parametrize("model_type", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-def test_every_decoder_of_transformers_is_taken_or_refused_in_words(model_type: str) -> None:
-    """A class that carries state from token to token by itself never passes."""
+def test_every_decoder_of_transformers_is_accepted_or_refused_with_a_reason(model_type: str) -> None:
+    """A class with recurrent state is never accepted."""
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
     config = transformers.CONFIG_MAPPING[model_type](**WITHOUT_DEFAULTS.get(model_type, {}))
     config.architectures = [name]
@@ -195,8 +197,8 @@ def test_gemma3n_without_timm(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["Gemma3", "Llama4", "Gemma4", "Emu3"])
-def test_the_text_decoder_of_a_family_with_media_is_no_reason(name: str) -> None:
-    """Its class inherits `input_modalities`, but its configuration has no towers."""
+def test_the_text_decoder_of_a_family_with_media_is_accepted(name: str) -> None:
+    """Such a class inherits `input_modalities`, but its configuration has no towers."""
     config = getattr(transformers, f"{name}TextConfig")(**TEXT)
     config.architectures = [f"{name}ForCausalLM"]
     config.layer_types = ["full_attention"] * 2

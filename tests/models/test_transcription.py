@@ -1,4 +1,4 @@
-"""How models are asked for the words of a clip: by their family, or as their checkpoint says."""
+"""Transcription prompts: of a family, or from a checkpoint."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from mmlora.models.families import FAMILIES
 from mmlora.models.transcription import LANGUAGES, PHI4_MULTIMODAL, TranscriptionPrompt, read_own_prompt
 
 
-def test_every_family_that_hears_can_be_asked() -> None:
+def test_every_family_with_audio_has_prompts() -> None:
     for family in FAMILIES.values():
         prompt = family.transcription
         assert ("audio" in family.modalities) == (prompt is not None), family.name
@@ -25,7 +25,7 @@ def test_every_family_that_hears_can_be_asked() -> None:
             assert prompt.special_token is None or prompt.special_token in (prompt.chat_template or ""), family.name
 
 
-def test_a_checkpoint_has_words_of_its_own() -> None:
+def test_a_checkpoint_may_have_prompts() -> None:
     assert read_own_prompt({"transcribe": "write it down"}) == TranscriptionPrompt("write it down")
     content = {"transcribe": "a", "transcribe_in": "b {language}", "translate": "c", "languages": ["en"]}
     expected = TranscriptionPrompt("a", "b {language}", "c", ("en",), takes_context=False)
@@ -45,12 +45,12 @@ def test_a_checkpoint_has_words_of_its_own() -> None:
         ({"transcribe": "x", "chat_template": "y"}, "unknown field 'chat_template'; allowed are transcribe"),
     ],
 )
-def test_words_of_another_form_are_refused(content: Any, named: str) -> None:
+def test_invalid_prompts_are_refused(content: Any, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         read_own_prompt(content)
 
 
-def test_the_checkpoint_wins_over_its_family(tiny_phi4: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_overrides_its_family(tiny_phi4: Path, tmp_path: Path) -> None:
     assert LLM(str(tiny_phi4), device="cpu").llm_engine.transcription_prompt == PHI4_MULTIMODAL
     path = shutil.copytree(tiny_phi4, tmp_path / "model")
     file = path / "generation_config.json"

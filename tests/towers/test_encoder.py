@@ -1,4 +1,4 @@
-"""`MediaEncoder`: embeddings are kept once per key, and its bytes are those that it holds."""
+"""`MediaEncoder`: embeddings are cached once per key, and `num_bytes` is their size."""
 
 import torch
 
@@ -7,7 +7,7 @@ from mmlora.towers.encoder import EncoderJob, MediaEncoder, encoder_key
 
 
 class _Towers:
-    """Gives three rows for each item."""
+    """Returns three rows per item."""
 
     modalities = frozenset({"audio"})
 
@@ -26,8 +26,8 @@ def job(content: str, slot: int | None, digest: str | None) -> EncoderJob:
     return EncoderJob(media, "audio", slot, encoder_key(media, "audio", digest))
 
 
-def test_one_key_of_two_slots_is_encoded_and_counted_once() -> None:
-    """The same tower part under two adapters of one step: one set of embeddings."""
+def test_a_key_in_two_slots_is_encoded_and_counted_once() -> None:
+    """Two adapters with equal tower tensors share embeddings within a step."""
     encoder = MediaEncoder(_Towers(), None, 1000)
     for content in ("a", "bb", "ccc", "dddd"):
         found = encoder.encode([job(content, 0, "same"), job(content, 1, "same")])
@@ -37,7 +37,7 @@ def test_one_key_of_two_slots_is_encoded_and_counted_once() -> None:
     )
 
 
-def test_the_least_recently_used_leave_first() -> None:
+def test_the_least_recently_used_are_evicted_first() -> None:
     encoder = MediaEncoder(_Towers(), None, 2 * 3 * 4 * 4)
     encoder.encode([job("a", None, None), job("bb", None, None)])
     encoder.encode([job("a", None, None)])

@@ -21,7 +21,7 @@ from mmlora.processors.fetch.loader import MAX_URLS, MediaLoader
 from mmlora.processors.fetch.reference import MediaReference
 from mmlora.processors.media.decoding import load_media
 from mmlora.processors.media.items import MediaLimits
-from tests.web import Names, answer, drip, endless, redirect, run_web_server
+from tests.web_server import FakeDNS, drip, endless, http_response, redirect, run_web_server
 
 HERE = ["127.0.0.1/32"]  # the only address that is allowed; the servers listen on all of 127.0.0.0/8
 SMALL = MediaLimits(max_bytes=100_000)
@@ -30,7 +30,7 @@ HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
 
 @pytest.fixture
 def names(monkeypatch):
-    return Names(monkeypatch)
+    return FakeDNS(monkeypatch)
 
 
 @pytest.fixture
@@ -51,8 +51,10 @@ def refuse(url, **options):
 
 
 def test_a_url_is_read_from_the_address_of_its_name_which_is_looked_up_once(names, png, encode_audio):
-    names.answers["media.example"] = names.answers["media.example."] = [["127.0.0.1"]]
-    with run_web_server({"/a.png?size=1": answer(png), "/b": answer(encode_audio(), "Content-Type: text/html")}) as web:
+    names.addresses["media.example"] = names.addresses["media.example."] = [["127.0.0.1"]]
+    with run_web_server(
+        {"/a.png?size=1": http_response(png), "/b": http_response(encode_audio(), "Content-Type: text/html")}
+    ) as web:
         item = load(web.url("/a.png?size=1#top", "media.example"))
         assert item.content_hash == load_media(png).content_hash and names.lookups == ["media.example"]
         assert load(web.url("/b", "MEDIA.example.")).modality == "audio"
@@ -72,7 +74,7 @@ def test_a_url_is_read_from_the_address_of_its_name_which_is_looked_up_once(name
 )  # fmt: skip
 def test_a_name_with_an_address_that_is_not_allowed_is_not_connected_to(names, monkeypatch, addresses):
     monkeypatch.setattr(httpcore.AnyIOBackend, "connect_tcp", lambda *_: pytest.fail("connected"))
-    names.answers["inner.example"] = [addresses]
+    names.addresses["inner.example"] = [addresses]
     message, _ = refuse("http://inner.example:8080/a.png")
     assert "'inner.example'" in message and "has an address that is not allowed" in message
     assert not any(address in message for address in addresses)
@@ -82,19 +84,19 @@ def test_a_name_with_an_address_that_is_not_allowed_is_not_connected_to(names, m
     "host", ["127.0.0.2", "2130706434", "0x7f.2", "127.2", "[::1]", "[::ffff:127.0.0.2]", "[::ffff:7f00:2]", "0"]
 )
 def test_addresses_are_checked_however_a_url_spells_them(host):
-    with run_web_server({"/": answer(b"")}) as web:
+    with run_web_server({"/": http_response(b"")}) as web:
         message, _ = refuse(web.url("/", host))
     assert "has an address that is not allowed" in message or "malformed" in message
     assert not web.requests
 
 
 def test_a_name_that_is_bound_anew_after_the_check_changes_nothing(names, png):
-    names.answers["rebind.example"] = [["127.0.0.1"], ["127.0.0.2"]]
+    names.addresses["rebind.example"] = [["127.0.0.1"], ["127.0.0.2"]]
     peers = []
 
     def route(connection):
         peers.append(connection.getsockname()[0])
-        connection.sendall(answer(png))
+        connection.sendall(http_response(png))
 
     with run_web_server({"/a": route}) as web:
         load(web.url("/a", "rebind.example"))
@@ -104,14 +106,14 @@ def test_a_name_that_is_bound_anew_after_the_check_changes_nothing(names, png):
 
 
 def test_the_next_address_is_tried_when_one_does_not_answer(names, png):
-    names.answers["two.example"] = [["127.0.0.3", "127.0.0.1"]]
-    with run_web_server({"/a": answer(png)}, host="127.0.0.1") as web:
+    names.addresses["two.example"] = [["127.0.0.3", "127.0.0.1"]]
+    with run_web_server({"/a": http_response(png)}, host="127.0.0.1") as web:
         assert load(web.url("/a", "two.example"), networks=["127.0.0.0/8"]).modality == "image"
 
 
 def test_a_public_address_of_this_machine_is_refused(monkeypatch, png):
     monkeypatch.setattr(checked_network, "is_public", lambda address: True)
-    with run_web_server({"/a": answer(png)}) as web:
+    with run_web_server({"/a": http_response(png)}) as web:
         assert "not allowed" in refuse(web.url("/a"), networks=[])[0]
         assert load(web.url("/a")).modality == "image"
     assert len(web.requests) == 1
@@ -135,9 +137,9 @@ def test_a_public_address_of_this_machine_is_refused(monkeypatch, png):
     ],
 )
 def test_everything_is_checked_again_where_a_redirect_leads(names, png, location, named):
-    names.answers["inner.example"] = [["10.0.0.1"]]
+    names.addresses["inner.example"] = [["10.0.0.1"]]
     domains = ["127.0.0.1", "127.0.0.2", "::ffff:127.0.0.2", "::ffff:7f00:2", "169.254.169.254", "inner.example"]
-    routes = {"/a": answer(png)}
+    routes = {"/a": http_response(png)}
     with run_web_server(routes) as web:
         routes["/start"] = redirect(location.format(port=web.port))
         message, _ = refuse(web.url("/start"), domains=domains)
@@ -146,7 +148,7 @@ def test_everything_is_checked_again_where_a_redirect_leads(names, png, location
 
 def test_redirects_are_followed_a_few_times(png):
     routes = {f"/{index}": redirect(f"{index + 1}") for index in range(20)}
-    routes |= {"/5": answer(png), "/loop": redirect("/loop")}
+    routes |= {"/5": http_response(png), "/loop": redirect("/loop")}
     with run_web_server(routes) as web:
         assert load(web.url("/0")).modality == "image" and len(web.requests) == 6
         routes["/5"] = redirect("/6")
@@ -180,7 +182,7 @@ def test_bad_urls_are_refused_by_name(url, named):
 
 def test_hosts_are_those_that_are_allowed(names, png):
     hosts = ["a.example", "sub.b.example", "b.example", "xb.example", "a.example.evil", "bücher.example"]
-    names.answers.update({host: [["127.0.0.1"]] for host in [*hosts, "xn--bcher-kva.example"]})
+    names.addresses.update({host: [["127.0.0.1"]] for host in [*hosts, "xn--bcher-kva.example"]})
 
     def is_loaded(host):
         try:
@@ -189,7 +191,7 @@ def test_hosts_are_those_that_are_allowed(names, png):
             assert "--allowed-media-domains allows a.example, *.b.example" in str(error)
             return False
 
-    with run_web_server({"/": answer(png)}) as web:
+    with run_web_server({"/": http_response(png)}) as web:
         assert [is_loaded(host) for host in hosts] == [True, True, False, False, False, True]
         assert "allows none" in refuse(web.url("/"), domains=[])[0]
 
@@ -238,7 +240,7 @@ def test_a_compressed_answer_is_refused_and_not_unpacked():
     assert len(bomb) < 20_000
     tracemalloc.start()
     try:
-        with run_web_server({"/": answer(bomb, "Content-Encoding: gzip")}) as web:
+        with run_web_server({"/": http_response(bomb, "Content-Encoding: gzip")}) as web:
             message, _ = refuse(web.url("/"))
             _, peak = tracemalloc.get_traced_memory()
     finally:
@@ -249,11 +251,11 @@ def test_a_compressed_answer_is_refused_and_not_unpacked():
 @pytest.mark.parametrize(
     "raw, named",
     [
-        (answer(b"\x89PNG\r\n\x1a\n", length=500), "RemoteProtocolError|ReadError"),
-        (answer(b"", status="404 Not Found"), "status 404"),
-        (answer(b"", status="204 No Content"), "status 204"),
-        (answer(b"root:x:0:0:root:/root"), "neither audio nor an image"),
-        (answer(b""), "neither audio nor an image"),
+        (http_response(b"\x89PNG\r\n\x1a\n", length=500), "RemoteProtocolError|ReadError"),
+        (http_response(b"", status="404 Not Found"), "status 404"),
+        (http_response(b"", status="204 No Content"), "status 204"),
+        (http_response(b"root:x:0:0:root:/root"), "neither audio nor an image"),
+        (http_response(b""), "neither audio nor an image"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n", "RemoteProtocolError"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello!", "RemoteProtocolError"),
         (b"SSH-2.0-OpenSSH_9.9\r\n", "RemoteProtocolError"),
@@ -267,16 +269,19 @@ def test_what_is_no_media_is_refused_and_not_quoted(raw, named):
 
 
 def test_a_content_length_that_is_too_short_cuts_the_picture(png):
-    with run_web_server({"/": answer(png, length=len(png) // 2)}) as web, pytest.raises(MediaError, match="decode"):
+    with (
+        run_web_server({"/": http_response(png, length=len(png) // 2)}) as web,
+        pytest.raises(MediaError, match="decode"),
+    ):
         load(web.url("/"))
 
 
 def test_the_certificate_must_be_that_of_the_name(names, monkeypatch, png, tmp_path):
-    names.answers["media.example"] = names.answers["other.example"] = [["127.0.0.1"]]
+    names.addresses["media.example"] = names.addresses["other.example"] = [["127.0.0.1"]]
     server_tls, trusting = _certificate("media.example", tmp_path)
     asked = []
     server_tls.sni_callback = lambda _, name, __: asked.append(name)
-    with run_web_server({"/": answer(png)}, server_tls) as web:
+    with run_web_server({"/": http_response(png)}, server_tls) as web:
         assert "CERTIFICATE_VERIFY_FAILED" in refuse(web.url("/", "media.example", "https"))[0]
         monkeypatch.setattr(httpcore, "default_ssl_context", lambda: trusting)
         assert load(web.url("/", "media.example", "https")).modality == "image"
@@ -308,7 +313,7 @@ def _certificate(name, folder):
 
 def test_neither_proxies_nor_netrc_of_the_environment_are_used(monkeypatch, tmp_path, png):
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\n")
-    with run_web_server({"/": answer(png)}) as web:
+    with run_web_server({"/": http_response(png)}) as web:
         for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
             monkeypatch.setenv(name, "http://127.0.0.1:9")
         monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -332,7 +337,7 @@ def test_the_urls_of_a_prompt_are_read_together_and_each_only_once(png):
 
     def route(connection):
         barrier.wait()
-        connection.sendall(answer(png))
+        connection.sendall(http_response(png))
 
     with run_web_server({f"/{index}": route for index in range(8)}) as web:
         urls = [web.url(f"/{index % 8}") for index in range(16)]
@@ -365,7 +370,7 @@ def test_the_urls_of_a_prompt_are_bounded_in_number_and_bytes(png):
         run(_fetch(loader, *["http://127.0.0.1/"] * (MAX_URLS + 1)))
     loader = MediaLoader(MediaLimits(max_decoded_bytes=3 * len(png)), networks=HERE)
     message = f"have {4 * len(png)} bytes or more; allowed are {3 * len(png)}"
-    routes = {f"/{index}": answer(png) for index in range(50)}
+    routes = {f"/{index}": http_response(png) for index in range(50)}
     with run_web_server(routes) as web, pytest.raises(MediaError, match=message):
         run(_fetch(loader, *[web.url(path) for path in routes]))
     assert len(web.requests) < 20
@@ -375,7 +380,7 @@ def test_a_hundred_silent_servers_do_not_hold_up_another(png):
     def silent(connection):
         connection.recv(1)
 
-    with run_web_server({"/": answer(png), "/silent": silent}) as web:
+    with run_web_server({"/": http_response(png), "/silent": silent}) as web:
         loader = MediaLoader(SMALL, networks=HERE, timeout_s=30)
         waiting = [loader.http.read([web.url("/silent")]) for _ in range(100)]
         try:

@@ -21,7 +21,7 @@ import soundfile
 
 from tests.server.conftest import RunningServer, ServerFactory, still_serving
 from tests.server.observability.figures import MIB, bounded
-from tests.web import Names, answer, endless, redirect, run_web_server
+from tests.web_server import FakeDNS, endless, http_response, redirect, run_web_server
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +189,8 @@ def test_files_elsewhere(server: RunningServer, folder: Path, place: str) -> Non
 def test_places_in_the_inner_network(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch, target: str, way: str
 ) -> None:
-    names = Names(monkeypatch)
-    names.answers["metadata.example"] = [["169.254.169.254"]]
+    names = FakeDNS(monkeypatch)
+    names.addresses["metadata.example"] = [["169.254.169.254"]]
     routes: dict[str, Any] = {}
     with run_web_server(routes) as web, bounded(f"{way} {target}"):
         url = target.format(port=web.port)
@@ -214,7 +214,7 @@ def test_hostile_web_servers(server: RunningServer, case: str, named: str) -> No
     routes: dict[str, Any] = {
         "/endless": endless(head + b"\r\n\x89PNG\r\n\x1a\n", bytes(65536)),
         "/claim of 1 TB": head + b"Content-Length: 1099511627776\r\n\r\n",
-        "/gzip": answer(gzip.compress(bytes(10 * MIB)), "Content-Encoding: gzip"),
+        "/gzip": http_response(gzip.compress(bytes(10 * MIB)), "Content-Encoding: gzip"),
         "/redirects": redirect("/redirects"),
         "/silent": lambda connection: time.sleep(5),
     }

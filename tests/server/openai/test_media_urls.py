@@ -17,7 +17,7 @@ from PIL import Image
 from mmlora.errors import MediaError
 from mmlora.llm import LLM
 from tests.server.conftest import RunningServer, ServerFactory, text_part, url_part, wait_for, wait_until_idle
-from tests.web import WebServer, answer, run_web_server
+from tests.web_server import WebServer, http_response, run_web_server
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def server(start_server: ServerFactory, folder: Path) -> RunningServer:
 
 @pytest.fixture
 def web(png: bytes, wav: bytes) -> Iterator[WebServer]:
-    with run_web_server({"/a.png": answer(png), "/a.wav": answer(wav)}) as server:
+    with run_web_server({"/a.png": http_response(png), "/a.wav": http_response(wav)}) as server:
         yield server
 
 
@@ -128,7 +128,7 @@ def test_a_uuid_stands_for_media_of_responses_too(server: RunningServer, png: by
 
 
 def test_a_uuid_with_other_content_stands_for_that(server: RunningServer, web: WebServer, png: bytes) -> None:
-    with run_web_server({"/b.png": answer(png)}) as other:
+    with run_web_server({"/b.png": http_response(png)}) as other:
         server.ask(image_part(web.url("/a.png"), uuid="moves"))
         server.ask(image_part(other.url("/b.png"), uuid="moves"))
         assert len(other.requests) == 1

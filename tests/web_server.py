@@ -1,4 +1,4 @@
-"""A web server on this machine that does what a test says, byte by byte, and names that lead wherever it likes."""
+"""A local web server whose responses a test controls byte by byte, and a fake DNS."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ Route = Callable[[socket.socket], None]
 
 @dataclass
 class WebServer:
-    """A server that answers each connection with the route of its path.
+    """A running web server.
 
     Attributes:
-        port: that it listens on, on every address of this machine.
-        requests: the heads that came.
-        num_left: connections that the client closed before the route was done.
+        routes: by path, the bytes of a response or a function that writes to the connection; others are 404.
+        port: of the server, on every local address.
+        requests: the heads that the server received.
+        num_left: connections that the client closed before the route was finished.
     """
 
     routes: Mapping[str, bytes | Route]
@@ -45,7 +46,7 @@ class WebServer:
         if not head:
             return
         self.requests.append(head.decode("latin-1"))
-        route = self.routes.get(self.paths[-1], answer(b"", status="404 Not Found"))
+        route = self.routes.get(self.paths[-1], http_response(b"", status="404 Not Found"))
         try:
             if callable(route):
                 route(connection)
@@ -55,18 +56,18 @@ class WebServer:
             self.num_left += 1
 
 
-def answer(body: bytes, *headers: str, status: str = "200 OK", length: int | None = None) -> bytes:
-    """A whole answer; `length` is what its head claims."""
+def http_response(body: bytes, *headers: str, status: str = "200 OK", length: int | None = None) -> bytes:
+    """Return a complete response; `length` overrides its Content-Length."""
     lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body) if length is None else length}", *headers, "", ""]
     return "\r\n".join(lines).encode("latin-1") + body
 
 
 def redirect(location: str) -> bytes:
-    return answer(b"", f"Location: {location}", status="302 Found")
+    return http_response(b"", f"Location: {location}", status="302 Found")
 
 
 def drip(data: bytes, pause_s: float) -> Route:
-    """Send a byte at a time."""
+    """Return a route that sends one byte at a time."""
 
     def route(connection: socket.socket) -> None:
         for index in range(len(data)):
@@ -77,7 +78,7 @@ def drip(data: bytes, pause_s: float) -> Route:
 
 
 def endless(head: bytes, piece: bytes) -> Route:
-    """Send a head, then pieces until the client leaves."""
+    """Return a route that sends a head, and then pieces until the client disconnects."""
 
     def route(connection: socket.socket) -> None:
         connection.sendall(head)
@@ -91,7 +92,7 @@ def endless(head: bytes, piece: bytes) -> Route:
 def run_web_server(
     routes: Mapping[str, bytes | Route], tls: ssl.SSLContext | None = None, host: str = ""
 ) -> Iterator[WebServer]:
-    """Serve until the block ends."""
+    """Run a web server until the block ends."""
     server = WebServer(routes)
     listener = socket.create_server((host, 0), backlog=512)
     server.port = listener.getsockname()[1]
@@ -106,7 +107,7 @@ def run_web_server(
                     server.serve(wrapped)
 
     def accept() -> None:
-        with suppress(OSError):  # the listener was closed
+        with suppress(OSError):  # the listener is closed
             while True:
                 threading.Thread(target=handle, args=[listener.accept()[0]], daemon=True).start()
 
@@ -120,25 +121,26 @@ def run_web_server(
         thread.join()
 
 
-class Names:
-    """Replaces the look-up of names: `answers` has lists of addresses, one for each look-up, the last for the rest.
+class FakeDNS:
+    """Replaces `socket.getaddrinfo`.
 
     Attributes:
-        lookups: the names that were looked up.
+        addresses: by name, the addresses of each lookup; the last ones are repeated. Other names are looked up.
+        lookups: the names of `addresses` that were looked up.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.answers: dict[str, list[list[str]]] = {}
+        self.addresses: dict[str, list[list[str]]] = {}
         self.lookups: list[str] = []
-        self._look_up = socket.getaddrinfo
-        monkeypatch.setattr(socket, "getaddrinfo", self._answer)
+        self._getaddrinfo = socket.getaddrinfo
+        monkeypatch.setattr(socket, "getaddrinfo", self._resolve)
 
-    def _answer(self, host: Any, port: Any, *args: Any, **options: Any) -> Any:
+    def _resolve(self, host: Any, port: Any, *args: Any, **options: Any) -> Any:
         name = host.decode() if isinstance(host, bytes) else host
-        if name not in self.answers:
-            return self._look_up(host, port, *args, **options)
+        if name not in self.addresses:
+            return self._getaddrinfo(host, port, *args, **options)
         self.lookups.append(name)
-        answers = self.answers[name]
-        addresses = answers.pop(0) if len(answers) > 1 else answers[0]
+        lookups = self.addresses[name]
+        addresses = lookups.pop(0) if len(lookups) > 1 else lookups[0]
         kinds = [(socket.AF_INET6 if ":" in address else socket.AF_INET, address) for address in addresses]
         return [(kind, socket.SOCK_STREAM, 6, "", (address, port)) for kind, address in kinds]
