@@ -1,7 +1,7 @@
 """The routes of the HTTP server."""
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final
 
 from fastapi import APIRouter, FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -107,53 +107,60 @@ def generation_routes(
         llm, models, max_request_bytes: see `build_app`.
         tool_call_parser: see `ToolCalling`.
     """
+    common = llm, models, max_request_bytes
     tool_calling = ToolCalling(tool_call_parser, llm.input_processor.chat_template.source)
-    chat = ChatService(llm, models, max_request_bytes, tool_calling)
-    completion = CompletionService(llm, models, max_request_bytes)
-    response = ResponsesService(llm, models, max_request_bytes, tool_calling)
-    transcription = TranscriptionService(llm, models, max_request_bytes, TranscriptionRequest)
-    translation = TranscriptionService(llm, models, max_request_bytes, TranslationRequest)
     routes = APIRouter(prefix="/v1")
 
-    @routes.post(
+    def add(
+        path: str, name: str, respond: Callable[[Request], Awaitable[Response]], description: str, **options: Any
+    ) -> None:
+        routes.add_api_route(path, respond, methods=["POST"], name=name, description=description, **options)
+
+    add(
         "/chat/completions",
+        "chat_completions",
+        ChatService(*common, tool_calling).respond,
+        "Create a chat completion.",
         openapi_extra=body_schema(ChatCompletionRequest),
         response_model=ChatCompletion,
         responses=OR_EVENTS,
     )
-    async def chat_completions(request: Request) -> Response:
-        return await chat.respond(request)
-
-    @routes.post(
-        "/completions", openapi_extra=body_schema(CompletionRequest), response_model=Completion, responses=OR_EVENTS
+    add(
+        "/completions",
+        "completions",
+        CompletionService(*common).respond,
+        "Create completions of prompts.",
+        openapi_extra=body_schema(CompletionRequest),
+        response_model=Completion,
+        responses=OR_EVENTS,
     )
-    async def completions(request: Request) -> Response:
-        return await completion.respond(request)
-
-    @routes.post(
-        "/responses", openapi_extra=body_schema(ResponsesRequest), response_model=ResponseObject, responses=OR_EVENTS
+    add(
+        "/responses",
+        "responses",
+        ResponsesService(*common, tool_calling).respond,
+        "Create a response.",
+        openapi_extra=body_schema(ResponsesRequest),
+        response_model=ResponseObject,
+        responses=OR_EVENTS,
     )
-    async def responses(request: Request) -> Response:
-        return await response.respond(request)
-
-    @routes.post(
+    add(
         "/audio/transcriptions",
+        "transcriptions",
+        TranscriptionService(*common, TranscriptionRequest).respond,
+        "Transcribe audio.",
         openapi_extra=body_schema(TranscriptionRequest, FORM),
         response_model=Transcription,
         responses=OR_EVENTS_OR_TEXT,
     )
-    async def transcriptions(request: Request) -> Response:
-        return await transcription.respond(request)
-
-    @routes.post(
+    add(
         "/audio/translations",
+        "translations",
+        TranscriptionService(*common, TranslationRequest).respond,
+        "Translate audio to English.",
         openapi_extra=body_schema(TranslationRequest, FORM),
         response_model=Transcription,
         responses=OR_EVENTS_OR_TEXT,
     )
-    async def translations(request: Request) -> Response:
-        return await translation.respond(request)
-
     return routes
 
 
