@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from mmlora.lora.layers.linear import LoRALayer
+from mmlora.lora.layers.base import LoRALayer
 from mmlora.lora.layers.state import LoRAState
 from mmlora.lora.weights import LoRAWeights, ModuleWeights
 
@@ -20,7 +20,7 @@ CONVOLUTIONS: dict[type[nn.Module], Callable[..., torch.Tensor]] = {
 
 
 def convolution_of(module: nn.Module) -> Callable[..., torch.Tensor] | None:
-    """Return the function that a convolution module computes, None for other modules."""
+    """Return the functional form of a convolution module; None for other modules."""
     return next((function for kind, function in CONVOLUTIONS.items() if isinstance(module, kind)), None)
 
 
@@ -32,9 +32,9 @@ class _ConvolutionPatch:
 
 
 class LoRAConvolution(LoRALayer):
-    """Add an adapter to a convolution of a tower: `y = base(x) + scaling · B(A(x))`, B being 1 x 1.
+    """Adds an adapter to a convolution of a tower: `y = base(x) + scaling · B(A(x))` with a 1 x 1 convolution B.
 
-    One call belongs to one adapter, since towers encode media grouped by adapter.
+    One call uses one adapter, because towers encode media grouped by adapter.
     """
 
     def __init__(self, base: nn.Module, state: LoRAState, max_loras: int, *, is_output_layer: bool = False) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from mmlora.lora.layers.linear import LoRALayer
+from mmlora.lora.layers.base import LoRALayer
 from mmlora.lora.layers.state import LoRAState
 from mmlora.lora.weights import ModuleWeights, TokenRows
 
@@ -15,16 +15,16 @@ from mmlora.lora.weights import ModuleWeights, TokenRows
 @dataclass(frozen=True, eq=False)
 class _EmbeddingPatch:
     parameters: Mapping[str, torch.Tensor]
-    lora_A: torch.Tensor | None  # [num_embeddings, r]: row by row, as it is looked up
-    lora_B: torch.Tensor | None  # [r, embedding_dim], scaling included
+    lora_A: torch.Tensor | None  # [num_embeddings, r], contiguous by row for the look-up
+    lora_B: torch.Tensor | None  # [r, embedding_dim], includes the scaling
     factor: torch.Tensor | None  # [embedding_dim] (DoRA)
     token_rows: TokenRows | None
 
 
 class LoRAEmbedding(LoRALayer):
-    """Add the adapter in each row's slot to an Embedding: `y = base(ids) + scaling · A[:, ids]ᵀ Bᵀ`.
+    """Adds the adapter in each row's slot to an Embedding: `y = base(ids) + scaling · A[:, ids]ᵀ Bᵀ`.
 
-    Embeddings that scale their output (`embed_scale`) scale the adapter's part, too.
+    Embeddings that scale their output (`embed_scale`) also scale the adapter's part.
     """
 
     def __init__(self, base: nn.Module, state: LoRAState, max_loras: int, *, is_output_layer: bool = False) -> None:
@@ -37,7 +37,7 @@ class LoRAEmbedding(LoRALayer):
         if lora is not None:
             lora_A = self.on_device(lora.lora_A).T.contiguous()
             lora_B = self.on_device(lora.lora_B).T * lora.scaling
-            if lora.magnitude is not None:  # of each dimension, over the whole vocabulary
+            if lora.magnitude is not None:  # norm of each dimension over the whole vocabulary
                 norm = torch.linalg.norm(self.base.weight.float() + lora_A.float() @ lora_B.float(), dim=0)
                 factor = self.on_device(lora.magnitude).float() / norm
         if token_rows is not None:

@@ -1,11 +1,6 @@
-"""The layers that apply adapters: each wraps one module of the model and holds what every slot changes in it.
+"""`LoRALinear`: adapters on linear layers."""
 
-A pass without adapters calls the wrapped module and nothing else.
-"""
-
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,69 +8,27 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from mmlora.kernels import ops
-from mmlora.kernels.segments import RowSegments
 from mmlora.kernels.slot_weights import SlotWeights
+from mmlora.lora.layers.base import LoRALayer
 from mmlora.lora.layers.state import LoRAState
 from mmlora.lora.weights import LoRAWeights, ModuleWeights, TokenRows
 
 
-class LoRALayer(nn.Module, ABC):
-    """What all wrappers share: the wrapped module, reachable with all its attributes, and the state of the pass.
-
-    Args:
-        base: the wrapped module.
-        state: shared by all layers of the model.
-        max_loras: number of slots.
-        is_output_layer: the module sees the rows whose logits are wanted, not all tokens.
-    """
-
-    base: Any  # its attributes are those of many classes
-
-    def __init__(self, base: nn.Module, state: LoRAState, max_loras: int, *, is_output_layer: bool = False) -> None:
-        super().__init__()
-        self.base = base
-        self.state = state
-        self.max_loras = max_loras
-        self.is_output_layer = is_output_layer
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
-
-    @abstractmethod
-    def set_slot(self, slot: int, weights: ModuleWeights) -> None:
-        """Put what an adapter changes in this module into a slot."""
-
-    @abstractmethod
-    def clear_slot(self, slot: int) -> None:
-        """Empty a slot."""
-
-    def rows_of(self, num_rows: int) -> RowSegments | None:
-        """Return the running pass's assignment of rows to slots."""
-        return self.state.rows_of(num_rows, is_output_layer=self.is_output_layer)
-
-    def on_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Copy a tensor to where the wrapped module lies, unless it is there."""
-        return tensor.to(self.state.device, non_blocking=True)
-
-
 @dataclass(frozen=True, eq=False)
 class _LinearPatch:
-    """What a slot changes in a Linear besides its low-rank product."""
+    """Changes of a slot in a Linear besides its low-rank product."""
 
-    weight: torch.Tensor | None = None  # [out_features, in_features], in place of the base's
-    bias: torch.Tensor | None = None  # [out_features], in place of the base's, lora_B's included
-    factor: torch.Tensor | None = None  # [out_features], of everything but the bias (DoRA)
-    token_rows: TokenRows | None = None  # the module is an output layer: new rows of its weight
+    weight: torch.Tensor | None = None  # [out_features, in_features], replaces the base's
+    bias: torch.Tensor | None = None  # [out_features], replaces the base's; includes lora_B's
+    factor: torch.Tensor | None = None  # [out_features], scales the output except the bias (DoRA)
+    token_rows: TokenRows | None = None  # for an output layer: new rows of its weight
 
 
 class LoRALinear(LoRALayer):
-    """Add the adapter in each row's slot to a Linear: `y = base(x) + scaling · (x Aᵀ) Bᵀ`.
+    """Adds the adapter in each row's slot to a Linear: `y = base(x) + scaling · (x Aᵀ) Bᵀ`.
 
-    Replaced weights and biases and DoRA's magnitudes (https://arxiv.org/abs/2402.09353) are applied to the rows of
-    their slot. `transformers`' Conv1D, a Linear whose weight is transposed, is wrapped, too.
+    Replaced weights and biases and DoRA's magnitudes (https://arxiv.org/abs/2402.09353) apply to the rows of their
+    slot. Also wraps `transformers`' Conv1D, a Linear with a transposed weight.
     """
 
     def __init__(self, base: nn.Module, state: LoRAState, max_loras: int, *, is_output_layer: bool = False) -> None:
@@ -98,7 +51,7 @@ class LoRALinear(LoRALayer):
         self._patches.pop(slot, None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `[…, out_features]` for `x [..., in_features]`; its rows are all leading dimensions flattened."""
+        """Return `[…, out_features]` for `x [..., in_features]`; the leading dimensions are flattened to rows."""
         y: torch.Tensor = self.base(x)
         if not self.state.is_active:
             return y
@@ -129,7 +82,7 @@ class LoRALinear(LoRALayer):
         return patch.bias if patch.bias is not None else bias
 
     def _finish(self, x: torch.Tensor, y: torch.Tensor, patch: _LinearPatch) -> None:
-        """Apply in place what comes after the low-rank product."""
+        """Apply in place the changes that follow the low-rank product."""
         bias = self._bias_of(patch)
         if patch.token_rows is not None:
             y[:, patch.token_rows.ids] = linear(x, patch.token_rows.rows)
@@ -149,7 +102,7 @@ class LoRALinear(LoRALayer):
             bias = lora_bias if own is None else own + lora_bias
         if token_rows is not None:
             token_rows = TokenRows(self.on_device(token_rows.ids), self.on_device(token_rows.rows))
-            # PEFT's layer of trained tokens computes the whole output without a bias, so the adapter knows none.
+            # PEFT's layer of trained tokens computes the output without a bias, so the adapter was trained without one.
             bias = torch.zeros_like(self.base.bias) if self.base.bias is not None else None
         factor = self._dora_factor(lora) if lora is not None and lora.magnitude is not None else None
         if all(change is None for change in (weight, bias, factor, token_rows)):
@@ -157,7 +110,7 @@ class LoRALinear(LoRALayer):
         return _LinearPatch(weight, bias, factor, token_rows)
 
     def _dora_factor(self, lora: LoRAWeights) -> torch.Tensor:
-        """Return magnitude over the norm of each row of the changed weight, `[out_features] fp32`."""
+        """Return the magnitude divided by the norm of each row of the changed weight, `[out_features] fp32`."""
         delta = self.on_device(lora.lora_B).float() @ self.on_device(lora.lora_A).float()
         norm: torch.Tensor = torch.linalg.norm(self._weight.float() + lora.scaling * delta, dim=1)
         assert lora.magnitude is not None

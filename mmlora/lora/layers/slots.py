@@ -1,4 +1,4 @@
-"""Device slots: which adapters are resident in the model's layers, and how many requests use each."""
+"""Device slots of LoRA adapters, with a reference count for each slot."""
 
 from collections import OrderedDict
 from typing import Final
@@ -8,22 +8,22 @@ from torch import nn
 
 from mmlora.errors import AdapterError
 from mmlora.lora.adapter import Adapter, AdapterIdentity
+from mmlora.lora.layers.base import LoRALayer, LoRAWholeModule
 from mmlora.lora.layers.convolution import LoRAConvolution
 from mmlora.lora.layers.embedding import LoRAEmbedding
-from mmlora.lora.layers.linear import LoRALayer, LoRALinear
+from mmlora.lora.layers.linear import LoRALinear
 from mmlora.lora.layers.state import LoRAState
-from mmlora.lora.layers.whole_module import LoRAWholeModule
 from mmlora.lora.loading.module_index import kind_of, output_layer_of
 
 
 class LoRASlots:
-    """Keep up to `max_loras` adapters in the layers of a model.
+    """Holds up to `max_loras` adapters in the layers of a model. Used by the engine thread only.
 
-    An adapter stays resident after its last request until its slot is needed; a slot in use is never taken. Modules
-    are wrapped when the first adapter that changes them is activated. Used by the engine thread only.
+    An adapter stays resident after its last request until its slot is needed (LRU); a slot in use is never evicted.
+    Modules are wrapped when the first adapter that changes them is activated.
 
     Args:
-        model: the whole model, whose module names the adapters use.
+        model: the whole model; adapters use its module names.
         max_loras: number of slots.
         device: of the model.
         max_num_rows, max_num_segments: see `LoRAState`.
@@ -53,19 +53,19 @@ class LoRASlots:
         return tuple(self._adapters[slot] for slot in self._slots.values())
 
     def slot_of(self, identity: AdapterIdentity) -> int | None:
-        """Return the slot that holds this version of an adapter, None if it is not resident."""
+        """Return the slot of a version of an adapter; None if it is not resident."""
         return self._slots.get(identity)
 
     def num_users(self, slot: int) -> int:
-        """Return how often a slot is retained."""
+        """Return the reference count of a slot."""
         return self._num_users[slot]
 
     def can_activate(self, adapter: Adapter) -> bool:
-        """Tell whether `activate` would find a slot: the adapter is resident, or a slot is free or idle."""
+        """Return whether the adapter is resident or a slot is free or idle, so that `activate` succeeds."""
         return adapter.identity in self._slots or self._available_slot() is not None
 
     def activate(self, adapter: Adapter) -> int:
-        """Make an adapter resident and return its slot; the caller retains it while requests run in it.
+        """Make an adapter resident and return its slot; the caller retains the slot while requests use it.
 
         Raises:
             AdapterError: every slot is in use.
@@ -74,23 +74,23 @@ class LoRASlots:
         if slot is None:
             slot = self._available_slot()
             if slot is None:
-                raise AdapterError(f"adapter {adapter.name!r} finds no slot: all {self.max_loras} are in use")
+                raise AdapterError(f"no slot for adapter {adapter.name!r}: all {self.max_loras} are in use")
             self._load(slot, adapter)
         self._slots.move_to_end(adapter.identity)
         return slot
 
     def retain(self, slot: int) -> None:
-        """Count one more user of a slot."""
+        """Increment the reference count of a slot."""
         self._num_users[slot] += 1
 
     def release(self, slot: int) -> None:
-        """Count one user less; the adapter stays resident."""
+        """Decrement the reference count of a slot; the adapter stays resident."""
         if self._num_users[slot] == 0:
             raise RuntimeError(f"slot {slot} is released more often than retained")
         self._num_users[slot] -= 1
 
     def evict(self, identity: AdapterIdentity) -> bool:
-        """Free the slot of an idle adapter; tell whether it is no longer resident."""
+        """Free the slot of an adapter that is not in use; return whether the adapter is no longer resident."""
         slot = self._slots.get(identity)
         if slot is not None and self._num_users[slot] == 0:
             self._clear(slot)

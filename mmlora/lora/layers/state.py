@@ -1,4 +1,4 @@
-"""`LoRAState`: which rows of the running forward pass take which slot; all wrapped layers of a model share one."""
+"""`LoRAState`: the slot of each row in the running forward pass, shared by all wrapped layers of a model."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,13 +10,12 @@ from mmlora.kernels.segments import BASE_SLOT, RowSegments, Segment, max_tiles
 
 
 class LoRAState:
-    """Row→slot assignment of the forward pass that is running.
+    """Row→slot assignment of the running forward pass. A pass without adapters need not open one.
 
     Args:
         device: of the model.
-        max_num_rows: rows of the largest step and
-        max_num_segments: segments of one step; given both, the device metadata keep one address and a fixed shape,
-            so that CUDA graphs can be captured over them.
+        max_num_rows, max_num_segments: of the largest step; with both, the device metadata have a fixed address and
+            shape, so that CUDA graphs can be captured.
     """
 
     def __init__(self, device: torch.device, max_num_rows: int = 0, max_num_segments: int = 0) -> None:
@@ -35,12 +34,12 @@ class LoRAState:
 
     @property
     def segments(self) -> tuple[Segment, ...] | None:
-        """Adapter segments of the running forward pass; None outside, in `uniform`, and when all rows are base."""
+        """Adapter segments of the running pass; None outside of one, in `uniform`, and when all rows are base rows."""
         return self._rows.segments if self._rows is not None else None
 
     @property
     def uniform_slot(self) -> int | None:
-        """Slot of all rows inside `uniform`, None elsewhere."""
+        """Slot of all rows inside `uniform`; None elsewhere."""
         return self._uniform_slot if self._uniform_slot != BASE_SLOT else None
 
     @contextmanager
@@ -50,8 +49,8 @@ class LoRAState:
         """Run a forward pass over flattened tokens, `[1, num_tokens, …]`, with these segments.
 
         Args:
-            segments: `(start, end, slot)`, covering all rows in order; slot −1 for base rows. None: all base.
-            logit_segments: the same for the rows that the output layer sees; by default it sees all tokens.
+            segments: `(start, end, slot)`, covering all rows in order; slot −1 for base rows. None: all are base rows.
+            logit_segments: the same for the rows of the output layer; by default it gets all tokens.
 
         Raises:
             RuntimeError: another pass is running.
@@ -68,7 +67,7 @@ class LoRAState:
 
     @contextmanager
     def uniform(self, slot: int | None) -> Iterator[None]:
-        """Run a forward pass in which all rows, however many a layer sees, take one slot (−1 or None: the base).
+        """Run a forward pass with one slot for all rows, whose number may differ by layer (−1 or None: the base model).
 
         Raises:
             RuntimeError: another pass is running.
@@ -79,10 +78,10 @@ class LoRAState:
             yield
 
     def rows_of(self, num_rows: int, *, is_output_layer: bool = False) -> RowSegments | None:
-        """Return the assignment for a layer that sees `num_rows` rows; None when none of them has an adapter.
+        """Return the assignment for a layer with `num_rows` rows; None when none of them has an adapter.
 
         Raises:
-            RuntimeError: the segments describe another number of rows, so adapters would land on wrong ones.
+            RuntimeError: the segments describe another number of rows, so adapters would apply to wrong rows.
         """
         if self._rows is None:
             if num_rows not in self._uniform_rows:
@@ -92,7 +91,7 @@ class LoRAState:
         is_other = is_output_layer and self._num_logit_rows is not None
         known = self._num_logit_rows if is_other else self._rows.num_rows
         if known != num_rows:
-            raise RuntimeError(f"a LoRA layer sees {num_rows} rows, the segments describe {known}")
+            raise RuntimeError(f"a LoRA layer got {num_rows} rows, but the segments describe {known}")
         return self._logit_rows if is_other else self._rows
 
     @contextmanager

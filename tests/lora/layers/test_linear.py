@@ -187,5 +187,5 @@ def test_passes_do_not_nest_and_close_after_errors() -> None:
 
 def test_segments_of_another_batch_are_refused() -> None:
     layer = linear()
-    with layer.state.rows(((0, 5, 0),)), pytest.raises(RuntimeError, match="sees 4 rows, the segments describe 5"):
+    with layer.state.rows(((0, 5, 0),)), pytest.raises(RuntimeError, match="got 4 rows, but the segments describe 5"):
         layer(torch.randn(1, 4, 4))

@@ -11,11 +11,11 @@ from transformers.pytorch_utils import Conv1D
 
 from mmlora.errors import AdapterError
 from mmlora.lora.adapter import Adapter, AdapterReport
+from mmlora.lora.layers.base import LoRAWholeModule
 from mmlora.lora.layers.convolution import LoRAConvolution
 from mmlora.lora.layers.embedding import LoRAEmbedding
 from mmlora.lora.layers.linear import LoRALinear
 from mmlora.lora.layers.slots import LoRASlots
-from mmlora.lora.layers.whole_module import LoRAWholeModule
 from mmlora.lora.weights import LoRAWeights, ModuleWeights
 
 
@@ -61,7 +61,7 @@ def test_a_slot_in_use_is_never_taken() -> None:
     slots.retain(slot)
     slots.release(slot)
     assert slots.can_activate(one) and not slots.can_activate(two)
-    with pytest.raises(AdapterError, match="'a2' finds no slot: all 1 are in use"):
+    with pytest.raises(AdapterError, match="no slot for adapter 'a2': all 1 are in use"):
         slots.activate(two)
     assert not slots.evict(one.identity)
     slots.release(slot)
