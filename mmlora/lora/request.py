@@ -1,4 +1,4 @@
-"""What a caller says about an adapter: which one, under which name, from where; or the base model on purpose."""
+"""`LoRARequest`, which names an adapter and its files, and `BASE`, which selects the base model explicitly."""
 
 import os
 from dataclasses import KW_ONLY, dataclass
@@ -8,12 +8,12 @@ from mmlora.errors import AdapterError
 
 MAX_INT_ID = 2**63 - 1
 MEMORY: Final = "memory:"
-"""Start of the `lora_path` of an adapter that was given as tensors; there is nothing to read behind it."""
+"""Prefix of the `lora_path` of an adapter from memory, which has no files."""
 
 
 @dataclass(frozen=True)
 class LoRARequest:
-    """Name an adapter for a prompt.
+    """Adapter for a prompt.
 
     Args:
         lora_name: any name; it is never used as a path.
@@ -21,8 +21,8 @@ class LoRARequest:
         lora_path: a PEFT directory (`~` and relative paths are resolved), or on the Hub `org/repo` or
             `org/repo/subfolder`, either with `@revision`.
         base_model_name: the base model that the adapter was trained on, shown to clients.
-        load_inplace: read the adapter again, once for this request object, and replace the one of the same name.
-        only_known: take what is loaded under the name, from wherever it came; one that was removed is not loaded again.
+        load_inplace: reload the adapter once for this request object, replacing the loaded one of the same name.
+        only_known: use the loaded adapter of this name, from any path; if it was removed, it is not loaded again.
 
     Raises:
         AdapterError: a field has the wrong type or range.
@@ -72,7 +72,7 @@ class LoRARequest:
 
 
 class _Base:
-    """The type of `BASE`; there is one instance."""
+    """Type of the singleton `BASE`."""
 
     _instance: "_Base | None" = None
 
@@ -89,4 +89,4 @@ class _Base:
 
 
 BASE: Final = _Base()
-"""Pass as `lora_request` to take the base model on purpose, whatever media the prompt carries."""
+"""Pass as `lora_request` to use the base model explicitly, regardless of the media in the prompt."""

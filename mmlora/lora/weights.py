@@ -1,4 +1,4 @@
-"""What an adapter changes in one module: plain tensors on the host, ready to be put into a slot."""
+"""Weights of an adapter for one module: plain tensors on the host, ready to be loaded into a slot."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -8,15 +8,15 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class LoRAWeights:
-    """The low-rank part of one module, in the model's dtype, on the host.
+    """Low-rank change of one weight, in the model's dtype, on the host.
 
     Attributes:
         lora_A: `[r, in_features]` for a Linear, `[r, num_embeddings]` for an Embedding, the weight of a convolution
-            into r channels for a convolution, `[num_experts * r, in_features]` for a parameter.
-        lora_B: `[out_features, r]`, a 1 x 1 convolution, or `[out_features, r * num_experts]`.
+            with r output channels for a convolution, `[num_experts * r, in_features]` for a parameter.
+        lora_B: `[out_features, r]`, the weight of a 1 x 1 convolution, or `[out_features, r * num_experts]`.
         scaling: `alpha / r`, or `alpha / √r` with rsLoRA.
         bias: `[out_features]` of lora_B, scaled like its product (`lora_bias`).
-        magnitude: DoRA's, one value for each output feature.
+        magnitude: of DoRA, one value per output feature.
     """
 
     lora_A: torch.Tensor
@@ -27,14 +27,14 @@ class LoRAWeights:
 
     @property
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor by name."""
+        """All tensors with their names."""
         named = {"lora_A": self.lora_A, "lora_B": self.lora_B, "bias": self.bias, "magnitude": self.magnitude}
         return ((name, tensor) for name, tensor in named.items() if tensor is not None)
 
 
 @dataclass(frozen=True, eq=False)
 class TokenRows:
-    """New rows for some tokens of an embedding, or of the output layer that is tied to it.
+    """Replaced rows of an embedding, or of the output layer that is tied to it.
 
     Attributes:
         ids: `[num_ids] int64`, ascending.
@@ -47,11 +47,11 @@ class TokenRows:
 
 @dataclass(frozen=True, eq=False)
 class ModuleWeights:
-    """Everything that an adapter changes in one module.
+    """All changes of an adapter in one module.
 
     Attributes:
-        lora: a low-rank change of its weight.
-        parameters: parameters and buffers that are replaced as a whole, by name (`modules_to_save`, trained biases).
+        lora: low-rank change of its weight.
+        parameters: replaced parameters and buffers by name (`modules_to_save`, trained biases).
         parameter_loras: low-rank changes of parameters, by name (`target_parameters`).
         token_rows: replaced rows of an embedding (`trainable_token_indices`).
     """
@@ -63,7 +63,7 @@ class ModuleWeights:
 
     @property
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor by a name that is unique in the module."""
+        """All tensors, with names that are unique in the module."""
         if self.lora is not None:
             yield from self.lora.tensors
         for name, tensor in sorted(self.parameters.items()):
@@ -76,13 +76,13 @@ class ModuleWeights:
 
     @property
     def scalings(self) -> list[float]:
-        """The factors of its low-rank parts."""
+        """Scaling factors of its low-rank changes."""
         parts = [self.lora, *(weights for _, weights in sorted(self.parameter_loras.items()))]
         return [part.scaling for part in parts if part is not None]
 
     @property
     def is_empty(self) -> bool:
-        """Whether the module stays as it is."""
+        """Whether nothing is changed."""
         return not any(True for _ in self.tensors)
 
     @property
@@ -90,5 +90,5 @@ class ModuleWeights:
         return sum(tensor.nbytes for _, tensor in self.tensors)
 
     def with_token_rows(self, token_rows: TokenRows) -> "ModuleWeights":
-        """Return the same with other rows of the embedding."""
+        """Return a copy with other embedding rows."""
         return replace(self, token_rows=token_rows)

@@ -1,1 +1,1 @@
-"""The layers that add adapters to a model's modules, and the device slots they read."""
+"""LoRA layers that wrap a model's modules, and their device slots."""

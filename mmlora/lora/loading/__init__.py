@@ -1,1 +1,1 @@
-"""From PEFT files to checked adapter weights."""
+"""Loading of PEFT files into validated adapter weights."""

@@ -1,1 +1,1 @@
-"""Adapters on the host: the cache, the registry file, and their life cycle."""
+"""Life cycle of adapters: manager, host cache and registry file."""

@@ -1,4 +1,4 @@
-"""`AdapterRegistry`: the adapters that were loaded at run time, in a SQLite file that survives a restart."""
+"""`AdapterRegistry`: SQLite file of the adapters added at run time, read at the next start."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ from typing import Final
 from mmlora.errors import AdapterError, ConfigError
 from mmlora.lora.request import LoRARequest
 
-APPLICATION_ID: Final = 0x6D6D6C6F  # "mmlo", in the header of the file
+APPLICATION_ID: Final = 0x6D6D6C6F  # "mmlo" in the file header
 SCHEMA_VERSION: Final = 1
-BUSY_TIMEOUT_S: Final = 30.0  # how long one writer waits for another
+BUSY_TIMEOUT_S: Final = 30.0  # maximum wait for the lock of another writer
 
 _CREATE = """
 CREATE TABLE IF NOT EXISTS adapters (
@@ -28,7 +28,7 @@ CREATE TABLE IF NOT EXISTS adapters (
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """One kept adapter: how to ask for it, and the digest that its files had."""
+    """One recorded adapter: its request, and the digest of its files."""
 
     name: str
     lora_int_id: int
@@ -39,7 +39,7 @@ class AdapterRecord:
 
     @property
     def request(self) -> LoRARequest:
-        """What loads it."""
+        """The request that loads the adapter."""
         return LoRARequest(self.name, self.lora_int_id, self.path, self.base_model_name)
 
 
@@ -47,10 +47,10 @@ _COLUMNS: Final = ", ".join(field.name for field in fields(AdapterRecord))
 
 
 class AdapterRegistry:
-    """Keep records in a file that several threads and processes may write at once; each change is one transaction.
+    """Records of adapters in a file that several threads and processes may share; each change is one transaction.
 
     Args:
-        path: of the file, made when it is missing.
+        path: of the file, created if missing.
 
     Raises:
         ConfigError: the file cannot be opened, is damaged, or belongs to another program or version.
@@ -66,10 +66,10 @@ class AdapterRegistry:
             raise ConfigError(f"lora_registry={str(path)!r} cannot be used: {error}") from None
 
     def records(self) -> list[AdapterRecord]:
-        """All records, oldest first.
+        """Return all records, oldest first.
 
         Raises:
-            AdapterError: the file cannot be read, or a record has wrong values.
+            AdapterError: the file cannot be read, or a record has invalid values.
         """
         with self._named_errors("read"), self._transaction() as connection:
             rows = connection.execute(f"SELECT {_COLUMNS} FROM adapters ORDER BY rowid").fetchall()
@@ -78,11 +78,11 @@ class AdapterRegistry:
             for name, lora_int_id, path, base_model_name, digest, is_pinned in rows
         ]
         for record in records:
-            _ = record.request  # checks its values
+            _ = record.request  # validates the values
         return records
 
     def save(self, record: AdapterRecord) -> None:
-        """Write a record, in place of the one of the same name, which keeps its pin: another process may have set it.
+        """Insert or update the record of a name. An existing pin is kept, because another process may have set it.
 
         Raises:
             AdapterError: the file cannot be written.
@@ -96,7 +96,7 @@ class AdapterRegistry:
             )
 
     def mark_pinned(self, name: str, is_pinned: bool) -> None:
-        """Write whether an adapter is pinned, if there is a record of it.
+        """Update whether an adapter is pinned, if it has a record.
 
         Raises:
             AdapterError: the file cannot be written.
@@ -105,7 +105,7 @@ class AdapterRegistry:
             connection.execute("UPDATE adapters SET is_pinned = ? WHERE name = ?", (is_pinned, name))
 
     def remove(self, name: str) -> None:
-        """Delete the record of a name, if there is one.
+        """Delete the record of a name if there is one.
 
         Raises:
             AdapterError: the file cannot be written.
@@ -129,15 +129,15 @@ class AdapterRegistry:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """A connection of its own, so that any thread may come, with the write lock from the start."""
+        """Open a connection for one transaction, so that any thread may use it, and take the write lock at once."""
         with closing(sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None)) as connection:
             connection.execute("BEGIN IMMEDIATE")
             yield connection
-            connection.execute("COMMIT")  # closing without it rolls back
+            connection.execute("COMMIT")  # closing without a commit rolls back
 
     @contextmanager
     def _named_errors(self, done: str) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, ValueError) as error:  # a name or path that is no UTF-8, for one
+        except (sqlite3.Error, ValueError) as error:  # such as a name or path that is not UTF-8
             raise AdapterError(f"the adapter registry {self._path} cannot be {done}: {error}") from None
