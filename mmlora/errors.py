@@ -1,19 +1,19 @@
-"""Every error this project raises on purpose: what, the value received, what is allowed.
+"""Exceptions of mmlora. Messages name the problem, the value received and what is allowed.
 
-A server maps `RequestError`, `MediaError` and `AdapterError` to 4xx answers; `ConfigError` stops start-up;
-`ResolverError` may pass; `EngineDeadError` means that no request can be served any more.
+The server maps `RequestError` and its subclasses to 4xx responses. `ConfigError` aborts startup, `ResolverError` can be
+temporary, and after `EngineDeadError` the engine must be restarted.
 """
 
 
 class MMLoRAError(Exception):
-    """Base class of all errors raised on purpose."""
+    """Base class of all exceptions of mmlora."""
 
 
 class ConfigError(MMLoRAError):
-    """The engine cannot start with these options.
+    """Options are invalid, or do not fit together or the model.
 
     Attributes:
-        problems: all that is wrong, one by one.
+        problems: one message per problem.
     """
 
     def __init__(self, *problems: str) -> None:
@@ -22,10 +22,10 @@ class ConfigError(MMLoRAError):
 
 
 class RequestError(MMLoRAError):
-    """One request asks for something that cannot be done.
+    """A request is invalid or not supported.
 
     Attributes:
-        param: the field or argument at fault, where it is known.
+        param: name of the invalid field or argument, if known.
     """
 
     def __init__(self, message: str, param: str | None = None) -> None:
@@ -34,11 +34,11 @@ class RequestError(MMLoRAError):
 
 
 class MediaError(RequestError):
-    """Audio or image content cannot be used: undecodable, too large, or not matching the prompt."""
+    """Audio or image content is undecodable, too large, or does not match the prompt."""
 
 
-class MediaNotHeld(MediaError):
-    """A uuid stands for no media item, or for none any more: it has to be sent again."""
+class MediaNotFound(MediaError):
+    """The cache has no media item with the uuid, or has evicted it; the client must send the item again."""
 
 
 class ConstraintError(RequestError):
@@ -46,11 +46,11 @@ class ConstraintError(RequestError):
 
 
 class AdapterError(RequestError):
-    """An adapter cannot be used."""
+    """An adapter cannot be loaded or used."""
 
 
 class AdapterNotFound(AdapterError):
-    """There is no adapter at the given path, Hub id or name."""
+    """No adapter exists at the path, Hub id or name."""
 
 
 class AdapterMismatch(AdapterError):
@@ -58,8 +58,8 @@ class AdapterMismatch(AdapterError):
 
 
 class ResolverError(MMLoRAError):
-    """Resolvers could not tell whether there is an adapter of a name: unreachable, too slow, or broken."""
+    """Resolvers failed to look up an adapter name: unreachable, too slow, or broken."""
 
 
 class EngineDeadError(MMLoRAError):
-    """The engine stopped after an internal failure and serves no further request."""
+    """The engine stopped after an internal failure and accepts no further requests."""

@@ -1,7 +1,7 @@
-"""The command `mmlora`: `serve [MODEL]`, `models`, `doctor [MODEL]` and `inspect ADAPTER`.
+"""The command `mmlora` with its subcommands `serve`, `models`, `doctor` and `inspect`.
 
-Flags of `serve` are generated from `EngineArgs` and `ServerArgs`, so that the command line and Python never drift
-apart. Modules that import torch are imported by the commands that need them, so that `--help` does not wait for it.
+The flags of `serve` are generated from `EngineArgs` and `ServerArgs`. Commands import the modules that need torch
+themselves, so that `--help` does not wait for it.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from mmlora.utils.text import one_line
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the page of usage."""
+    """Argument parser that reports an error in one line, without the usage page."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
@@ -31,11 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: arguments without the program's name; by default the process's own.
+        argv: arguments without the program name; by default `sys.argv[1:]`.
 
     Returns:
-        The exit code: 0, 1 when an inspected adapter would be refused, or 2 when the options, the model or an adapter
-        cannot be used, be it served or examined.
+        Exit code: 0 on success, 1 if an inspected adapter would be refused, 2 if the options, the model or an adapter
+        cannot be used, 130 on Ctrl-C.
     """
     arguments = [_with_dashes(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     parser = _build_parser()
@@ -71,7 +71,7 @@ def _serve(unknown: Sequence[str], **arguments: Any) -> int:
 
 
 def _models(is_json: bool) -> int:
-    """Print the families that are served."""
+    """Print the table of supported model families."""
     from mmlora.cli.model_table import as_text, model_rows
 
     rows = model_rows()
@@ -80,7 +80,7 @@ def _models(is_json: bool) -> int:
 
 
 def _doctor(model: str | None, is_json: bool, **options: Any) -> int:
-    """Print what this build would do with a model; its weights are never read."""
+    """Print a report on a model without reading its weights."""
     from mmlora.assets.models import assistant_path
     from mmlora.cli.doctor import diagnose
     from mmlora.utils.library_errors import LIBRARY_ERRORS
@@ -91,13 +91,13 @@ def _doctor(model: str | None, is_json: bool, **options: Any) -> int:
     try:
         found = diagnose(args)
         print(json.dumps(found.as_dict(), indent=2) if is_json else found.as_text())
-    except (*LIBRARY_ERRORS, MemoryError) as error:  # of libraries that read strange files
-        raise ConfigError(f"model {args.model!r} cannot be examined: {type(error).__name__}: {error}") from error
+    except (*LIBRARY_ERRORS, MemoryError) as error:  # raised by libraries on malformed files
+        raise ConfigError(f"model {args.model!r} cannot be inspected: {type(error).__name__}: {error}") from error
     return 2 if found.problem is not None else 0
 
 
 def _inspect(adapter: str, model: str | None, is_json: bool) -> int:
-    """Print what an adapter would do to a model; weights of the model are never read."""
+    """Print a report on an adapter for a model without reading the model's weights."""
     from mmlora.assets.models import assistant_path
     from mmlora.cli.doctor import examine_adapter
 
@@ -105,14 +105,18 @@ def _inspect(adapter: str, model: str | None, is_json: bool) -> int:
     try:
         found = examine_adapter(adapter, path)
         print(json.dumps(found.as_dict(), indent=2) if is_json else found.as_text())
-    except (RuntimeError, ValueError, OverflowError, MemoryError) as error:  # of libraries that read strange files
+    except (RuntimeError, ValueError, OverflowError, MemoryError) as error:  # raised by libraries on malformed files
         reason = f"{type(error).__name__}: {error}"
         raise AdapterError(f"adapter {adapter!r} cannot be inspected for model {path!r}: {reason}") from error
     return 1 if found.refusals else 0
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser("mmlora", description="One base model, many LoRA adapters, the right one applied by itself.")
+    parser = _Parser(
+        "mmlora",
+        description="Serve one base model with many LoRA adapters; adapters for audio and images are applied "
+        "automatically.",
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
 
     def add(name: str, run: Callable[..., int], text: str, description: str | None = None) -> argparse.ArgumentParser:
@@ -122,13 +126,13 @@ def _build_parser() -> argparse.ArgumentParser:
             command.add_argument("--json", action="store_true", dest="is_json", help="print JSON")
         return command
 
-    add("models", _models, "list the families of models that are served, and how each was proven")
+    add("models", _models, "list supported model families and how each was verified")
     doctor = add(
         "doctor",
         _doctor,
-        "tell what this build would do with a model, without reading its weights",
-        "Tell what this build would do with a model: modalities, LoRA, adapters that come with it, memory; and why it "
-        "cannot be served: then the exit code is 2.",
+        "check whether a model is supported, without reading its weights",
+        "Report whether a model is supported, with its modalities, LoRA targets, bundled adapters and memory use, "
+        "without reading its weights. The exit code is 2 if it cannot be served.",
     )
     doctor.add_argument(
         "model", nargs="?", metavar="MODEL", help="directory or Hub id; by default the bundled assistant"
@@ -138,12 +142,13 @@ def _build_parser() -> argparse.ArgumentParser:
     inspect = add(
         "inspect",
         _inspect,
-        "tell what an adapter would do to a model, without reading the model's weights",
-        "Tell what an adapter changes in a model, and why it would be refused: then the exit code is 1.",
+        "check whether an adapter fits a model, without reading the model's weights",
+        "Report which modules of a model an adapter changes, or why it would be refused. The exit code is 1 if it "
+        "would be refused.",
     )
     inspect.add_argument("adapter", metavar="ADAPTER", help="directory or Hub id of a PEFT adapter")
     inspect.add_argument("--model", metavar="MODEL", help="directory or Hub id; by default the bundled assistant")
-    _add_serve_options(add("serve", _serve, "serve a model over OpenAI's HTTP API"))
+    _add_serve_options(add("serve", _serve, "serve a model over an OpenAI-compatible HTTP API"))
     return parser
 
 
@@ -151,12 +156,12 @@ def _add_serve_options(command: argparse.ArgumentParser) -> None:
     command.usage = "mmlora serve [MODEL] [OPTION ...]"
     command.formatter_class = functools.partial(argparse.HelpFormatter, max_help_position=34)
     command.description = (
-        "Serve a model over OpenAI's HTTP API. Every option is also read from the environment: --max-loras from "
-        "MMLORA_MAX_LORAS, and so on, and from a file (--config); the command line wins over the environment, and that "
-        "over the file."
+        "Serve a model over an OpenAI-compatible HTTP API. Every option can also be set in the environment "
+        "(MMLORA_MAX_LORAS for --max-loras) or in a YAML file (--config). The command line takes precedence over the "
+        "environment, and the environment over the file."
     )
     command.add_argument(
-        "model", nargs="?", metavar="MODEL", help="directory or Hub id; without it the bundled assistant is served"
+        "model", nargs="?", metavar="MODEL", help="directory or Hub id; by default the bundled assistant"
     )
     command.add_argument("--config", metavar="FILE", help="YAML file of options, such as `max-loras: 4`")
     groups: dict[str, list[Flag]] = {title: [] for cls in (ServerArgs, EngineArgs) for title in cls.GROUPS}
@@ -169,6 +174,6 @@ def _add_serve_options(command: argparse.ArgumentParser) -> None:
 
 
 def _with_dashes(argument: str) -> str:
-    """`--max_loras` is `--max-loras`; values are left alone."""
+    """Return `--max-loras` for `--max_loras`, and other arguments and values unchanged."""
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--") else argument

@@ -1,4 +1,4 @@
-"""What this build would do with a model, told from its configuration and the headers of its weights."""
+"""Reports on models and adapters from configurations and file headers, without reading the model's weights."""
 
 import json
 import shlex
@@ -40,27 +40,27 @@ FILES: Final = [pattern for pattern in MODEL_FILES if pattern != "*.safetensors"
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What is known of a model. What lies beyond the problem is left at its default.
+    """Report on one model. Fields that are determined after the problem keep their defaults.
 
     Attributes:
         model: directory or Hub id.
-        model_class: that its configuration names.
-        family: in the table; None for a text decoder that is not there.
-        proof: of the family.
-        problem: why it cannot be served, in the words that loading it would end with; None when it can be.
-        adapters: folders inside the directory that hold adapters, with the modalities that each is meant for.
-        default_mm_loras: those that are meant for modalities, as the option takes them.
-        command: that serves it.
-        modalities: that it takes beside text.
-        parts: how many modules of each part take low-rank matrices.
-        context_length: tokens that the model takes here.
-        max_model_len: tokens that a sequence may have.
-        dtype: of weights and cache.
-        stored_bytes: of the weights on disk by their type.
-        weight_bytes: of the weights in memory.
-        kv_token_bytes: of the KV cache for each token.
-        kv_bytes: of the KV cache for one sequence of `max_model_len`.
-        rank_bytes: of an adapter on every linear module, for each of its ranks.
+        model_class: class named by its configuration.
+        family: name in the table of families; None for a text decoder that is not in the table.
+        proof: how the family was verified.
+        problem: why it cannot be served, the same message as when loading fails; None if it can be served.
+        adapters: subdirectories with adapters, each with the modalities it is the default for.
+        default_mm_loras: value of the option that enables these defaults.
+        command: command line that serves the model.
+        modalities: supported modalities besides text.
+        parts: number of modules that LoRA can target in each part.
+        context_length: the model's context length in tokens.
+        max_model_len: maximum sequence length in tokens with the given options.
+        dtype: type of weights and KV cache.
+        stored_bytes: size of the weights on disk by type.
+        weight_bytes: size of the weights in memory.
+        kv_token_bytes: size of the KV cache per token.
+        kv_bytes: size of the KV cache for one sequence of `max_model_len`.
+        rank_bytes: size of an adapter on every linear module, per rank.
     """
 
     model: str
@@ -87,46 +87,48 @@ class Diagnosis:
         return asdict(self)
 
     def as_text(self) -> str:
-        """Return a page for people."""
+        """Return the report as text for a terminal."""
         verdict = "can be served" if self.problem is None else "CANNOT be served"
         lines = [f"{self.model} {verdict}", *([f"  reason: {self.problem}"] if self.problem is not None else [])]
         lines += [f"  {name:<15} {fact}" for name, fact in self._facts().items() if fact]
         return "\n".join(map(printable, lines))
 
     def _facts(self) -> dict[str, str | None]:
-        """Say everything but the verdict, by its name; None for what is not known."""
+        """Return everything but the verdict by label, None where unknown."""
         parts = [f"{name.replace('_', ' ')} {count} modules" for name, count in (self.parts or {}).items() if count]
         adapters = [name + (f" (for {', '.join(keys)})" if keys else "") for name, keys in self.adapters.items()]
         stored = ", ".join(f"{size_text(count)} of {dtype}" for dtype, count in (self.stored_bytes or {}).items())
-        takes = ", ".join(("text", *self.modalities))
+        modalities = ", ".join(("text", *self.modalities))
         return {
             "class": f"{self.model_class}, {self.family or 'not in the table of families'}",
-            "proof": self.proof,
-            "takes": takes if self.parts is not None else None,
-            "LoRA on": ", ".join(parts),
+            "verified": self.proof,
+            "modalities": modalities if self.parts is not None else None,
+            "LoRA targets": ", ".join(parts),
             "adapters": ", ".join(adapters) or "none in the directory",
             "context": f"{self.max_model_len} of {self.context_length} tokens" if self.max_model_len else None,
             "on disk": stored,
             "weights": f"{size_text(self.weight_bytes)} in {self.dtype}" if self.weight_bytes is not None else None,
             "KV cache": self._kv_text(),
-            "an adapter": f"{size_text(self.rank_bytes)} a rank on every linear module" if self.rank_bytes else None,
-            "serve it with": self.command,
+            "adapter size": f"{size_text(self.rank_bytes)} per rank, on all linear modules"
+            if self.rank_bytes
+            else None,
+            "command": self.command,
         }
 
     def _kv_text(self) -> str | None:
         if self.kv_token_bytes is None or self.kv_bytes is None:
             return None
-        return f"{size_text(self.kv_token_bytes)} a token, {size_text(self.kv_bytes)} for {self.max_model_len} tokens"
+        return f"{size_text(self.kv_token_bytes)} per token, {size_text(self.kv_bytes)} for {self.max_model_len} tokens"
 
 
 def diagnose(args: EngineArgs) -> Diagnosis:
-    """Say what this build would do with a model; no weight is read.
+    """Report on a model without reading its weights.
 
     Args:
-        args: the options that it would be loaded with.
+        args: options that it would be loaded with.
 
     Raises:
-        ConfigError: it has no configuration that can be read.
+        ConfigError: its configuration cannot be read.
     """
     path = resolve_model_path(args.model, args.revision, FILES)
     config = read_config(path)
@@ -136,7 +138,7 @@ def diagnose(args: EngineArgs) -> Diagnosis:
         _examine(args, path, config, facts)
     except ConfigError as error:
         problem = one_line(str(error))
-    except LIBRARY_ERRORS as error:  # of libraries that read strange files
+    except LIBRARY_ERRORS as error:  # raised by libraries on malformed files
         problem = one_line(f"{type(error).__name__}: {error}")
     key = family_key(config)
     defaults = _as_given(args, path, find_default_adapters(config, path))
@@ -154,7 +156,7 @@ def diagnose(args: EngineArgs) -> Diagnosis:
 
 
 def examine_adapter(adapter: str, model: str) -> Inspection:
-    """Return the effect of an adapter on a model; the model's weights are not read.
+    """Report on an adapter for a model without reading the model's weights.
 
     Args:
         adapter: directory or Hub id of a PEFT adapter.
@@ -176,7 +178,7 @@ def _module_index(model: torch.nn.Module, path: Path) -> ModuleIndex:
 
 def _proof(parity: Parity | None) -> str:
     if parity is None:
-        return "not compared yet; its decoder is, when it is loaded"
+        return "not compared yet; the decoder check runs when the model is loaded"
     return f"{parity}, compared with transformers {parity.transformers} and PEFT {parity.peft}"
 
 
@@ -184,7 +186,7 @@ def _examine(args: EngineArgs, path: Path, config: PretrainedConfig, facts: dict
     """Fill in facts in the order of loading, up to the first problem.
 
     Raises:
-        ConfigError: the problem, as loading would tell it.
+        ConfigError: the problem, with the same message as when loading fails.
     """
     check_config(config)
     device = resolve_device(args.device)
@@ -213,17 +215,17 @@ def _itemsize(parameter: torch.Tensor, dtype: torch.dtype) -> int:
 
 
 def _adapters(config: PretrainedConfig, path: Path) -> dict[str, tuple[str, ...]]:
-    """Return the folders that hold adapters, two levels deep, with the modalities that each is meant for."""
+    """Return the adapter directories up to two levels deep, with the modalities that each is the default for."""
     folders = {file.parent for pattern in ("", "*/", "*/*/") for file in path.glob(pattern + CONFIG_FILE)}
     meant: dict[str, list[str]] = {}
     for key, folder in find_default_adapters(config, path).items():
         meant.setdefault(folder, []).append(key)
-    folders |= set(map(Path, meant))  # also those whose tensors are in the main files
+    folders |= set(map(Path, meant))  # includes adapters whose tensors are in the model's own files
     return {printable(str(folder.relative_to(path))): tuple(meant.get(str(folder), ())) for folder in sorted(folders)}
 
 
 def _as_given(args: EngineArgs, path: Path, defaults: dict[str, str]) -> dict[str, str]:
-    """Name default adapters by the model's Hub id where it was given by one."""
+    """Return the default adapters by Hub id if the model was given by its Hub id."""
     if Path(args.model).expanduser().is_dir():
         return defaults
     revision = f"@{args.revision}" if args.revision else ""

@@ -1,1 +1,1 @@
-"""Helpers without knowledge of the engine."""
+"""Utilities that do not depend on the engine."""

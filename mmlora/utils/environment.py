@@ -1,4 +1,4 @@
-"""Settings that stand in `MMLORA_…` environment variables alone, with errors that name the variable."""
+"""Settings read only from `MMLORA_…` environment variables, with errors that name the variable."""
 
 import os
 from collections.abc import Mapping
@@ -9,10 +9,10 @@ TRUE_WORDS, FALSE_WORDS = ("1", "true"), ("0", "false")
 
 
 def parse_bool(text: str) -> bool:
-    """Read `1` or `true`, `0` or `false`, in any case.
+    """Parse `1` or `true`, `0` or `false`, case-insensitively.
 
     Raises:
-        ValueError: it is another word.
+        ValueError: it is none of these.
     """
     if text.lower() not in TRUE_WORDS + FALSE_WORDS:
         raise ValueError(f"must be {', '.join(TRUE_WORDS)}, {' or '.join(FALSE_WORDS)}")
@@ -20,10 +20,10 @@ def parse_bool(text: str) -> bool:
 
 
 def read_bool(name: str, environment: Mapping[str, str] = os.environ) -> bool:
-    """Read a boolean; False when it is not set.
+    """Return a boolean variable; False if it is not set.
 
     Raises:
-        ConfigError: it is set to something else.
+        ConfigError: it is not a boolean.
     """
     text = environment.get(name, "")
     try:
@@ -33,10 +33,10 @@ def read_bool(name: str, environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def read_number(name: str, default: float, environment: Mapping[str, str] = os.environ) -> float:
-    """Read a positive number.
+    """Return a variable that is a positive number; `default` if it is not set.
 
     Raises:
-        ConfigError: it is set to something else.
+        ConfigError: it is not a positive number.
     """
     text = environment.get(name, "")
     try:
@@ -49,16 +49,16 @@ def read_number(name: str, default: float, environment: Mapping[str, str] = os.e
 
 
 def read_required(name: str, meaning: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Read a text that must be set.
+    """Return a variable that must be set.
 
     Args:
         name: the variable.
-        meaning: what it must hold, for the message.
+        meaning: description of its value, for the error message.
 
     Raises:
         ConfigError: it is not set, or empty.
     """
     text = environment.get(name, "").strip()
     if not text:
-        raise ConfigError(f"{name} is not set; it must hold {meaning}")
+        raise ConfigError(f"{name} is not set; it must be {meaning}")
     return text

@@ -1,4 +1,4 @@
-"""What libraries raise where the files or sizes of a model make no sense."""
+"""Exceptions that libraries raise on malformed model files or impossible sizes."""
 
 from typing import Final
 

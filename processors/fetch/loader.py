@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
-from mmlora.errors import MediaError, MediaNotHeld
+from mmlora.errors import MediaError, MediaNotFound
 from mmlora.processors.fetch.addresses import parse_networks
 from mmlora.processors.fetch.data_url import load_base64, load_data_url
 from mmlora.processors.fetch.file_source import FileSource
@@ -152,7 +152,7 @@ class PromptMedia:
 
         Raises:
             MediaError: it is unusable, or the media of the prompt are too large.
-            MediaNotHeld: it has no content, and its uuid stands for none.
+            MediaNotFound: it has no content, and its uuid stands for none.
         """
         held = self._held(reference)
         item = load_media(held, expected=reference.modality) if held is not None else self._load(reference)
@@ -173,7 +173,7 @@ class PromptMedia:
     def _load(self, reference: MediaReference) -> MediaItem:
         content: Any = reference.content
         if content is None:
-            raise MediaNotHeld(
+            raise MediaNotFound(
                 f"no media item is held for the uuid {reference.uuid!r} (any more); send it with its content"
             )
         if reference.form == "base64":

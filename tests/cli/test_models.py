@@ -32,7 +32,7 @@ def test_the_page_names_every_family_and_its_proof() -> None:
     lines = models_page.PAGE.read_text(encoding="utf-8").splitlines()
     for model_type in FAMILIES:
         (line,) = (line for line in lines if f"| {model_type} |" in line)
-        assert " answers, logits within " in line or "| not compared yet |" in line or "| failing |" in line
+        assert " outputs, logits within " in line or "| not compared yet |" in line or "| failing |" in line
 
 
 def test_no_record_is_of_a_family_that_is_gone_or_beyond_the_tolerance() -> None:
@@ -41,18 +41,18 @@ def test_no_record_is_of_a_family_that_is_gone_or_beyond_the_tolerance() -> None
     for row in model_rows():
         if row.parity is not None and not row.parity.is_failing:
             assert 0 < row.parity.max_logit_difference <= equality.LOGIT_TOLERANCE, row.name
-            assert row.parity.num_answers >= 4 and "language_model" in row.parity.parts, row.name
+            assert row.parity.num_outputs >= 4 and "language_model" in row.parity.parts, row.name
 
 
 def test_the_recorder_keeps_replaces_and_fails() -> None:
-    old = {"llama": {"num_answers": 1}, "qwen2": {"num_answers": 2}, "gone": {}}
+    old = {"llama": {"num_outputs": 1}, "qwen2": {"num_outputs": 2}, "gone": {}}
     new = equality.Statistics()
     new.add(10, 1.234e-6, is_near_tie=True)
     new.parts = {"vision_tower", "language_model"}
     records = parity.updated(old, {"qwen3": new, "no_family": new, "llava": new}, {"", "llama", "llava"})
     assert list(records) == ["llama", "qwen2", "qwen3", "llava"] and records["qwen2"] == old["qwen2"]
     assert records["llama"]["is_failing"] and records["llava"]["is_failing"]
-    assert str(Parity(**records["qwen3"])) == "1 answers, logits within 1.2e-06, 1 near-ties"
+    assert str(Parity(**records["qwen3"])) == "1 outputs, logits within 1.2e-06, 1 near-ties"
     assert records["qwen3"]["parts"] == ["language_model", "vision_tower"]
     assert records["qwen3"]["transformers"] == transformers.__version__
 
@@ -134,7 +134,7 @@ def test_the_command_prints_text_and_json(capsys: pytest.CaptureFixture[str]) ->
     rows = {row["model_type"]: row for row in json.loads(capsys.readouterr().out)}
     assert list(rows) == list(FAMILIES)
     assert rows["phi4_multimodal"]["modalities"] == ["audio", "image"]
-    assert rows["phi4_multimodal"]["parity"]["num_answers"] > 50
+    assert rows["phi4_multimodal"]["parity"]["num_outputs"] > 50
     parts = ["language_model", "connector", "vision_tower", "audio_tower"]
     assert rows["phi4_multimodal"]["parts"] == parts and rows["llama"]["parts"] == parts[:1]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmlora.errors import MediaError, MediaNotHeld
+from mmlora.errors import MediaError, MediaNotFound
 from mmlora.processors.fetch.loader import MediaLoader
 from mmlora.processors.fetch.reference import MAX_UUID_CHARS, MediaReference
 from mmlora.processors.media.cache import ENTRY_BYTES, CachedMedia, MediaCache
@@ -42,7 +42,7 @@ def test_callers_do_not_see_each_others_items(tone):
     loader = MediaLoader()
     first = loader.begin("alice").load(MediaReference("audio", (tone(), 16000), "object", uuid="x"))
     assert loader.begin("alice").load(MediaReference("audio", None, uuid="x")) is first
-    with pytest.raises(MediaNotHeld, match="no media item is held for the uuid 'x'"):
+    with pytest.raises(MediaNotFound, match="no media item is held for the uuid 'x'"):
         loader.begin("bob").load(MediaReference("audio", None, uuid="x"))
     loader.begin("bob").load(MediaReference("audio", (tone(100), 16000), "object", uuid="x"))
     assert loader.begin("alice").load(MediaReference("audio", None, uuid="x")) is first
