@@ -8,7 +8,7 @@ from mmlora.async_llm import AsyncLLM
 from mmlora.server.http.admission import Admission
 
 
-class Status(BaseModel):
+class HealthStatus(BaseModel):
     """Response of `/health` and `/ready`."""
 
     status: str
@@ -29,16 +29,16 @@ def status_routes(llm: AsyncLLM, admission: Admission) -> APIRouter:
     """
     routes = APIRouter()
 
-    @routes.get("/health", responses={503: {"model": Status}})
-    async def health(response: Response) -> Status:
+    @routes.get("/health", responses={503: {"model": HealthStatus}})
+    async def health(response: Response) -> HealthStatus:
         response.status_code = 200 if llm.is_alive else 503
-        return Status(status="ok" if llm.is_alive else "dead")
+        return HealthStatus(status="ok" if llm.is_alive else "dead")
 
-    @routes.get("/ready", responses={503: {"model": Status}})
-    async def ready(response: Response) -> Status:
+    @routes.get("/ready", responses={503: {"model": HealthStatus}})
+    async def ready(response: Response) -> HealthStatus:
         status = "shutting down" if admission.is_closed else llm.status
         response.status_code = 200 if status == "ready" else 503
-        return Status(status=status)
+        return HealthStatus(status=status)
 
     @routes.get("/version")
     async def get_version() -> Version:

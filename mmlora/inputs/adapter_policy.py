@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Choice(Generic[T]):
+class AdapterChoice(Generic[T]):
     """The chosen adapter (None for the base model), the reason, and a warning for the client."""
 
     adapter: T | None
@@ -61,7 +61,7 @@ def choose_adapter(
     *,
     explicit: T | None = None,
     is_base_explicit: bool = False,
-) -> Choice[T]:
+) -> AdapterChoice[T]:
     """Choose the adapter of one request.
 
     In this order: an explicit choice; the default for exactly this set of modalities; the default of the only
@@ -74,21 +74,21 @@ def choose_adapter(
         is_base_explicit: the request explicitly asks for the base model.
     """
     if is_base_explicit:
-        return Choice(None, "explicit:base")
+        return AdapterChoice(None, "explicit:base")
     if explicit is not None:
-        return Choice(explicit, "explicit")
+        return AdapterChoice(explicit, "explicit")
     present = set(modalities)
     exact = modality_key(present)
     if exact in defaults:
-        return Choice(defaults[exact], f"default:{exact}")
+        return AdapterChoice(defaults[exact], f"default:{exact}")
     mapped = sorted(present & defaults.keys())
     if len(mapped) == 1:
-        return Choice(defaults[mapped[0]], f"default:{mapped[0]}")
+        return AdapterChoice(defaults[mapped[0]], f"default:{mapped[0]}")
     if not mapped:
-        return Choice(None, "none")
+        return AdapterChoice(None, "none")
     conflict = modality_key(mapped)
     warning = (
         f"the prompt has {' and '.join(mapped)}, each with a default adapter: none was applied. "
         f"Name an adapter, or add a {conflict!r} key to default_mm_loras"
     )
-    return Choice(None, f"conflict:{conflict}", warning)
+    return AdapterChoice(None, f"conflict:{conflict}", warning)

@@ -18,8 +18,9 @@ Turn = tuple[Message, list[Part]]  # a message, and the parts of its content
 MAX_REASON_CHARS: Final = 400
 LIST_REPR: Final = "'type':"  # in the output of a template that wrote a list of parts as Python prints it
 PHI4_CALL_MARKS: Final = "<|tool_call|>", "<|/tool_call|>"
-_TEXTS: Final = "quartz", "basalt", "gneiss"  # of the messages that are rendered to find out what a template can do
-_TOOL: Final = {
+# Of the messages that are rendered to find out what a template supports.
+_PROBE_TEXTS: Final = "quartz", "basalt", "gneiss"
+_PROBE_TOOL: Final = {
     "type": "function",
     "function": {
         "name": "feldspar",
@@ -158,15 +159,15 @@ class ChatTemplate:
     def _find_abilities(self) -> None:
         self.needs_parts = self._loses_strings()
         self.media_parts = frozenset(filter(self._writes_placeholder, self._placeholders))
-        user, called = _turn("user", _TEXTS[0]), _turn("assistant", "")
-        self.has_tools = self._renders_more([user], [user], {"tools": [_TOOL]})
+        user, called = _turn("user", _PROBE_TEXTS[0]), _turn("assistant", "")
+        self.has_tools = self._renders_more([user], [user], {"tools": [_PROBE_TOOL]})
         self.has_tool_calls = self._renders_more([user, called], [user, ({**called[0], "tool_calls": [_CALL]}, [""])])
 
     def _loses_strings(self) -> bool:
         """Return whether texts get lost as strings and are kept as parts."""
         for roles in (("user", "assistant", "user"), ("user",), ("system", "user")):
-            turns = [_turn(role, text) for role, text in zip(roles, _TEXTS, strict=False)]
-            texts = _TEXTS[: len(roles)]
+            turns = [_turn(role, text) for role, text in zip(roles, _PROBE_TEXTS, strict=False)]
+            texts = _PROBE_TEXTS[: len(roles)]
             if _has_all(self._try([_message(turn, as_parts=False) for turn in turns]), texts):
                 return False
             if _has_all(self._try([_message(turn, as_parts=True) for turn in turns]), texts):
@@ -175,7 +176,7 @@ class ChatTemplate:
 
     def _writes_placeholder(self, modality: str) -> bool:
         """Return whether a part of this modality is rendered as its placeholder."""
-        content = [{"type": modality}, {"type": "text", "text": _TEXTS[0]}]
+        content = [{"type": modality}, {"type": "text", "text": _PROBE_TEXTS[0]}]
         text = self._try([{"role": "user", "content": content}])
         return text is not None and text.count(self._placeholders[modality]) == 1 and LIST_REPR not in text
 
@@ -184,7 +185,7 @@ class ChatTemplate:
 
         Some templates fail on a conversation without a system message, others on one with it.
         """
-        for before in ([], [_turn("system", _TEXTS[1])]):
+        for before in ([], [_turn("system", _PROBE_TEXTS[1])]):
             with_more, without = (
                 self._try([_message(turn, as_parts=self.needs_parts) for turn in [*before, *turns]], given)
                 for turns, given in ((more, kwargs), (fewer, None))

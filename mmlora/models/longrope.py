@@ -34,9 +34,9 @@ class LongRope(nn.Module):
         if metadata is None:
             cos_sin: tuple[torch.Tensor, torch.Tensor] = self.base(x, position_ids)
             return cos_sin
-        is_long = metadata.uses_long_rope_factors
-        is_long = torch.zeros_like(position_ids[0]) if is_long is None else is_long.long()
-        inv_freq = self.inv_freq.float()[is_long]  # [num_tokens, rotary_dim / 2]
+        uses_long = metadata.uses_long_rope_factors
+        uses_long = torch.zeros_like(position_ids[0]) if uses_long is None else uses_long.long()
+        inv_freq = self.inv_freq.float()[uses_long]  # [num_tokens, rotary_dim / 2]
         angles = position_ids[..., None].float() * inv_freq
         angles = torch.cat([angles, angles], dim=-1)
         scaling = self.base.attention_scaling

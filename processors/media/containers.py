@@ -29,7 +29,7 @@ _MAGIC: Final = {
     b"GIF87a": "gif",
     b"GIF89a": "gif",
 }
-_UNSUPPORTED: Final = {
+_UNSUPPORTED_MAGIC: Final = {
     b"FORM": "an AIFF file",
     b"#!AMR": "an AMR file",
     b"0&\xb2u\x8ef\xcf\x11": "a Windows Media file",
@@ -77,7 +77,7 @@ def describe_content(data: bytes) -> str:
     head = data[:512]
     if head[4:8] == b"ftyp":
         return f"an MP4-family image (brand {head[8:12].decode('ascii', 'replace').strip()!r}: HEIC or AVIF)"
-    for magic, name in _UNSUPPORTED.items():
+    for magic, name in _UNSUPPORTED_MAGIC.items():
         if head.startswith(magic):
             return name
     if _is_text(head):

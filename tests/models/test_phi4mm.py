@@ -38,7 +38,7 @@ VISION = {
     "patch_size": 7,
     "image_token_id": IMAGE_ID,
 }
-SIGLIP, AUDIO = phi4mm.VISION, phi4mm.AUDIO
+SIGLIP, AUDIO = phi4mm.VISION_CONSTANTS, phi4mm.AUDIO_CONSTANTS
 PUBLISHED_SIZE = 5_574_460_384  # parameters in microsoft/Phi-4-multimodal-instruct, adapters included
 ROPE = {"short_factor": [1.0, 1.3, 1.9], "long_factor": [1.1, 2.0, 7.5]}
 LORA_LAYERS = r"layers.*((self_attn\.(qkv|o)_proj)|(mlp\.(gate_up|down)_proj))"
@@ -262,8 +262,8 @@ def save_microsoft_tokenizer(path: Path, twin: Path) -> None:
 def tiny_towers() -> Any:
     """Replace the constants of Microsoft's code, such as the size of SigLIP, by those of the tiny checkpoint."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phi4mm, "VISION", VISION)
-        patch.setattr(phi4mm, "AUDIO", {"audio_token_id": AUDIO_ID})
+        patch.setattr(phi4mm, "VISION_CONSTANTS", VISION)
+        patch.setattr(phi4mm, "AUDIO_CONSTANTS", {"audio_token_id": AUDIO_ID})
         yield
 
 
@@ -447,8 +447,8 @@ def test_configuration_equals_that_of_the_twin(checkpoints: SimpleNamespace) -> 
 def test_the_published_configuration_has_as_many_parameters_as_the_published_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(phi4mm, "VISION", SIGLIP)
-    monkeypatch.setattr(phi4mm, "AUDIO", AUDIO)
+    monkeypatch.setattr(phi4mm, "VISION_CONSTANTS", SIGLIP)
+    monkeypatch.setattr(phi4mm, "AUDIO_CONSTANTS", AUDIO)
     content = set_at(CONFIG, "embd_layer.image_embd_layer.crop_size", 448)
     content.update(hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, vocab_size=200064)
     content.update(num_attention_heads=24, num_key_value_heads=8, partial_rotary_factor=0.75, torch_dtype="bfloat16")

@@ -20,9 +20,9 @@ MAX_CONFIG_BYTES: Final = 2**24
 DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 # No segment starts with a dot, so that neither folder nor revision can leave the Hub's cache.
-_SEGMENT: Final = r"[A-Za-z0-9_][\w.+-]*"
+_PATH_SEGMENT: Final = r"[A-Za-z0-9_][\w.+-]*"
 _HUB_PATH: Final = re.compile(
-    rf"(?P<repo>{_SEGMENT}(/{_SEGMENT})?)(?P<folder>(/{_SEGMENT})*)(@(?P<revision>{_SEGMENT}(/{_SEGMENT})*))?"
+    rf"(?P<repo>{_PATH_SEGMENT}(/{_PATH_SEGMENT})?)(?P<folder>(/{_PATH_SEGMENT})*)(@(?P<revision>{_PATH_SEGMENT}(/{_PATH_SEGMENT})*))?"
 )
 
 

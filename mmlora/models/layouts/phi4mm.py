@@ -38,7 +38,7 @@ KEY_MAPPING: Mapping[str, str] = {
 """Regular expressions in the names of Microsoft's modules, and their replacements."""
 
 # Constants of Microsoft's code that config.json lacks: SigLIP, and the ids of two tokens.
-VISION: Mapping[str, Any] = {
+VISION_CONSTANTS: Mapping[str, Any] = {
     "hidden_size": 1152,
     "intermediate_size": 4304,
     "num_hidden_layers": 27,
@@ -47,7 +47,7 @@ VISION: Mapping[str, Any] = {
     "patch_size": 14,
     "image_token_id": 200010,
 }
-AUDIO: Mapping[str, Any] = {"audio_token_id": 200011}
+AUDIO_CONSTANTS: Mapping[str, Any] = {"audio_token_id": 200011}
 
 # Options of Microsoft's code that are fixed in `transformers`; most would not change the shape of a tensor.
 _FIXED: Final[Mapping[str, Any]] = {
@@ -76,7 +76,7 @@ _DROPPED: Final = (
     *("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path", "_attn_implementation"),
     *("embd_layer", "audio_processor", "img_processor", "speech_lora", "vision_lora"),
 )
-_LORA: Final = re.compile(r"(?P<module>.+)\.(?P<matrix>lora_[AB])\.(?P<name>speech|vision)\.weight")
+_EMBEDDED_LORA: Final = re.compile(r"(?P<module>.+)\.(?P<matrix>lora_[AB])\.(?P<name>speech|vision)\.weight")
 
 
 def load_config(path: Path) -> PretrainedConfig:
@@ -98,12 +98,12 @@ def load_config(path: Path) -> PretrainedConfig:
         "bias_max_distance": _value(content, f"{bias}.t5_bias_max_distance"),
         "bias_symmetric": _value(content, bias).get("t5_bias_symmetric", False),
         "downsample_rate": _value(content, "embd_layer.audio_embd_layer.downsample_rate"),
-        **AUDIO,
+        **AUDIO_CONSTANTS,
     }
     vision = {
         "crop_size": _value(content, "embd_layer.image_embd_layer.crop_size"),
         "feature_layer": (content.get("img_processor") or {}).get("layer_idx", -2),
-        **VISION,
+        **VISION_CONSTANTS,
     }
     return Phi4MultimodalConfig(
         architectures=["Phi4MultimodalForCausalLM"],
@@ -197,7 +197,7 @@ def _adapter_tensors(source: Path) -> Iterator[tuple[Any, str, re.Match[str]]]:
     for path in sorted(source.glob("model*.safetensors")):
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118  a safetensors file is not a mapping
-                if match := _LORA.fullmatch(key):
+                if match := _EMBEDDED_LORA.fullmatch(key):
                     yield file, key, match
 
 
@@ -219,7 +219,7 @@ PHI4MM_LAYOUT = Layout(
     "phi4mm",
     load_config,
     KEY_MAPPING,
-    left_out=_LORA,
+    left_out=_EMBEDDED_LORA,
     load_tokenizer=load_tokenizer,
     find_adapters=find_adapters,
     embedded_adapter=embedded_adapter,
