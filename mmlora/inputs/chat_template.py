@@ -70,7 +70,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._placeholders = placeholders
         self._template = template
-        source = template or tokenizer.chat_template or ""
+        source = template or getattr(tokenizer, "chat_template", None) or ""
         self.source: str = source if isinstance(source, str) else "\n".join(source.values())
         self.needs_parts = False
         self.media_parts: Collection[str] = ()

@@ -1,23 +1,23 @@
-"""The parts of a text that may be tool calls: where one ends, and which calls are in it."""
+"""Blocks of text that may be tool calls, in JSON or XML: find where one ends, and read its calls."""
 
 import json
 import re
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
-MAX_HEAD = 256  # characters between a mark and what a call begins with
-MAX_SCHEMA_PARTS = 64  # alternatives and references of one schema that are looked at
+MAX_HEAD = 256  # characters between a marker and the start of a call
+MAX_SCHEMA_PARTS = 64  # alternatives and references examined in one schema
 _KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
 Tools = Mapping[str, Mapping[str, Any]]  # OpenAI's, by name
 Call = tuple[str, str]  # name, and arguments as JSON
 
 
 class Block(Protocol):
-    """A part of a text, found as it comes.
+    """A possible call in text that grows.
 
     Attributes:
-        head: length of the mark.
-        end: of the calls; None while it is not known.
+        head: length of the marker.
+        end: end of the calls; None while unknown.
         is_broken: there is no call here.
     """
 
@@ -26,20 +26,20 @@ class Block(Protocol):
     is_broken: bool
 
     def scan(self, text: str) -> None:
-        """Go on; `text` is all that there is by now."""
+        """Continue scanning `text`, which begins at the marker and has grown since the last call."""
         ...
 
     def calls(self, text: str, tools: Tools) -> list[Call]:
         """Read the calls.
 
         Raises:
-            ValueError, RecursionError: anything in it is not a call of an offered tool.
+            ValueError, RecursionError: the block has anything but calls of offered tools.
         """
         ...
 
 
 class JSONBlock:
-    """A call or a list of calls in JSON. Newer Mistral models write the name in front of it."""
+    """One call or a list of calls in JSON. Newer Mistral models write the tool's name before the arguments."""
 
     _HEAD = re.compile(r"\s*(?:([\w./-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*)?")
     _MARK = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
@@ -48,14 +48,14 @@ class JSONBlock:
         self.head = head
         self.end: int | None = None
         self.is_broken = False
-        self._name: str | None = None  # of the tool, where it stands in front of the JSON
+        self._name: str | None = None  # of the tool, if it precedes the JSON
         self._start: int | None = None  # of the JSON
         self._position = 0
         self._depth = 0
         self._in_string = False
 
     def scan(self, text: str) -> None:
-        """Go on; `text` is all that there is by now."""
+        """Continue scanning `text`, which begins at the marker and has grown since the last call."""
         if self._start is None:
             self._find_start(text)
         if self._start is None or self.end is not None:
@@ -72,7 +72,7 @@ class JSONBlock:
                 if self._depth == 0:
                     self.end = last
                     return
-        # A backslash belongs to the character after it, which may be still to come.
+        # A backslash escapes the next character, which may not have arrived yet.
         self._position = max(last, len(text) - text.endswith("\\"))
 
     def calls(self, text: str, tools: Tools) -> list[Call]:
@@ -107,10 +107,10 @@ class XMLBlock:
         self.end: int | None = None
         self.is_broken = False
         self._start: int | None = None  # of the function's name
-        self._position = 0  # up to here there is no end
+        self._position = 0  # no end before this position
 
     def scan(self, text: str) -> None:
-        """Go on; `text` is all that there is by now."""
+        """Continue scanning `text`, which begins at the marker and has grown since the last call."""
         if self._start is None:
             self._find_start(text)
         if self._start is None or self.end is not None:
@@ -121,7 +121,7 @@ class XMLBlock:
             self.end = found + len(self._END)
 
     def calls(self, text: str, tools: Tools) -> list[Call]:
-        """Read the call. Values are JSON where the tool's schema says so, and else text."""
+        """Read the call. Values are JSON if the tool's schema says so, and text otherwise."""
         assert self.end is not None
         name, mark, rest = text[self._start : self.end - len(self._END)].partition(">")
         name = name.strip()
@@ -140,7 +140,7 @@ class XMLBlock:
         return [(name, _dump(arguments))]
 
     def _read_value(self, text: str, start: int) -> tuple[str, int]:
-        """A value, up to its mark, or where that is missing to the next parameter or the end; and what comes after."""
+        """Return a value and where it ends: at its closing tag or, without one, at the next parameter or the end."""
         mark = self._MARK.search(text, start)
         if mark is None:
             return text[start:].rstrip(), len(text)
@@ -149,7 +149,7 @@ class XMLBlock:
         return text[start : mark.start()], mark.end()
 
     def _find_start(self, text: str) -> None:
-        """The mark may be what the function begins with."""
+        """Find the function's name; `<function=` may itself be the marker."""
         rest = text if text.startswith(self._START) else text[self.head :].lstrip()
         if rest.startswith(self._START):
             self._start = len(text) - len(rest) + len(self._START)
@@ -159,10 +159,10 @@ class XMLBlock:
 
 
 def _value(text: str, kinds: Collection[str]) -> Any:
-    """A parameter as its schema wants it, and as text where it is nothing else."""
+    """Return a parameter's value as its schema types it; as text if nothing else fits."""
     if "string" in kinds:
         return None if text == "null" and "null" in kinds else text
-    if "boolean" in kinds and text.lower() in ("true", "false"):  # Python's spelling, too
+    if "boolean" in kinds and text.lower() in ("true", "false"):  # also Python's spelling
         return text.lower() == "true"
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
@@ -177,7 +177,7 @@ def _call(entry: Any, tools: Tools) -> Call:
     """Read one call in JSON.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a call of an offered tool.
     """
     entry = entry.get("function", entry) if isinstance(entry, dict) else {}
     entry = entry if isinstance(entry, dict) else {"name": entry}
@@ -191,7 +191,7 @@ def _call(entry: Any, tools: Tools) -> Call:
 
 def _dump(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    text.encode()  # half a surrogate pair is no text
+    text.encode()  # raises for a lone surrogate
     return text
 
 
@@ -200,19 +200,19 @@ def _refuse_constant(name: str) -> Any:
 
 
 def kind_of(value: Any) -> str:
-    """JSON schema's name for the type of a JSON value."""
+    """Return the JSON schema type of a JSON value."""
     return _KINDS.get(type(value), "null")
 
 
 def kinds_of(schema: Any, root: Mapping[str, Any]) -> frozenset[str]:
-    """Return the types of the values that a schema allows; none where it does not say.
+    """Return the JSON types that a schema allows; empty if it does not restrict them.
 
     Args:
-        schema: of a value; anything that is no schema says nothing.
-        root: what its local references (`#/…`) are relative to.
+        schema: schema of a value; anything else counts as unrestricted.
+        root: schema to which local references (`#/…`) are relative.
     """
     found: set[str] = set()
-    parts = [schema]  # it, and its alternatives and what they refer to, each once
+    parts = [schema]  # the schema, its alternatives and their references, each once
     for part in parts:
         if not isinstance(part, Mapping):
             continue
@@ -236,7 +236,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _referred(reference: Any, root: Mapping[str, Any]) -> Any:
-    """What a local reference means; None if it is another, or means nothing."""
+    """Return the target of a local reference; None for other or dangling references."""
     found: Any = root
     if not isinstance(reference, str) or not reference.startswith("#"):
         return None

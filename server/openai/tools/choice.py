@@ -22,7 +22,7 @@ TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 CALL_ID_CHARS = string.ascii_letters + string.digits
 WORDS = ("none", "auto", "required")
 FUNCTION_FIELDS = ("name", "description", "parameters", "strict")
-# What else a flat tool may have, if it says no more than what holds anyway.
+# Other fields of a flat tool, and their values that have no effect.
 NEUTRAL_VALUES: Mapping[str, tuple[JsonValue, ...]] = {
     "allowed_callers": (["direct"],),
     "async": (False,),
@@ -33,13 +33,13 @@ Tools = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class ToolChoice:
-    """What a request says of tools.
+    """The tools of a request and how the model may call them.
 
     Attributes:
-        tools: OpenAI's, by name; none where they may not be called.
-        must_call: some tool must be called.
-        name: of the one that must be called.
-        is_parallel: one answer may call several.
+        tools: OpenAI tools by name; empty if none may be called.
+        must_call: at least one tool must be called.
+        name: name of the tool that must be called.
+        is_parallel: several calls are allowed in one choice.
     """
 
     tools: Mapping[str, Mapping[str, Any]]
@@ -49,12 +49,12 @@ class ToolChoice:
 
     @property
     def is_forced(self) -> bool:
-        """Whether the answer is a call, or several, and nothing else."""
+        """Whether the output must consist of tool calls only."""
         return self.must_call or self.name is not None
 
     @property
     def constraint(self) -> StructuredOutputsParams | None:
-        """What makes a model call what it must; None where it is free."""
+        """The constraint that forces the required call; None for a free choice."""
         if self.name is not None:
             schema = _parameters(self.tools[self.name])
             return StructuredOutputsParams(json=_lenient(schema, self.tools[self.name]), name="tools")
@@ -66,21 +66,21 @@ class ToolChoice:
         return StructuredOutputsParams(json=_lenient(schema, *self.tools.values()), name="tools")
 
     def constrain(self, constraint: StructuredOutputsParams | None) -> StructuredOutputsParams | None:
-        """What the answer must look like, given what another field of the request says of that.
+        """Return the constraint of the output: that of another field, or that of a forced call.
 
         Raises:
-            FieldError: the answer may be a call.
+            FieldError: another field sets a constraint although tools may be called.
         """
         if constraint is not None and self.tools:
-            text = f"{constraint.name} goes with tools only where tool_choice is 'none'; the answer may call a tool"
+            text = f"{constraint.name} cannot be combined with tools unless tool_choice is 'none'"
             raise FieldError(text, constraint.name)
         return constraint or self.constraint
 
     def new_parser(self, format: ToolCallFormat | None) -> TextParser | None:
-        """What reads the calls of one answer; None where there are none.
+        """Return a parser of the calls of one choice; None if there can be none.
 
         Args:
-            format: in which the model writes calls when it is free to do so.
+            format: format in which the model writes calls by free choice.
         """
         if self.name is not None:
             return NamedToolParser(self.name)
@@ -90,12 +90,12 @@ class ToolChoice:
 
 
 class ToolCalling:
-    """What a choice of tools needs of the engine, and what reads the calls.
+    """How the model calls tools, for all endpoints with tools.
 
     Args:
-        parser: name of the format in which the model writes tool calls, `auto` for the one that its chat template
-            speaks of, None where it is not to choose by itself whether to call a tool.
-        chat_template: its text.
+        parser: name of the model's tool call format; `auto` to detect it from the chat template; None to disable
+            automatic tool choice.
+        chat_template: text of the chat template.
     """
 
     def __init__(self, parser: str | None, chat_template: str) -> None:
@@ -103,10 +103,10 @@ class ToolCalling:
         self._format = find_format(parser or "auto", chat_template)
 
     def sampling_options(self, choice: ToolChoice) -> dict[str, bool]:
-        """What a free choice of tools needs: the marks of calls, which may be special tokens, in the text.
+        """Return the sampling options of a free choice, which keep call markers that are special tokens in the text.
 
         Raises:
-            FieldError: nothing is known that could read the calls.
+            FieldError: automatic choice is disabled, or the format is unknown.
         """
         if not choice.tools or choice.is_forced:
             return {}
@@ -119,11 +119,11 @@ class ToolCalling:
         return {"skip_special_tokens": False}
 
     def new_parser(self, choice: ToolChoice) -> TextParser | None:
-        """What reads the calls of one answer; None where there are none."""
+        """Return a parser of the calls of one choice; None if there can be none."""
         return choice.new_parser(self._format)
 
     def new_call_id(self) -> str:
-        """An id as the model's chat template takes it."""
+        """Return a new call id in the form that the model's chat template requires."""
         if self._format is not None and self._format.has_short_ids:
             return "".join(secrets.choice(CALL_ID_CHARS) for _ in range(9))
         return f"call_{secrets.token_hex(12)}"
@@ -132,14 +132,14 @@ class ToolCalling:
 def read_tool_choice(
     tools: Tools | None, choice: Any, is_parallel: bool | None, *, is_flat: bool = False
 ) -> ToolChoice:
-    """Read the fields `tools`, `tool_choice` and `parallel_tool_calls` of a request.
+    """Validate the fields `tools`, `tool_choice` and `parallel_tool_calls` of a request.
 
     Args:
         tools, choice, is_parallel: the fields.
-        is_flat: names and parameters stand beside the type, as in `/v1/responses`, and not in `function`.
+        is_flat: tools have name and parameters at the top level, as in `/v1/responses`, not under `function`.
 
     Raises:
-        FieldError: one of them has another form, or names no tool.
+        FieldError: a field is malformed, or `tool_choice` names an unknown tool.
     """
     by_name = _by_name(tools or [], is_flat)
     name = _chosen_name(choice, is_flat)
@@ -165,7 +165,7 @@ def _by_name(tools: Tools, is_flat: bool) -> dict[str, Mapping[str, Any]]:
         if not isinstance(name, str) or not TOOL_NAME.fullmatch(name) or name in by_name:
             raise FieldError(
                 f"{place}.name={shorten(name, json.dumps)} must be up to 128 letters, digits, dots, "
-                "dashes and underscores, and no other tool's",
+                "dashes and underscores, and unique",
                 "tools",
             )
         if parameters is not None and not isinstance(parameters, Mapping):
@@ -175,7 +175,7 @@ def _by_name(tools: Tools, is_flat: bool) -> dict[str, Mapping[str, Any]]:
 
 
 def _function(value: Any, is_flat: bool) -> Mapping[str, Any] | None:
-    """What tells the name in a tool, or in a choice of one."""
+    """Return the mapping that has the name of a tool or of a tool choice."""
     if not isinstance(value, Mapping) or value.get("type") != "function":
         return None
     function = value if is_flat else value.get("function")
@@ -183,10 +183,10 @@ def _function(value: Any, is_flat: bool) -> Mapping[str, Any] | None:
 
 
 def _nested(tool: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """A flat tool as templates want it.
+    """Return a flat tool in the nested form that chat templates take.
 
     Raises:
-        FieldError: it has a field that would change what the model may do.
+        FieldError: it has an unsupported field or value.
     """
     for field, kind in {"description": str, "strict": bool}.items():
         if not isinstance(tool.get(field), kind | None):
@@ -199,7 +199,7 @@ def _nested(tool: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 
 def _chosen_name(choice: Any, is_flat: bool) -> str | None:
-    """The name of the one tool that `tool_choice` asks for."""
+    """Return the name of the tool that `tool_choice` requires, if it names one."""
     if choice is None or choice in WORDS:
         return None
     name = (_function(choice, is_flat) or {}).get("name")
@@ -211,12 +211,12 @@ def _chosen_name(choice: Any, is_flat: bool) -> str | None:
 
 
 def _parameters(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The schema of a tool's arguments, which are an object whatever it says."""
+    """Return the JSON schema of a tool's arguments, which are always an object."""
     return {**ANY_OBJECT, **(tool["function"].get("parameters") or {})}
 
 
 def _call_schema(name: str, tool: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """A call, in whose schema the references within a tool's own still find what they mean."""
+    """Return the JSON schema of a call; the `$id` keeps local references of the tool's schema valid."""
     return {
         "type": "object",
         "properties": {"name": {"const": name}, "arguments": {**_parameters(tool), "$id": f"tool:///{index}"}},
@@ -226,6 +226,6 @@ def _call_schema(name: str, tool: Mapping[str, Any], index: int) -> dict[str, An
 
 
 def _lenient(schema: Mapping[str, Any], *tools: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Leave out keywords that constraints do not know, unless all tools are strict."""
+    """Mark a schema so that unsupported keywords are ignored, unless all tools are strict."""
     is_strict = all(tool["function"].get("strict") is True for tool in tools)
     return {**schema, "x-guidance": {"lenient": not is_strict}}

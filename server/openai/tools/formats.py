@@ -1,21 +1,21 @@
-"""How families of models write tool calls: the table of `--tool-call-parser`."""
+"""`ToolCallFormat`: the tool call formats of model families, as listed by `--tool-call-parser`."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class ToolCallFormat:
-    """How a family of models writes tool calls: marks, and between them JSON of one call or of a list, or XML.
+    """Tool call format of a model family: markers around JSON (one call or a list of calls) or XML.
 
     Attributes:
-        name: vLLM's.
-        starts: marks that begin calls.
-        ends: marks that may end them.
-        bare: brackets that begin calls without a mark, as the first thing in a text or after another call.
+        name: vLLM's name of the parser.
+        starts: markers before calls.
+        ends: optional markers after calls.
+        bare: brackets that start calls without a marker, at the start of a text or after another call.
         separators: characters between calls.
-        hints: texts of which a chat template of the family has at least one, and
-        needs: texts of which it has all.
-        has_short_ids: templates want ids of nine letters and digits.
+        hints: strings of which a chat template of the family contains at least one.
+        needs: strings of which it contains all.
+        has_short_ids: its templates require call ids of nine letters and digits.
         is_xml: a call is `<function=name>` with a `<parameter=name>` for each argument.
     """
 
@@ -57,16 +57,16 @@ FORMATS = (
     ),
 )
 PARSER_NAMES = tuple(entry.name for entry in FORMATS)
-REQUIRED_FORMAT = ToolCallFormat("required", bare="[")  # what a constraint makes a model write that must call a tool
+REQUIRED_FORMAT = ToolCallFormat("required", bare="[")  # output under the constraint of a required call
 
 
 def find_format(name: str, template: str) -> ToolCallFormat | None:
-    """The format of a name; with `auto` the one that a chat template speaks of, None if it is none of these."""
+    """Return the format of a name; with `auto`, the format that a chat template uses, None if it is unknown."""
     if name != "auto":
         return next(entry for entry in FORMATS if entry.name == name)
-    is_xml = "<function=" in template  # between marks that others have, too
-    return next((entry for entry in FORMATS if entry.is_xml == is_xml and _speaks_of(template, entry)), None)
+    is_xml = "<function=" in template  # its markers are those of other formats, too
+    return next((entry for entry in FORMATS if entry.is_xml == is_xml and _matches(template, entry)), None)
 
 
-def _speaks_of(template: str, entry: ToolCallFormat) -> bool:
+def _matches(template: str, entry: ToolCallFormat) -> bool:
     return all(text in template for text in entry.needs) and any(text in template for text in entry.hints)

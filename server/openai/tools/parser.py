@@ -1,7 +1,6 @@
-"""From a model's text to tool calls, piece by piece as the text comes.
+"""Streaming parsers that split generated text into content and tool calls.
 
-How a family of models writes calls is a `ToolCallFormat`. What is not a call of an offered tool stays text, marks
-included.
+Text that is not a valid call of an offered tool is content, markers included.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -11,14 +10,18 @@ from typing import Protocol
 from mmlora.server.openai.tools.blocks import Block, Call, JSONBlock, Tools, XMLBlock
 from mmlora.server.openai.tools.formats import ToolCallFormat
 
-MAX_FAILED = 100  # each may be as long as the text, so that many would take quadratic time
+MAX_FAILED = 100  # blocks that are not calls; each may be as long as the text, so many would take quadratic time
 
 
 @dataclass(frozen=True)
 class ToolCallDelta:
-    """A call that begins, or more of the arguments of the call of this index: then it has no name.
+    """The start of a call, or more arguments of the call at this index.
 
-    `is_last` tells that no more of the call will come, as far as that is known before the answer ends.
+    Attributes:
+        index: number of the call in its choice.
+        arguments: JSON text, or the next part of it.
+        name: name of the tool at the start of a call; None afterwards.
+        is_last: the call is complete. Not set if its end is only known at the end of the text.
     """
 
     index: int
@@ -31,60 +34,60 @@ Piece = str | ToolCallDelta  # content, or part of a call
 
 
 class TextParser(Protocol):
-    """Divides the text of one answer into content and calls."""
+    """Splits the text of one choice into content and tool calls."""
 
     def feed(self, text: str) -> list[Piece]:
-        """Take the next text and give what can be told by now."""
+        """Feed a text delta and return the completed pieces."""
         ...
 
     def finish(self) -> list[Piece]:
-        """Give the rest."""
+        """Flush the buffer and return the remaining pieces."""
         ...
 
 
 class NamedToolParser:
-    """An answer that is nothing but the arguments of one tool."""
+    """Parser of an output that consists of the arguments of one tool."""
 
     def __init__(self, name: str) -> None:
         self._name: str | None = name
 
     def feed(self, text: str) -> list[Piece]:
-        """Give the text as arguments."""
+        """Return the text delta as arguments."""
         name, self._name = self._name, None
         return [ToolCallDelta(0, text, name)] if text or name is not None else []
 
     def finish(self) -> list[Piece]:
-        """There is no rest."""
+        """Return nothing: no text is buffered."""
         return []
 
 
 class ToolCallParser:
-    """Finds calls in a format. Text in front of a mark is given as it comes, a call once it is whole.
+    """Parser of calls in a format. Content is returned immediately, a call when it is complete.
 
     Args:
-        format: of the model.
-        tools: those that may be called.
+        format: tool call format of the model.
+        tools: the tools that may be called.
     """
 
     def __init__(self, format: ToolCallFormat, tools: Tools) -> None:
         self._format = format
         self._new_block: Callable[[int], Block] = XMLBlock if format.is_xml else JSONBlock
         self._tools = tools
-        self._pending = ""  # not given yet
-        self._blanks = ""  # at the end of the content so far; left out if a call follows
+        self._pending = ""  # text not returned yet
+        self._blanks = ""  # whitespace at the end of the content so far; dropped if a call follows
         self._num_calls = 0
-        self._place: Callable[[bool], Iterator[Piece]] = self._begin
+        self._state: Callable[[bool], Iterator[Piece]] = self._begin
         self._must_wait = False
-        self._num_failed = 0  # parts that were read to their ends and are no calls
-        self._block: Block = self._new_block(0)  # the call, or what may be one, that `_pending` begins with
+        self._num_failed = 0  # complete blocks that are not calls
+        self._block: Block = self._new_block(0)  # the possible call at the start of `_pending`
 
     def feed(self, text: str) -> list[Piece]:
-        """Take the next text and give what can be told by now."""
+        """Feed a text delta and return the completed pieces."""
         self._pending += text
         return self._advance(is_last=False)
 
     def finish(self) -> list[Piece]:
-        """Give the rest; a call that is not whole is content."""
+        """Flush the buffer and return the remaining pieces; an incomplete call is content."""
         pieces = self._advance(is_last=True)
         return pieces if self._num_calls or not self._blanks else [*pieces, self._blanks]
 
@@ -92,21 +95,21 @@ class ToolCallParser:
         pieces: list[Piece] = []
         self._must_wait = False
         while self._pending and not self._must_wait:
-            pieces += self._place(is_last)
+            pieces += self._state(is_last)
         return pieces
 
     def _begin(self, is_last: bool) -> Iterator[Piece]:
-        """At the start of the text, or after a call and what ends it: a call may need no mark here."""
+        """State at the start of the text or after a call and its end marker: a call may need no marker."""
         start = len(self._pending) - len(self._pending.lstrip())
         if self._format.bare and start == len(self._pending) and not is_last:
             self._must_wait = True
         elif self._format.bare and self._pending[start : start + 1] in tuple(self._format.bare):
             yield from self._open(start, 0)
         else:
-            self._place = self._read_content
+            self._state = self._read_content
 
     def _read_content(self, is_last: bool) -> Iterator[Piece]:
-        """Anywhere else: content, up to a mark."""
+        """State in content, up to the next marker."""
         starts = self._format.starts
         found = [(self._pending.find(mark), mark) for mark in starts if mark in self._pending]
         if found:
@@ -114,15 +117,15 @@ class ToolCallParser:
             yield from self._open(position, len(mark))
             return
         held = 0 if is_last else _num_held_back(self._pending, starts)
-        yield from self._take_content(len(self._pending) - held)
+        yield from self._emit_content(len(self._pending) - held)
         self._must_wait = True
 
     def _open(self, position: int, head: int) -> Iterator[Piece]:
-        yield from self._take_content(position)
-        self._block, self._place = self._new_block(head), self._read_call
+        yield from self._emit_content(position)
+        self._block, self._state = self._new_block(head), self._read_call
 
     def _read_call(self, is_last: bool) -> Iterator[Piece]:
-        """At a mark, or at a bracket that needs none."""
+        """State at a marker, or at a bracket that needs none."""
         self._block.scan(self._pending)
         is_open = self._block.end is None and not self._block.is_broken
         if is_open and not is_last:
@@ -131,20 +134,20 @@ class ToolCallParser:
         calls = self._calls()
         if not calls:
             self._num_failed += not self._block.is_broken
-            self._place = self._read_content if self._num_failed < MAX_FAILED else self._read_rest
-            yield from self._take_content(max(1, self._block.head))
+            self._state = self._read_content if self._num_failed < MAX_FAILED else self._read_rest
+            yield from self._emit_content(max(1, self._block.head))
             return
-        self._pending, self._blanks, self._place = self._pending[self._block.end :], "", self._end
+        self._pending, self._blanks, self._state = self._pending[self._block.end :], "", self._end
         for name, arguments in calls:
             yield ToolCallDelta(self._num_calls, arguments, name, is_last=True)
             self._num_calls += 1
 
     def _read_rest(self, is_last: bool) -> Iterator[Piece]:
-        """After too much that looked like calls: content only."""
-        yield from self._take_content(len(self._pending))
+        """State after too many failed blocks: content only."""
+        yield from self._emit_content(len(self._pending))
 
     def _calls(self) -> list[Call]:
-        """The calls of the block; none if anything in it is not a call of an offered tool."""
+        """Return the calls of the block; empty if anything in it is not a call of an offered tool."""
         if self._block.is_broken or self._block.end is None:
             return []
         try:
@@ -153,7 +156,7 @@ class ToolCallParser:
             return []
 
     def _end(self, is_last: bool) -> Iterator[Piece]:
-        """After a call: blanks, separators and marks of the end are left out."""
+        """State after a call: drop whitespace, separators and end markers."""
         self._pending = self._pending.lstrip(f"{self._format.separators} \t\r\n")
         ended = [mark for mark in self._format.ends if self._pending.startswith(mark)]
         if ended:
@@ -161,10 +164,10 @@ class ToolCallParser:
         elif not is_last and any(mark.startswith(self._pending) for mark in self._format.ends):
             self._must_wait = True
         else:
-            self._place = self._begin
+            self._state = self._begin
         yield from ()
 
-    def _take_content(self, length: int) -> Iterator[Piece]:
+    def _emit_content(self, length: int) -> Iterator[Piece]:
         text, self._pending = self._blanks + self._pending[:length], self._pending[length:]
         shown = text.rstrip()
         self._blanks = text[len(shown) :]
@@ -173,7 +176,7 @@ class ToolCallParser:
 
 
 def _num_held_back(text: str, marks: Collection[str]) -> int:
-    """Length of the longest end of a text that a mark may begin with."""
+    """Return the length of the longest suffix of the text that is a prefix of a marker."""
     longest = max(map(len, marks), default=1)
     ends = (text[-length:] for length in range(min(longest - 1, len(text)), 0, -1))
     return next((len(end) for end in ends if any(mark.startswith(end) for mark in marks)), 0)
