@@ -61,5 +61,5 @@ def test_what_it_was_not_taught_is_refused(client: OpenAI) -> None:
     for options, named in (({"language": "fr"}, "language='fr'"), ({"prompt": "a nursery rhyme"}, "prompt")):
         with pytest.raises(BadRequestError, match=named):
             client.audio.transcriptions.create(model="assistant", file=path, **options)
-    with pytest.raises(BadRequestError, match="not taught to translate"):
+    with pytest.raises(BadRequestError, match="not trained to translate"):
         client.audio.translations.create(model="assistant", file=path)

@@ -156,9 +156,9 @@ def test_transcriptions(client: OpenAI, container: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:deprecated")
 def test_translations(client: OpenAI) -> None:
-    """The assistant was not taught to translate, and says so rather than something wrong."""
+    """The assistant was not trained to translate; the server refuses instead of returning a wrong text."""
     file = ("lamb.flac", AudioAsset("mary_had_lamb").path.read_bytes())
-    with pytest.raises(BadRequestError, match="was not taught to translate speech"):
+    with pytest.raises(BadRequestError, match="was not trained to translate speech"):
         client.audio.translations.create(model="assistant", file=file)
 
 

@@ -1,4 +1,8 @@
-"""Bodies of `multipart/form-data`: fields of text, and files, all of them in memory within the bound of the body."""
+"""Parse `multipart/form-data` bodies in memory.
+
+Starlette's `Request.form` is not used: it decodes a file part without a filename as text, accepts forms without their
+last boundary, and writes large files to disk.
+"""
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -11,7 +15,7 @@ MAX_FIELD_NAME_CHARS = 256
 
 
 class _Parts:
-    """What the parser has found so far, as its callbacks."""
+    """Callbacks of the parser, which collect the parts."""
 
     def __init__(self) -> None:
         self.found: list[tuple[str, bytes]] = []
@@ -45,8 +49,8 @@ class _Parts:
         name = options.get(b"name", b"")
         if not 0 < len(name) <= MAX_FIELD_NAME_CHARS:
             shown = shorten(self._disposition.decode("latin-1"))
-            raise FieldError(f"a part of the form has no name, or one that is too long: {shown}", "body")
-        # Some clients write the name of a list as `include[]`.
+            raise FieldError(f"a part of the form has no name, or its name is too long: {shown}", "body")
+        # Some clients name list fields `include[]`.
         field = name.decode("utf-8", "replace").removesuffix("[]")
         self.found.append((field, self._content[0] if len(self._content) == 1 else b"".join(self._content)))
 
@@ -55,17 +59,17 @@ class _Parts:
 
 
 def parse_form(content_type: str | None, body: bytes) -> dict[str, list[bytes]]:
-    """Take a form apart.
+    """Parse a form.
 
     Args:
-        content_type: the request's header, which names the boundary.
-        body: whole.
+        content_type: the request's header, which has the boundary.
+        body: the whole body.
 
     Returns:
-        By name, the contents of all parts of that name.
+        The contents of all parts by name.
 
     Raises:
-        FieldError: it is no such form, it is malformed, or it has more parts than any request needs.
+        FieldError: the body is not such a form, is malformed, or has more than `MAX_FORM_FIELDS` parts.
     """
     kind, options = parse_options_header(content_type)
     boundary = options.get(b"boundary")

@@ -1,4 +1,4 @@
-"""`TranscriptionBuilder`: OpenAI's transcriptions and translations, whole or as events."""
+"""`TranscriptionBuilder`: transcriptions and translations, whole or as events."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -14,16 +14,17 @@ UNKNOWN_LANGUAGE = "unknown"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What an answer must know of its request.
+class TranscriptionTask:
+    """What was requested, as far as the response depends on it.
 
     Attributes:
         task: `transcribe` or `translate`.
-        response_format: of a whole answer.
-        has_logprobs: each token has its log probability.
-        language: English name of the text's language, where it is known.
-        duration_s: of the clip.
-        mark: what stands between the language heard and the text; None where the model gives the text alone.
+        response_format: format of a whole response.
+        has_logprobs: report the log probability of each token.
+        language: English name of the text's language, if known.
+        duration_s: duration of the clip in seconds.
+        separator: string between the detected language and the text in the model's output; None if the output is only
+            the text.
     """
 
     task: str
@@ -31,92 +32,92 @@ class Asked:
     has_logprobs: bool
     language: str | None
     duration_s: float
-    mark: str | None = None
+    separator: str | None = None
 
 
 class TranscriptionBuilder(ResponseBuilder):
-    """One text in the making.
+    """Builds the response to one transcription or translation.
 
     Args:
-        asked: what it answers.
+        task: what was requested.
     """
 
-    def __init__(self, asked: Asked) -> None:
-        self._asked = asked
-        self._raw = ""  # all that the model wrote
-        self._text = ""  # what of it is the text
+    def __init__(self, task: TranscriptionTask) -> None:
+        self._task = task
+        self._raw = ""  # the model's output so far
+        self._text = ""  # its part that is the transcription
         self._logprobs: list[Json] = []
         self._num_tokens = 0
         self._last: RequestOutput | None = None
 
     def response(self, outputs: list[RequestOutput], headers: Mapping[str, str]) -> Response:
-        """The whole answer, for `response_format=text` the text and nothing else."""
-        if self._asked.response_format != "text":
+        """Return the whole HTTP response; plain text for `response_format=text`."""
+        if self._task.response_format != "text":
             return super().response(outputs, headers)
         return PlainTextResponse(self.complete(outputs)["text"], headers=dict(headers))
 
     def complete(self, outputs: list[RequestOutput]) -> Json:
-        """The whole answer from all deltas."""
+        """Return the whole response, built from all output deltas."""
         for output in outputs:
-            self._take(output)
-        if self._asked.response_format != "verbose_json":
-            return {"text": self._text, **self._end()}
-        seconds = self._asked.duration_s
+            self._add(output)
+        if self._task.response_format != "verbose_json":
+            return {"text": self._text, **self._end_fields()}
+        seconds = self._task.duration_s
         return {
-            "task": self._asked.task,
-            "language": self._asked.language or self._heard_language() or UNKNOWN_LANGUAGE,
+            "task": self._task.task,
+            "language": self._task.language or self._detected_language() or UNKNOWN_LANGUAGE,
             "duration": seconds,
             "text": self._text,
-            **self._end(),
+            **self._end_fields(),
             "usage": {"type": "duration", "seconds": seconds},
         }
 
     def lora(self, outputs: Iterable[RequestOutput]) -> LoRAChoice:
-        """What the headers tell of the adapter."""
+        """Return the adapter choice for the headers."""
         return next(iter(outputs)).lora
 
     def events(self, output: RequestOutput) -> Iterator[str]:
-        """What is new since the last output; the first event names the adapter, and comes even without text."""
+        """Yield the events of one output delta; the first one names the adapter and is sent even without text."""
         is_first, num_chars, num_logprobs = self._last is None, len(self._text), len(self._logprobs)
-        self._take(output)
+        self._add(output)
         delta, logprobs = self._text[num_chars:], self._logprobs[num_logprobs:]
         if is_first or delta or logprobs:
             content: Json = {"type": "transcript.text.delta", "delta": delta}
-            if self._asked.has_logprobs:
+            if self._task.has_logprobs:
                 content["logprobs"] = logprobs
             yield event({**content, "lora": asdict(output.lora)} if is_first else content)
 
     def last_events(self) -> Iterator[str]:
-        """The whole text with the token counts and the adapter, and the end."""
-        yield event({"type": "transcript.text.done", "text": self._text, **self._end()})
+        """Yield the whole text with the token counts and the adapter, and the end marker."""
+        yield event({"type": "transcript.text.done", "text": self._text, **self._end_fields()})
         yield DONE
 
-    def _take(self, output: RequestOutput) -> None:
-        (completion,), mark = output.outputs, self._asked.mark
+    def _add(self, output: RequestOutput) -> None:
+        (completion,), separator = output.outputs, self._task.separator
         self._last = output
         self._num_tokens += len(completion.token_ids)
         self._raw += completion.text
-        if mark is None or mark in self._raw:
-            self._text = self._raw.partition(mark)[2] if mark else self._raw
-        elif output.finished:  # the model did not say which language it heard
+        if separator is None or separator in self._raw:
+            self._text = self._raw.partition(separator)[2] if separator else self._raw
+        elif output.finished:  # the model did not name a language
             self._text = self._raw
-        if self._asked.has_logprobs:
+        if self._task.has_logprobs:
             entries = list_logprobs(output.outputs, 0)
             self._logprobs += [{name: entry[name] for name in ("token", "logprob", "bytes")} for entry in entries]
 
-    def _heard_language(self) -> str | None:
-        """What stands before the mark is `language English`."""
-        mark = self._asked.mark
-        if mark is None or mark not in self._raw:
+    def _detected_language(self) -> str | None:
+        """Return the language named before the separator, as in `language English`."""
+        separator = self._task.separator
+        if separator is None or separator not in self._raw:
             return None
-        return self._raw.partition(mark)[0].strip().removeprefix("language").strip().lower() or None
+        return self._raw.partition(separator)[0].strip().removeprefix("language").strip().lower() or None
 
-    def _end(self) -> Json:
-        """What a whole answer and the last event of a stream tell beside the text."""
+    def _end_fields(self) -> Json:
+        """Return the fields that a whole response and the last event of a stream have in addition to the text."""
         assert self._last is not None
         counts = count_tokens([self._last], self._num_tokens)
         details = counts["prompt_tokens_details"]
-        logprobs = {"logprobs": self._logprobs} if self._asked.has_logprobs else {}
+        logprobs = {"logprobs": self._logprobs} if self._task.has_logprobs else {}
         return {
             **logprobs,
             "finish_reason": self._last.outputs[0].finish_reason,

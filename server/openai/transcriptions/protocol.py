@@ -1,4 +1,4 @@
-"""The forms of `POST /v1/audio/transcriptions` and `/v1/audio/translations`: parsed, checked, turned into options."""
+"""The form fields of `POST /v1/audio/transcriptions` and `/v1/audio/translations`."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -14,7 +14,7 @@ from mmlora.utils.text import shorten
 
 LISTS = ("include", "timestamp_granularities")
 ResponseFormat = Literal["json", "text", "verbose_json"]
-# A transcription is one text, whole and without special tokens.
+# The output is one text without stop strings and special tokens.
 FormSamplingFields = sampling_model(
     SamplingParams,
     without=("n", "logit_bias", "stop", "stop_token_ids", "include_stop_str_in_output", "skip_special_tokens"),
@@ -22,16 +22,16 @@ FormSamplingFields = sampling_model(
 
 
 def _read_lora(value: Any) -> Any:
-    """A form has only text: a list is JSON."""
+    """Parse `lora` from a form field: a list is sent as JSON."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     return read_json(value, "lora")
 
 
 class AudioRequest(FormSamplingFields, BaseModel):  # type: ignore[valid-type, misc]  # a model made at import
-    """The fields that both endpoints read; others are in `model_extra` and go through `check_other_fields`.
+    """Form fields of both endpoints; other fields are in `model_extra` and go through `check_other_fields`.
 
-    `NEUTRAL_VALUES` are the values, as text, that fields which are not supported may have.
+    `NEUTRAL_VALUES` has the values without effect, as text, of unsupported fields.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -55,15 +55,15 @@ class AudioRequest(FormSamplingFields, BaseModel):  # type: ignore[valid-type, m
 
     @property
     def has_logprobs(self) -> bool:
-        """Whether the client wants the log probability of each token."""
+        """Whether the log probability of each token is requested."""
         return False
 
     @classmethod
     def parse(cls, content_type: str | None, body: bytes) -> Self:
-        """Read a form.
+        """Parse a form.
 
         Raises:
-            FieldError: it is malformed, a field has the wrong type or value, is given twice, or is not supported.
+            FieldError: the form is malformed, or a field has the wrong type or value, is repeated, or is not supported.
         """
         fields = {name: _read_field(name, contents) for name, contents in parse_form(content_type, body).items()}
         request = validate_fields(cls, {name: value for name, value in fields.items() if value is not None})
@@ -72,19 +72,19 @@ class AudioRequest(FormSamplingFields, BaseModel):  # type: ignore[valid-type, m
         return request
 
     def check(self) -> None:
-        """Refuse values that do not fit together.
+        """Refuse invalid values and combinations.
 
         Raises:
-            FieldError: naming one of them.
+            FieldError: naming one field.
         """
         if self.stream and self.response_format == "verbose_json":
-            message = "response_format=verbose_json needs stream=false; allowed in a stream are json and text"
+            message = "response_format=verbose_json needs stream=false; a stream allows json and text"
             raise FieldError(message, "response_format")
         if self.language is not None:
             self.language = checked_language(self.language, "language")
 
     def sampling_options(self) -> dict[str, Any]:
-        """The fields of `SamplingParams` that the request sets.
+        """Return the fields of `SamplingParams` that the request sets.
 
         Raises:
             FieldError: two fields contradict each other.
@@ -98,23 +98,23 @@ class AudioRequest(FormSamplingFields, BaseModel):  # type: ignore[valid-type, m
 
 
 class TranscriptionRequest(AudioRequest):
-    """The fields of a transcription."""
+    """Form fields of a transcription."""
 
     NEUTRAL_VALUES = {**AudioRequest.NEUTRAL_VALUES, "timestamp_granularities": ([],)}
 
     include: FirstOnly[Literal["logprobs"]] = []
-    chunking_strategy: Literal["auto"] | None = None  # a clip is one chunk, or is refused for its length
+    chunking_strategy: Literal["auto"] | None = None  # a clip is one chunk; a longer one is refused
 
     @property
     def has_logprobs(self) -> bool:
-        """Whether the client wants the log probability of each token."""
+        """Whether the log probability of each token is requested."""
         return "logprobs" in self.include
 
     def check(self) -> None:
-        """Refuse values that do not fit together.
+        """Refuse invalid values and combinations.
 
         Raises:
-            FieldError: naming one of them.
+            FieldError: naming one field.
         """
         super().check()
         if self.has_logprobs and self.response_format != "json":
@@ -123,25 +123,25 @@ class TranscriptionRequest(AudioRequest):
 
 
 class TranslationRequest(AudioRequest):
-    """The fields of a translation."""
+    """Form fields of a translation."""
 
     to_language: str = "en"
 
     def check(self) -> None:
-        """Refuse values that do not fit together.
+        """Refuse invalid values and combinations.
 
         Raises:
-            FieldError: naming one of them.
+            FieldError: naming one field.
         """
         super().check()
         self.to_language = checked_language(self.to_language, "to_language")
 
 
 def checked_language(code: str, field: str) -> str:
-    """Return the code of a language that is known, in small letters.
+    """Return a language code in lowercase.
 
     Raises:
-        FieldError: it is not.
+        FieldError: the code is unknown.
     """
     if code.lower() not in LANGUAGES:
         message = f"{field}={shorten(code)} must be an ISO 639-1 code, one of {', '.join(sorted(LANGUAGES))}"
@@ -150,7 +150,7 @@ def checked_language(code: str, field: str) -> str:
 
 
 def _read_field(name: str, contents: list[bytes]) -> bytes | str | list[str] | None:
-    """A field's value; None for an empty one, which counts as left out."""
+    """Return a field's value; None for an empty field, which counts as not given."""
     if name not in LISTS and len(contents) > 1:
         raise FieldError(f"{shorten(name)} is given {len(contents)} times; it must be given once", name[:80])
     if name == "file":

@@ -1,4 +1,4 @@
-"""`TranscriptionService`: one clip from its form to its text, in the language spoken or in another."""
+"""`TranscriptionService`: transcriptions and translations of speech."""
 
 import uuid
 from typing import Any
@@ -13,7 +13,7 @@ from mmlora.server.bodies import FieldError
 from mmlora.server.errors import Refusal
 from mmlora.server.lora.served_models import ServedModels
 from mmlora.server.openai.generation import Generation, GenerationService
-from mmlora.server.openai.transcriptions.output import Asked, TranscriptionBuilder
+from mmlora.server.openai.transcriptions.output import TranscriptionBuilder, TranscriptionTask
 from mmlora.server.openai.transcriptions.protocol import AudioRequest, TranscriptionRequest, TranslationRequest
 
 
@@ -36,62 +36,62 @@ class TranscriptionService(GenerationService):
         self._kind = kind
 
     def _parse(self, request: Request, body: bytes, caller: str) -> Generation:
-        asked = self._kind.parse(request.headers.get("content-type"), body)
+        form = self._kind.parse(request.headers.get("content-type"), body)
         prompt = self._prompt()
-        instruction, language = _instruction(prompt, asked)
-        clip = load_media(asked.file, self._llm.media.limits, expected="audio")
+        instruction, language = _instruction(prompt, form)
+        clip = load_media(form.file, self._llm.media.limits, expected="audio")
         assert isinstance(clip, AudioItem)
         builder = TranscriptionBuilder(
-            Asked(
-                "translate" if isinstance(asked, TranslationRequest) else "transcribe",
-                asked.response_format,
-                asked.has_logprobs,
+            TranscriptionTask(
+                "translate" if isinstance(form, TranslationRequest) else "transcribe",
+                form.response_format,
+                form.has_logprobs,
                 language,
                 clip.duration_s,
-                prompt.language_separator if asked.language is None else None,
+                prompt.language_separator if form.language is None else None,
             )
         )
-        # A user message with the clip and, unless the template says it all, the text that goes with it.
+        # One user message with the clip and, unless the template has it, the instruction.
         content: list[dict[str, Any]] = [{"type": "audio", "audio": clip}]
         template_kwargs: dict[str, Any] = {}
         if prompt.chat_template is not None:
-            code = asked.language
+            code = form.language
             spoken = {"code": code, "name": LANGUAGES[code].title()} if code is not None else None
-            template_kwargs = {"language": spoken, "context": asked.prompt or ""}
+            template_kwargs = {"language": spoken, "context": form.prompt or ""}
         else:
-            text = f"{instruction}\n{asked.prompt}" if asked.prompt else instruction
+            text = f"{instruction}\n{form.prompt}" if form.prompt else instruction
             content.append({"type": "text", "text": text})
         return Generation(
             f"transcription-{uuid.uuid4().hex}",
-            asked.model,
-            asked.lora,
+            form.model,
+            form.lora,
             self._llm.input_processor.chat_prompt(
                 [{"role": "user", "content": content}],
                 chat_template=prompt.chat_template,
                 chat_template_kwargs=template_kwargs,
-                cache_salt=asked.cache_salt,
+                cache_salt=form.cache_salt,
                 caller=caller,
             ),
-            self._llm.default_sampling_params(**asked.sampling_options()),
+            self._llm.default_sampling_params(**form.sampling_options()),
             builder,
-            is_stream=asked.stream,
-            priority=asked.priority,
+            is_stream=form.stream,
+            priority=form.priority,
         )
 
     def _prompt(self) -> TranscriptionPrompt:
-        """How the model is asked.
+        """Return the model's prompts for transcription.
 
         Raises:
-            Refusal: it does not hear, or cannot be asked.
+            Refusal: the model does not support audio or transcription.
         """
         name, processor, prompt = self._llm.model_name, self._llm.processor, self._llm.transcription_prompt
         modalities = processor.modalities if processor is not None else frozenset()
         if prompt is None or "audio" not in modalities:
-            takes = ", ".join(sorted(modalities)) or "text only"
-            raise _no_model(f"the model {name!r} cannot be asked for a transcription; it takes {takes}")
+            supported = ", ".join(sorted(modalities)) or "text only"
+            raise _no_model(f"the model {name!r} does not support transcription; it supports {supported}")
         token, tokenizer = prompt.special_token, self._llm.tokenizer
         if token is not None and tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
-            raise _no_model(f"the tokenizer of {name!r} lacks the token {token!r}, which asks for a transcription")
+            raise _no_model(f"the tokenizer of {name!r} lacks the token {token!r}, which transcription needs")
         return prompt
 
 
@@ -99,27 +99,27 @@ def _no_model(message: str) -> Refusal:
     return Refusal(400, message, param="model", code="transcription_not_supported")
 
 
-def _instruction(prompt: TranscriptionPrompt, asked: AudioRequest) -> tuple[str, str | None]:
-    """The text that goes with the clip, and the English name of the answer's language, where it is known.
+def _instruction(prompt: TranscriptionPrompt, form: AudioRequest) -> tuple[str, str | None]:
+    """Return the text after the clip, and the English name of the output's language if it is known.
 
     Raises:
-        FieldError: the model was not taught what is asked for.
-        Refusal: it does not translate.
+        FieldError: the model does not support a field or its value.
+        Refusal: the model does not translate.
     """
-    heard = prompt.languages or tuple(LANGUAGES)
-    if asked.language is not None and asked.language not in heard:
-        message = f"language={asked.language!r} is not one that this model hears; allowed are {', '.join(heard)}"
+    supported = prompt.languages or tuple(LANGUAGES)
+    if form.language is not None and form.language not in supported:
+        message = f"language={form.language!r} is not supported by this model; allowed are {', '.join(supported)}"
         raise FieldError(message, "language")
-    if asked.prompt and not prompt.takes_context:
-        raise FieldError("prompt is not supported: what this model is asked has no place for it", "prompt")
-    if isinstance(asked, TranslationRequest):
+    if form.prompt and not prompt.takes_context:
+        raise FieldError("prompt is not supported: this model's transcription prompt is fixed", "prompt")
+    if isinstance(form, TranslationRequest):
         if prompt.translate is None:
-            raise _no_model("this model was not taught to translate speech; it can be asked for a transcription")
-        if "{to_language}" not in prompt.translate and asked.to_language != "en":
-            raise FieldError(f"to_language={asked.to_language!r} is not supported; allowed is en", "to_language")
-        name = LANGUAGES[asked.to_language]
+            raise _no_model("this model was not trained to translate speech; use /v1/audio/transcriptions")
+        if "{to_language}" not in prompt.translate and form.to_language != "en":
+            raise FieldError(f"to_language={form.to_language!r} is not supported; allowed is en", "to_language")
+        name = LANGUAGES[form.to_language]
         return prompt.translate.replace("{to_language}", name.title()), name
-    if asked.language is None:
-        return prompt.transcribe, LANGUAGES[heard[0]] if len(heard) == 1 else None
-    name = LANGUAGES[asked.language]
+    if form.language is None:
+        return prompt.transcribe, LANGUAGES[supported[0]] if len(supported) == 1 else None
+    name = LANGUAGES[form.language]
     return (prompt.transcribe_in or prompt.transcribe).replace("{language}", name.title()), name

@@ -11,7 +11,7 @@ import pytest
 from openai import BadRequestError
 
 from mmlora.outputs import CompletionOutput, LoRAChoice, RequestOutput
-from mmlora.server.openai.transcriptions.output import Asked, TranscriptionBuilder
+from mmlora.server.openai.transcriptions.output import TranscriptionBuilder, TranscriptionTask
 from tests.checkpoints import save_text_model
 from tests.families.table import save_family
 from tests.processors.families.test_voxtral import SPECIAL, as_published
@@ -76,7 +76,7 @@ def test_voxtral_is_asked_by_a_token(tmp_path: Path, wav: bytes, monkeypatch: py
         assert ids[:5] == [1, 3, 6, 5, 4] and ids[-1] == len(SPECIAL)
         with pytest.raises(BadRequestError, match="prompt is not supported"):
             rendered(server, wav, monkeypatch, prompt="Zürich")
-        with server.client as client, pytest.raises(BadRequestError, match="not taught to translate"):
+        with server.client as client, pytest.raises(BadRequestError, match="not trained to translate"):
             client.audio.translations.create(model="tiny", file=("clip", wav))
 
 
@@ -84,7 +84,7 @@ def test_a_text_model_cannot_be_asked(tmp_path: Path, wav: bytes, monkeypatch: p
     path = save_text_model(tmp_path / "model", "llama")
     with ExitStack() as stack:
         server = ServerFactory(path, stack)()
-        with pytest.raises(BadRequestError, match="cannot be asked for a transcription; it takes text only") as refused:
+        with pytest.raises(BadRequestError, match="does not support transcription; it supports text only") as refused:
             rendered(server, wav, monkeypatch)
     assert (refused.value.param, refused.value.code) == ("model", "transcription_not_supported")
 
@@ -116,7 +116,7 @@ def outputs(*texts: str) -> list[RequestOutput]:
     ],
 )
 def test_the_language_heard_is_no_part_of_the_text(texts: tuple[str, ...], deltas: list[str], language: str) -> None:
-    asked = Asked("transcribe", "verbose_json", False, None, 1.0, "<asr_text>")
+    asked = TranscriptionTask("transcribe", "verbose_json", False, None, 1.0, "<asr_text>")
     whole = TranscriptionBuilder(asked).complete(outputs(*texts))
     assert (whole["text"], whole["language"]) == ("".join(deltas), language)
     answer = TranscriptionBuilder(asked)
