@@ -1,4 +1,4 @@
-"""The routes of the HTTP server."""
+"""Application: the routes with their request and response models, the middleware and the error handlers."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
@@ -66,16 +66,16 @@ def build_app(
     """Build the application around a running engine.
 
     Args:
-        llm: the engine; who made it shuts it down.
-        models: the names that clients may ask for.
-        api_key: what clients must send as bearer token, or several that will do; without one everyone is let in.
-        max_request_bytes: the largest body of a request.
+        llm: the engine; the caller shuts it down.
+        models: served model and adapter names.
+        api_key: bearer token that clients must send, or several accepted ones; None serves all clients.
+        max_request_bytes: size limit of request bodies.
         allow_lora_updates: whether clients may load and unload adapters.
-        log_requests: access lines hold prompts and the hashes of media.
-        admission: how many requests may be open and for how long; by default as `ServerArgs` has it.
-        cors: which pages of other sites may use the server; by default none.
-        root_path: the prefix under which a reverse proxy serves this one.
-        tracer: traces the requests; who made it shuts it down.
+        log_requests: log prompts and hashes of media in the access log.
+        admission: limits on open requests and their duration; by default those of `ServerArgs`.
+        cors: origins whose pages may use the server; none by default.
+        root_path: path prefix under which a reverse proxy serves the application.
+        tracer: traces requests; the caller shuts it down.
         tool_call_parser: see `ToolCalling`.
     """
     app = FastAPI(title="mmlora", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
@@ -86,7 +86,7 @@ def build_app(
     app.include_router(token_routes(llm, models, max_request_bytes))
     app.include_router(status_routes(llm, admission))
     app.include_router(playground_routes())
-    # The last is the outermost: refusals are logged, and pages of other sites can read them.
+    # The last middleware is the outermost: refusals are logged and get CORS headers.
     app.add_middleware(AdmissionGate, admission=admission)
     app.add_middleware(Authentication, keys=[api_key] if isinstance(api_key, str) else api_key)
     if cors is not None:
@@ -101,7 +101,7 @@ def build_app(
 def generation_routes(
     llm: AsyncLLM, models: ServedModels, max_request_bytes: int, tool_call_parser: str | None
 ) -> APIRouter:
-    """Build the routes on which the model answers.
+    """Build the routes that generate text.
 
     Args:
         llm, models, max_request_bytes: see `build_app`.
@@ -165,7 +165,7 @@ def generation_routes(
 
 
 def model_routes(models: ServedModels) -> APIRouter:
-    """Build the routes that tell what clients may ask for."""
+    """Build the routes that list models and adapters."""
     routes = APIRouter(prefix="/v1")
 
     @routes.get("/models", response_model=ModelList)
@@ -180,14 +180,14 @@ def model_routes(models: ServedModels) -> APIRouter:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    """Answer every failure with OpenAI's error body."""
+    """Turn every exception into a response with OpenAI's error body."""
 
     @app.exception_handler(MMLoRAError)
-    async def known(_: Request, error: MMLoRAError) -> Response:
+    async def expected(_: Request, error: MMLoRAError) -> Response:
         return error_response(error)
 
     @app.exception_handler(ClientDisconnect)
-    async def left(_: Request, error: ClientDisconnect) -> Response:
+    async def disconnected(_: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     @app.exception_handler(HTTPException)
@@ -196,5 +196,5 @@ def _add_error_handlers(app: FastAPI) -> None:
         return error_response(Refusal(error.status_code, message), error.headers)
 
     @app.exception_handler(Exception)
-    async def unknown(_: Request, error: Exception) -> Response:
+    async def unexpected(_: Request, error: Exception) -> Response:
         return error_response(error)

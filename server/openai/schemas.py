@@ -1,15 +1,16 @@
-"""Models of messages and responses, from which FastAPI writes the OpenAPI document.
+"""Models of messages and responses, from which the OpenAPI document is generated.
 
-They only describe: requests are checked by the protocol modules and `mmlora.inputs`, responses built by the output
-modules.
+They only describe. The protocol modules and `mmlora.inputs` check requests; the output modules build responses.
 """
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, WithJsonSchema
 
+from mmlora.processors.modalities import MODALITIES
 from mmlora.server.bodies import json_schema
 
+JsonSchema = dict[str, Any]
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 
@@ -19,71 +20,73 @@ class MediaURL(BaseModel):
     url: str = Field(description="data:, http:, https: or file:")
 
 
-class AudioData(BaseModel):
-    """Audio inside a request; its format is detected from the data."""
+class EncodedMedia(BaseModel):
+    """Media inside a request; the format is detected from the data."""
 
     data: str = Field(description="base64")
     format: str | None = None
 
 
-class TextPart(BaseModel):
-    """Text of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ImageURLPart(BaseModel):
-    """Image of a message."""
-
-    type: Literal["image_url"]
-    image_url: MediaURL
+def _part(part_type: str, content: Any, field: str | None = None) -> JsonSchema:
+    """Describe a content part, whose content is in the field of that name (by default that of the type)."""
+    properties = {"type": {"const": part_type}, field or part_type: json_schema(content)}
+    return {"type": "object", "properties": properties, "required": list(properties)}
 
 
-class AudioURLPart(BaseModel):
-    """Audio of a message, as a URL."""
+def _content(parts: list[JsonSchema], min_items: int) -> WithJsonSchema:
+    """Describe the content of a message: text or a list of parts."""
+    part_list = {"type": "array", "minItems": min_items, "items": {"anyOf": parts}}
+    return WithJsonSchema({"anyOf": [json_schema(str), part_list]})
 
-    type: Literal["audio_url"]
-    audio_url: MediaURL
 
-
-class InputAudioPart(BaseModel):
-    """Audio of a message."""
-
-    type: Literal["input_audio"]
-    input_audio: AudioData
+CONTENT_FORMS: Final = {"url": MediaURL, "base64": EncodedMedia}  # objects exist in Python only
+CHAT_PARTS: Final = [_part("text", str)] + [
+    _part(part_type, CONTENT_FORMS[form])
+    for modality in MODALITIES.values()
+    for part_type, form in modality.part_types.items()
+    if form in CONTENT_FORMS
+]
+INPUT_PARTS: Final = [
+    _part("input_text", str, "text"),
+    _part("output_text", str, "text"),
+    _part("input_image", str, "image_url"),
+    _part("input_audio", EncodedMedia),
+]
 
 
 class Message(BaseModel):
     """Message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart | ImageURLPart | AudioURLPart | InputAudioPart] | None = None
+    content: Annotated[Any, _content(CHAT_PARTS, 0)] | None = None
 
 
-class ItemTextPart(BaseModel):
-    """Text of an input item."""
-
-    type: Literal["input_text", "output_text"]
-    text: str
-
-
-class ItemImagePart(BaseModel):
-    """Image of an input item."""
-
-    type: Literal["input_image"]
-    image_url: str
-
-
-class Item(BaseModel):
-    """Input item of a response."""
+class InputMessage(BaseModel):
+    """Message in the input of a response."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[ItemTextPart | ItemImagePart | InputAudioPart], Field(min_length=1)]
+    content: Annotated[Any, _content(INPUT_PARTS, 1)]
+
+
+class FunctionCall(BaseModel):
+    """Function call of an earlier response."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str = Field(description="a JSON object")
+
+
+class FunctionCallOutput(BaseModel):
+    """Result of a function call."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: Annotated[Any, _content(INPUT_PARTS, 1)]
 
 
 MESSAGES: Final = json_schema(Annotated[list[Message], Field(min_length=1)])
-INPUT: Final = json_schema(str | Annotated[list[Item], Field(min_length=1)])
+INPUT: Final = json_schema(str | Annotated[list[InputMessage | FunctionCall | FunctionCallOutput], Field(min_length=1)])
 
 
 class StreamEvent(BaseModel):
