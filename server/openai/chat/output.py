@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 
 from mmlora.outputs import CompletionOutput, RequestOutput, TokenLogprobs
-from mmlora.server.openai.logprobs import listed_logprobs
+from mmlora.server.openai.logprobs import list_prompt_logprobs
 from mmlora.server.openai.output import ChoicesBuilder, Json, finite
 from mmlora.server.openai.tools.parser import Piece, TextParser, ToolCallDelta
 
@@ -50,7 +50,7 @@ class ChatCompletionBuilder(ChoicesBuilder):
         if self._prompt_logprobs is None:
             return completion
         last = outputs[-1]
-        listed = listed_logprobs(last.prompt_token_ids, last.prompt_logprobs or (), self._prompt_logprobs)
+        listed = list_prompt_logprobs(last.prompt_token_ids, last.prompt_logprobs or (), self._prompt_logprobs)
         return {**completion, "prompt_logprobs": listed}
 
     def _choice(self, last: RequestOutput, parts: list[CompletionOutput]) -> Json:

@@ -1,4 +1,4 @@
-"""`CompletionService`: one completion, of one prompt or several, from its body to its answer, whole or streamed."""
+"""`CompletionService`: from the body of a legacy completion, of one prompt or several, to its response."""
 
 import asyncio
 import uuid
@@ -40,12 +40,12 @@ class _ParsedCompletion:
 
 
 class CompletionService:
-    """Answers completions.
+    """Serves `/v1/completions`.
 
     Args:
         llm: the engine.
-        models: the names that clients may ask for.
-        max_request_bytes: the largest body.
+        models: served model and adapter names.
+        max_request_bytes: size limit of request bodies.
     """
 
     def __init__(self, llm: AsyncLLM, models: ServedModels, max_request_bytes: int) -> None:
@@ -54,10 +54,10 @@ class CompletionService:
         self._max_request_bytes = max_request_bytes
 
     async def respond(self, request: Request) -> Response:
-        """Serve one HTTP request; when the client leaves, the work stops, of all its prompts.
+        """Serve one HTTP request; a client that disconnects aborts all its prompts.
 
         Raises:
-            MMLoRAError: the request cannot be served, or failed before the answer began.
+            MMLoRAError: the request cannot be served, or failed before the response began.
         """
         body = await read_body(request, self._max_request_bytes)
         parsed = await self._llm.run_in_pool(self._parse, body, CALLER.get())
@@ -81,7 +81,7 @@ class CompletionService:
         options = {"mm_processor_kwargs": request.mm_processor_kwargs, "cache_salt": request.cache_salt}
         prompts = []
         for index, prompt in enumerate(request.prompts):
-            with _naming_prompt(index, len(request.prompts)):
+            with _name_prompt(index, len(request.prompts)):
                 prompts.append({**options, "multi_modal_data": media, **self._prompt_fields(request, prompt)})
         params = self._llm.default_sampling_params(**request.sampling_options())
         return _ParsedCompletion(request, builder, params, prompts, media)
@@ -94,32 +94,32 @@ class CompletionService:
         return {"prompt": prompt}
 
     async def _generate(self, parsed: _ParsedCompletion) -> Outputs:
+        """Yield the deltas of all prompts; none is started unless all can be served."""
         request, builder, params = parsed.request, parsed.builder, parsed.params
         lora_request = await self._models.find_adapter(request.model, request.lora)
         ready = []
         if parsed.media is not None:
             await parsed.media.fetch()
         for index, (prompt, request_id) in enumerate(zip(parsed.prompts, builder.request_ids, strict=True)):
-            with _naming_prompt(index, len(parsed.prompts)), self._models.log_failures(request.model, request.lora):
+            with _name_prompt(index, len(parsed.prompts)), self._models.log_failures(request.model, request.lora):
                 ready.append(await self._llm.prepare(prompt, params, request_id, lora_request, request.priority or 0))
         num_tokens = sum(len(stream.input.prompt_token_ids) for stream in ready)
         check_prompt_logprobs(num_tokens, request.num_prompt_logprobs, len(self._llm.tokenizer), n=params.n)
-        followed = [self._follow(stream, builder, request, index) for index, stream in enumerate(ready)]
-        outputs = merge(followed)
+        outputs = merge([self._run(stream, builder, request, index) for index, stream in enumerate(ready)])
         try:
             async for output in outputs:
                 yield output
         finally:
             await close(outputs)
 
-    async def _follow(
-        self, ready: RequestStream, builder: CompletionBuilder, asked: CompletionRequest, index: int
+    async def _run(
+        self, stream: RequestStream, builder: CompletionBuilder, request: CompletionRequest, index: int
     ) -> Outputs:
-        """The deltas of one prompt."""
-        outputs = self._llm.run(ready)
-        must_begin = bool(asked.echo) or asked.prompt_logprobs is not None
+        """Yield the deltas of one prompt."""
+        outputs = self._llm.run(stream)
+        must_begin = bool(request.echo) or request.prompt_logprobs is not None
         try:
-            with _naming_prompt(index, len(asked.prompts)), self._models.log_failures(asked.model, asked.lora):
+            with _name_prompt(index, len(request.prompts)), self._models.log_failures(request.model, request.lora):
                 async for output in outputs:
                     raise_failure(output)
                     if must_begin:
@@ -131,38 +131,38 @@ class CompletionService:
 
 
 @contextmanager
-def _naming_prompt(index: int, num_prompts: int) -> Iterator[None]:
-    """Say which of several prompts an error is about.
+def _name_prompt(index: int, num_prompts: int) -> Iterator[None]:
+    """Add the index of the prompt to errors, if there are several prompts.
 
     Raises:
-        Refusal: in place of the error, with its status and what clients are told of it.
+        Refusal: in place of the error, with the same status and public message.
     """
     try:
         yield
-    except EngineDeadError:  # about all of them
+    except EngineDeadError:  # concerns all prompts
         raise
     except MMLoRAError as error:
         if num_prompts == 1:
             raise
-        told = error_body(error)["error"]
-        message = f"prompt[{index}]: {told['message']}"
-        raise Refusal(status_of(error), message, param=told["param"], code=told["code"]) from error
+        details = error_body(error)["error"]
+        message = f"prompt[{index}]: {details['message']}"
+        raise Refusal(status_of(error), message, param=details["param"], code=details["code"]) from error
 
 
 async def merge(sources: Sequence[AsyncIterator[T]]) -> AsyncGenerator[T, None]:
-    """Yield what each source brings, as it comes; the first failure, or leaving early, ends them all.
+    """Yield the items of all sources as they arrive. The first failure, and leaving early, end all sources.
 
-    Each source is run, and closed if it is a generator, in one task.
+    Each source runs in one task, which also closes it.
 
     Raises:
-        Exception: what a source raised.
+        Exception: a source raised it.
     """
-    arrived: asyncio.Queue[T | _End] = asyncio.Queue()
-    tasks = [asyncio.create_task(_move(source, arrived)) for source in sources]
+    queue: asyncio.Queue[T | _End] = asyncio.Queue()
+    tasks = [asyncio.create_task(_move(source, queue)) for source in sources]
     num_running = len(tasks)
     try:
         while num_running:
-            item = await arrived.get()
+            item = await queue.get()
             if not isinstance(item, _End):
                 yield item
             elif item.error is not None:
@@ -175,22 +175,20 @@ async def merge(sources: Sequence[AsyncIterator[T]]) -> AsyncGenerator[T, None]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+@dataclass(frozen=True)
 class _End:
-    """Ends a source in the queue of what arrived."""
+    """Marks the end of a source in the queue."""
 
-    def __init__(self, error: Exception | None) -> None:
-        self.error = error
+    error: Exception | None
 
 
-async def _move(source: AsyncIterator[T], arrived: "asyncio.Queue[T | _End]") -> None:
+async def _move(source: AsyncIterator[T], queue: "asyncio.Queue[T | _End]") -> None:
     failure = None
     try:
         async for item in source:
-            arrived.put_nowait(item)
+            queue.put_nowait(item)
     except Exception as error:
         failure = error
     finally:
-        close = getattr(source, "aclose", None)
-        if close is not None:
-            await close()
-    arrived.put_nowait(_End(failure))
+        await close(source)
+    queue.put_nowait(_End(failure))

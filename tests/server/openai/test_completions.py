@@ -17,8 +17,9 @@ from mmlora.lora.request import LoRARequest
 from mmlora.outputs import CompletionOutput, LoRAChoice, RequestOutput
 from mmlora.processors.fetch.data_url import load_base64
 from mmlora.server.args import LoRAModule
-from mmlora.server.openai.completions.output import CompletionBuilder, prompt_offsets
+from mmlora.server.openai.completions.output import CompletionBuilder
 from mmlora.server.openai.completions.protocol import CompletionRequest
+from mmlora.server.openai.logprobs import prompt_offsets
 from tests.server.conftest import RunningServer, ServerFactory
 
 TEXTS = ["tell me a story", "what is two plus three?", "héllo wörld, 日本 ✓"]
