@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,7 @@ from mmlora.async_llm import AsyncLLM
 from mmlora.cli.options import parse_options
 from mmlora.server.api import build_app
 from mmlora.server.launch import load_served_models
+from tests.processors.media.files import FORMATS, RATE, encode
 from tests.server.conftest import run_app
 
 SAMPLES = {
@@ -46,6 +48,24 @@ def test_a_sample_is_transcribed_word_for_word(client: OpenAI, name: str) -> Non
     assert client.audio.transcriptions.create(model="assistant", file=path, response_format="text") == found.text
     events = list(client.audio.transcriptions.create(model="assistant", file=path, stream=True, language="en"))
     assert events[-1].type == "transcript.text.done" and events[-1].text == found.text
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_other_containers_are_transcribed_as_the_sample_is(client: OpenAI, name: str) -> None:
+    samples, rate = AudioAsset("mary_had_lamb").audio_and_sample_rate
+    assert rate == RATE
+    data = encode(name, samples)
+    upload = client.audio.transcriptions.create(model="assistant", file=("clip", data))
+    assert upload.text == SAMPLES["mary_had_lamb"]
+    content = base64.b64encode(data).decode()
+    question = {"type": "text", "text": "transcribe the speech"}
+    for part in (
+        {"type": "input_audio", "input_audio": {"data": content, "format": name}},
+        {"type": "audio_url", "audio_url": {"url": f"data:audio/{name};codecs=any;base64,{content}"}},
+    ):
+        message = {"role": "user", "content": [part, question]}
+        found = client.chat.completions.create(model="assistant", messages=[message], temperature=0)  # type: ignore[list-item]
+        assert found.choices[0].message.content == SAMPLES["mary_had_lamb"]
 
 
 def test_the_language_is_told(client: OpenAI) -> None:
