@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeGuard
 
 from mmlora.errors import ConfigError
-from mmlora.processors.fetch.addresses import parse_networks
 from mmlora.processors.media.items import DEFAULT_CACHE_BYTES, DEFAULT_FETCH_TIMEOUT_S, DEFAULT_LIMITS, MediaLimits
 from mmlora.processors.modalities import MODALITIES
 
@@ -282,10 +281,13 @@ class EngineArgs:
         for domain in self.allowed_media_domains or ():
             if not DOMAIN.fullmatch(domain):
                 self._reject("allowed_media_domains", f"{domain!r} must be a host name, or *. and a host name")
-        try:
-            parse_networks(self.allowed_media_networks or ())
-        except ConfigError as error:
-            self._problems.append(str(error))
+        if self.allowed_media_networks:
+            from mmlora.processors.fetch.checked_network import parse_networks
+
+            try:
+                parse_networks(self.allowed_media_networks)
+            except ConfigError as error:
+                self._problems.append(str(error))
 
 
 def _is_int(value: object) -> TypeGuard[int]:

@@ -8,7 +8,7 @@ from typing import Any, Final
 from jinja2 import TemplateError
 
 from mmlora.errors import ConfigError, RequestError
-from mmlora.processors.fetch.reference import MediaReference
+from mmlora.processors.fetch.loader import MediaReference
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]

@@ -21,7 +21,7 @@ from mmlora.lora.request import BASE, LoRARequest
 from mmlora.lora.store.host_cache import HostCache
 from mmlora.outputs import LoRAChoice
 from mmlora.processors.base import MultiModalProcessor, ProcessedMedia
-from mmlora.processors.fetch.loader import MediaLoader, PendingMedia
+from mmlora.processors.fetch.loader import MediaLoader, PromptMedia
 from mmlora.processors.media.decoding import check_counts, check_decoded_bytes, load_media, why_unsupported
 from mmlora.processors.media.items import MediaItem
 from mmlora.processors.placeholders import PlaceholderRange, expand_placeholders
@@ -145,7 +145,7 @@ class InputProcessor:
             template = self._templates(load_chat_template(chat_template))
         return ChatPrompt(
             turns=turns,
-            media=PendingMedia(references, self.media.begin(caller)) if references else None,
+            media=self.media.for_prompt(references, caller) if references else None,
             template=template,
             template_kwargs={
                 "add_generation_prompt": add_generation_prompt,
@@ -248,8 +248,8 @@ class InputProcessor:
         return encode_text(self.tokenizer, normalized, self.max_model_len, add_special_tokens=add_special_tokens)
 
     def _load_media(self, data: object) -> dict[str, list[MediaItem]]:
-        """Count the items of `multi_modal_data`, then decode them; `PendingMedia` has been counted already."""
-        if isinstance(data, PendingMedia):
+        """Count the items of `multi_modal_data`, then decode them; `PromptMedia` has been counted already."""
+        if isinstance(data, PromptMedia):
             return data.load()
         if not isinstance(data, Mapping):
             raise RequestError(f"multi_modal_data is a {type(data).__name__}; it must map modalities to items")

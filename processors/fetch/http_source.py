@@ -1,12 +1,13 @@
-"""`HTTPSource`: the bytes behind `http:` and `https:` URLs that clients choose, within bounds of place, size and time.
+"""`HTTPSource`: downloads of `http:` and `https:` URLs that clients choose, limited in target, size and time.
 
-It uses httpcore, which httpx is built on: without cookies, proxies, environment variables and decompression.
+It uses httpcore, the base of httpx, directly: no cookies, proxies, environment variables or decompression.
 """
 
 import asyncio
 import ssl
+import threading
 from collections.abc import AsyncIterator, Collection, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import cached_property
 from typing import Final
@@ -15,31 +16,32 @@ import httpcore
 import httpx
 
 from mmlora.errors import MediaError
-from mmlora.processors.fetch.addresses import Network
-from mmlora.processors.fetch.checked_network import CheckedNetwork
-from mmlora.processors.fetch.fetch_loop import fetch_loop
+from mmlora.processors.fetch.checked_network import CheckedNetwork, Network
 from mmlora.processors.media.items import MediaLimits
 from mmlora.utils.text import shorten
 
 MAX_HTTP_URL_CHARS: Final = 8192
-MAX_AT_ONCE: Final = 8  # of one prompt
-MAX_OPEN: Final = 256  # of all prompts
+MAX_AT_ONCE: Final = 8  # downloads of one prompt
+MAX_OPEN: Final = 256  # downloads of all prompts
+MAX_LOOKUPS: Final = 32  # concurrent DNS lookups; each takes a thread
 MAX_REDIRECTS: Final = 5
-MAX_SILENCE_S: Final = 5.0  # until a connection stands, and between two pieces of an answer
+MAX_SILENCE_S: Final = 5.0  # to connect, and between two chunks of a response
 REDIRECTS: Final = (301, 302, 303, 307, 308)
-# Below 1024 live services that are no web servers, such as SSH, SMTP and LDAP; some obey what stands in a request.
+# Other ports below 1024 belong to services such as SSH, SMTP and LDAP, some of which execute lines of a request.
 WEB_PORTS: Final = (80, 443)
 FREE_PORTS: Final = range(1024, 65536)
 
 _FETCH_ERRORS = (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError, ssl.SSLError, OSError)
+_loop_lock: Final = threading.Lock()
+_loops: Final[list[asyncio.AbstractEventLoop]] = []
 
 
 class HTTPSource:
-    """Reads URLs on the loop of `fetch_loop`.
+    """Downloads URLs on the event loop of `_fetch_loop`.
 
     Args:
-        domains: hosts that are allowed, `example.org`, or `*.example.org` for all below it; None for any.
-        networks: that are allowed beside public addresses.
+        domains: allowed hosts, `example.org`, or `*.example.org` for all its subdomains; None allows all.
+        networks: allowed addresses besides public ones.
         timeout_s: of one URL, redirects included.
         limits: of the media.
     """
@@ -51,15 +53,15 @@ class HTTPSource:
         self._network = CheckedNetwork(networks)
         self._timeout_s = timeout_s
         self._limits = limits
-        self._open = asyncio.Semaphore(MAX_OPEN)  # of the one loop that it is used on
+        self._open = asyncio.Semaphore(MAX_OPEN)
 
     def read(self, urls: Collection[str]) -> "Future[dict[str, bytes]]":
-        """Begin to read the URLs of one prompt; cancelling the future stops it.
+        """Start to download the URLs of one prompt; cancelling the future stops it.
 
         Returns:
-            Contents by URL, or a `MediaError`: a URL that is not allowed, cannot be read or is too large.
+            A future of the contents by URL, or of a `MediaError`: a URL is not allowed, cannot be read or is too large.
         """
-        return asyncio.run_coroutine_threadsafe(self._read_all(urls), fetch_loop())
+        return asyncio.run_coroutine_threadsafe(self._read_all(urls), _fetch_loop())
 
     async def _read_all(self, urls: Collection[str]) -> dict[str, bytes]:
         at_once = asyncio.Semaphore(MAX_AT_ONCE)
@@ -171,6 +173,20 @@ class HTTPSource:
                 raise MediaError(f"media URL {shown} has more than the allowed {allowed} bytes")
             chunks.append(chunk)
         return b"".join(chunks)
+
+
+def _fetch_loop() -> asyncio.AbstractEventLoop:
+    """Return the event loop of all downloads, in a thread of its own, which is started on first use and never stopped.
+
+    Slow servers block neither a thread of a pool nor the server's loop, and synchronous callers can wait for it, too.
+    """
+    with _loop_lock:
+        if not _loops:
+            loop = asyncio.new_event_loop()
+            loop.set_default_executor(ThreadPoolExecutor(MAX_LOOKUPS, thread_name_prefix="mmlora-names"))
+            threading.Thread(target=loop.run_forever, name="mmlora-fetch", daemon=True).start()
+            _loops.append(loop)
+        return _loops[0]
 
 
 def _plain(host: str) -> str:

@@ -1,22 +1,24 @@
-"""`MediaLoader` and `PromptMedia`: from what requests say about their media to decoded items.
-
-A loader belongs to an engine. Each prompt gets a `PromptMedia` of it, which first fetches what other servers have,
-without holding a thread, and then decodes, in a thread that may be blocked for it.
-"""
+"""`MediaLoader` and `PromptMedia`: from the media references of a request to decoded items."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+import base64
+import binascii
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote, unquote_to_bytes
 
 from mmlora.errors import MediaError, MediaNotFound
-from mmlora.processors.fetch.addresses import parse_networks
-from mmlora.processors.fetch.data_url import load_base64, load_data_url
 from mmlora.processors.fetch.file_source import FileSource
-from mmlora.processors.fetch.reference import HTTP_SCHEMES, MediaReference, scheme_of
 from mmlora.processors.media.cache import CachedMedia, MediaCache
-from mmlora.processors.media.decoding import check_decoded_bytes, load_media, sniff_modality
+from mmlora.processors.media.decoding import (
+    check_counts,
+    check_decoded_bytes,
+    load_media,
+    sniff_modality,
+    why_unsupported,
+)
 from mmlora.processors.media.items import (
     DEFAULT_CACHE_BYTES,
     DEFAULT_FETCH_TIMEOUT_S,
@@ -24,27 +26,64 @@ from mmlora.processors.media.items import (
     MediaItem,
     MediaLimits,
 )
+from mmlora.processors.modalities import ContentForm
 from mmlora.utils.text import shorten
 
 if TYPE_CHECKING:
     from mmlora.processors.fetch.http_source import HTTPSource
 
-MAX_URLS: Final = 128  # of one prompt: a request must not become a flood somewhere else
+MAX_URLS: Final = 128  # http(s) URLs of one prompt, so that a request cannot flood another server
+MAX_UUID_CHARS: Final = 256
+HTTP_SCHEMES: Final = ("http", "https")
+SCHEMES: Final = "data:, http:, https: and file:"
+
+_MAX_SCHEME_CHARS = 32
+
+
+@dataclass(frozen=True, eq=False)
+class MediaReference:
+    """A media item as a request gives it, before anything is downloaded or decoded.
+
+    Attributes:
+        modality: that the content must have.
+        content: a URL, base64, or an object that `load_media` takes; None for the cached item of the uuid.
+        form: of the content.
+        uuid: the client's name for the item in the media cache.
+    """
+
+    modality: str
+    content: Any
+    form: ContentForm = "url"
+    uuid: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.uuid is not None and not (isinstance(self.uuid, str) and 0 < len(self.uuid) <= MAX_UUID_CHARS):
+            raise MediaError(
+                f"uuid {shorten(self.uuid)} of a media item: it must be text of 1 to {MAX_UUID_CHARS} characters"
+            )
+        if self.content is None and self.uuid is None:
+            raise MediaError(f"a media item ({self.modality}) has neither content nor a uuid")
+
+    @property
+    def http_url(self) -> str | None:
+        """The URL, if it has to be downloaded."""
+        is_http = self.form == "url" and isinstance(self.content, str) and _scheme_of(self.content) in HTTP_SCHEMES
+        return self.content if is_http else None
 
 
 class MediaLoader:
-    """Knows what media may cost, where they may come from, and those that are kept by uuid.
+    """Loads media within limits, from allowed places only, and caches items under the uuids of clients.
 
     Args:
-        limits: of the media.
-        local_path: the directory that `file:` URLs may lead to; None for none.
-        domains: hosts that http(s) URLs may lead to, see `HTTPSource`; None for any.
-        networks: addresses that they may lead to beside public ones.
+        limits: of one item and of one prompt.
+        local_path: the directory that `file:` URLs may point into; None refuses them.
+        domains: allowed hosts of http(s) URLs, see `HTTPSource`; None allows all.
+        networks: allowed addresses of http(s) URLs besides public ones.
         timeout_s: of one http(s) URL.
-        cache_bytes: memory of the items that are kept by uuid.
+        cache_bytes: capacity of the media cache.
 
     Raises:
-        ConfigError: the directory or a network is none.
+        ConfigError: the directory does not exist.
     """
 
     def __init__(
@@ -61,43 +100,46 @@ class MediaLoader:
         self.cache = MediaCache(cache_bytes)
         self._files = FileSource(local_path, limits) if local_path is not None else None
         self._domains = domains
-        self._networks = parse_networks(networks)
+        self._networks = networks
         self._timeout_s = timeout_s
 
     @cached_property
     def http(self) -> "HTTPSource":
-        """Reads http(s) URLs.
+        """The source of http(s) URLs, created on first use.
 
         Raises:
-            MediaError: the package for it is missing.
+            ConfigError: an allowed network is not a network.
+            MediaError: httpx is not installed.
         """
         try:
+            from mmlora.processors.fetch.checked_network import parse_networks
             from mmlora.processors.fetch.http_source import HTTPSource
         except ImportError as error:
             raise MediaError("reading media from http(s) URLs needs the package httpx") from error
-        return HTTPSource(self._domains, self._networks, self._timeout_s, self.limits)
+        return HTTPSource(self._domains, parse_networks(self._networks), self._timeout_s, self.limits)
 
-    def begin(self, caller: str = "") -> "PromptMedia":
-        """Return what loads the media of one prompt.
+    def for_prompt(self, references: Sequence[MediaReference], caller: str = "") -> "PromptMedia":
+        """Return the media of one prompt, still to be fetched and decoded.
 
         Args:
-            caller: whose uuids are meant; callers do not see each other's.
+            references: the media in order.
+            caller: the tenant; uuids of other tenants are not visible to it.
         """
-        return PromptMedia(self, caller)
+        return PromptMedia(self, references, caller)
 
     def load_url(self, url: str, *, expected: str | None = None) -> MediaItem:
-        """Load a `data:`, `http:`, `https:` or `file:` URL; the caller's thread waits for other servers.
+        """Load a `data:`, `http:`, `https:` or `file:` URL; downloads block the calling thread.
 
         Args:
-            url: its content is told by magic bytes; names and MIME types are not trusted.
-            expected: `"audio"` or `"image"` where it must be one of them.
+            url: names and MIME types in it are ignored; the content decides.
+            expected: the modality that the content must have, None for any.
 
         Raises:
             MediaError: it is not allowed, cannot be read, is too large, or its content is unusable.
         """
         if not isinstance(url, str):
             raise MediaError(f"a media URL must be a string, got a {type(url).__name__}")
-        scheme = scheme_of(url)
+        scheme = _scheme_of(url)
         if scheme in HTTP_SCHEMES:
             return self.decode(url, self.http.read([url]).result()[url], expected)
         if scheme == "file" and self._files is not None:
@@ -107,70 +149,78 @@ class MediaLoader:
         return load_data_url(url, self.limits, expected=expected)
 
     def decode(self, url: str, content: bytes, expected: str | None) -> MediaItem:
-        """Decode what a URL led to. Content that is no media is not quoted: it may not be the client's to read.
+        """Decode the content of a URL. Errors do not quote it: it may be something that the client must not read.
 
         Raises:
             MediaError: it is unusable.
         """
         if sniff_modality(content[:64]) is None:
-            raise MediaError(f"media URL {shorten(url)} leads to what is neither audio nor an image")
+            raise MediaError(f"media URL {shorten(url)} leads to content that is neither audio nor an image")
         return load_media(content, self.limits, expected=expected)
 
 
 class PromptMedia:
-    """Loads the media of one prompt, together within what a prompt may hold.
+    """The media of one prompt: fetched without blocking a thread, then decoded within the limits of a prompt.
 
     Args:
         loader: of the engine.
-        caller: whose uuids are meant.
+        references: the media in order.
+        caller: the tenant whose cached items may be used.
     """
 
-    def __init__(self, loader: MediaLoader, caller: str) -> None:
+    def __init__(self, loader: MediaLoader, references: Sequence[MediaReference], caller: str) -> None:
         self._loader = loader
+        self._references = references
         self._caller = caller
         self._fetched: dict[str, bytes] = {}
-        self._num_bytes = 0
 
-    async def fetch(self, references: Iterable[MediaReference]) -> None:
-        """Read http(s) URLs, except those that a held uuid stands for; to cancel it stops it.
-
-        Args:
-            references: the media of the prompt; those without an `http_url` have nothing to read.
+    async def fetch(self) -> None:
+        """Download the http(s) URLs that the media cache does not hold; cancelling stops the downloads.
 
         Raises:
             MediaError: there are too many, or one cannot be read.
         """
-        remote = [reference for reference in references if reference.http_url is not None]
+        remote = [reference for reference in self._references if reference.http_url is not None]
         if len(remote) > MAX_URLS:
             raise MediaError(f"the prompt has {len(remote)} http(s) URLs; allowed are {MAX_URLS}")
-        urls = {url for reference in remote if (url := reference.http_url) and self._held(reference) is None}
+        urls = {url for reference in remote if (url := reference.http_url) and self._cached_item(reference) is None}
         if urls:
             self._fetched = await asyncio.wrap_future(self._loader.http.read(urls))
 
-    def load(self, reference: MediaReference) -> MediaItem:
-        """Decode one item. A URL that `fetch` has not read is read now, and the thread waits.
+    def load(self) -> dict[str, list[MediaItem]]:
+        """Decode the media and return them by modality. URLs that are not fetched yet are downloaded and block.
 
         Raises:
-            MediaError: it is unusable, or the media of the prompt are too large.
-            MediaNotFound: it has no content, and its uuid stands for none.
+            MediaError: an item is unusable, or they are too large together.
+            MediaNotFound: an item has no content, and its uuid is not cached.
         """
-        held = self._held(reference)
-        item = load_media(held, expected=reference.modality) if held is not None else self._load(reference)
-        if reference.uuid is not None and held is None:
+        items: dict[str, list[MediaItem]] = {}
+        num_bytes = 0
+        for reference in self._references:
+            item = self._load_item(reference)
+            num_bytes += item.num_bytes
+            check_decoded_bytes(num_bytes, self._loader.limits)
+            items.setdefault(reference.modality, []).append(item)
+        return items
+
+    def _load_item(self, reference: MediaReference) -> MediaItem:
+        cached = self._cached_item(reference)
+        if cached is not None:
+            return load_media(cached, expected=reference.modality)
+        item = self._decode(reference)
+        if reference.uuid is not None:
             self._loader.cache.put(self._caller, reference.uuid, CachedMedia(item, reference.http_url))
-        self._num_bytes += item.num_bytes
-        check_decoded_bytes(self._num_bytes, self._loader.limits)
         return item
 
-    def _held(self, reference: MediaReference) -> MediaItem | None:
-        """The item that the uuid stands for, unless the reference comes with other content."""
+    def _cached_item(self, reference: MediaReference) -> MediaItem | None:
+        """Return the cached item of a reference's uuid, unless the reference comes with other content."""
         if reference.uuid is None:
             return None
         entry = self._loader.cache.get(self._caller, reference.uuid)
         is_same = entry is not None and entry.url is not None and entry.url == reference.http_url
         return entry.item if entry is not None and (is_same or reference.content is None) else None
 
-    def _load(self, reference: MediaReference) -> MediaItem:
+    def _decode(self, reference: MediaReference) -> MediaItem:
         content: Any = reference.content
         if content is None:
             raise MediaNotFound(
@@ -185,33 +235,98 @@ class PromptMedia:
         return self._loader.load_url(content, expected=reference.modality)
 
 
-@dataclass(frozen=True, eq=False)
-class PendingMedia:
-    """The media of one prompt, still to be fetched and decoded.
+def parse_references(
+    data: Mapping[str, object],
+    uuids: Mapping[str, object],
+    modalities: Collection[str],
+    limit_mm_per_prompt: Mapping[str, int] | None = None,
+) -> list[MediaReference]:
+    """Return the media references of one prompt's `multi_modal_data` and `multi_modal_uuids`.
 
-    Attributes:
-        references: the media in order.
-        loader: fetches and decodes them.
+    Args:
+        data: by modality, one URL or a list of them, None for an item whose uuid is cached.
+        uuids: by modality, one uuid or a list of them, None for an item without.
+        modalities: that the model takes.
+        limit_mm_per_prompt: most items by modality.
+
+    Raises:
+        MediaError: too many, of a modality that the model does not take, or not as many uuids as items.
     """
+    for name in (*data, *uuids):
+        if name not in modalities:
+            takes = f"the model takes {', '.join(sorted(modalities)) or 'text only'}"
+            raise MediaError(f"multi_modal_data holds {shorten(name)}; {why_unsupported(name) or takes}")
+    references: list[MediaReference] = []
+    for name in dict.fromkeys((*data, *uuids)):
+        names = _as_list(uuids.get(name))
+        urls = _as_list(data.get(name)) or [None] * len(names)
+        check_counts({name: len(urls)}, modalities, limit_mm_per_prompt)
+        if names and len(names) != len(urls):
+            raise MediaError(f"multi_modal_uuids holds {len(names)} for the {len(urls)} items of {name}")
+        pairs = zip(urls, names or [None] * len(urls), strict=True)
+        references += [MediaReference(name, url, uuid=uuid) for url, uuid in pairs]
+    return references
 
-    references: Sequence[MediaReference]
-    loader: PromptMedia
 
-    async def fetch(self) -> None:
-        """Fetch the media at http(s) URLs; `load` would block its thread for that.
+def load_data_url(url: str, limits: MediaLimits = DEFAULT_LIMITS, *, expected: str | None = None) -> MediaItem:
+    """Load a `data:` URL (RFC 2397), base64 or percent-encoded; its MIME type is ignored.
 
-        Raises:
-            MediaError: there are too many URLs, or one cannot be fetched.
-        """
-        await self.loader.fetch(self.references)
+    Raises:
+        MediaError: another scheme, malformed, too large, or unusable content.
+    """
+    if not isinstance(url, str):
+        raise MediaError(f"a media URL must be a string, got a {type(url).__name__}")
+    scheme, colon, _ = url[:_MAX_SCHEME_CHARS].partition(":")
+    if not colon or scheme.lower() != "data":
+        named = f"scheme {scheme.lower()!r}" if colon else "no scheme"
+        raise MediaError(f"media URL with {named} ({shorten(url)}): allowed are {SCHEMES} URLs")
+    comma = url.find(",", 0, 1024)
+    if comma < 0:
+        raise MediaError(f"malformed data: URL ({shorten(url)}): no comma after the media type")
+    if url[5:comma].rstrip().lower().endswith(";base64"):
+        if url.find("%", comma) < 0:
+            _check_base64_size(url, comma + 1, limits)
+            return load_base64(url[comma + 1 :], limits, expected=expected)
+        _check_size((len(url) - comma - 1) // 4, limits)  # a lower bound: each character may be written as three
+        return load_base64(unquote(url[comma + 1 :]), limits, expected=expected)
+    _check_size(len(url) - comma - 1 - 2 * url.count("%", comma), limits)
+    return load_media(unquote_to_bytes(url[comma + 1 :]), limits, expected=expected)
 
-    def load(self) -> dict[str, list[MediaItem]]:
-        """Decode the media and return them by modality.
 
-        Raises:
-            MediaError: an item cannot be used, or they are too large together.
-        """
-        items: dict[str, list[MediaItem]] = {}
-        for reference in self.references:
-            items.setdefault(reference.modality, []).append(self.loader.load(reference))
-        return items
+def load_base64(data: str | bytes, limits: MediaLimits = DEFAULT_LIMITS, *, expected: str | None = None) -> MediaItem:
+    """Load base64 content; whitespace, missing padding and the URL-safe alphabet are accepted.
+
+    Raises:
+        MediaError: not base64, too large, or unusable content.
+    """
+    if not isinstance(data, str | bytes):
+        raise MediaError(f"base64 media must be a string, got a {type(data).__name__}")
+    try:
+        text = data.decode("ascii") if isinstance(data, bytes) else data
+        _check_base64_size(text, 0, limits)
+        packed = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
+        decoded = base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise MediaError(f"malformed base64 media ({shorten(data)}): {error}") from error
+    return load_media(decoded, limits, expected=expected)
+
+
+def _check_base64_size(text: str, start: int, limits: MediaLimits) -> None:
+    """Check the decoded length, computed from the encoded one without a copy."""
+    num_ignored = sum(text.count(character, start) for character in "= \t\r\n")
+    _check_size((len(text) - start - num_ignored) * 3 // 4, limits)
+
+
+def _check_size(num_bytes: int, limits: MediaLimits) -> None:
+    if num_bytes > limits.max_bytes:
+        raise MediaError(f"media URL claims about {num_bytes} bytes, more than the allowed {limits.max_bytes} bytes")
+
+
+def _scheme_of(url: str) -> str:
+    return url[:8].partition(":")[0].lower()
+
+
+def _as_list(contents: object) -> list[Any]:
+    if contents is None:
+        return []
+    return contents if isinstance(contents, list) else [contents]

@@ -18,8 +18,7 @@ PACKAGES = ("mmlora.processors", "mmlora.towers")
 PARENTS = ("mmlora.models", "mmlora.processors.families")  # of modules that are imported as a whole
 GENERAL = frozenset(
     (
-        "audio base containers data_url decoding encoder general image items mp3 placeholders pretrained sniff "
-        "transcription"
+        "audio base containers decoding encoder general image items modalities placeholders pretrained transcription"
     ).split()
 )
 FEATURE_MODULES = ("_images", "_audio", "_features")

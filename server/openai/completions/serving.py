@@ -12,8 +12,7 @@ from starlette.responses import Response
 
 from mmlora.async_llm import AsyncLLM, RequestStream
 from mmlora.errors import EngineDeadError, MMLoRAError
-from mmlora.processors.fetch.loader import PendingMedia
-from mmlora.processors.fetch.reference import references_of
+from mmlora.processors.fetch.loader import PromptMedia, parse_references
 from mmlora.sampling_params import SamplingParams
 from mmlora.server.errors import Refusal, error_body, status_of
 from mmlora.server.http.admission import read_body
@@ -36,7 +35,7 @@ class _ParsedCompletion:
     builder: CompletionBuilder
     params: SamplingParams
     prompts: list[dict[str, Any]]
-    media: PendingMedia | None
+    media: PromptMedia | None
 
 
 class CompletionService:
@@ -70,14 +69,13 @@ class CompletionService:
         builder = CompletionBuilder(
             f"cmpl-{uuid.uuid4().hex}", request.model or self._models.base_name, request, self._llm.tokenizer
         )
-        references = references_of(
+        references = parse_references(
             request.multi_modal_data or {},
             request.multi_modal_uuids or {},
             self._llm.processor.modalities if self._llm.processor is not None else (),
             self._llm.args.limit_mm_per_prompt,
         )
-        flat = [reference for found in references.values() for reference in found]
-        media = PendingMedia(flat, self._llm.media.begin(caller)) if flat else None
+        media = self._llm.media.for_prompt(references, caller) if references else None
         options = {"mm_processor_kwargs": request.mm_processor_kwargs, "cache_salt": request.cache_salt}
         prompts = []
         for index, prompt in enumerate(request.prompts):

@@ -17,8 +17,7 @@ from cryptography.x509.oid import NameOID
 
 from mmlora.errors import MediaError
 from mmlora.processors.fetch import checked_network
-from mmlora.processors.fetch.loader import MAX_URLS, MediaLoader
-from mmlora.processors.fetch.reference import MediaReference
+from mmlora.processors.fetch.loader import MAX_URLS, MediaLoader, MediaReference
 from mmlora.processors.media.decoding import load_media
 from mmlora.processors.media.items import MediaLimits
 from tests.web_server import FakeDNS, drip, endless, http_response, redirect, run_web_server
@@ -322,10 +321,9 @@ def test_neither_proxies_nor_netrc_of_the_environment_are_used(monkeypatch, tmp_
 
 
 async def _fetch(loader, *urls):
-    media = loader.begin()
-    references = [MediaReference("image", url) for url in urls]
-    await media.fetch(references)
-    return [media.load(reference) for reference in references]
+    media = loader.for_prompt([MediaReference("image", url) for url in urls])
+    await media.fetch()
+    return media.load()["image"]
 
 
 def run(coroutine):

@@ -166,7 +166,7 @@ def test_a_file_without_samples_is_refused(encode_audio):
 def test_the_audio_libraries_are_not_imported_before_they_are_needed():
     code = (
         "import sys; sys.modules['soundfile'] = sys.modules['librosa'] = None\n"
-        "import mmlora.models.families, mmlora.processors.fetch.data_url\n"
+        "import mmlora.models.families, mmlora.processors.fetch.loader\n"
         "from mmlora.processors.media.decoding import load_media\n"
         "assert load_media(([0.0] * 9, 16000)).sample_rate == 16000\n"
         "try: load_media(b'fLaC' + bytes(99))\n"

@@ -3,14 +3,17 @@
 import pytest
 
 from mmlora.errors import MediaError, MediaNotFound
-from mmlora.processors.fetch.loader import MediaLoader
-from mmlora.processors.fetch.reference import MAX_UUID_CHARS, MediaReference
+from mmlora.processors.fetch.loader import MAX_UUID_CHARS, MediaLoader, MediaReference
 from mmlora.processors.media.cache import ENTRY_BYTES, CachedMedia, MediaCache
 from mmlora.processors.media.items import AudioItem
 
 
 def entry(tone, num_samples=250, url=None):
     return CachedMedia(AudioItem.from_samples(tone(num_samples), 16000), url)
+
+
+def load(loader, caller, reference):
+    return loader.for_prompt([reference], caller).load()[reference.modality][0]
 
 
 def test_the_least_recently_used_items_leave(tone):
@@ -40,28 +43,28 @@ def test_an_item_that_is_too_large_is_not_kept_and_its_former_content_is_forgott
 
 def test_callers_do_not_see_each_others_items(tone):
     loader = MediaLoader()
-    first = loader.begin("alice").load(MediaReference("audio", (tone(), 16000), "object", uuid="x"))
-    assert loader.begin("alice").load(MediaReference("audio", None, uuid="x")) is first
+    first = load(loader, "alice", MediaReference("audio", (tone(), 16000), "object", uuid="x"))
+    assert load(loader, "alice", MediaReference("audio", None, uuid="x")) is first
     with pytest.raises(MediaNotFound, match="no media item is held for the uuid 'x'"):
-        loader.begin("bob").load(MediaReference("audio", None, uuid="x"))
-    loader.begin("bob").load(MediaReference("audio", (tone(100), 16000), "object", uuid="x"))
-    assert loader.begin("alice").load(MediaReference("audio", None, uuid="x")) is first
+        load(loader, "bob", MediaReference("audio", None, uuid="x"))
+    load(loader, "bob", MediaReference("audio", (tone(100), 16000), "object", uuid="x"))
+    assert load(loader, "alice", MediaReference("audio", None, uuid="x")) is first
 
 
 def test_other_content_under_the_same_uuid_takes_its_place(tone):
-    media = MediaLoader().begin()
+    loader = MediaLoader()
     first, second = (
-        media.load(MediaReference("audio", (tone(number), 16000), "object", uuid="x")) for number in (100, 200)
+        load(loader, "", MediaReference("audio", (tone(number), 16000), "object", uuid="x")) for number in (100, 200)
     )
     assert first.content_hash != second.content_hash
-    assert media.load(MediaReference("audio", None, uuid="x")) is second
+    assert load(loader, "", MediaReference("audio", None, uuid="x")) is second
 
 
 def test_an_item_of_the_other_modality_is_refused(tone):
-    media = MediaLoader().begin()
-    media.load(MediaReference("audio", (tone(), 16000), "object", uuid="x"))
+    loader = MediaLoader()
+    load(loader, "", MediaReference("audio", (tone(), 16000), "object", uuid="x"))
     with pytest.raises(MediaError, match="is audio, but image was expected"):
-        media.load(MediaReference("image", None, uuid="x"))
+        load(loader, "", MediaReference("image", None, uuid="x"))
 
 
 @pytest.mark.parametrize("uuid", ["", "x" * (MAX_UUID_CHARS + 1), 5, ["x"], {}])

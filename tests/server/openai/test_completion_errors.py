@@ -14,7 +14,7 @@ from openai import APIError
 
 from mmlora.errors import AdapterNotFound, EngineDeadError, MediaError, MMLoRAError, RequestError
 from mmlora.outputs import RequestOutput
-from mmlora.processors.fetch.reference import references_of
+from mmlora.processors.fetch.loader import parse_references
 from mmlora.sampling_params import SamplingParams
 from mmlora.server.openai.completions.protocol import MAX_PROMPTS, CompletionRequest
 from mmlora.server.openai.completions.serving import merge
@@ -169,7 +169,7 @@ def test_bad_media_is_refused_by_name(server: RunningServer, wav: bytes, png: by
 
 def test_a_text_model_takes_no_media() -> None:
     with pytest.raises(MediaError, match="text only"):
-        references_of({"image": "data:,"}, {}, ())
+        parse_references({"image": "data:,"}, {}, ())
 
 
 @pytest.mark.parametrize("stream", [False, True])

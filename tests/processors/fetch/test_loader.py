@@ -6,7 +6,7 @@ from urllib.parse import quote
 import pytest
 
 from mmlora.errors import MediaError
-from mmlora.processors.fetch.data_url import load_base64, load_data_url
+from mmlora.processors.fetch.loader import load_base64, load_data_url
 from mmlora.processors.media.decoding import load_media
 from mmlora.processors.media.items import MediaLimits
 
@@ -82,8 +82,8 @@ class ClaimedLength(str):
 def test_three_gigabytes_are_refused_before_decoding(head, monkeypatch):
     for name in (
         "base64.b64decode",
-        "mmlora.processors.fetch.data_url.unquote",
-        "mmlora.processors.fetch.data_url.unquote_to_bytes",
+        "mmlora.processors.fetch.loader.unquote",
+        "mmlora.processors.fetch.loader.unquote_to_bytes",
     ):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("decoded before the check"))
     with pytest.raises(MediaError, match=r"claims about [234]\d{9} bytes, more than the allowed"):

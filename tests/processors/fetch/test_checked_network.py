@@ -5,7 +5,7 @@ from ipaddress import ip_address
 import pytest
 
 from mmlora.errors import ConfigError
-from mmlora.processors.fetch.addresses import is_public, is_within, parse_networks
+from mmlora.processors.fetch.checked_network import is_public, is_within, parse_networks
 
 PUBLIC = ["8.8.8.8", "151.101.1.1", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::1"]
 NOT_PUBLIC = [
