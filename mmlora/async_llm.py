@@ -7,12 +7,10 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
-from typing import Any, Final, Literal, TypeVar
-
-import torch
+from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeVar
 
 from mmlora.config import EngineArgs
 from mmlora.engine.llm_engine import LLMEngine
@@ -27,11 +25,12 @@ from mmlora.errors import EngineDeadError, MMLoRAError
 from mmlora.inputs.engine_input import EngineInput
 from mmlora.inputs.input_processor import Prompt
 from mmlora.lora.request import LoRARequest
-from mmlora.lora.store.manager import LoRAInfo
+from mmlora.lora.store.manager import LoRAInfo, LoRAManager
 from mmlora.outputs import RequestOutput
 from mmlora.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
+P = ParamSpec("P")
 T = TypeVar("T")
 
 NUM_LOADERS: Final = 16  # many of them only wait: for a load that another one does, or for the end of a step
@@ -76,6 +75,18 @@ class RequestStream:
         return output
 
 
+def _lora_method(
+    change: Callable[Concatenate[LoRAManager, P], T],
+) -> Callable[Concatenate["AsyncLLM", P], Coroutine[Any, Any, T]]:
+    """Make a method that changes adapters by `LoRAManager` while the engine steps; see `AsyncLLM.change_loras`."""
+
+    @functools.wraps(change)
+    async def method(self: "AsyncLLM", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self.change_loras(functools.partial(change, self.engine.lora, *args, **kwargs))
+
+    return method
+
+
 class AsyncLLM:
     """Serve concurrent requests from an event loop.
 
@@ -90,7 +101,7 @@ class AsyncLLM:
         vocab_size: rows of the model's embedding table.
         transcription_prompt: how to ask the model for a transcription; None where that is not known.
         default_adapters: by modality key, with the request that names each.
-        adapter_store: the adapters on the host; None without LoRA.
+        host_cache: the adapters on the host; None without LoRA.
         histograms: latencies and lengths of the requests.
 
     Args:
@@ -112,7 +123,7 @@ class AsyncLLM:
         self.vocab_size = self.input_processor.vocab_size
         self.transcription_prompt = engine.transcription_prompt
         self.default_adapters = engine.default_adapters
-        self.adapter_store = engine.store
+        self.host_cache = engine.host_cache
         self.histograms = RequestHistograms()
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="mmlora-input")
         self._loaders = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="mmlora-loader")
@@ -248,49 +259,9 @@ class AsyncLLM:
             if not is_finished:
                 self._send(lambda: self._abort(request_id, stream), or_ignore=True)
 
-    async def add_lora(
-        self,
-        lora: str | LoRARequest,
-        path: str | None = None,
-        *,
-        tensors: Mapping[str, torch.Tensor] | None = None,
-        config: object | None = None,
-    ) -> LoRARequest:
-        """Load an adapter beside the steps, as `LLM.add_lora` does.
-
-        Raises:
-            AdapterError: see there.
-            EngineDeadError: the engine has stopped.
-        """
-        add = functools.partial(self.engine.lora.add, lora, path, tensors=tensors, config=config)
-        return await self.change_loras(add)
-
-    async def reload_lora(
-        self,
-        lora: str | int,
-        path: str | None = None,
-        *,
-        tensors: Mapping[str, torch.Tensor] | None = None,
-        config: object | None = None,
-    ) -> LoRARequest:
-        """Load another version of an adapter beside the steps and swap it in between two, as `LLM.reload_lora` does.
-
-        Raises:
-            AdapterError: see there.
-            EngineDeadError: the engine has stopped.
-        """
-        return await self.change_loras(
-            functools.partial(self.engine.lora.reload, lora, path, tensors=tensors, config=config)
-        )
-
-    async def remove_lora(self, lora: str | int) -> None:
-        """Unload an adapter; returns at once, while the memory is freed when the last request with it ends.
-
-        Raises:
-            AdapterNotFound: it is unknown.
-            EngineDeadError: the engine has stopped.
-        """
-        await self.change_loras(functools.partial(self.engine.lora.remove, lora))
+    add_lora = _lora_method(LoRAManager.add)
+    reload_lora = _lora_method(LoRAManager.reload)
+    remove_lora = _lora_method(LoRAManager.remove)
 
     async def pin_lora(self, lora: str | int, *, is_pinned: bool = True) -> None:
         """Keep an adapter on the host and in a slot, or let it be evicted again, as `LLM.pin_lora` does.

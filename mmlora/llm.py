@@ -4,23 +4,22 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
 from tqdm.auto import tqdm
 
 from mmlora.config import EngineArgs
-from mmlora.engine.llm_engine import LLMEngine
+from mmlora.engine.llm_engine import LLMEngine, LoRAMethods
 from mmlora.errors import RequestError
 from mmlora.inputs.chat_template import Message
 from mmlora.inputs.input_processor import Prompt
 from mmlora.lora.request import LoRARequest
-from mmlora.lora.store.manager import LoRAInfo
+from mmlora.lora.store.manager import LoRAManager
 from mmlora.outputs import RequestOutput
 from mmlora.sampling_params import SamplingParams
 
 T = TypeVar("T")
 
 
-class LLM:
+class LLM(LoRAMethods):
     """One base model with many adapters, for batches of prompts.
 
     Args:
@@ -133,82 +132,10 @@ class LLM:
         ]
         return self.generate(prompts, sampling_params, lora_request, use_tqdm, priority)
 
-    def add_lora(
-        self,
-        lora: str | LoRARequest,
-        path: str | None = None,
-        *,
-        tensors: Mapping[str, torch.Tensor] | None = None,
-        config: object | None = None,
-    ) -> LoRARequest:
-        """Load an adapter from a path, or from memory for a training loop.
-
-        A name that is known from the same path stays as it is; tensors replace those that the name had before.
-
-        Args:
-            lora: a name, or a `LoRARequest`, which holds name, id and path.
-            path: a directory or Hub id, see `LoRARequest`.
-            tensors: in place of a path, as in `adapter_model.safetensors`; they are copied.
-            config: of the tensors, as in `adapter_config.json`, or PEFT's `LoraConfig`.
-
-        Returns:
-            What to pass as `lora_request`.
-
-        Raises:
-            AdapterError: it cannot be loaded, or the name belongs to another path; nothing was changed.
-        """
-        return self.llm_engine.add_lora(lora, path, tensors=tensors, config=config)
-
-    def reload_lora(
-        self,
-        lora: str | int,
-        path: str | None = None,
-        *,
-        tensors: Mapping[str, torch.Tensor] | None = None,
-        config: object | None = None,
-    ) -> LoRARequest:
-        """Replace an adapter by what its path holds now, by another path, or by tensors.
-
-        Args:
-            lora: name or id.
-            path, tensors, config: as in `add_lora`.
-
-        Returns:
-            What to pass as `lora_request` from now on.
-
-        Raises:
-            AdapterError: it is unknown, or the new version cannot be loaded; the old one stays.
-        """
-        return self.llm_engine.reload_lora(lora, path, tensors=tensors, config=config)
-
-    def remove_lora(self, lora: str | int) -> None:
-        """Unload an adapter and free its memory.
-
-        Args:
-            lora: name or id.
-
-        Raises:
-            AdapterNotFound: it is unknown.
-        """
-        self.llm_engine.remove_lora(lora)
-
-    def pin_lora(self, lora: str | int, *, is_pinned: bool = True) -> None:
-        """Keep an adapter on the host and in a slot, or let it be evicted again.
-
-        All slots but one can be taken so; where `max_loras` is 1, adapters are kept on the host only.
-
-        Args:
-            lora: name or id.
-            is_pinned: False takes it back.
-
-        Raises:
-            AdapterError: it is unknown, cannot be loaded, or too many are pinned; nothing was changed.
-        """
-        self.llm_engine.pin_lora(lora, is_pinned=is_pinned)
-
-    def list_loras(self) -> list[LoRAInfo]:
-        """The adapters that are known, in the order in which they came; defaults are not among them."""
-        return self.llm_engine.list_loras()
+    @property
+    def lora(self) -> LoRAManager:
+        """See `LoRAMethods.lora`."""
+        return self.llm_engine.lora
 
     def _run(self, request_ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
         finished: dict[str, RequestOutput] = {}

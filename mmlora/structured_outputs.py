@@ -118,8 +118,8 @@ class Matcher:
         other._matcher = self._matcher.deep_copy()
         return other
 
-    def completes(self, token_id: int) -> bool:
-        """Take the next token of the answer, which `allowed` permitted, and tell whether nothing can follow it."""
+    def advance(self, token_id: int) -> None:
+        """Consume the next token of the output, which `allowed` permitted; updates `is_complete` and `error`."""
         try:
             self._matcher.consume_token(token_id)
             self._look_ahead()
@@ -128,7 +128,6 @@ class Matcher:
         except BaseException as error:  # a panic of its Rust code is no Exception, and would end the engine
             logger.exception("a constraint failed")
             self.error = type(error).__name__
-        return self.is_complete
 
     def allowed(self, vocab_size: int, *, can_end: bool) -> NDArray[np.bool_]:
         """Tell which tokens may come next.

@@ -128,7 +128,7 @@ def load_served_models(llm: AsyncLLM, lora_modules: Sequence[LoRAModule] = ()) -
         ConfigError: two models share a name, or adapters are given to an engine without LoRA.
         AdapterError: an adapter cannot be loaded.
     """
-    args, store, defaults = llm.args, llm.adapter_store, llm.default_adapters
+    args, store, defaults = llm.args, llm.host_cache, llm.default_adapters
     adapters = [
         ServedAdapter(key, request, adapter.digest, adapter.report, default_for=key)
         for key, (request, adapter) in defaults.items()
@@ -156,7 +156,7 @@ def load_served_models(llm: AsyncLLM, lora_modules: Sequence[LoRAModule] = ()) -
 
 def _restore_adapter(llm: AsyncLLM, info: LoRAInfo) -> ServedAdapter:
     """Return an adapter of the registry; one that cannot be used is served with its problem."""
-    store, problem = llm.adapter_store, info.problem
+    store, problem = llm.host_cache, info.problem
     assert store is not None
     if problem is None:
         try:

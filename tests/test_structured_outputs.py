@@ -324,12 +324,14 @@ def test_the_vocabulary_may_fill_whole_words_of_a_mask():
     assert len(tokenizer) % 32 == 0
     compiler = ConstraintCompiler(tokenizer, frozenset({tokenizer.eos_token_id}))
     seq, ids = constrained_sequence(compiler, choice=["!"]), tokenizer("!").input_ids
-    assert sample(torch.zeros(1, len(tokenizer)), [seq], frozenset()) == ids and seq.matcher.completes(ids[0])
+    assert sample(torch.zeros(1, len(tokenizer)), [seq], frozenset()) == ids
+    seq.matcher.advance(ids[0])
+    assert seq.matcher.is_complete
 
 
 def test_a_matcher_that_fails_takes_its_own_request_along(compiler):
     lost, fine = (constrained_sequence(compiler, choice=["!"]) for _ in range(2))
-    lost.matcher.completes(END_ID + 50)  # nothing that the mask allows
+    lost.matcher.advance(END_ID + 50)  # nothing that the mask allows
     first, second = sample(torch.zeros(2, 263), [lost, fine], frozenset())
     assert isinstance(first, RequestError) and "constraint" in str(first)
     assert second == build_tokenizer()("!").input_ids[0]
@@ -345,7 +347,8 @@ def test_a_panic_takes_its_own_request_along(compiler):
 
     lost = constrained_sequence(compiler, choice=["!!"])
     lost.matcher._matcher = Broken()
-    assert not lost.matcher.completes(build_tokenizer()("!").input_ids[0])
+    lost.matcher.advance(build_tokenizer()("!").input_ids[0])
+    assert not lost.matcher.is_complete
     (token,) = sample(torch.zeros(1, 263), [lost], frozenset())
     assert isinstance(token, RequestError) and "Panic" in str(token)
 

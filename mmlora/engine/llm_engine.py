@@ -4,12 +4,14 @@ One step is: schedule, run, postprocess, collect, return. `LLM` drives it in the
 thread of its own; only `process_input` may be called from other threads.
 """
 
+import functools
 import itertools
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -33,9 +35,58 @@ from mmlora.sampling_params import SamplingParams
 from mmlora.towers.encoder import EncoderJob
 
 logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-class LLMEngine:
+def _lora_method(change: Callable[Concatenate[LoRAManager, P], T]) -> Callable[Concatenate["LoRAMethods", P], T]:
+    """Make a method that changes adapters by `LoRAManager`, then syncs the slots."""
+
+    @functools.wraps(change)
+    def method(self: "LoRAMethods", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        result = change(self.lora, *args, **kwargs)
+        self.lora.sync_slots()
+        return result
+
+    return method
+
+
+class LoRAMethods(ABC):
+    """The life cycle of adapters, for classes whose caller is the engine thread; documented in `LoRAManager`."""
+
+    @property
+    @abstractmethod
+    def lora(self) -> LoRAManager:
+        """The adapters of the engine.
+
+        Raises:
+            RequestError: the engine runs without LoRA.
+        """
+
+    add_lora = _lora_method(LoRAManager.add)
+    reload_lora = _lora_method(LoRAManager.reload)
+    remove_lora = _lora_method(LoRAManager.remove)
+
+    def pin_lora(self, lora: str | int, *, is_pinned: bool = True) -> None:
+        """Exempt an adapter from eviction, on the host and in its slot; or undo that, with `is_pinned=False`.
+
+        At most `max_loras - 1` slots are held this way. With `max_loras=1`, pinned adapters stay on the host only.
+
+        Raises:
+            AdapterError: it is unknown, cannot be loaded, or too many are pinned; nothing has changed.
+        """
+        if is_pinned:
+            self.lora.pin(lora)
+        else:
+            self.lora.unpin(lora)
+            self.lora.sync_slots()
+
+    def list_loras(self) -> list[LoRAInfo]:
+        """Return the state of every known adapter, in the order of their first loads; defaults are not included."""
+        return self.lora.list_infos()
+
+
+class LLMEngine(LoRAMethods):
     """Serves requests on one base model with many adapters.
 
     Args:
@@ -56,7 +107,7 @@ class LLMEngine:
         self.sampler = Sampler(parts.tokenizer, parts.stop_ids)
         self.block_manager = parts.block_manager
         self.scheduler = parts.scheduler
-        self.store = parts.store
+        self.host_cache = parts.host_cache
         self.slots = parts.slots
         self.default_adapters = parts.default_adapters
         self.stop_ids = parts.stop_ids
@@ -82,11 +133,7 @@ class LLMEngine:
 
     @property
     def lora(self) -> LoRAManager:
-        """The life cycle of adapters.
-
-        Raises:
-            RequestError: the engine runs without adapters.
-        """
+        """See `LoRAMethods.lora`."""
         if self._lora is None:
             raise RequestError("adapters cannot be managed: the engine has enable_lora=False")
         return self._lora
@@ -218,49 +265,6 @@ class LLMEngine:
         """
         return self._collect(self._advance(), is_delta=is_delta)
 
-    def add_lora(
-        self,
-        lora: str | LoRARequest,
-        path: str | None = None,
-        *,
-        tensors: Mapping[str, torch.Tensor] | None = None,
-        config: object | None = None,
-    ) -> LoRARequest:
-        """Load an adapter, see `LoRAManager.add`. This and the four below belong to the thread that steps."""
-        request = self.lora.add(lora, path, tensors=tensors, config=config)
-        self.lora.sync_slots()
-        return request
-
-    def reload_lora(
-        self,
-        lora: str | int,
-        path: str | None = None,
-        *,
-        tensors: Mapping[str, torch.Tensor] | None = None,
-        config: object | None = None,
-    ) -> LoRARequest:
-        """Swap in another version of an adapter, see `LoRAManager.reload`."""
-        request = self.lora.reload(lora, path, tensors=tensors, config=config)
-        self.lora.sync_slots()
-        return request
-
-    def remove_lora(self, lora: str | int) -> None:
-        """Unload an adapter once the last request that runs with it has ended, see `LoRAManager.remove`."""
-        self.lora.remove(lora)
-        self.lora.sync_slots()
-
-    def pin_lora(self, lora: str | int, *, is_pinned: bool = True) -> None:
-        """Keep an adapter on the host and in a slot, or no longer, see `LoRAManager.pin`."""
-        if is_pinned:
-            self.lora.pin(lora)
-        else:
-            self.lora.unpin(lora)
-            self.lora.sync_slots()
-
-    def list_loras(self) -> list[LoRAInfo]:
-        """The adapters that are known; may be asked from any thread."""
-        return self.lora.list_infos()
-
     def prefetch_loras(self, lora_requests: Iterable[object]) -> None:
         """Load the missing adapters of several requests in parallel; errors are left to `process_input`."""
         if self._lora is not None:
@@ -375,8 +379,8 @@ class LLMEngine:
         return touched
 
     def _append(self, sampled: SampledToken) -> None:
-        """Add a token to its sequence and end the sequence where it must end."""
-        seq, token_id, params = sampled.seq, sampled.token_id, sampled.seq.params
+        """Append a token to its sequence, and finish the sequence if it ends there."""
+        seq, token_id = sampled.seq, sampled.token_id
         request = seq.request
         if request.first_token_s is None:
             request.first_token_s = time.monotonic()
@@ -388,29 +392,33 @@ class LLMEngine:
         if sampled.top is not None:
             seq.logprobs.append(sampled.top)
             seq.cumulative_logprob += sampled.logprob or 0.0
-        can_stop = seq.num_output_tokens >= params.min_tokens
-        if token_id in self.stop_ids and not params.ignore_eos and can_stop:
-            self.scheduler.finish(seq, "stop")
-        elif token_id in (params.stop_token_ids or ()) and can_stop:
-            seq.stop_reason = token_id
-            if params.include_stop_str_in_output:
-                seq.detokenizer.append(token_id, can_stop=False)
-            self.scheduler.finish(seq, "stop")
-        else:
-            stop = seq.detokenizer.append(token_id, can_stop=can_stop)
-            if stop is not None:
-                seq.stop_reason = stop
-                self.scheduler.finish(seq, "stop")
-            elif seq.matcher is not None and seq.matcher.completes(token_id):
-                self.scheduler.finish(seq, "stop")
-            elif seq.num_output_tokens >= request.input.max_tokens:
-                self.scheduler.finish(seq, "length")
-        if seq.status is Status.FINISHED and not isinstance(seq.stop_reason, str):
-            seq.detokenizer.finish()
-        elif seq.status is Status.RUNNING and not seq.uses_long_rope_factors and self._is_too_long(seq):
+        finish_reason = self._process_token(seq, token_id)
+        if finish_reason is not None:
+            self.scheduler.finish(seq, finish_reason)
+            if not isinstance(seq.stop_reason, str):
+                seq.detokenizer.finish()
+        elif not seq.uses_long_rope_factors and self._is_too_long(seq):
             seq.uses_long_rope_factors = True
             seq.block_hashes.clear()
             self.scheduler.recompute(seq)  # the keys of all its tokens change
+
+    def _process_token(self, seq: Sequence, token_id: int) -> str | None:
+        """Advance the matcher and the text of a sequence by its last token; return its finish reason if it ended."""
+        params = seq.params
+        can_stop = seq.num_output_tokens >= params.min_tokens
+        is_eos = can_stop and not params.ignore_eos and token_id in self.stop_ids
+        is_stop_token = can_stop and not is_eos and token_id in (params.stop_token_ids or ())
+        is_end = is_eos or is_stop_token
+        if seq.matcher is not None and not is_end:
+            seq.matcher.advance(token_id)
+        stop_string = None
+        if not is_end or (is_stop_token and params.include_stop_str_in_output):
+            stop_string = seq.detokenizer.append(token_id, can_stop=can_stop and not is_end)
+        seq.stop_reason = token_id if is_stop_token else stop_string
+        is_complete = seq.matcher is not None and seq.matcher.is_complete
+        if is_end or stop_string is not None or is_complete:
+            return "stop"
+        return "length" if seq.num_output_tokens >= seq.request.input.max_tokens else None
 
     def _end(self, request: Request, reason: str) -> None:
         for seq in request.sequences:

@@ -57,7 +57,7 @@ class EngineParts:
     runner: ModelRunner
     block_manager: BlockManager
     scheduler: Scheduler
-    store: HostCache | None
+    host_cache: HostCache | None
     slots: LoRASlots | None
     lora: LoRAManager | None
     default_adapters: dict[str, tuple[LoRARequest, Adapter]]
@@ -110,7 +110,7 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
             max_model_len=max_model_len,
             processor=processor,
             towers=towers,
-            store=adapters.store,
+            store=adapters.host_cache,
             defaults=adapters.defaults,
             constraints=ConstraintCompiler(tokenizer, stop_ids),
         ),
@@ -123,7 +123,7 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
             args.max_num_batched_tokens,
             is_by_priority=args.scheduling_policy == PRIORITY,
         ),
-        store=adapters.store,
+        host_cache=adapters.host_cache,
         slots=adapters.slots,
         lora=adapters.lora,
         default_adapters=adapters.defaults,
@@ -146,7 +146,7 @@ def _check_limits(args: EngineArgs, modalities: frozenset[str]) -> None:
 class _AdapterParts:
     """The parts that deal with adapters; none where they are not allowed."""
 
-    store: HostCache | None = None
+    host_cache: HostCache | None = None
     slots: LoRASlots | None = None
     lora: LoRAManager | None = None
     defaults: dict[str, tuple[LoRARequest, Adapter]] = field(default_factory=dict)
@@ -165,10 +165,10 @@ def _load_adapter_parts(
     default_store = HostCache(load)
     defaults = _load_defaults(default_paths, default_store, model_path)
     default_load_s = {entry.name: entry.load_s for entry in default_store.entries}
-    store = HostCache(load, max_cpu_loras=args.num_host_loras, max_pinned=args.max_pinned_loras, registry=registry)
+    host_cache = HostCache(load, max_cpu_loras=args.num_host_loras, max_pinned=args.max_pinned_loras, registry=registry)
     slots = LoRASlots(model, args.max_loras, device)
-    lora = LoRAManager(store, slots, [adapter for _, adapter in defaults.values()], registry)
-    return _AdapterParts(store, slots, lora, defaults, default_load_s)
+    lora = LoRAManager(host_cache, slots, [adapter for _, adapter in defaults.values()], registry)
+    return _AdapterParts(host_cache, slots, lora, defaults, default_load_s)
 
 
 def _adapter_loader(args: EngineArgs, index: ModuleIndex, dtype: torch.dtype) -> LoadAdapter:

@@ -37,7 +37,7 @@ def start_resolution(llm: AsyncLLM, models: ServedModels, environment: Mapping[s
     is_allowed = read_bool(ALLOW_VARIABLE, environment)
     limits = ResolutionLimits.from_environment(environment)
     load_general_plugins(environment)
-    store = llm.adapter_store
+    store = llm.host_cache
     if is_allowed and store is not None:
         models.resolution = LoRAResolution(llm.model_name, _AdapterLoader(llm, models, store), limits)
     elif LoRAResolverRegistry.get_supported_resolvers():

@@ -125,7 +125,7 @@ class AdapterUpdates:
         return f"Success: LoRA adapter '{name}' removed successfully"
 
     def _store(self) -> HostCache:
-        store = self._llm.adapter_store
+        store = self._llm.host_cache
         if store is None:
             raise RequestError("adapters cannot be loaded: the server runs without --enable-lora")
         return store

@@ -230,8 +230,8 @@ def test_an_engine_without_adapters_says_so(contents: Contents) -> None:
 def test_a_batch_loads_its_adapters_side_by_side(contents: Contents, monkeypatch: Any) -> None:
     llm = start(contents.model)
     meeting = threading.Barrier(3, timeout=30)
-    load = llm.llm_engine.store._load_adapter
-    monkeypatch.setattr(llm.llm_engine.store, "_load_adapter", lambda *args: (meeting.wait(), load(*args))[1])
+    load = llm.llm_engine.host_cache._load_adapter
+    monkeypatch.setattr(llm.llm_engine.host_cache, "_load_adapter", lambda *args: (meeting.wait(), load(*args))[1])
     requests = [LoRARequest(f"a{i}", 1 + i, str(contents.paths[i])) for i in range(3)]
     missing = LoRARequest("missing", 9, "/no/such/adapter")
     with pytest.raises(AdapterNotFound, match="/no/such/adapter"):

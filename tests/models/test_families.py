@@ -135,7 +135,7 @@ def test_every_adapter_changes_its_part(family: str, family_checkpoint: Callable
     cases = {case.name: case for case in cases_of(family, checkpoint.adapters)}
     with_media = "one" if FAMILIES[family].other_placeholder is None else "both"
     base = checkpoint.expected(cases[f"{with_media}, None"])
-    store = load(checkpoint).llm_engine.store
+    store = load(checkpoint).llm_engine.host_cache
     assert store is not None
     for name in checkpoint.adapters:
         changed = checkpoint.expected(cases[f"{with_media}, {name}"])

@@ -275,7 +275,7 @@ def test_an_adapter_that_left_the_host_is_not_kept_by_its_card(start: Any, adapt
     resolver = FolderResolver({"one": Path(adapters["words"]), "two": Path(adapters["vision"])})
     LoRAResolverRegistry.register_resolver("folder", resolver)
     server = start(ALLOWED)
-    store = server.llm.engine.store
+    store = server.llm.engine.host_cache
     assert store is not None
     first = post(server, model="one").json()
     request = LoRARequest("one", derive_lora_id("one"), adapters["words"])

@@ -261,7 +261,7 @@ def test_a_registry_that_cannot_be_written_leaves_the_adapter(
         raise AdapterError("lora_registry cannot be written: disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(server.llm.engine.store, "remove", fail)
+        patch.setattr(server.llm.engine.host_cache, "remove", fail)
         assert "disk full" in error_of(unload(server, lora_name="sql"), 400)["message"]
     assert chat(server, "sql").status_code == 200
 

@@ -50,7 +50,7 @@ def server(shared: RunningServer) -> Iterator[RunningServer]:
 @contextmanager
 def slow_loads(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Loads begin, and end when the event is set."""
-    store = server.llm.engine.store
+    store = server.llm.engine.host_cache
     assert store is not None
     load_adapter, may_end = store._load_adapter, threading.Event()
 
@@ -163,7 +163,7 @@ def test_a_load_waits_for_an_unload_of_its_name(
     server: RunningServer, adapters: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load(server, lora_name="sql", lora_path=adapters["words"])
-    store = server.llm.engine.store
+    store = server.llm.engine.host_cache
     assert store is not None
     remove, may_end = store.remove, threading.Event()
 
@@ -267,7 +267,7 @@ def test_a_load_ends_although_its_client_left(
             unloading = pool.submit(unload, server, lora_name="started")  # another name does not wait
             assert unloading.result(20).status_code == 200
         may_end.set()
-        store = server.llm.engine.store
+        store = server.llm.engine.host_cache
         assert store is not None
         wait_for(lambda: all(entry.digest is not None for entry in store.entries))
     assert load(server, lora_name="started", lora_path=adapters["vision"]).status_code == 200
