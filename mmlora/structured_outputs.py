@@ -213,7 +213,7 @@ def _grammar(params: StructuredOutputsParams) -> str:
         try:
             return str(grammar_from("grammar", params.grammar))
         except (ValueError, RecursionError) as error:
-            params.refuse(str(error)[:400])
+            params.refuse(shorten(str(error), str, 400))
     schema = _checked_schema(params, ANY_OBJECT if params.json is None else params.json)
     return str(LLMatcher.grammar_from_json_schema(schema, defaults=JSON_OPTIONS))
 
@@ -221,7 +221,7 @@ def _grammar(params: StructuredOutputsParams) -> str:
 def _reason(matcher: Any) -> str:
     """Why a matcher of llguidance fails."""
     text = str(matcher.get_error()).partition("<non-verbose/>")[0].strip()
-    return "it permits no text at all" if text.startswith("NoExtension") else text[:400]
+    return "it permits no text at all" if text.startswith("NoExtension") else shorten(text, str, 400)
 
 
 def _checked_schema(params: StructuredOutputsParams, schema: Any) -> str:

@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 
 from mmlora.errors import ConfigError, RequestError
 from mmlora.processors.fetch.loader import MediaReference
+from mmlora.utils.text import shorten
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
@@ -121,7 +122,7 @@ class ChatTemplate:
                 messages, chat_template=self._template, tokenize=False, **kwargs
             )
         except (TemplateError, ValueError, TypeError) as error:
-            reason = str(error)[:MAX_REASON_CHARS]  # some repeat the whole conversation
+            reason = shorten(str(error), str, MAX_REASON_CHARS)  # some repeat the whole conversation
             raise RequestError(f"the chat template cannot render these messages: {reason}") from None
         return text
 

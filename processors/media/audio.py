@@ -15,6 +15,7 @@ import numpy.typing as npt
 from mmlora.errors import MediaError
 from mmlora.processors.media.containers import check_container, claimed_mp3_frames, container_format, skip_id3
 from mmlora.processors.media.items import DEFAULT_LIMITS, AudioItem, MediaLimits, is_array, to_numpy
+from mmlora.utils.text import shorten
 
 MIN_RATE, MAX_RATE = 1_000, 384_000  # Hz
 MAX_CHANNELS = 32
@@ -259,7 +260,7 @@ def _decode_track(container: Any, track: Any, limits: MediaLimits, *, skips_dama
 
 
 def _refuse_to_open(url: str, *_: Any) -> None:
-    raise MediaError(f"the container refers to another file ({url[:80]!r}), which is not opened")
+    raise MediaError(f"the container refers to another file ({shorten(url)}), which is not opened")
 
 
 def _undecodable(data: bytes, reason: object) -> MediaError:

@@ -1,4 +1,4 @@
-"""`mmlora serve`: flags, environment, the bundled assistant as the default, and one clear message for what is wrong."""
+"""`mmlora serve`: flags, environment, option file, the bundled assistant, and one message per problem."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Served = tuple[EngineArgs, ServerArgs]
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Served]:
-    """Run `mmlora serve` up to the point where it would load the model, and give the options."""
+    """Run `mmlora serve` until it would load the model, and return the parsed options."""
     for name in os.environ:
         if name.startswith(ENV_PREFIX):
             monkeypatch.delenv(name)
@@ -45,7 +45,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Served]:
 
 
 def message_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that a refused command prints."""
+    """Return the single error line of a refused command."""
     try:
         code: object = cli.main(["serve", *arguments])
     except SystemExit as exit_:
@@ -55,7 +55,7 @@ def message_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def lines_of(capsys: pytest.CaptureFixture[str], code: object) -> list[str]:
-    """The lines in which a command told what is wrong."""
+    """Return the error lines of a refused command."""
     assert code == 2
     return [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
 
@@ -146,7 +146,7 @@ def test_the_model_may_come_from_the_environment(
     assert served()[0].model == "theirs" and served("mine")[0].model == "mine"
 
 
-def test_a_file_fills_what_is_left_open(
+def test_a_file_provides_options_that_are_not_set_elsewhere(
     served: Callable[..., Served], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "options.yaml"
@@ -173,6 +173,7 @@ def test_a_file_fills_what_is_left_open(
             ["max-lorass: unknown option; did you mean max-loras?", "seed: ", "port: [1] is not"],
         ),
         ("enable-lora: 3\n", ["enable-lora: "]),
+        ("api-key:\n", ["api-key: None is not allowed"]),
         ("default-mm-loras: [audio]\n", ["default-mm-loras: ['audio'] is not allowed"]),
         ("max-loras: 3\nmax_loras: 4\n", ["max_loras: duplicate option"]),
         ("- a\n", ["holds a list; it must map options to values"]),
@@ -180,7 +181,7 @@ def test_a_file_fills_what_is_left_open(
         ("a: !!python/object/apply:os.getcwd []", ["cannot be read"]),
     ],
 )
-def test_all_that_is_wrong_with_a_file_is_told(
+def test_all_problems_of_a_file_are_reported(
     text: str, named: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "options.yaml"
@@ -195,7 +196,7 @@ def test_every_option_has_a_flag_and_a_help_text() -> None:
     names = {f.name for cls in (EngineArgs, ServerArgs) for f in dataclasses.fields(cls) if f.init} - {"model"}
     assert {flag.name for flag in flags} == names
     assert not [flag.name for flag in flags if not flag.help.partition(" (default:")[0]]
-    told = {flag.name: flag.help.partition(" (default: ")[2] for flag in flags}
+    defaults = {flag.name: flag.help.partition(" (default: ")[2] for flag in flags}
     expected = {
         "port": "8000)",
         "max_loras": "8)",
@@ -204,7 +205,7 @@ def test_every_option_has_a_flag_and_a_help_text() -> None:
         "uds": "",
         "root_path": "",
     }
-    assert {name: told[name] for name in expected} == expected
+    assert {name: defaults[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -253,7 +254,7 @@ def test_a_bad_option_is_one_line_and_exit_code_2(
     assert text in message_of(capsys, *arguments)
 
 
-def test_all_that_is_wrong_is_told_at_once(
+def test_all_problems_are_reported_at_once(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = tmp_path / "options.yaml"
@@ -262,7 +263,7 @@ def test_all_that_is_wrong_is_told_at_once(
     arguments = ["some/model", "--max-lora", "3", "--hots=x", "stray", "--port", "70000", "--dtype", "int3"]
     arguments += ["--seed", "x", "--ssl-keyfile", "key", "--default-mm-loras", "[]", "--config", str(file)]
     lines = lines_of(capsys, cli.main(["serve", *arguments]))
-    told = [
+    reported = [
         "--max-lora: unknown option; did you mean --max-loras?",
         "--hots: unknown option; did you mean --host?",
         "'stray': unexpected argument",
@@ -275,8 +276,8 @@ def test_all_that_is_wrong_is_told_at_once(
         "port=70000",
         "ssl_keyfile='key': needs ssl_certfile",
     ]
-    assert all(any(part in line for line in lines) for part in told), lines
-    assert len(lines) == len(told)
+    assert all(any(part in line for line in lines) for part in reported), lines
+    assert len(lines) == len(reported)
     assert all(line.startswith("mmlora serve: error: ") for line in lines)
 
 
@@ -299,6 +300,13 @@ def test_options_of_several_values(
     assert (server.api_keys, engine.model_name) == (("j", "5"), "z")
 
 
+def test_api_keys_are_not_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--api-key=***: not JSON" in message_of(capsys, "m", "--api-key", "[secret")
+    monkeypatch.setenv("MMLORA_API_KEY", '["secret", 5]')
+    message = message_of(capsys, "m")
+    assert "MMLORA_API_KEY=***: must be a list of strings" in message and "secret" not in message
+
+
 def test_a_list_does_not_swallow_the_model(capsys: pytest.CaptureFixture[str], served: Callable[..., Served]) -> None:
     assert "--served-model-name: its last value may be meant as MODEL" in message_of(
         capsys, "--served-model-name", "m", "some/model"
@@ -310,7 +318,7 @@ def test_the_help_has_a_group_for_every_option(capsys: pytest.CaptureFixture[str
     for cls in (EngineArgs, ServerArgs):
         listed = [name for names in cls.GROUPS.values() for name in names.split()]
         flags = {flag.name for flag in flags_of(cls)}
-        assert sorted(listed) == sorted(flags), "each option stands in one group"
+        assert sorted(listed) == sorted(flags), "each option is in one group"
     with pytest.raises(SystemExit):
         cli.main(["serve", "--help"])
     page = capsys.readouterr().out
@@ -347,7 +355,7 @@ def test_a_bad_environment_variable_is_named(
 
 @pytest.fixture(scope="module")
 def models(tiny_phi4: Path, tiny_adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A multimodal and a text model, and an adapter of each."""
+    """A multimodal model, a text model, and an adapter of each."""
     folder = tmp_path_factory.mktemp("models")
     llama = save_text_model(folder / "llama", "llama")
     other = save_adapter(llama, folder / "other", AdapterSpec(("q_proj",), seed=1))
@@ -391,7 +399,7 @@ def models(tiny_phi4: Path, tiny_adapters: dict[str, Path], tmp_path_factory: py
         (["/no/such/model"], "/no/such/model"),
     ],
 )
-def test_what_only_the_loaded_model_tells_is_also_one_line(
+def test_a_problem_found_when_loading_the_model_is_one_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     models: dict[str, str],
@@ -403,26 +411,26 @@ def test_what_only_the_loaded_model_tells_is_also_one_line(
     assert text in message_of(capsys, *filled, "--port", "0", "--device", "cpu")
 
 
-def test_a_taken_port_is_told_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_in_use_is_reported_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         assert "in use" in message_of(capsys, "/no/such/model", "--port", str(listener.getsockname()[1]))
 
 
-def test_a_port_is_claimed_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_listening_port_is_in_use(capsys: pytest.CaptureFixture[str]) -> None:
     with listen_tcp("127.0.0.1", 0) as listener:
         assert "in use" in message_of(capsys, "/no/such/model", "--port", str(listener.getsockname()[1]))
 
 
-def test_the_process_says_when_it_is_ready_and_stops_on_a_signal(models: dict[str, str]) -> None:
+def test_the_process_reports_when_it_is_ready_and_stops_on_a_signal(models: dict[str, str]) -> None:
     with run_serve(models["phi4"], "--served-model-name", "m", "--device", "cpu") as server:
         assert server.line.startswith("mmlora is ready: http://127.0.0.1:") and server.line.endswith("serves m\n")
         assert httpx.get(f"{server.address}/v1/models", timeout=30).json()["data"][0]["id"] == "m"
         assert server.stop(signal.SIGINT)[0] == 0
 
 
-def test_inspecting_fetches_no_weights(
+def test_inspecting_downloads_no_weights(
     models: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fetched: list[tuple[str, list[str]]] = []
@@ -439,7 +447,7 @@ def test_inspecting_fetches_no_weights(
 @pytest.mark.parametrize(
     "error", [RuntimeError("boom"), RecursionError("deep"), MemoryError("all"), OverflowError("far")], ids=repr
 )
-def test_a_file_that_a_library_stumbles_over_is_one_line(
+def test_a_file_that_makes_a_library_fail_is_one_line(
     models: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
     def fail(*_: object) -> None:
@@ -451,7 +459,7 @@ def test_a_file_that_a_library_stumbles_over_is_one_line(
     assert capsys.readouterr().err.splitlines()[-1].endswith(message)
 
 
-def test_a_page_that_a_terminal_cannot_show_is_one_line(
+def test_a_report_that_the_terminal_cannot_encode_is_one_line(
     models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = shutil.copytree(models["speech"], tmp_path / "Ärger")

@@ -1,4 +1,4 @@
-"""`mmlora doctor`: what it says of a model is what loading does, and no weight is read for it."""
+"""`mmlora doctor`: its report agrees with what loading does, and it reads no weights."""
 
 import json
 import shlex
@@ -20,7 +20,7 @@ CPU = ["--device", "cpu"]
 
 @pytest.fixture(scope="module")
 def phi4(tiny_phi4: Path, tiny_adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory as Microsoft's, with an adapter that is meant for no modality beside the two."""
+    """A model directory like Microsoft's, with two default adapters and one for no modality."""
     path = Path(shutil.copytree(tiny_phi4, tmp_path_factory.mktemp("doctor") / "phi4"))
     for name in ("speech-lora", "vision-lora", "more/spanish-lora"):
         shutil.copytree(tiny_adapters["a"], path / name)
@@ -39,7 +39,7 @@ def doctor(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int,
 
 
 def without_weights(path: Path, folder: Path) -> Path:
-    """A copy whose weights are a header and a hole of 8 GiB."""
+    """Return a copy whose weights are a header and 8 GiB of sparse file."""
     copy = Path(shutil.copytree(path, folder / "sparse"))
     header = json.dumps({"w": {"dtype": "F16", "shape": [2**32], "data_offsets": [0, 2**33]}}).encode()
     with (copy / "model.safetensors").open("wb") as file:
@@ -64,7 +64,7 @@ def test_all_facts_without_reading_weights(phi4: Path, tmp_path: Path, capsys: p
     assert (found["context_length"], found["max_model_len"]) == (512, 100)
 
 
-def test_memory_is_what_the_engine_takes(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_equals_that_of_the_engine(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for dtype in ("float32", "bfloat16"):
         _, found = doctor(capsys, llama, "--dtype", dtype, "--max-model-len", 64)
         llm = LLM(str(llama), dtype=dtype, max_model_len=64, max_num_seqs=1, device="cpu", enable_lora=True)
@@ -113,54 +113,64 @@ def test_the_page(phi4: Path, llama: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def messages(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, str]:
-    """What `doctor` and `serve` say of a model that neither serves."""
+    """Return the messages of `doctor` and `serve` about a model that cannot be served."""
     assert cli.main(["doctor", "--json", *map(str, arguments), *CPU]) == 2
     out, err = capsys.readouterr()
-    told = json.loads(out)["problem"] if out else err.strip().removeprefix("mmlora doctor: error: ")
+    reported = json.loads(out)["problem"] if out else err.strip().removeprefix("mmlora doctor: error: ")
     assert cli.main(["serve", *map(str, arguments), *CPU, "--port", "0"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    return told, line.removeprefix("mmlora serve: error: ")
+    return reported, line.removeprefix("mmlora serve: error: ")
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_it_says_what_loading_says(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told, served = messages(capsys, save_config(tmp_path, REFUSED[case][0]()))
-    assert told == served
+def test_refused_configurations_get_the_message_of_loading(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reported, served = messages(capsys, save_config(tmp_path, REFUSED[case][0]()))
+    assert reported == served
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_of_hostile_configurations_too(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hostile_configurations_get_the_message_of_loading(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = save_config(tmp_path, HOSTILE[case])
-    told, served = messages(capsys, path)
-    assert told == served
+    reported, served = messages(capsys, path)
+    assert reported == served
     cli.main(["doctor", str(path)])
     assert all(line.isprintable() for text in capsys.readouterr() for line in text.splitlines())
 
 
 @pytest.mark.parametrize("option", [("--max-model-len", 513), ("--kv-cache-memory-bytes", 100)], ids=str)
-def test_of_options_too(option: tuple[object, ...], llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told, served = messages(capsys, llama, *option)
-    assert told == served
+def test_options_get_the_message_of_loading(
+    option: tuple[object, ...], llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reported, served = messages(capsys, llama, *option)
+    assert reported == served
 
 
-def test_of_a_missing_tokenizer_too(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_tokenizer_gets_the_message_of_loading(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = Path(shutil.copytree(llama, tmp_path / "llama"))
     for file in path.glob("tokenizer*"):
         file.unlink()
-    told, served = messages(capsys, path)
-    assert told == served and "tokenizer=" in told
+    reported, served = messages(capsys, path)
+    assert reported == served and "tokenizer=" in reported
 
 
-def test_of_a_broken_processor_too(phi4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_processor_gets_the_message_of_loading(
+    phi4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = Path(shutil.copytree(phi4, tmp_path / "phi4"))
     for content in ("{", "[1]", "[" * 100_000):
         (path / "preprocessor_config.json").write_text(content)
-        told, served = messages(capsys, path)
-        assert told == served and "processor" in told
+        reported, served = messages(capsys, path)
+        assert reported == served and "processor" in reported
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff" * 100, b"cut"], ids=["none", "empty", "noise", "cut"])
-def test_weights_that_would_not_load(
+def test_weights_that_cannot_be_loaded(
     content: bytes | None, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = Path(shutil.copytree(llama, tmp_path / "llama"))
@@ -168,9 +178,9 @@ def test_weights_that_would_not_load(
     (path / "model.safetensors").unlink()
     if content is not None:
         (path / "model.safetensors").write_bytes(whole[:-9] if content == b"cut" else content)
-    told, served = messages(capsys, path)
+    reported, served = messages(capsys, path)
     start = f"the weights of {str(path)!r} cannot be loaded"
-    assert told.startswith(start) and served.startswith(start)
+    assert reported.startswith(start) and served.startswith(start)
 
 
 def test_shards(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,7 +193,7 @@ def test_shards(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "outside the directory" in doctor(capsys, path)[1]["problem"]
 
 
-def test_names_of_folders_reach_no_terminal_raw(phi4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_directory_names_are_escaped(phi4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = Path(shutil.copytree(phi4, tmp_path / "phi4"))
     shutil.copytree(path / "speech-lora", path / "\x1b[2J\nforged")
     for options in ([], ["--json"]):
@@ -192,7 +202,7 @@ def test_names_of_folders_reach_no_terminal_raw(phi4: Path, tmp_path: Path, caps
         assert "\x1b" not in page and "\nforged" not in page and "forged" in page
 
 
-def test_a_hub_id_costs_configurations_and_headers(
+def test_for_a_hub_id_only_configurations_and_headers_are_downloaded(
     phi4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     snapshot = Path(shutil.copytree(phi4, tmp_path / "snapshot"))

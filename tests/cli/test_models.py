@@ -23,19 +23,19 @@ MAX_LINES = 60
 MAX_MEDIAN = 5
 
 
-def test_the_page_is_what_the_generator_writes() -> None:
+def test_the_page_is_current() -> None:
     found = models_page.PAGE.read_text(encoding="utf-8")
     assert found == models_page.page(model_rows()), "run `python -m tests.models.models_page`, or `make models`"
 
 
-def test_the_page_names_every_family_and_its_proof() -> None:
+def test_the_page_lists_every_family_and_its_comparison() -> None:
     lines = models_page.PAGE.read_text(encoding="utf-8").splitlines()
     for model_type in FAMILIES:
         (line,) = (line for line in lines if f"| {model_type} |" in line)
         assert " outputs, logits within " in line or "| not compared yet |" in line or "| failing |" in line
 
 
-def test_no_record_is_of_a_family_that_is_gone_or_beyond_the_tolerance() -> None:
+def test_records_belong_to_families_and_are_within_the_tolerance() -> None:
     records = json.loads((ROOT / "models" / "parity.json").read_text())
     assert set(records) <= set(FAMILIES)
     for row in model_rows():
@@ -57,12 +57,12 @@ def test_the_recorder_keeps_replaces_and_fails() -> None:
     assert records["qwen3"]["transformers"] == transformers.__version__
 
 
-def test_each_tiny_checkpoint_is_of_a_family_of_the_table() -> None:
+def test_each_tiny_checkpoint_belongs_to_a_family() -> None:
     """Otherwise a failure would not be recorded, see `tests/models/parity.py`."""
     assert {name.partition("+")[0] for name in CHECKPOINTS} <= set(FAMILIES)
 
 
-def test_a_family_costs_few_lines() -> None:
+def test_a_family_needs_few_lines() -> None:
     lines = {row.model_type: own_lines(row.model_type).code for row in model_rows() if row.modalities}
     assert max(lines.values()) <= MAX_LINES, lines
     assert median(lines.values()) <= MAX_MEDIAN, lines
@@ -113,7 +113,7 @@ class Other(Base):
 }
 
 
-def test_lines_are_counted_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_of_code_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in SOURCES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -160,7 +160,7 @@ def families_named_in(tree: ast.Module) -> Iterator[str]:
             yield f"line {node.lineno}: {text}"
 
 
-def test_only_the_table_knows_families() -> None:
+def test_only_the_table_names_families() -> None:
     found = {path.name: list(families_named_in(ast.parse(path.read_text()))) for path in sources()}
     assert {name: names for name, names in found.items() if names} == {}
     asking = "c.model_type == 'x'; d['model_type']; isinstance(m, LlavaForConditionalGeneration); x = 'OPTForCausalLM'"
