@@ -60,7 +60,7 @@ def playground_routes() -> APIRouter:
     @routes.api_route("/playground/{name}", methods=["GET", "HEAD"])
     async def file(name: str) -> FileResponse:
         if name not in files:  # the name is a key and never becomes a path
-            raise HTTPException(404, "the playground has no such file")
+            raise HTTPException(404, "the playground does not have this file")
         return _file_response(files[name])
 
     return routes

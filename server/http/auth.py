@@ -48,7 +48,7 @@ class Authentication:
         CALLER.set(hashlib.sha256(tokens).hexdigest())
         if self._is_open or is_public(route_path(scope)) or self._has_valid_key(headers):
             return await self._app(scope, receive, send)
-        message = "a valid API key is needed as 'Authorization: Bearer <key>'"
+        message = "a valid API key is required: 'Authorization: Bearer <key>'"
         refusal = Refusal(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
         await error_response(refusal)(scope, receive, send)
 

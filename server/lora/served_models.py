@@ -157,7 +157,7 @@ class ServedModels:
             taken = self._adapters.get(adapter.name)
             may_replace = replace and taken is not None and taken.default_for is None
             if self.is_base(adapter.name) or (taken is not None and not may_replace):
-                raise RequestError(f"the name {shorten(adapter.name)} is taken; served are {self._list_names()}")
+                raise RequestError(f"the name {shorten(adapter.name)} is taken; served models are {self._list_names()}")
             self._adapters = {**self._adapters, adapter.name: adapter}
 
     def remove_adapter(self, name: str) -> ServedAdapter:
@@ -170,9 +170,13 @@ class ServedModels:
         with self._lock:
             adapter = self._adapters.get(name)
             if adapter is None:
-                raise AdapterNotFound(f"there is no adapter {shorten(name)}; served are {self._list_names()}")
+                raise AdapterNotFound(
+                    f"the adapter {shorten(name)} does not exist; served models are {self._list_names()}"
+                )
             if adapter.default_for is not None:
-                raise RequestError(f"the adapter {name!r} is the default for {adapter.default_for}; it stays")
+                raise RequestError(
+                    f"the adapter {name!r} is the default for {adapter.default_for} and cannot be unloaded"
+                )
             self._adapters = {other: self._adapters[other] for other in self._adapters if other != name}
             return adapter
 
@@ -211,7 +215,7 @@ class ServedModels:
         if self._names_adapter(model):
             named = adapters.get(model)
             if named is None:
-                message = f"the model {shorten(model)} does not exist; served are {self._list_names()}"
+                message = f"the model {shorten(model)} does not exist; served models are {self._list_names()}"
                 raise Refusal(404, message, param="model", code="model_not_found")
         if lora is None:
             return named.request if named else None
@@ -235,7 +239,7 @@ class ServedModels:
         except AdapterError as error:
             self.select_adapter(model, lora)
             logger.exception("a served adapter cannot be used")
-            message = "the adapter of this request cannot be used now; the server's log says why"
+            message = "the adapter of this request cannot be used; see the server's log for the reason"
             raise Refusal(500, message, param="model") from error
 
     def model_cards(self) -> list[ModelCard]:
@@ -259,7 +263,7 @@ class ServedModels:
         parts = _parse_lora_field(lora)
         if lora is not None and self._names_adapter(model) and [name for name, _ in parts] != [model]:
             asked = shorten(lora) if parts else "[], which is the base model,"
-            message = f"model={shorten(model)} and lora={asked} contradict each other; give one of them"
+            message = f"model={shorten(model)} and lora={asked} contradict each other; set only one of them"
             raise FieldError(message, "lora")
         return parts
 
@@ -309,7 +313,9 @@ def _served_adapter(adapters: Mapping[str, ServedAdapter], name: str) -> ServedA
     adapter = adapters.get(name)
     if adapter is None:
         allowed = ", ".join(map(repr, adapters)) or "none"
-        message = f"the adapter {shorten(name)} does not exist; served are {allowed}, and [] is the base model"
+        message = (
+            f"the adapter {shorten(name)} does not exist; served adapters are {allowed}; [] selects the base model"
+        )
         raise Refusal(404, message, param="lora", code="adapter_not_found")
     return adapter
 
@@ -327,7 +333,7 @@ def _parse_lora_field(lora: LoRAField) -> list[tuple[str, float]]:
     parts = [_parse_lora_entry(entry) for entry in lora]
     names = [name for name, _ in parts]
     if len(set(names)) != len(names):
-        raise FieldError(f"lora names an adapter twice: {shorten(names)}; add the scales up", "lora")
+        raise FieldError(f"lora contains an adapter twice: {shorten(names)}; add up its scales", "lora")
     return parts
 
 

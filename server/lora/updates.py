@@ -59,7 +59,9 @@ def adapter_routes(llm: AsyncLLM, models: ServedModels, *, is_allowed: bool) -> 
 
     def check_allowed(request: Request) -> None:
         if not is_allowed:
-            message = f"{request.url.path} is turned off; {ALLOW_VARIABLE}=true in the server's environment turns it on"
+            message = (
+                f"{request.url.path} is disabled; set {ALLOW_VARIABLE}=true in the server's environment to enable it"
+            )
             raise Refusal(404, message)
 
     routes = APIRouter(prefix="/v1", dependencies=[Depends(check_allowed)])
@@ -161,7 +163,7 @@ class AdapterUpdates:
             raise FieldError(message, "lora_name")
         if served is not None and not may_replace:
             message = (
-                f"the adapter {shorten(name)} is loaded already, from {shorten(served.request.lora_path)}; "
+                f"the adapter {shorten(name)} is already loaded from {shorten(served.request.lora_path)}; "
                 "load_inplace=true replaces it"
             )
             raise FieldError(message, "lora_name")
@@ -190,5 +192,5 @@ class AdapterUpdates:
         for name, adapter in self._models.adapters.items():
             if adapter.request.lora_int_id == lora_int_id:
                 return name
-        message = f"there is no adapter with lora_int_id={lora_int_id}; /v1/models lists all adapters"
+        message = f"no adapter has lora_int_id={lora_int_id}; /v1/models lists all adapters"
         raise Refusal(404, message, param="lora_int_id", code="adapter_not_found")

@@ -417,7 +417,7 @@ def test_the_key_is_asked_for_and_kept_with_the_tab(visit: Open, assistant: tupl
         page.press("#text", "Enter")
         page.wait_for_selector("#key-dialog[open]")
         page.keyboard.press("Escape")
-        assert "a valid API key is needed" in seen.answer()[1]
+        assert "a valid API key is required" in seen.answer()[1]
         seen.complaints[:] = [text for text in seen.complaints if "status of 401" not in text]
 
 

@@ -318,7 +318,7 @@ def test_names_are_added_and_removed() -> None:
     models.add_adapter(served("sql"))
     assert models.names == ["base", "audio", "sql"]
     for name in ("sql", "base", "audio"):
-        with pytest.raises(RequestError, match=f"the name '{name}' is taken; served are 'base', 'audio', 'sql'"):
+        with pytest.raises(RequestError, match=f"the name '{name}' is taken; served models are 'base', 'audio', 'sql'"):
             models.add_adapter(served(name))
     new = served("sql")
     models.add_adapter(new, replace=True)
@@ -326,9 +326,9 @@ def test_names_are_added_and_removed() -> None:
         with pytest.raises(RequestError, match="is taken"):
             models.add_adapter(served(name), replace=True)
     assert models.remove_adapter("sql") is new and models.names == ["base", "audio"]
-    with pytest.raises(AdapterNotFound, match="there is no adapter 'sql'; served are 'base', 'audio'"):
+    with pytest.raises(AdapterNotFound, match="the adapter 'sql' does not exist; served models are 'base', 'audio'"):
         models.remove_adapter("sql")
-    with pytest.raises(RequestError, match="'audio' is the default for audio; it stays"):
+    with pytest.raises(RequestError, match="'audio' is the default for audio and cannot be unloaded"):
         models.remove_adapter("audio")
 
 

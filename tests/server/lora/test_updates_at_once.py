@@ -142,7 +142,7 @@ def test_of_loads_of_one_name_at_once_one_wins(server: RunningServer, adapters: 
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda path: load(server, lora_name="sql", lora_path=path), paths))
     assert sorted(answer.status_code for answer in answers) == [200] + [400] * 7
-    assert all("is loaded already" in answer.text for answer in answers if answer.status_code == 400)
+    assert all("is already loaded" in answer.text for answer in answers if answer.status_code == 400)
     winner = next(path for answer, path in zip(answers, paths, strict=True) if answer.status_code == 200)
     assert card(server, "sql")["root"] == winner
     digest = {info.name: info.digest for info in server.llm.engine.list_loras()}["sql"]
