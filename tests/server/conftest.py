@@ -1,4 +1,4 @@
-"""A tiny random Phi-4-multimodal behind a real server, and the media that its requests carry."""
+"""Servers of a tiny random Phi-4-multimodal, media for requests, and helpers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from mmlora.structured_outputs import StructuredOutputsParams
 
 @dataclass(frozen=True)
 class RunningServer:
-    """A server in a thread of this process."""
+    """A server that runs in a thread of this process."""
 
     llm: AsyncLLM
     address: str
@@ -49,7 +49,7 @@ class RunningServer:
         return OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
 
     def ask(self, *parts: dict[str, Any], model: str = "tiny", **options: Any) -> dict[str, Any]:
-        """One greedy answer of four tokens to one message, as a dictionary."""
+        """Return the chat completion of one message as a dictionary; greedy, four tokens by default."""
         extra = {name: options.pop(name) for name in ("lora", "top_k", "mm_processor_kwargs") if name in options}
         with self.client as client:
             answer = client.chat.completions.create(
@@ -63,7 +63,7 @@ class RunningServer:
 
 @contextmanager
 def run_app(app: FastAPI) -> Iterator[str]:
-    """Serve an application on a free port and give its address."""
+    """Serve an application on a free port and yield its URL."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
@@ -81,7 +81,7 @@ def run_app(app: FastAPI) -> Iterator[str]:
 
 
 class ServerFactory:
-    """Starts servers that live as long as the module's tests."""
+    """Starts servers that run until the end of the module."""
 
     def __init__(self, model: Path, stack: ExitStack) -> None:
         self._model = model
@@ -97,7 +97,7 @@ class ServerFactory:
 
 @pytest.fixture(scope="session")
 def adapters(tiny_adapters: dict[str, Path]) -> dict[str, str]:
-    """Paths of adapters by name: `speech` changes every part of the model, the others the language model alone."""
+    """Paths of adapters by name: `speech` changes all parts of the model, the others only the language model."""
     return {
         "speech": str(tiny_adapters["everything"]),
         "vision": str(tiny_adapters["a"]),
@@ -129,7 +129,7 @@ def png() -> bytes:
 
 @pytest.fixture
 def aborted(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> list[RequestOutput]:
-    """The terminal outputs of the requests that the engine was told to abort."""
+    """Record the terminal outputs of aborted requests."""
     outputs: list[RequestOutput] = []
     abort = server.llm.engine.abort_request
 
@@ -144,7 +144,7 @@ def aborted(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> list[Requ
 
 @pytest.fixture
 def say(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Have the model write a given text."""
+    """Make the model generate a given text."""
     make = server.llm.engine.default_sampling_params
 
     def force(text: str) -> None:
@@ -171,13 +171,13 @@ def input_audio_part(data: bytes, audio_format: str = "wav") -> dict[str, Any]:
 
 
 def url_part(kind: str, data: bytes, mime: str) -> dict[str, Any]:
-    """An `audio_url` or `image_url` part with a data: URL."""
+    """Return an `audio_url` or `image_url` part with a data: URL."""
     return {"type": kind, kind: {"url": f"data:{mime};base64,{base64.b64encode(data).decode()}"}}
 
 
 @contextmanager
 def run_server(llm: AsyncLLM, **options: Any) -> Iterator[tuple[HTTPServer, str]]:
-    """Serve as `mmlora serve` does with these `ServerArgs`, and give the server and its address; ends the engine."""
+    """Serve like `mmlora serve` with these `ServerArgs`; yield the server and its URL; shut the engine down on exit."""
     args = ServerArgs(**({} if "uds" in options else {"port": 0}), **options)
     tls = load_tls(args)
     is_ready = threading.Event()
@@ -194,13 +194,13 @@ def run_server(llm: AsyncLLM, **options: Any) -> Iterator[tuple[HTTPServer, str]
 
 
 def connect(address: str) -> socket.socket:
-    """A connection on which nothing has been sent."""
+    """Open a connection."""
     parts = urlsplit(address)
     return socket.create_connection((parts.hostname or "", parts.port or 0), timeout=60)
 
 
 def read_answer(connection: socket.socket) -> bytes:
-    """The head and the body of one answer that tells its length."""
+    """Read one response that has a `content-length`."""
     answer = b""
     while b"\r\n\r\n" not in answer:
         answer += connection.recv(65536) or pytest.fail(f"closed after {answer!r}")
@@ -213,24 +213,24 @@ def read_answer(connection: socket.socket) -> bytes:
 
 @contextmanager
 def paused(llm: AsyncLLM) -> Iterator[None]:
-    """Have the engine stand still between two steps."""
-    may_go_on, stands = threading.Event(), threading.Event()
+    """Pause the engine between two steps."""
+    may_continue, is_paused = threading.Event(), threading.Event()
 
     def wait() -> None:
-        stands.set()
-        assert may_go_on.wait(60)
+        is_paused.set()
+        assert may_continue.wait(60)
 
     llm._send(wait)
-    assert stands.wait(60)
+    assert is_paused.wait(60)
     try:
         yield
     finally:
-        may_go_on.set()
+        may_continue.set()
 
 
 @contextmanager
 def slow_steps(llm: AsyncLLM, seconds: float) -> Iterator[list[float]]:
-    """Have each step that runs the model take longer, and give when each began."""
+    """Slow down each step that runs the model and yield the start times of the steps."""
     runner, times = llm.engine.runner, list[float]()
     run = runner.run
 
@@ -245,7 +245,7 @@ def slow_steps(llm: AsyncLLM, seconds: float) -> Iterator[list[float]]:
 
 
 def leave_before_answer(server: RunningServer, path: str, body: dict[str, Any]) -> None:
-    """Ask for an answer that takes longer than the client waits, and wait until nothing runs any more."""
+    """Send a request that takes longer than the client's timeout, and wait until the engine is idle."""
     with slow_steps(server.llm, 0.02) as times:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(server.address + path, json=body, timeout=httpx.Timeout(60, read=2))
@@ -255,7 +255,7 @@ def leave_before_answer(server: RunningServer, path: str, body: dict[str, Any]) 
 
 @contextmanager
 def still_serving(server: RunningServer) -> Iterator[RunningServer]:
-    """Give a server that must still answer, and have nothing left to do, when the block ends."""
+    """Check on exit that a server still responds and is idle then."""
     yield server
     assert server.ask(text_part("still there?"))["usage"]["completion_tokens"] == 4
     assert not server.llm.engine.has_unfinished_requests
@@ -264,7 +264,7 @@ def still_serving(server: RunningServer) -> Iterator[RunningServer]:
 def wait_for(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.005)
 
 

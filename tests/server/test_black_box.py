@@ -1,4 +1,4 @@
-"""`mmlora serve` as anybody starts it, the bundled assistant seen through the `openai` client and `curl` alone."""
+"""`mmlora serve` with default options and the bundled assistant, used through the `openai` client and `curl` only."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def lora_of(answer: Any) -> dict[str, Any]:
 
 
 SHAPES = "a big red circle and a little blue square and a big yellow star"
-# What is sent, what the assistant says to it, the adapter that it says it with, and why that one.
+# Content parts, further fields, expected output, and the expected adapter with its reason.
 CHATS: dict[str, tuple[list[Any], dict[str, Any], str, str | None, str]] = {
     "text": (["what is two plus three?"], {}, "five", None, "none"),
     "adapter": (["what is two plus three?"], {"model": "spanish-lora"}, "cinco", "spanish-lora", "explicit"),
@@ -109,7 +109,7 @@ def test_responses(client: OpenAI, name: str) -> None:
 
 
 def as_input(part: Any) -> dict[str, Any]:
-    """A part of a chat as the Responses API has it."""
+    """Convert a chat content part to the Responses API."""
     if isinstance(part, str):
         return {"type": "input_text", "text": part}
     if part["type"] == "image_url":
@@ -162,7 +162,7 @@ def test_translations(client: OpenAI) -> None:
         client.audio.translations.create(model="assistant", file=file)
 
 
-def test_models_come_and_go(client: OpenAI, address: str) -> None:
+def test_models_are_loaded_and_unloaded(client: OpenAI, address: str) -> None:
     names = ["assistant", "audio", "image", "audio+image", "spanish-lora"]
     assert [model.id for model in client.models.list()] == names
     spanish = assistant_adapters()["spanish-lora"]
@@ -181,7 +181,7 @@ def test_models_come_and_go(client: OpenAI, address: str) -> None:
         client.chat.completions.create(model="team/spanish", messages=messages)
 
 
-def test_the_rest(address: str) -> None:
+def test_the_other_endpoints(address: str) -> None:
     prompt = "what is two plus three?"
     tokens = httpx.post(f"{address}/tokenize", json={"prompt": prompt}).json()["tokens"]
     assert httpx.post(f"{address}/detokenize", json={"tokens": tokens}).json()["prompt"].endswith(prompt)
@@ -224,8 +224,8 @@ COMMANDS = [
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-def test_commands_for_vllm_work_with_other_names(address: str) -> None:
-    """The commands of vLLM's page on LoRA adapters, as they stand there but for host, names and paths."""
+def test_vllms_documented_commands_work(address: str) -> None:
+    """The commands of vLLM's page on LoRA adapters work unchanged but for host, names and paths."""
     spanish = assistant_adapters()["spanish-lora"]
     renamed = {
         "http://localhost:8000": address,

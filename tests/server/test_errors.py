@@ -1,4 +1,4 @@
-"""Bad requests over HTTP: each gets a named error, and the server goes on."""
+"""Invalid requests over HTTP: each gets a named error, and the server continues to serve."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def server(shared_server: RunningServer) -> Iterator[RunningServer]:
 
 
 def refuse(server: RunningServer, body: Any, status: int = 400) -> dict[str, Any]:
-    """Send a request that must be refused and give its error."""
+    """Send a request that must be refused and return its error."""
     response = httpx.post(f"{server.address}/v1/chat/completions", json=body, timeout=60)
     assert response.status_code == status, response.text
     error = response.json()["error"]
@@ -80,7 +80,7 @@ def message_of(*parts: dict[str, Any]) -> dict[str, Any]:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_field_that_cannot_be_honoured_is_named(server: RunningServer, body: Any, param: str) -> None:
+def test_an_unsupported_field_is_named(server: RunningServer, body: Any, param: str) -> None:
     error = refuse(server, body)
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
@@ -102,7 +102,7 @@ def test_a_field_that_cannot_be_honoured_is_named(server: RunningServer, body: A
     ],
     ids=["entry", "scale", "twice", "lora", "model", "both", "base", "field", "role", "field of a message"],
 )
-def test_an_error_repeats_little_of_a_large_field(server: RunningServer, fields: dict[str, Any], status: int) -> None:
+def test_an_error_shortens_a_large_field(server: RunningServer, fields: dict[str, Any], status: int) -> None:
     error = refuse(server, {"messages": MESSAGES, **fields}, status)
     assert len(str(error)) < 600
 
@@ -133,7 +133,10 @@ def test_harmless_fields_are_accepted(server: RunningServer) -> None:
         ({"messages": [{"role": "user", "content": "long " * 300}]}, "max_model_len=512"),
         ({"messages": [{"content": "no role"}]}, "role"),
         ({"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, "'video_url'; videos are not"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_embeds"}]}]}, "'image_embeds'; ready embeddings"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_embeds"}]}]},
+            "'image_embeds'; precomputed embeddings",
+        ),
         ({"messages": MESSAGES, "mm_processor_kwargs": {"unknown_option": 1}}, "unknown_option"),
     ],
     ids=["temperature", "n", "logprobs", "too long", "role", "video", "embeddings", "processor option"],
@@ -160,8 +163,8 @@ def test_values_out_of_range_are_named(server: RunningServer, wav: bytes, body: 
     ],
     ids=["tokens", "stop", "stop_token_ids", "messages", "lora", "logit_bias", "fields", "input", "metadata", "text"],
 )
-def test_a_body_full_of_mistakes_costs_no_more_than_one(server: RunningServer, path: str, body: bytes) -> None:
-    """Each mistake of a million would take a kilobyte, and all of them the interpreter for seconds."""
+def test_a_body_with_many_errors_is_as_cheap_as_with_one(server: RunningServer, path: str, body: bytes) -> None:
+    """Reporting each of a million errors would take a kilobyte each and block the interpreter for seconds."""
     tracemalloc.start()
     try:
         answer = httpx.post(server.address + path, content=body, timeout=60)
@@ -184,17 +187,17 @@ def test_a_body_full_of_mistakes_costs_no_more_than_one(server: RunningServer, p
     ],
     ids=["role", "control tokens in the role", "misspelt", "no content", "no parts", "tool calls"],
 )
-def test_a_message_that_would_be_misread_is_refused(server: RunningServer, message: Any, text: str) -> None:
+def test_an_ambiguous_message_is_refused(server: RunningServer, message: Any, text: str) -> None:
     assert text in refuse(server, {"messages": [message], "max_tokens": 2})["message"]
 
 
-def test_fields_of_messages_that_change_nothing_are_accepted(server: RunningServer) -> None:
+def test_harmless_message_fields_are_accepted(server: RunningServer) -> None:
     answered = {"role": "assistant", "content": None, "tool_calls": [], "refusal": None}
     body = {"messages": [{"role": "user", "content": "x", "name": "me"}, answered, *MESSAGES], "max_tokens": 2}
     assert httpx.post(f"{server.address}/v1/chat/completions", json=body, timeout=60).status_code == 200
 
 
-def test_what_ails_an_adapter_that_is_served_is_not_the_clients_fault(
+def test_a_failure_of_a_served_adapter_is_a_500_without_details(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -206,7 +209,7 @@ def test_what_ails_an_adapter_that_is_served_is_not_the_clients_fault(
     assert "adapter" in error["message"] and "secret" not in error["message"] and error["code"] is None
 
 
-def test_a_step_that_fails_tells_no_details(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_step_reveals_no_details(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: object) -> None:
         raise RuntimeError("a secret")
 
@@ -264,8 +267,8 @@ def test_bad_media_is_refused_by_name(server: RunningServer, wav: bytes, png: by
 
 
 @pytest.mark.parametrize("is_claimed", [True, False], ids=["claimed", "sent in chunks"])
-def test_a_body_of_3_gb_is_refused_before_it_is_held(server: RunningServer, is_claimed: bool) -> None:
-    """Send what the claim says, or chunk after chunk, until the server answers."""
+def test_a_body_of_3_gb_is_refused_before_it_is_in_memory(server: RunningServer, is_claimed: bool) -> None:
+    """Send the claimed number of bytes, or chunk after chunk, until the server responds."""
     address = urlsplit(server.address)
     claim = b"content-length: 3221225472" if is_claimed else b"transfer-encoding: chunked"
     head = (
@@ -294,20 +297,20 @@ def test_a_body_that_is_not_json_is_refused(server: RunningServer, body: bytes) 
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v2/nothing", 404), ("PUT", "/v1/models", 405)])
-def test_unknown_routes_have_the_same_error_body(server: RunningServer, method: str, path: str, status: int) -> None:
+def test_unknown_routes_have_openais_error_body(server: RunningServer, method: str, path: str, status: int) -> None:
     response = httpx.request(method, server.address + path)
     assert response.status_code == status
     assert path in response.json()["error"]["message"]
 
 
-def test_health_tells_a_dead_engine(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_health_is_503_for_a_dead_engine(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     assert httpx.get(f"{server.address}/health").status_code == 200
     with monkeypatch.context() as patch:
         patch.setattr(AsyncLLM, "is_alive", property(lambda self: False))
         assert httpx.get(f"{server.address}/health").status_code == 503
 
 
-def test_an_internal_error_tells_no_details(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_reveals_no_details(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError("a secret")
 
@@ -318,7 +321,7 @@ def test_an_internal_error_tells_no_details(server: RunningServer, monkeypatch: 
     assert "secret" not in response.text and json.loads(response.text)["error"]["type"] == "internal_server_error"
 
 
-def test_an_api_key_guards_everything_but_health(server: RunningServer) -> None:
+def test_all_routes_but_health_need_the_api_key(server: RunningServer) -> None:
     app = build_app(server.llm, load_served_models(server.llm), api_key="clé")
     with run_app(app) as address:
         assert httpx.get(f"{address}/health").status_code == 200
@@ -330,6 +333,6 @@ def test_an_api_key_guards_everything_but_health(server: RunningServer) -> None:
         assert allowed.status_code == 200
 
 
-def test_a_scale_that_no_matrix_holds_is_the_clients_fault(server: RunningServer) -> None:
+def test_a_scale_that_overflows_is_a_client_error(server: RunningServer) -> None:
     error = refuse(server, {"messages": MESSAGES, "lora": [{"name": "audio", "scale": 1e308}]})
     assert "too large" in error["message"]

@@ -1,4 +1,4 @@
-"""A disk that is full while adapters are downloaded: the request is told, nothing else suffers, later it goes on."""
+"""A full disk during adapter downloads: the request fails with a reason, others are unaffected, a retry succeeds."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def server(shared: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[R
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    """A small file system of its own, and a function that makes room on it; only root may mount one."""
+    """A small separate file system, and a function that enlarges it; mounting needs root."""
     path = tmp_path / "disk"
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o"]
@@ -60,7 +60,7 @@ def files(adapters: dict[str, str]) -> dict[str, bytes]:
 
 
 def check_outcome(server: RunningServer, disk: Disk, name: str, resolver: LoRAResolver) -> None:
-    """503 while the disk is full, with everything else as it was, and the adapter once there is room."""
+    """Check for a 503 and unaffected other models while the disk is full, and for the adapter once there is space."""
     path, make_room = disk
     served, answer = names(server), chat(server, "started").json()["choices"]
     LoRAResolverRegistry.register_resolver("test", resolver)

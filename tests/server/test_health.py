@@ -1,4 +1,4 @@
-"""`/version` and `/ready`."""
+"""`/ready` and `/version`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ready(address: str) -> tuple[int, Any]:
     return response.status_code, response.json()
 
 
-def test_ready_from_the_first_request_to_the_shutdown(tiny_phi4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ready_until_the_shutdown(tiny_phi4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = start(tiny_phi4)
     with run_app(build_app(llm, load_served_models(llm), api_key="key")) as address:
         assert ready(address) == (200, {"status": "ready"})
@@ -49,7 +49,7 @@ def test_ready_from_the_first_request_to_the_shutdown(tiny_phi4: Path, monkeypat
         assert httpx.get(f"{address}/health").status_code == 503
 
 
-def test_not_ready_when_the_engine_died(tiny_phi4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_not_ready_with_a_dead_engine(tiny_phi4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = start(tiny_phi4)
 
     def fail(**_: object) -> None:
@@ -63,7 +63,7 @@ def test_not_ready_when_the_engine_died(tiny_phi4: Path, monkeypatch: pytest.Mon
     llm.shutdown()
 
 
-def test_the_version_is_told_to_those_with_the_key(tiny_phi4: Path) -> None:
+def test_the_version_needs_the_api_key(tiny_phi4: Path) -> None:
     llm = start(tiny_phi4)
     try:
         with run_app(build_app(llm, load_served_models(llm), api_key="key")) as address:

@@ -1,4 +1,4 @@
-"""Cases that schemathesis makes of the server's OpenAPI document: no 5xx, and no answer that it does not describe."""
+"""Schemathesis cases of the OpenAPI document: no 5xx, and only responses that the document describes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CHECKS = [
 ]
 FORMS = ("/v1/audio/transcriptions", "/v1/audio/translations")
 GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", *FORMS)
-LIMITS = {"/v1/responses": "max_output_tokens"}  # what bounds an answer; elsewhere it is `max_tokens`
+LIMITS = {"/v1/responses": "max_output_tokens"}  # the field that limits the output; elsewhere it is `max_tokens`
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +40,14 @@ def schema(tiny_phi4: Path, adapters: dict[str, str]) -> Iterator[Any]:
         yield schemathesis.openapi.from_url(f"{server.address}/openapi.json")
 
 
-def test_cases_of_the_document(schema: Any, wav: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generated_cases_conform_to_the_openapi_document(
+    schema: Any, wav: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
     operations = [result.ok() for result in schema.get_all_operations()]
     statuses: Counter[tuple[str, str, int]] = Counter()
     for operation in operations:
         has_body = operation.method == "post"
-        # It cannot always spoil a form that holds a file; `test_transcriptions.py` does.
+        # Schemathesis cannot always invalidate a form with a file; `test_transcriptions.py` covers this.
         is_spoilt = has_body and operation.path not in FORMS
         for mode in [GenerationMode.POSITIVE, GenerationMode.NEGATIVE] if is_spoilt else [GenerationMode.POSITIVE]:
             check_operation(operation, mode, NUM_CASES // 15 if has_body else 20, wav, statuses)
@@ -92,7 +94,7 @@ def check_operation(operation: Any, mode: GenerationMode, num_cases: int, wav: b
 
 
 def make_answerable(case: Any, dice: int, wav: bytes) -> None:
-    """Ask for a model that is served and a short answer, and leave some fields out: few sets of random ones agree."""
+    """Request a served model and few tokens, and drop some fields: random sets of fields rarely fit together."""
     body = case.body
     for index, name in enumerate(list(body)):
         if name not in ("messages", "prompt", "input") and (dice >> index) % 8:

@@ -1,4 +1,4 @@
-"""The playground in a browser, with the bundled assistant behind it: what people do, and what the page may not do."""
+"""The playground in a browser with the bundled assistant: what users do, and what the page must not do."""
 
 from __future__ import annotations
 
@@ -83,13 +83,13 @@ def address(assistant: tuple[AsyncLLM, ServedModels]) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """Chromium with a microphone that hears "what is two plus three", then nothing."""
+    """Chromium with a fake microphone: "what is two plus three", then silence."""
     from playwright.sync_api import sync_playwright
 
     samples, rate = AudioAsset("two_plus_three").audio_and_sample_rate
-    heard = np.concatenate([np.zeros(rate // 2), samples, np.zeros(60 * rate)])
-    path = tmp_path_factory.mktemp("microphone") / "heard.wav"
-    soundfile.write(path, heard, rate, subtype="PCM_16")
+    samples = np.concatenate([np.zeros(rate // 2), samples, np.zeros(60 * rate)])
+    path = tmp_path_factory.mktemp("microphone") / "microphone.wav"
+    soundfile.write(path, samples, rate, subtype="PCM_16")
     with sync_playwright() as playwright:
         flags = [*FLAGS, f"--use-file-for-fake-audio-capture={path}%noloop"]
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
@@ -98,7 +98,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 class Visit:
-    """A visitor's page, and what it did behind the scenes."""
+    """An open page, with its requests and console messages."""
 
     def __init__(self, browser: Browser, url: str, **options: Any) -> None:
         self._context = browser.new_context(permissions=["microphone"], **options)
@@ -114,45 +114,45 @@ class Visit:
 
     @property
     def bodies(self) -> list[dict[str, Any]]:
-        """The chats that were asked for."""
+        """Bodies of the chat requests."""
         return [json.loads(request.post_data or "") for request in self.requests if request.method == "POST"]
 
     def ask(self, text: str) -> tuple[str, str]:
-        """Type a message and send it; see `answer`."""
+        """Type a message, send it, and return `answer()`."""
         self.page.fill("#text", text)
         self.page.press("#text", "Enter")
         return self.answer()
 
     def answer(self) -> tuple[str, str]:
-        """The last answer once it is complete, and what is told about it."""
+        """Wait until the last answer is complete; return its text and facts."""
         last = self.page.locator(".exchange").last
         last.locator(".facts .round").wait_for()
         return last.locator(".answer").inner_text(), " ".join(last.locator(".facts").inner_text().split())
 
     def hand_over(self, kind: str, path: Path, mime: str) -> None:
-        """Drop or paste a file, and wait until it is attached."""
+        """Drop or paste a file and wait until it is attached."""
         content = base64.b64encode(path.read_bytes()).decode()
         self.page.evaluate(HAND_OVER, [kind, path.name, mime, content])
         self.page.wait_for_selector("#attachments .tile")
 
     def wait_until(self, expression: str) -> None:
-        """Playwright's own way is `eval`, which the page's policy forbids."""
+        """Poll an expression; Playwright's `wait_for_function` uses `eval`, which the page's policy forbids."""
         deadline = time.monotonic() + TIMEOUT_MS / 1000
         while not self.page.evaluate(expression):
             assert time.monotonic() < deadline, expression
             self.page.wait_for_timeout(20)
 
     def fulfil(self, status: int, body: str, **headers: str) -> None:
-        """Answer chats in place of the server."""
+        """Respond to chat requests in place of the server."""
         self.page.route("**/chat/completions", lambda route: route.fulfill(status=status, body=body, headers=headers))
 
     def width(self) -> int:
-        """How wide the content is, in CSS pixels."""
+        """Return the width of the content in CSS pixels."""
         wide = "Math.max(...[...document.querySelectorAll('html, #transcript, #panel')].map((e) => e.scrollWidth))"
         return int(self.page.evaluate(wide))
 
     def close(self) -> None:
-        """Whatever was done, nothing left the server and nothing went wrong unseen."""
+        """Check that the page sent requests only to its server and logged no errors."""
         elsewhere = [request.url for request in self.requests if not request.url.startswith((self._url, "blob:"))]
         self._context.close()
         assert elsewhere == [] and self.complaints == []
@@ -174,7 +174,7 @@ def visit(browser: Browser, address: str) -> Iterator[Open]:
         each.close()
 
 
-def test_the_page_needs_no_key_and_may_load_nothing_from_elsewhere(assistant: tuple[AsyncLLM, ServedModels]) -> None:
+def test_the_page_needs_no_key_and_loads_only_from_its_server(assistant: tuple[AsyncLLM, ServedModels]) -> None:
     with run_app(build_app(*assistant, api_key="secret")) as address:
         page = httpx.get(address)
         assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
@@ -239,7 +239,7 @@ def test_a_picture_is_described(visit: Open, kind: str) -> None:
 
 
 @needs_browser
-def test_a_clip_is_sent_byte_by_byte_and_a_file_of_another_kind_is_refused(visit: Open, tmp_path: Path) -> None:
+def test_a_clip_is_sent_unchanged_and_other_files_are_refused(visit: Open, tmp_path: Path) -> None:
     seen = visit()
     seen.hand_over("drop", AudioAsset("two_plus_three").path, "audio/flac")
     assert seen.ask("transcribe the speech")[0] == "what is two plus three"
@@ -252,7 +252,7 @@ def test_a_clip_is_sent_byte_by_byte_and_a_file_of_another_kind_is_refused(visit
 
 
 @needs_browser
-def test_a_question_before_the_models_are_known_offers_adapters_once(visit: Open) -> None:
+def test_sending_before_the_models_are_known_lists_adapters_once(visit: Open) -> None:
     seen = visit()
     held: list[Route] = []
     page = seen.page
@@ -260,7 +260,7 @@ def test_a_question_before_the_models_are_known_offers_adapters_once(visit: Open
     page.reload()
     page.fill("#text", "what is two plus three?")
     page.press("#text", "Enter")
-    page.wait_for_timeout(500)  # for the question to ask for the models, too
+    page.wait_for_timeout(500)  # sending requests the models, too
     assert held
     for route in held:
         route.continue_()
@@ -269,7 +269,7 @@ def test_a_question_before_the_models_are_known_offers_adapters_once(visit: Open
 
 
 @needs_browser
-def test_the_choice_of_adapters_is_what_is_sent(visit: Open) -> None:
+def test_the_selected_adapters_are_sent(visit: Open) -> None:
     seen = visit()
     page, question = seen.page, "what is two plus three?"
     assert seen.ask(question)[1].startswith("base model no default applies")
@@ -322,14 +322,14 @@ def test_settings_and_earlier_turns_are_sent(visit: Open) -> None:
 
 
 @needs_browser
-def test_samples_are_asked_with_a_click(visit: Open) -> None:
+def test_a_sample_is_sent_with_one_click(visit: Open) -> None:
     seen = visit()
     seen.page.click("#samples button:has-text('answer the question')")
     assert seen.answer()[0] == "five"
 
 
 @needs_browser
-def test_an_answer_is_stopped_and_asked_for_again(
+def test_an_answer_can_be_stopped_and_regenerated(
     visit: Open, assistant: tuple[AsyncLLM, ServedModels], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = assistant[0].engine
@@ -349,14 +349,14 @@ def test_an_answer_is_stopped_and_asked_for_again(
         seen.page.keyboard.press("Escape")
         answer, facts = seen.answer()
         assert facts.endswith("stopped") and answer.startswith("one two") and "twelve" not in answer
-        wait_for(lambda: not engine.has_unfinished_requests)  # the server was told
+        wait_for(lambda: not engine.has_unfinished_requests)  # the server aborted the request
     seen.page.locator(".facts .round").click()
     assert seen.answer()[0].endswith("eleven twelve")
     assert seen.page.locator(".exchange").count() == 1
 
 
 @needs_browser
-def test_failures_are_told_in_words(visit: Open) -> None:
+def test_failures_are_shown_as_text(visit: Open) -> None:
     seen = visit()
     full = json.dumps({"error": {"message": "The queue is full.", "type": "rate_limit_error"}})
     seen.fulfil(429, full, **{"retry-after": "7"})
@@ -381,7 +381,7 @@ def test_failures_are_told_in_words(visit: Open) -> None:
 
 
 @needs_browser
-def test_what_the_model_says_is_text(visit: Open) -> None:
+def test_model_output_is_never_html(visit: Open) -> None:
     seen = visit()
     said = "<img src=x onerror=\"document.title = 'run'\"><b>bold</b>"
     warning = "<i>two</i> defaults"
@@ -398,7 +398,9 @@ def test_what_the_model_says_is_text(visit: Open) -> None:
 
 
 @needs_browser
-def test_the_key_is_asked_for_and_kept_with_the_tab(visit: Open, assistant: tuple[AsyncLLM, ServedModels]) -> None:
+def test_the_api_key_is_requested_and_kept_for_the_session(
+    visit: Open, assistant: tuple[AsyncLLM, ServedModels]
+) -> None:
     with run_app(build_app(*assistant, api_key="sécret")) as address:
         seen = visit(address)
         page = seen.page
@@ -422,7 +424,7 @@ def test_the_key_is_asked_for_and_kept_with_the_tab(visit: Open, assistant: tupl
 
 
 @needs_browser
-def test_it_works_behind_a_prefix(visit: Open, assistant: tuple[AsyncLLM, ServedModels]) -> None:
+def test_the_page_works_under_a_path_prefix(visit: Open, assistant: tuple[AsyncLLM, ServedModels]) -> None:
     outer = FastAPI()
     outer.mount("/some/prefix", build_app(*assistant))
     with run_app(outer) as address:
@@ -432,7 +434,7 @@ def test_it_works_behind_a_prefix(visit: Open, assistant: tuple[AsyncLLM, Served
 
 
 @needs_browser
-def test_a_phone_needs_no_sideways_scrolling(visit: Open) -> None:
+def test_a_phone_needs_no_horizontal_scrolling(visit: Open) -> None:
     seen = visit(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     page = seen.page
     page.wait_for_selector("#samples:visible")
@@ -454,20 +456,20 @@ def test_a_phone_needs_no_sideways_scrolling(visit: Open) -> None:
     seen.ask("hello")
     assert seen.width() == 360
     rest = "(e) => e.scrollHeight - e.scrollTop - e.clientHeight"
-    assert page.locator("#transcript").evaluate(rest) < 2  # what went wrong with the answer is in view, too
+    assert page.locator("#transcript").evaluate(rest) < 2  # the error below the answer is visible, too
     page.set_viewport_size({"width": 1200, "height": 740})
     page.wait_for_selector("#choice:visible")
 
 
 @needs_browser
-def test_no_mouse_is_needed(visit: Open) -> None:
+def test_the_keyboard_is_sufficient(visit: Open) -> None:
     seen = visit()
     page = seen.page
     page.on("filechooser", lambda chooser: chooser.set_files(ImageAsset("shapes").path))
     page.wait_for_selector("#samples:visible")
 
     def tab_to(selector: str) -> None:
-        """Tab on until it has the focus, which is to be seen."""
+        """Press Tab until an element has the focus, which must be visible."""
         for _ in range(60):
             page.keyboard.press("Tab")
             if page.evaluate("(selector) => document.activeElement.matches(selector)", selector):
@@ -505,7 +507,7 @@ def test_no_mouse_is_needed(visit: Open) -> None:
 
 
 @needs_browser
-def test_light_and_dark_follow_the_system_until_one_is_chosen(visit: Open) -> None:
+def test_the_theme_follows_the_system_until_one_is_selected(visit: Open) -> None:
     page = visit(color_scheme="dark").page
 
     def brightness() -> float:
@@ -525,6 +527,6 @@ def test_light_and_dark_follow_the_system_until_one_is_chosen(visit: Open) -> No
 
 
 @needs_browser
-def test_nothing_moves_for_those_who_want_no_motion(visit: Open) -> None:
+def test_reduced_motion_disables_animations(visit: Open) -> None:
     page = visit(reduced_motion="reduce").page
     assert page.evaluate("getComputedStyle(document.querySelector('.dot')).animationName") == "none"

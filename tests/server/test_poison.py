@@ -1,4 +1,4 @@
-"""One bad request never hurts another: good ones keep their answers beside all kinds of bad ones at every endpoint."""
+"""Isolation: valid requests keep their outputs while all kinds of invalid ones are sent to every endpoint."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ def bad_contents(wav: bytes, png: bytes) -> list[bytes]:
     return [*(json.dumps(entry).encode() for entry in fields), *raw]
 
 
-def told(answer: httpx.Response) -> Any:
-    """What must not change from one time to another."""
+def stable_part(answer: httpx.Response) -> Any:
+    """Return the part of a response that must be the same each time."""
     content = answer.json()
     return content.get("choices", content), content.get("usage", {}).get("completion_tokens"), content.get("lora")
 
 
-def test_good_requests_keep_their_answers_beside_bad_ones(server: RunningServer, wav: bytes, png: bytes) -> None:
+def test_valid_requests_are_unaffected_by_invalid_ones(server: RunningServer, wav: bytes, png: bytes) -> None:
     good = good_bodies(wav, png)
-    expected = [told(httpx.post(server.address + path, json=body, timeout=60)) for path, body in good]
+    expected = [stable_part(httpx.post(server.address + path, json=body, timeout=60)) for path, body in good]
     bad = [(path, content) for path in ENDPOINTS for content in bad_contents(wav, png)]
     random.Random(0).shuffle(bad)
     statuses: list[tuple[str, bytes, int]] = []
@@ -76,7 +76,7 @@ def test_good_requests_keep_their_answers_beside_bad_ones(server: RunningServer,
             statuses.append((path, content[:80], answer.status_code))
 
     async def leave(client: httpx.AsyncClient) -> None:
-        """Ask for long answers and be gone before they end."""
+        """Request long outputs and disconnect before they end."""
         body = {**good[0][1], "max_tokens": 400, "stream": True}
         while bad:
             async with client.stream("POST", f"{server.address}/v1/chat/completions", json=body) as response:
@@ -88,7 +88,7 @@ def test_good_requests_keep_their_answers_beside_bad_ones(server: RunningServer,
         while bad or not num_right:
             for (path, body), answer in zip(good, expected, strict=True):
                 received = await client.post(server.address + path, json=body)
-                assert received.status_code == 200 and told(received) == answer, received.text
+                assert received.status_code == 200 and stable_part(received) == answer, received.text
                 num_right += 1
         return num_right
 

@@ -1,4 +1,4 @@
-"""`/tokenize` and `/detokenize`: the engine's own tokens, and a named error for everything else."""
+"""`/tokenize` and `/detokenize`: the engine's tokens, and named errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("model", [None, "tiny", "words", "audio"])
-def test_a_text_has_the_tokens_that_the_engine_gives_it(server: RunningServer, model: str | None) -> None:
+def test_tokenize_returns_the_engines_tokens(server: RunningServer, model: str | None) -> None:
     answer = tokenize(server, prompt="what is two plus three?", model=model)
     ready = server.llm.engine.process_input("r", "what is two plus three?")
     assert answer["tokens"] == ready.prompt_token_ids and answer["token_strs"] is None
@@ -51,11 +51,11 @@ def test_placeholders_are_not_expanded(server: RunningServer) -> None:
     tokens = tokenize(server, prompt="<|audio_1|>hi", add_special_tokens=False)["tokens"]
     assert (
         tokens == tokenize(server, prompt="<|audio|>hi", add_special_tokens=False)["tokens"]
-    )  # as the engine reads it
+    )  # as the engine normalizes it
     assert tokens == server.llm.tokenizer("<|audio|>hi", add_special_tokens=False).input_ids
 
 
-def test_special_tokens_are_added_unless_told_otherwise(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_special_tokens_are_added_by_default(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def encode(*_: object, add_special_tokens: bool) -> list[int]:
@@ -68,14 +68,14 @@ def test_special_tokens_are_added_unless_told_otherwise(server: RunningServer, m
     assert asked == [True, True, True, False]
 
 
-def test_token_strings_are_told_on_request(server: RunningServer) -> None:
+def test_token_strings_are_returned_on_request(server: RunningServer) -> None:
     answer = tokenize(server, prompt="two plus three", return_token_strs=True)
     assert answer["token_strs"] == server.llm.tokenizer.convert_ids_to_tokens(answer["tokens"])
     assert tokenize(server, messages=CHAT, return_token_strs=True)["token_strs"][0].startswith("<|")
     assert tokenize(server, prompt="two", return_token_strs=False)["token_strs"] is None
 
 
-def test_a_chat_has_the_tokens_that_its_completion_counts(server: RunningServer) -> None:
+def test_tokenizing_a_chat_matches_its_completions_usage(server: RunningServer) -> None:
     with server.client as client:
         completion = client.chat.completions.create(model="tiny", messages=CHAT, max_tokens=1)  # type: ignore[arg-type]
     assert completion.usage is not None
@@ -89,11 +89,11 @@ def test_a_chat_has_the_tokens_that_its_completion_counts(server: RunningServer)
     assert same["tokens"] == without
 
 
-def test_an_empty_text_has_no_tokens_of_its_own(server: RunningServer) -> None:
+def test_an_empty_text_has_only_special_tokens(server: RunningServer) -> None:
     assert tokenize(server, prompt="", add_special_tokens=False)["tokens"] == []
 
 
-def test_a_text_longer_than_a_prompt_may_be_is_still_counted(server: RunningServer) -> None:
+def test_a_text_over_the_context_length_is_still_tokenized(server: RunningServer) -> None:
     answer = tokenize(server, prompt="two plus three " * 400)
     assert answer["count"] > answer["max_model_len"]
 
@@ -120,7 +120,7 @@ def test_a_text_longer_than_a_prompt_may_be_is_still_counted(server: RunningServ
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_bad_request_to_tokenize_is_named(
+def test_an_invalid_tokenize_request_gets_a_named_error(
     server: RunningServer, body: dict[str, Any], status: int, param: str | None, text: str
 ) -> None:
     error = error_of(post(server, "tokenize", **body), status)
@@ -142,7 +142,7 @@ def test_media_are_refused_by_name(server: RunningServer, wav: bytes, png: bytes
 @pytest.mark.parametrize(
     "text", ["what is two plus three?", "  two  spaces ,  and . ", "<|user|>hi<|end|><|assistant|>", ""]
 )
-def test_detokenize_gives_a_text_back(server: RunningServer, text: str) -> None:
+def test_detokenize_returns_the_text(server: RunningServer, text: str) -> None:
     tokens = tokenize(server, prompt=text, add_special_tokens=False)["tokens"]
     response = post(server, "detokenize", tokens=tokens, model="words")
     assert response.status_code == 200
@@ -152,7 +152,7 @@ def test_detokenize_gives_a_text_back(server: RunningServer, text: str) -> None:
         assert expected == text
 
 
-def test_every_id_of_the_embedding_table_has_a_text(server: RunningServer) -> None:
+def test_every_embedding_id_can_be_detokenized(server: RunningServer) -> None:
     last = server.llm.engine.input_processor.vocab_size - 1
     assert post(server, "detokenize", tokens=[0, last]).status_code == 200
 
@@ -173,14 +173,14 @@ def test_every_id_of_the_embedding_table_has_a_text(server: RunningServer) -> No
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_bad_request_to_detokenize_is_named(
+def test_an_invalid_detokenize_request_gets_a_named_error(
     server: RunningServer, body: dict[str, Any], status: int, param: str, text: str
 ) -> None:
     error = error_of(post(server, "detokenize", **body), status)
     assert error["param"] == param and text in error["message"]
 
 
-def test_both_need_the_key_and_bound_their_bodies(server: RunningServer) -> None:
+def test_both_need_the_api_key_and_limit_their_bodies(server: RunningServer) -> None:
     models = load_served_models(server.llm)
     with run_app(build_app(server.llm, models, api_key="key", max_request_bytes=200)) as address:
         for route, body in (("tokenize", {"prompt": "a"}), ("detokenize", {"tokens": [1]})):

@@ -1,4 +1,4 @@
-"""The bound on open requests, timeouts, and the end of a server: what clients see, and that nothing is left behind."""
+"""Admission limits, timeouts and disconnects: what clients see, and that no request stays in the engine."""
 
 from __future__ import annotations
 
@@ -51,46 +51,46 @@ def serving(server: RunningServer, admission: Admission) -> Iterator[RunningServ
 
 @pytest.fixture
 def step_times(server: RunningServer) -> Iterator[list[float]]:
-    """Steps of at least 30 ms, and when each began."""
+    """Slow each step down to at least 30 ms and yield the start times of the steps."""
     with slow_steps(server.llm, 0.03) as times:
         yield times
 
 
-def test_the_wait_is_told_from_how_fast_requests_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wait_is_estimated_from_the_rate_at_which_requests_end(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("mmlora.server.http.admission.time.monotonic", lambda: now[0])
     admission = Admission(capacity=2, max_queued=8)
     for _ in range(10):
         admission.enter()
-    assert admission.estimate_wait_s() == 8  # nothing is known yet
+    assert admission.estimate_wait_s() == 8  # no request has ended yet
     for _ in range(4):
         admission.leave()
         admission.enter()
         now[0] += 0.5
     with pytest.raises(Refusal) as refused:
         admission.enter()
-    assert (refused.value.status, dict(refused.value.headers or {})) == (429, {"retry-after": "4"})  # 8 that wait
+    assert (refused.value.status, dict(refused.value.headers or {})) == (429, {"retry-after": "4"})  # 8 waiting
     now[0] += 1000
     assert admission.estimate_wait_s() == 60
     assert admission.num_open == 10 and admission.num_refused["queue_full"] == 1
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_beyond_the_queue_clients_are_told_when_to_come_back(server: RunningServer, path: str) -> None:
+def test_a_full_queue_is_a_429_with_retry_after(server: RunningServer, path: str) -> None:
     admission = Admission(capacity=1, max_queued=1)
     with serving(server, admission) as bounded:
         with paused(server.llm):
             waiting = [in_thread(httpx.post, f"{bounded.address}/v1/chat/completions", json=CHAT, timeout=60)]
             waiting.append(in_thread(httpx.post, f"{bounded.address}/v1/chat/completions", json=CHAT, timeout=60))
             wait_for(lambda: admission.num_open == 2)
-            # It is refused by its head: a body that never comes is not waited for.
+            # Refused after its head: the server does not wait for the body, which never arrives.
             refused = send_head(bounded.address, path, "content-length: 1000000")
             assert refused.startswith(b"HTTP/1.1 429 ") and b"retry-after: 1\r\n" in refused
             error = json.loads(refused.partition(b"\r\n\r\n")[2])["error"]
             assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
             with bounded.client as client, pytest.raises(openai.RateLimitError, match="2 requests are open"):
                 client.chat.completions.create(model="tiny", messages=CHAT["messages"])  # type: ignore[call-overload]
-            assert httpx.get(f"{bounded.address}/v1/models").status_code == 200  # it asks nothing of the model
+            assert httpx.get(f"{bounded.address}/v1/models").status_code == 200  # it does not run the model
         for thread, answers in waiting:
             thread.join(60)
             assert answers[0].status_code == 200
@@ -102,13 +102,13 @@ def test_beyond_the_queue_clients_are_told_when_to_come_back(server: RunningServ
 
 
 def send_head(address: str, path: str, *headers: str) -> bytes:
-    """Send the head of a POST and return the whole answer."""
+    """Send the head of a POST request and return the whole response."""
     with connect(address) as connection:
         connection.sendall("\r\n".join([f"POST {path} HTTP/1.1", "host: localhost", *headers, "\r\n"]).encode())
         return read_answer(connection)
 
 
-def test_an_answer_that_takes_too_long_is_a_504_and_aborted(
+def test_a_response_that_takes_too_long_is_a_504_and_aborted(
     server: RunningServer, step_times: list[float], aborted: list[RequestOutput]
 ) -> None:
     with serving(server, Admission(8, request_timeout=0.5)) as hasty:
@@ -122,7 +122,7 @@ def test_an_answer_that_takes_too_long_is_a_504_and_aborted(
         assert hasty.ask(text_part("short"), max_tokens=1)["usage"]["completion_tokens"] == 1
 
 
-def test_a_stream_that_takes_too_long_ends_in_an_error_event(
+def test_a_stream_that_takes_too_long_ends_with_an_error_event(
     server: RunningServer, step_times: list[float], aborted: list[RequestOutput]
 ) -> None:
     with serving(server, Admission(8, request_timeout=0.7)) as hasty, hasty.client as client:
@@ -141,18 +141,18 @@ def test_a_stream_that_takes_too_long_ends_in_an_error_event(
     assert [output.outputs[0].finish_reason for output in aborted] == ["abort"]
 
 
-def test_a_body_that_drips_is_a_408(server: RunningServer) -> None:
+def test_a_slow_body_is_a_408(server: RunningServer) -> None:
     admission = Admission(8, body_timeout=0.4)
     with serving(server, admission) as hasty:
         for path in ("/v1/chat/completions", "/tokenize", "/v1/completions"):
             answer = send_head(hasty.address, path, "content-length: 100")
             assert answer.startswith(b"HTTP/1.1 408 ") and b"body_timeout" in answer and b"connection: close" in answer
         wait_for(lambda: admission.num_open == 0)
-        slow = {**LONG, "max_tokens": 100}  # the answer may take longer than the body
+        slow = {**LONG, "max_tokens": 100}  # the body timeout does not limit the response
         assert httpx.post(f"{hasty.address}/v1/chat/completions", json=slow, timeout=60).status_code == 200
 
 
-def test_after_the_door_is_closed_what_is_open_goes_on(server: RunningServer, step_times: list[float]) -> None:
+def test_open_requests_continue_after_admission_is_closed(server: RunningServer, step_times: list[float]) -> None:
     admission = Admission(8)
     with serving(server, admission) as closing:
         thread, answers = in_thread(httpx.post, f"{closing.address}/v1/chat/completions", json=CHAT, timeout=60)
@@ -168,7 +168,7 @@ def test_after_the_door_is_closed_what_is_open_goes_on(server: RunningServer, st
 
 
 @pytest.mark.parametrize("is_stream", [True, False], ids=["stream", "whole"])
-def test_a_client_that_leaves_costs_at_most_the_step_that_runs(
+def test_a_disconnect_aborts_the_request_within_a_step(
     server: RunningServer, step_times: list[float], aborted: list[RequestOutput], is_stream: bool
 ) -> None:
     with connect(server.address) as connection:
@@ -179,11 +179,11 @@ def test_a_client_that_leaves_costs_at_most_the_step_that_runs(
         left = time.monotonic()
     wait_until_idle(server)
     assert len(aborted) == 1 and aborted[0].outputs[0].finish_reason == "abort"
-    # One runs, and another may begin before the loop has seen that the client is gone.
+    # One step runs, and further ones may start before the event loop sees the disconnect.
     assert sum(begun > left for begun in step_times) <= 3
 
 
-def test_a_client_that_leaves_while_its_media_are_decoded_never_reaches_the_engine(
+def test_a_disconnect_during_media_decoding_never_reaches_the_engine(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process, is_decoding, may_end = server.llm.engine.process_input, threading.Event(), threading.Event()
@@ -201,14 +201,14 @@ def test_a_client_that_leaves_while_its_media_are_decoded_never_reaches_the_engi
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{watched.address}/v1/chat/completions", json=LONG, timeout=httpx.Timeout(60, read=0.3))
         assert is_decoding.is_set()
-        wait_for(lambda: admission.num_open == 0)  # it waits for nothing any more
+        wait_for(lambda: admission.num_open == 0)  # it does not wait for the decoder
         may_end.set()
         monkeypatch.setattr(server.llm.engine, "process_input", process)
         assert httpx.post(f"{watched.address}/tokenize", json={"prompt": "a"}).status_code == 200
     assert not queued and not server.llm.engine.has_unfinished_requests
 
 
-def test_a_dead_engine_ends_what_is_open_and_takes_nothing_new(start_server: ServerFactory) -> None:
+def test_a_dead_engine_fails_open_requests_and_refuses_new_ones(start_server: ServerFactory) -> None:
     server = start_server()
     step, is_streaming = server.llm.engine.step, threading.Event()
 
@@ -231,4 +231,4 @@ def test_a_dead_engine_ends_what_is_open_and_takes_nothing_new(start_server: Ser
     assert answers[0].status_code == 503
     assert httpx.post(url, json=CHAT).status_code == 503
     assert httpx.get(f"{server.address}/health").status_code == 503
-    assert httpx.get(f"{server.address}/v1/models").status_code == 200  # the process can be looked into
+    assert httpx.get(f"{server.address}/v1/models").status_code == 200  # for diagnosis

@@ -1,4 +1,4 @@
-"""Who is let in: API keys, pages of other sites, and paths behind a reverse proxy."""
+"""API keys, CORS and reverse proxies."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def status(address: str, path: str, authorization: bytes | str | None, method: s
     return httpx.request(method, address + path, headers=headers).status_code  # type: ignore[arg-type]
 
 
-def test_each_of_several_keys_is_let_in(server: RunningServer) -> None:
+def test_each_api_key_is_accepted(server: RunningServer) -> None:
     keys = ["one", "clé-à-deux", "a,b"]
     with serving(server, api_key=keys) as address:
         for key in keys:
@@ -43,7 +43,7 @@ def test_each_of_several_keys_is_let_in(server: RunningServer) -> None:
             assert status(address, "/v1/models", wrong) == 401, wrong
 
 
-def test_all_but_the_public_paths_need_a_key(server: RunningServer) -> None:
+def test_all_but_public_paths_need_a_key(server: RunningServer) -> None:
     with serving(server, api_key="key") as address:
         for path in (
             "/v1/models",
@@ -75,15 +75,15 @@ def preflight(address: str, method: str = "POST") -> httpx.Response:
     return httpx.options(f"{address}/v1/chat/completions", headers=headers)
 
 
-def test_pages_of_other_sites_are_not_let_in_by_default(server: RunningServer) -> None:
+def test_cross_origin_requests_are_blocked_by_default(server: RunningServer) -> None:
     with serving(server) as address:
         assert preflight(address).status_code == 405
         assert "access-control-allow-origin" not in httpx.get(f"{address}/v1/models", headers={"origin": SITE}).headers
 
 
-def test_pages_of_sites_that_are_named_are_let_in(server: RunningServer) -> None:
+def test_allowed_origins_get_cors_headers(server: RunningServer) -> None:
     with serving(server, api_key="key", cors=CORS([SITE], ["POST"])) as address:
-        allowed = preflight(address)  # without a key, which browsers do not send with it
+        allowed = preflight(address)  # without a key: browsers send none with preflight requests
         assert allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == SITE
         assert preflight(address, "DELETE").status_code == 400
         refused = httpx.get(f"{address}/v1/models", headers={"origin": SITE})
@@ -96,7 +96,7 @@ def test_pages_of_sites_that_are_named_are_let_in(server: RunningServer) -> None
 
 
 @pytest.mark.parametrize("prefix", ["", "/llm"], ids=["stripped by the proxy", "kept by the proxy"])
-def test_a_reverse_proxy_may_serve_it_under_a_prefix(server: RunningServer, prefix: str) -> None:
+def test_root_path_works_whether_the_proxy_strips_it_or_not(server: RunningServer, prefix: str) -> None:
     with serving(server, root_path="/llm", api_key="key") as address:
         assert status(address, f"{prefix}/health", None) == 200
         assert status(address, f"{prefix}/v1/models", None) == 401
@@ -105,7 +105,7 @@ def test_a_reverse_proxy_may_serve_it_under_a_prefix(server: RunningServer, pref
         assert httpx.get(f"{address}{prefix}/openapi.json", headers=headers).json()["servers"] == [{"url": "/llm"}]
 
 
-def test_the_base_model_has_all_the_names_it_was_given(server: RunningServer) -> None:
+def test_the_base_model_is_served_under_all_its_names(server: RunningServer) -> None:
     for name in ("tiny", "also-tiny"):
         answer = server.ask({"type": "text", "text": "hi"}, model=name)
         assert (answer["model"], answer["lora"]["reason"]) == (name, "none")

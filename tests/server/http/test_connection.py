@@ -1,4 +1,4 @@
-"""Slow, broken and too many connections: each is closed in time, and healthy requests are answered meanwhile."""
+"""Slow, malformed and excess connections are closed in time while other requests are served."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def served(tiny_phi4: Path) -> Iterator[tuple[HTTPServer, str]]:
 
 @pytest.fixture
 def address(served: tuple[HTTPServer, str]) -> Iterator[str]:
-    """The server, which must have no connection and no request left when the test is over."""
+    """Address of the server, which must have no connection and no request left after the test."""
     server, address = served
     yield address
     assert ask(address) == 200
@@ -45,7 +45,7 @@ def ask(address: str) -> int:
 
 
 def wait_until_closed(connection: socket.socket) -> tuple[bytes, float]:
-    """What was still received, and the seconds until the server closed the connection."""
+    """Return the remaining data and the seconds until the server closed the connection."""
     start, received = time.monotonic(), b""
     with contextlib.suppress(ConnectionError):
         while part := connection.recv(65536):
@@ -56,7 +56,7 @@ def wait_until_closed(connection: socket.socket) -> tuple[bytes, float]:
 @pytest.mark.parametrize(
     "sent", [b"", b"P", HEAD, HEAD + b"content-length: 100\r\n\r\n{"], ids=["nothing", "a byte", "half a head", "body"]
 )
-def test_fifty_clients_that_drip_are_closed_and_hold_nobody_up(address: str, sent: bytes) -> None:
+def test_fifty_slow_clients_are_closed_and_delay_no_other_request(address: str, sent: bytes) -> None:
     async def drip() -> list[float]:
         async def one() -> float:
             parts = address.removeprefix("http://").split(":")
@@ -83,10 +83,10 @@ def test_fifty_clients_that_drip_are_closed_and_hold_nobody_up(address: str, sen
     assert max(asyncio.run(drip())) < 20
 
 
-def test_a_head_that_never_ends_is_closed_in_time_however_often_a_byte_comes(address: str) -> None:
+def test_a_head_sent_byte_by_byte_is_closed_in_time(address: str) -> None:
     with connect(address) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
-        assert read_answer(connection).startswith(b"HTTP/1.1 200")  # the next head of a connection counts as well
+        assert read_answer(connection).startswith(b"HTTP/1.1 200")  # later heads of a connection are limited as well
         connection.sendall(b"GET ")
         connection.settimeout(0.1)
         start = time.monotonic()
@@ -102,11 +102,11 @@ def test_a_head_that_never_ends_is_closed_in_time_however_often_a_byte_comes(add
         assert 0.5 < time.monotonic() - start < 15
 
 
-def test_a_kept_connection_serves_many_requests(address: str) -> None:
+def test_a_kept_alive_connection_serves_many_requests(address: str) -> None:
     with httpx.Client(timeout=60) as client:
         for _ in range(3):
             assert client.post(f"{address}/v1/chat/completions", json=CHAT).status_code == 200
-            time.sleep(0.5)  # together longer than the time of a head
+            time.sleep(0.5)  # in total longer than the header timeout
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_kept_connection_serves_many_requests(address: str) -> None:
     ],
     ids=["a long line", "many lines", "TLS", "length", "a bad chunk"],
 )
-def test_what_is_no_http_is_refused_in_openais_form(address: str, sent: bytes, status: int) -> None:
+def test_malformed_http_gets_openais_error_body(address: str, sent: bytes, status: int) -> None:
     with connect(address) as connection:
         connection.sendall(sent)
         answer, seconds = wait_until_closed(connection)
@@ -129,7 +129,7 @@ def test_what_is_no_http_is_refused_in_openais_form(address: str, sent: bytes, s
     assert seconds < 15
 
 
-def test_nonsense_behind_a_request_is_answered_after_its_stream(address: str) -> None:
+def test_garbage_after_a_request_is_refused_after_its_stream(address: str) -> None:
     body = json.dumps({**CHAT, "max_tokens": 480, "stream": True}).encode()
     with connect(address) as connection:
         connection.sendall(HEAD + b"content-length: %d\r\n\r\n%s" % (len(body), body))
@@ -142,7 +142,7 @@ def test_nonsense_behind_a_request_is_answered_after_its_stream(address: str) ->
 
 
 @pytest.mark.parametrize("is_claimed", [True, False], ids=["claimed", "in chunks"])
-def test_a_body_that_is_too_large_is_answered_and_not_read_for_ever(address: str, is_claimed: bool) -> None:
+def test_an_oversized_body_is_refused_and_not_read_to_its_end(address: str, is_claimed: bool) -> None:
     claim = b"content-length: 999999999999" if is_claimed else b"transfer-encoding: chunked"
     chunk = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
     with connect(address) as connection:
@@ -158,7 +158,7 @@ def test_a_body_that_is_too_large_is_answered_and_not_read_for_ever(address: str
         assert time.monotonic() - start < 15
 
 
-def test_a_small_body_that_was_refused_leaves_the_connection_usable(address: str) -> None:
+def test_a_refused_small_body_leaves_the_connection_usable(address: str) -> None:
     with connect(address) as connection:
         for _ in range(2):
             connection.sendall(b"POST /nowhere HTTP/1.1\r\nhost: localhost\r\ncontent-length: 3\r\n\r\n")
@@ -166,7 +166,7 @@ def test_a_small_body_that_was_refused_leaves_the_connection_usable(address: str
             connection.sendall(b"abc")
 
 
-def test_a_stream_that_nobody_reads_is_ended(served: tuple[HTTPServer, str], address: str) -> None:
+def test_a_stream_that_is_not_read_is_aborted(served: tuple[HTTPServer, str], address: str) -> None:
     server, _ = served
     fields = {**CHAT, "max_tokens": 480, "stream": True, "n": 8, "logprobs": True, "top_logprobs": 20}
     body = json.dumps(fields).encode()
@@ -174,10 +174,10 @@ def test_a_stream_that_nobody_reads_is_ended(served: tuple[HTTPServer, str], add
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.sendall(HEAD + b"content-length: %d\r\n\r\n%s" % (len(body), body))
         wait_for(lambda: server._admission.num_open)
-        wait_for(lambda: not server._admission.num_open)  # megabytes do not fit into the buffers
+        wait_for(lambda: not server._admission.num_open)  # the response has megabytes, more than the buffers hold
 
 
-def test_beyond_the_bound_the_connection_that_was_idle_longest_makes_room(
+def test_over_the_connection_limit_the_longest_idle_connection_is_closed(
     address: str, served: tuple[HTTPServer, str]
 ) -> None:
     with contextlib.ExitStack() as stack:

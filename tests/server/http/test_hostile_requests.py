@@ -1,4 +1,4 @@
-"""Names that look like paths, heads without end, and keys that are none: `docs/security.md` has the figures."""
+"""Path traversal, oversized heads and invalid API keys; `docs/security.md` has the measurements."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmlora.server.api import build_app
 from mmlora.server.launch import load_served_models
 from tests.server.conftest import RunningServer, connect, run_app, still_serving, text_part
 from tests.server.lora.admin import leave_nothing, load, names, run_updatable, unload
-from tests.server.observability.figures import MIB, bounded
+from tests.server.resource_limits import MIB, bounded
 
 PATHS = [
     "../../etc/passwd",
@@ -37,13 +37,13 @@ def shared_server(tiny_phi4: Path, adapters: dict[str, str]) -> Iterator[Running
 
 @pytest.fixture
 def server(shared_server: RunningServer) -> Iterator[RunningServer]:
-    """The server, which must be as it was when the test is over."""
+    """The server, whose state must be unchanged after the test."""
     with leave_nothing(shared_server), still_serving(shared_server):
         yield shared_server
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_a_model_name_is_no_path(server: RunningServer, name: str) -> None:
+def test_a_model_name_is_never_a_path(server: RunningServer, name: str) -> None:
     body = {"prompt": "x", "max_tokens": 1}
     for fields in ({"model": name}, {"lora": name}, {"lora": [{"name": name}]}):
         response = httpx.post(f"{server.address}/v1/completions", json={**body, **fields}, timeout=60)
@@ -57,12 +57,12 @@ def test_a_model_name_is_no_path(server: RunningServer, name: str) -> None:
     ["..%2f..%2fetc%2fpasswd", "%2e%2e/%2e%2e/etc/passwd", "../../../etc/passwd", "%2fetc%2fpasswd", "..%5cetc", "%00"],
 )  # fmt: skip
 @pytest.mark.parametrize("route", ["v1/models/", "", "health/", "metrics/"])
-def test_a_path_leads_to_no_file(server: RunningServer, route: str, path: str) -> None:
+def test_url_paths_never_reach_files(server: RunningServer, route: str, path: str) -> None:
     answer = send(server, f"GET /{route}{path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
     assert answer.startswith(b"HTTP/1.1 404") and b"root:" not in answer
 
 
-def test_an_adapter_may_be_called_like_a_path_and_is_still_only_a_name(
+def test_an_adapter_name_that_looks_like_a_path_is_only_a_name(
     server: RunningServer, adapters: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -78,7 +78,7 @@ def test_an_adapter_may_be_called_like_a_path_and_is_still_only_a_name(
     "path",
     ["/etc", "/etc/passwd", "../../../../../etc", "/proc/self", "/dev", "/dev/zero", "/", "..", "a\0b", "~root"],
 )  # fmt: skip
-def test_a_path_that_is_no_adapter_is_refused(server: RunningServer, path: str) -> None:
+def test_a_path_without_an_adapter_is_refused(server: RunningServer, path: str) -> None:
     with bounded(f"lora_path {path!r}"):
         response = load(server, lora_name="evil", lora_path=path)
     assert 400 <= response.status_code < 500, response.text
@@ -86,7 +86,7 @@ def test_a_path_that_is_no_adapter_is_refused(server: RunningServer, path: str) 
 
 
 @pytest.mark.parametrize("kind", ["pipe", "endless device", "link to a secret"])
-def test_the_files_of_an_adapter_must_be_files(server: RunningServer, tmp_path: Path, kind: str) -> None:
+def test_adapter_files_must_be_regular_files(server: RunningServer, tmp_path: Path, kind: str) -> None:
     (tmp_path / "secret").write_text("the secret word")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         file = tmp_path / name
@@ -100,7 +100,7 @@ def test_the_files_of_an_adapter_must_be_files(server: RunningServer, tmp_path: 
 
 
 @pytest.mark.parametrize("case", ["one header", "many headers", "request line", "name of a header"])
-def test_a_head_of_100_mb_is_cut_off(server: RunningServer, case: str) -> None:
+def test_a_head_of_100_mb_is_refused_early(server: RunningServer, case: str) -> None:
     start, piece = {
         "one header": (b"GET /v1/models HTTP/1.1\r\nHost: x\r\nX-Long: ", b"a" * 65536),
         "many headers": (b"GET /v1/models HTTP/1.1\r\nHost: x\r\n", b"X-Many: a\r\n" * 6000),
@@ -109,7 +109,7 @@ def test_a_head_of_100_mb_is_cut_off(server: RunningServer, case: str) -> None:
     }[case]
     num_sent, answer = 0, b""
     with bounded(f"head of 100 MB, {case}"), connect(server.address) as connection:
-        with suppress(OSError):  # it was closed
+        with suppress(OSError):  # the server has closed the connection
             connection.sendall(start)
             while num_sent < HEADER_BYTES:
                 connection.sendall(piece)
@@ -117,7 +117,7 @@ def test_a_head_of_100_mb_is_cut_off(server: RunningServer, case: str) -> None:
         with suppress(OSError):
             answer = connection.recv(65536)
     print(f"{num_sent / MIB:.1f} MiB were sent")
-    assert num_sent < 16 * MIB  # what the buffers of both ends take, and no more
+    assert num_sent < 16 * MIB  # no more than the socket buffers of both ends
     assert answer == b"" or answer.startswith((b"HTTP/1.1 4",))
 
 
@@ -132,7 +132,7 @@ def test_a_head_of_100_mb_is_cut_off(server: RunningServer, case: str) -> None:
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     ],
 )
-def test_a_head_that_is_none_is_refused(server: RunningServer, head: bytes) -> None:
+def test_a_malformed_head_is_refused(server: RunningServer, head: bytes) -> None:
     assert send(server, head + b"\r\n\r\n").startswith((b"HTTP/1.1 400", b"HTTP/1.1 404", b"HTTP/1.1 501"))
 
 
@@ -149,7 +149,7 @@ HEAVY: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", HEAVY)
-def test_what_no_request_needs_is_refused_in_few_words(server: RunningServer, case: str) -> None:
+def test_excessive_values_get_a_short_error(server: RunningServer, case: str) -> None:
     fields, text = HEAVY[case]
     body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1, **fields}
     response = httpx.post(f"{server.address}/v1/chat/completions", json=body, timeout=60)
@@ -157,13 +157,13 @@ def test_what_no_request_needs_is_refused_in_few_words(server: RunningServer, ca
     assert len(response.text) < 500
 
 
-def test_a_list_of_adapters_in_a_form_is_bounded_like_a_body(server: RunningServer, wav: bytes) -> None:
+def test_a_form_field_with_json_has_the_limits_of_a_json_body(server: RunningServer, wav: bytes) -> None:
     address, form = f"{server.address}/v1/audio/transcriptions", {"lora": "[" + "{}," * 600_000 + "{}]"}
     response = httpx.post(address, data=form, files={"file": wav}, timeout=60)
     assert response.status_code == 400 and "allowed are 1048576" in response.json()["error"]["message"]
 
 
-def test_every_route_needs_the_key(server: RunningServer) -> None:
+def test_every_route_needs_the_api_key(server: RunningServer) -> None:
     app = build_app(server.llm, load_served_models(server.llm), api_key="key", allow_lora_updates=True)
     tokens: list[dict[str, Any]] = [
         {}, {"authorization": "Bearer"}, {"authorization": "Bearer ke"}, {"authorization": "Bearer KEY"},
@@ -183,7 +183,7 @@ def test_every_route_needs_the_key(server: RunningServer) -> None:
 
 
 def send(server: RunningServer, request: bytes) -> bytes:
-    """Send bytes as they are and give all that comes until the server closes."""
+    """Send raw bytes and return all data until the server closes the connection."""
     answer = b""
     with connect(server.address) as connection:
         connection.sendall(request)

@@ -1,4 +1,4 @@
-"""Where a server listens: Unix sockets, TLS, and how many files may be open."""
+"""Listening sockets, TLS, and the limit on open files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.server.conftest import connect, run_server
 
 
 @pytest.mark.parametrize("host", ["a" * 70, "a..b"])
-def test_a_name_that_no_host_can_have_is_told(host: str) -> None:
+def test_an_invalid_host_name_is_a_config_error(host: str) -> None:
     with pytest.raises(ConfigError, match=f"host='{host}'"):
         listen_tcp(host, 0)
 
@@ -37,7 +37,7 @@ def llm(tiny_phi4: Path) -> AsyncLLM:
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """`cert` and `key` of a server, both in `pem`, an `encrypted` key, and something `broken`."""
+    """Paths of a server's `cert` and `key`, both in `pem`, an `encrypted` key, and `broken` and `missing` files."""
     folder = tmp_path_factory.mktemp("tls")
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
@@ -69,13 +69,13 @@ def test_a_unix_socket_is_served_and_removed(llm: AsyncLLM, tmp_path: Path) -> N
     assert not path.exists()
 
 
-def test_a_stale_socket_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+def test_only_a_stale_socket_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as old:
         old.bind(str(path))
     with listening("", 0, str(path)):
         path.unlink()
-        other = listen_unix(str(path))  # another server's by now
+        other = listen_unix(str(path))  # now another server's
     assert path.exists()
     other.close()
     file = tmp_path / "file"
@@ -87,19 +87,17 @@ def test_a_stale_socket_is_replaced_and_nothing_else(tmp_path: Path) -> None:
         listen_unix(str(tmp_path / ("x" * 200)))
 
 
-def test_tls_serves_those_who_speak_it_and_closes_on_those_who_say_nothing(
-    llm: AsyncLLM, certificates: dict[str, str]
-) -> None:
+def test_tls_serves_clients_and_limits_the_handshake_time(llm: AsyncLLM, certificates: dict[str, str]) -> None:
     options = {"ssl_certfile": certificates["cert"], "ssl_keyfile": certificates["key"], "header_timeout": 1.0}
     with run_server(llm, **options, uvicorn_log_level="critical") as (_, address):
         assert address.startswith("https://127.0.0.1:")
         trust = ssl.create_default_context(cafile=certificates["cert"])
         assert httpx.get(f"{address}/health", verify=trust).status_code == 200
         with connect(address) as silent:
-            assert silent.recv(1) == b""  # after a second, not after a minute
+            assert silent.recv(1) == b""  # after the header timeout of a second, not asyncio's minute
 
 
-def test_clients_may_need_certificates(llm: AsyncLLM, certificates: dict[str, str]) -> None:
+def test_client_certificates_can_be_required(llm: AsyncLLM, certificates: dict[str, str]) -> None:
     options = {"ssl_certfile": certificates["pem"], "ssl_ca_certs": certificates["cert"], "ssl_cert_reqs": 2}
     with run_server(llm, **options, uvicorn_log_level="critical") as (_, address):
         trust = ssl.create_default_context(cafile=certificates["cert"])
@@ -121,7 +119,7 @@ def test_clients_may_need_certificates(llm: AsyncLLM, certificates: dict[str, st
     ],
     ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else "",
 )
-def test_bad_tls_files_are_told_before_the_model_is_loaded(
+def test_invalid_tls_files_are_reported_before_the_model_is_loaded(
     certificates: dict[str, str], capsys: pytest.CaptureFixture[str], options: dict[str, str], text: str
 ) -> None:
     arguments = [word for name, file in options.items() for word in (f"--ssl-{name}", certificates[file])]
@@ -130,7 +128,7 @@ def test_bad_tls_files_are_told_before_the_model_is_loaded(
     assert text in line and certificates[list(options.values())[-1]] in line
 
 
-def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(
+def test_the_limit_on_open_files_is_raised_up_to_the_hard_limit(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     limits = [(256, 2000)]

@@ -1,4 +1,4 @@
-"""The end of a server: what is open may finish, within a bound, and the process ends with exit code 0."""
+"""Graceful shutdown: open requests may finish within the drain timeout, and the process exits with code 0."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_open_requests_finish_and_new_ones_are_refused(start_llm: Callable[[], A
             wait_for(lambda: server._admission.num_open == 2)
             server.handle_exit(signal.SIGTERM, None)
             assert httpx.get(f"{address}/ready").json() == {"status": "shutting down"}
-            refused = idle.post(url, json=CHAT)  # on a connection that was kept, or on a new one
+            refused = idle.post(url, json=CHAT)  # on the kept-alive connection, or on a new one
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
             assert httpx.post(url, json=CHAT).status_code == 503
         thread.join(60)
@@ -47,7 +47,7 @@ def test_open_requests_finish_and_new_ones_are_refused(start_llm: Callable[[], A
         httpx.get(f"{address}/ready")
 
 
-def test_what_does_not_finish_in_time_ends_in_an_error(start_llm: Callable[[], AsyncLLM]) -> None:
+def test_requests_that_outlast_the_drain_end_with_an_error(start_llm: Callable[[], AsyncLLM]) -> None:
     llm = start_llm()
     with slow_steps(llm, 0.03), run_server(llm, drain_timeout=0.3, uvicorn_log_level="error") as (server, address):
         url, long = f"{address}/v1/chat/completions", {**CHAT, "max_tokens": 480}
@@ -65,7 +65,7 @@ def test_what_does_not_finish_in_time_ends_in_an_error(start_llm: Callable[[], A
         assert 0.3 <= time.monotonic() - start < 12
 
 
-def test_a_second_signal_ends_the_process_at_once(
+def test_a_second_signal_ends_the_process_immediately(
     start_llm: Callable[[], AsyncLLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm, ended = start_llm(), []
@@ -82,7 +82,7 @@ def test_a_second_signal_ends_the_process_at_once(
         thread.join(60)
 
 
-def test_a_process_that_is_told_to_stop_ends_its_streams_and_exits_with_0(tiny_phi4: Path) -> None:
+def test_sigterm_ends_streams_and_exits_with_0(tiny_phi4: Path) -> None:
     with run_serve(str(tiny_phi4), "--device", "cpu", "--drain-timeout", "0.2") as server:
         body = {**CHAT, "n": 64, "max_tokens": 400, "stream": True}  # 25,600 tokens
         with httpx.stream("POST", f"{server.address}/v1/chat/completions", json=body, timeout=60) as response:

@@ -1,4 +1,4 @@
-"""Clients that load and unload adapters, and a server that must be as it was when a test is over."""
+"""Helpers of the tests of adapter updates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BASE_NAMES = ["tiny", "audio", "started"]
 
 @contextmanager
 def run_updatable(tiny_phi4: Path, adapters: dict[str, str]) -> Iterator[RunningServer]:
-    """A server with a default for audio and an adapter from the command line, `started`."""
+    """Run a server with a default adapter for audio and an adapter of the command line, `started`."""
     options: dict[str, Any] = {"served_model_name": "tiny", "enable_lora": True, "max_loras": 2, "device": "cpu"}
     llm = AsyncLLM(EngineArgs(str(tiny_phi4), default_mm_loras={"audio": adapters["speech"]}, **options))
     models = load_served_models(llm, [LoRAModule("started", adapters["vision"], "parent-model")])
@@ -32,7 +32,7 @@ def run_updatable(tiny_phi4: Path, adapters: dict[str, str]) -> Iterator[Running
 
 @contextmanager
 def leave_nothing(shared: RunningServer) -> Iterator[None]:
-    """In the end, what was loaded is unloaded; then the server is as it was, to the last byte."""
+    """On exit, unload what the test loaded and check that the server has its former state and memory."""
     num_bytes = shared.llm.engine.lora.num_host_bytes
     yield
     for name in names(shared):

@@ -1,4 +1,4 @@
-"""The default adapters over HTTP, behaviour by behaviour of the reference document."""
+"""Default adapters over HTTP: each behaviour of the reference document."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ QUESTION = text_part("what is it?")
 
 @pytest.fixture(scope="module")
 def server(start_server: ServerFactory, adapters: dict[str, str]) -> RunningServer:
-    """Both modalities have a default, and one adapter must be asked for."""
+    """Server with defaults for both modalities and one adapter that must be requested."""
     defaults = {"audio": adapters["speech"], "image": adapters["vision"]}
     return start_server(LoRAModule("words", adapters["words"], "parent-model"), default_mm_loras=defaults)
 
 
 @pytest.fixture(scope="module")
 def one_default_server(start_server: ServerFactory, adapters: dict[str, str]) -> RunningServer:
-    """Only audio has a default; an adapter merely called `image` has nothing to do with images."""
+    """Server with a default for audio only, and an adapter named `image` that is not a default."""
     return start_server(LoRAModule("image", adapters["vision"]), default_mm_loras={"audio": adapters["speech"]})
 
 
 @pytest.mark.parametrize("kind", ["input_audio", "audio_url"])
-def test_audio_takes_its_default_however_it_is_sent(server: RunningServer, wav: bytes, kind: str) -> None:
+def test_audio_uses_its_default_in_every_part_type(server: RunningServer, wav: bytes, kind: str) -> None:
     part = input_audio_part(wav) if kind == "input_audio" else url_part("audio_url", wav, "audio/wav")
     answer = server.ask(part, QUESTION)
     assert answer["lora"]["adapter"] == "audio"
@@ -41,23 +41,23 @@ def test_audio_takes_its_default_however_it_is_sent(server: RunningServer, wav: 
     assert base["choices"][0]["message"] != answer["choices"][0]["message"]
 
 
-def test_image_takes_its_default(server: RunningServer, png: bytes) -> None:
+def test_an_image_uses_its_default(server: RunningServer, png: bytes) -> None:
     part = url_part("image_url", png, "image/png")
     answer = server.ask(part, QUESTION)
     assert (answer["lora"]["adapter"], answer["lora"]["reason"]) == ("image", "default:image")
     assert server.ask(part, QUESTION, lora=[])["choices"][0]["message"] != answer["choices"][0]["message"]
 
 
-def test_the_content_decides_and_not_its_mime_type(server: RunningServer, wav: bytes) -> None:
+def test_the_content_determines_the_modality_not_the_mime_type(server: RunningServer, wav: bytes) -> None:
     answer = server.ask(url_part("audio_url", wav, "application/octet-stream"), QUESTION)
     assert answer["lora"]["reason"] == "default:audio"
 
 
-def test_text_alone_takes_no_adapter(server: RunningServer) -> None:
+def test_text_alone_uses_no_adapter(server: RunningServer) -> None:
     assert server.ask(QUESTION)["lora"] == {"adapter": None, "digest": None, "reason": "none", "warning": None}
 
 
-def test_two_mapped_modalities_take_none_and_the_client_is_told(server: RunningServer, wav: bytes, png: bytes) -> None:
+def test_two_mapped_modalities_use_no_adapter_and_warn(server: RunningServer, wav: bytes, png: bytes) -> None:
     parts = url_part("image_url", png, "image/png"), input_audio_part(wav), QUESTION
     answer = server.ask(*parts)
     assert (answer["lora"]["adapter"], answer["lora"]["reason"]) == (None, "conflict:audio+image")
@@ -65,18 +65,18 @@ def test_two_mapped_modalities_take_none_and_the_client_is_told(server: RunningS
     assert answer["choices"] == server.ask(*parts, lora=[])["choices"]
 
 
-def test_of_two_modalities_the_mapped_one_decides(one_default_server: RunningServer, wav: bytes, png: bytes) -> None:
+def test_the_only_mapped_modality_decides(one_default_server: RunningServer, wav: bytes, png: bytes) -> None:
     answer = one_default_server.ask(url_part("image_url", png, "image/png"), input_audio_part(wav), QUESTION)
     assert (answer["lora"]["adapter"], answer["lora"]["reason"]) == ("audio", "default:audio")
 
 
-def test_an_adapter_that_is_called_image_is_no_default(one_default_server: RunningServer, png: bytes) -> None:
+def test_an_adapter_named_image_is_not_a_default(one_default_server: RunningServer, png: bytes) -> None:
     part = url_part("image_url", png, "image/png")
     assert one_default_server.ask(part, QUESTION)["lora"]["reason"] == "none"
     assert one_default_server.ask(part, QUESTION, model="image")["lora"]["adapter"] == "image"
 
 
-def test_a_combination_key_names_the_adapter_of_both(
+def test_a_combination_key_selects_the_adapter_for_both(
     start_server: ServerFactory, adapters: dict[str, str], wav: bytes, png: bytes
 ) -> None:
     defaults = {"audio": adapters["speech"], "image": adapters["vision"], "audio+image": adapters["words"]}
@@ -128,7 +128,7 @@ def test_models_lists_the_base_the_defaults_and_the_adapters(server: RunningServ
 
 
 def test_several_adapters_with_scales(server: RunningServer) -> None:
-    """A mix has its own answer and identity; one adapter at scale 1 is the adapter itself."""
+    """A mix has its own output and identity; one adapter at scale 1 is the adapter itself."""
     mixed = server.ask(QUESTION, lora=[{"name": "audio", "scale": 0.7}, {"name": "image", "scale": 0.3}])
     assert (mixed["lora"]["adapter"], mixed["lora"]["reason"]) == ("0.7*audio+0.3*image", "explicit")
     alone, whole = server.ask(QUESTION, lora="audio"), server.ask(QUESTION, lora=[{"name": "audio", "scale": 1}])

@@ -1,4 +1,4 @@
-"""Adapters that are found when a request first names them, over HTTP."""
+"""Adapters that resolvers find when a request names them, over HTTP."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ALLOWED = {"MMLORA_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 
 
 class FolderResolver(LoRAResolver):
-    """Knows copies of one adapter by any name, and counts who asked."""
+    """Resolver that knows copies of one adapter under any name and records its calls."""
 
     def __init__(self, paths: dict[str, Path]) -> None:
         self.paths = paths
@@ -66,7 +66,7 @@ def llm(tiny_phi4: Path, adapters: dict[str, str]) -> Iterator[AsyncLLM]:
 
 @pytest.fixture
 def start(llm: AsyncLLM) -> Iterator[Any]:
-    """`start(environment)`: a server with its own names on the module's engine."""
+    """`start(environment)`: a server with separate served models on the module's engine."""
     with ExitStack() as stack:
 
         def start(environment: dict[str, str]) -> RunningServer:
@@ -95,7 +95,7 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(adapters: dict[str, str], tmp_path: Path) -> Path:
-    """`sql` and `org/repo` are as they should be, `damaged` is cut short, `other` says it is for another model."""
+    """`sql` and `org/repo` are valid, `damaged` is truncated, `other` names another base model."""
     root = tmp_path / "loras"
     for name in ("sql", "org/repo", "damaged", "other"):
         shutil.copytree(adapters["words"], root / name)
@@ -108,13 +108,13 @@ def folder(adapters: dict[str, str], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def filesystem(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The environment of a server with `lora_filesystem_resolver`, as the reference document has it."""
+    """The environment that enables `lora_filesystem_resolver`, as in the reference document."""
     monkeypatch.setenv("MMLORA_LORA_RESOLVER_CACHE_DIR", str(folder))
     return {**ALLOWED, "MMLORA_PLUGINS": "lora_filesystem_resolver"}
 
 
 @pytest.mark.parametrize("name", ["sql", "org/repo"])
-def test_an_unknown_model_is_found_and_served_from_then_on(
+def test_an_unknown_model_is_resolved_and_then_served(
     start: Any, filesystem: dict[str, str], folder: Path, name: str
 ) -> None:
     server = start(filesystem)
@@ -125,12 +125,12 @@ def test_an_unknown_model_is_found_and_served_from_then_on(
     assert (card["root"], card["parent"]) == (str(folder / name), "tiny")
     assert card["adapter"]["digest"] == answer["lora"]["digest"] and card["adapter"]["matched"] > 0
     assert httpx.get(f"{server.address}/v1/models/{name}").json() == card
-    shutil.rmtree(folder / name)  # nobody is asked again
+    shutil.rmtree(folder / name)  # no resolver is asked again
     assert post(server, model=name).json()["choices"] == answer["choices"]
 
 
 @pytest.mark.parametrize("lora", ["sql", [{"name": "sql"}]], ids=["text", "list"])
-def test_a_name_in_lora_is_found_too(start: Any, filesystem: dict[str, str], lora: Any) -> None:
+def test_a_name_in_the_lora_field_is_resolved(start: Any, filesystem: dict[str, str], lora: Any) -> None:
     server = start(filesystem)
     assert post(server, lora=lora).json()["lora"]["adapter"] == "sql"
     assert "sql" in cards(server)
@@ -149,7 +149,7 @@ def test_a_name_in_lora_is_found_too(start: Any, filesystem: dict[str, str], lor
     ],
     ids=lambda value: "" if isinstance(value, str) else repr(value)[:30],
 )
-def test_a_name_that_nobody_knows_is_404(
+def test_a_name_that_no_resolver_knows_is_404(
     start: Any, filesystem: dict[str, str], fields: dict[str, Any], param: str, code: str
 ) -> None:
     server = start(filesystem)
@@ -160,7 +160,7 @@ def test_a_name_that_nobody_knows_is_404(
     assert post(server, model="sql").status_code == 200
 
 
-def test_an_adapter_that_cannot_be_used_is_400_and_names_the_resolver_alone(
+def test_an_unusable_resolved_adapter_is_400_and_names_only_the_resolver(
     start: Any, filesystem: dict[str, str], folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = start(filesystem)
@@ -172,7 +172,7 @@ def test_an_adapter_that_cannot_be_used_is_400_and_names_the_resolver_alone(
     assert "damaged" not in [info.name for info in server.llm.engine.list_loras()]
 
 
-def test_a_resolver_that_fails_is_503_and_keeps_its_secret(start: Any) -> None:
+def test_a_resolver_failure_is_503_without_its_message(start: Any) -> None:
     class Broken(LoRAResolver):
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
             raise OSError("https://user:hunter2@host")
@@ -183,7 +183,7 @@ def test_a_resolver_that_fails_is_503_and_keeps_its_secret(start: Any) -> None:
     assert "broken (OSError)" in error["message"] and "hunter2" not in error["message"]
 
 
-def test_another_base_model_in_the_configuration_is_a_warning(
+def test_an_adapter_of_another_base_model_logs_a_warning(
     start: Any, filesystem: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     server = start(filesystem)
@@ -195,7 +195,7 @@ def test_another_base_model_in_the_configuration_is_a_warning(
 
 
 @pytest.mark.parametrize("value", [None, "", "0", "false"])
-def test_without_leave_nobody_is_asked(
+def test_resolvers_are_disabled_by_default(
     start: Any, filesystem: dict[str, str], value: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     environment = {**filesystem, "MMLORA_ALLOW_RUNTIME_LORA_UPDATING": value or ""}
@@ -203,7 +203,7 @@ def test_without_leave_nobody_is_asked(
     assert "lora_filesystem_resolver needs MMLORA_ALLOW_RUNTIME_LORA_UPDATING=true" in caplog.text
 
 
-def test_what_leave_means_is_checked(start: Any) -> None:
+def test_the_enabling_variable_is_validated(start: Any) -> None:
     for value in ("1", "true", "TRUE"):
         start({"MMLORA_ALLOW_RUNTIME_LORA_UPDATING": value})
     with pytest.raises(ConfigError, match="MMLORA_ALLOW_RUNTIME_LORA_UPDATING='yes': must be 1, true, 0 or false"):
@@ -233,7 +233,7 @@ def test_many_requests_for_a_new_name_resolve_it_once(start: Any, adapters: dict
     ],
     ids=["too many", "two", "base", "mix", "one unknown", "unknown", "scaled"],
 )
-def test_nobody_is_asked_for_what_cannot_be_served(
+def test_resolvers_are_not_asked_for_invalid_requests(
     start: Any, adapters: dict[str, str], fields: dict[str, Any], asked: list[str], status: int
 ) -> None:
     names = ["good", *(f"good{i}" for i in range(17))]
@@ -244,7 +244,9 @@ def test_nobody_is_asked_for_what_cannot_be_served(
     assert adapters["words"] not in response.text
 
 
-def test_a_path_that_is_not_utf8_leaves_the_list_readable(start: Any, adapters: dict[str, str], tmp_path: Path) -> None:
+def test_a_path_that_is_not_utf8_does_not_break_the_model_list(
+    start: Any, adapters: dict[str, str], tmp_path: Path
+) -> None:
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/lora\xff"))
     shutil.copytree(adapters["words"], path)
     LoRAResolverRegistry.register_resolver("folder", FolderResolver({"sql": path}))
@@ -254,7 +256,7 @@ def test_a_path_that_is_not_utf8_leaves_the_list_readable(start: Any, adapters: 
     assert httpx.get(f"{server.address}/v1/models/sql").json()["root"] == f"{tmp_path}/lora?"
 
 
-def test_a_relative_path_is_a_directory_and_never_asked_for_on_the_hub(
+def test_a_relative_path_is_never_taken_as_a_hub_id(
     start: Any, adapters: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetched = []
@@ -271,7 +273,7 @@ def test_a_relative_path_is_a_directory_and_never_asked_for_on_the_hub(
     assert fetched == []
 
 
-def test_an_adapter_that_left_the_host_is_not_kept_by_its_card(start: Any, adapters: dict[str, str]) -> None:
+def test_a_served_adapter_does_not_keep_evicted_weights(start: Any, adapters: dict[str, str]) -> None:
     resolver = FolderResolver({"one": Path(adapters["words"]), "two": Path(adapters["vision"])})
     LoRAResolverRegistry.register_resolver("folder", resolver)
     server = start(ALLOWED)
@@ -283,10 +285,10 @@ def test_an_adapter_that_left_the_host_is_not_kept_by_its_card(start: Any, adapt
     assert post(server, model="two").status_code == 200  # max_cpu_loras=1, max_loras=1
     gc.collect()
     assert weights() is None and {"one", "two"} <= set(cards(server))
-    assert post(server, model="one").json()["choices"] == first["choices"]  # and it comes back by itself
+    assert post(server, model="one").json()["choices"] == first["choices"]  # and it is reloaded automatically
 
 
-def test_the_s3_resolver_of_the_document_works_as_written(
+def test_the_documented_s3_resolver_works_as_written(
     start: Any, adapters: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("S3_PATH_TEMPLATE", "loras/{base_model_name}/{lora_name}")
@@ -298,7 +300,7 @@ def test_the_s3_resolver_of_the_document_works_as_written(
         for snippet in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "resolvers.md").read_text(), re.DOTALL):
             exec(compile(snippet, "resolvers.md", "exec"), scope)
         server = start(ALLOWED)
-        for name in ("sql", "chat"):  # the second uses the client of the first
+        for name in ("sql", "chat"):  # the second resolution reuses the S3 client
             assert post(server, model=name).json()["lora"]["adapter"] == name
             assert cards(server)[name]["root"] == str(tmp_path / name)
         assert error_of(post(server, model="nobody"), 404)["code"] == "model_not_found"
@@ -332,7 +334,7 @@ def test_names_are_added_and_removed() -> None:
         models.remove_adapter("audio")
 
 
-def test_names_are_safe_between_threads() -> None:
+def test_names_are_thread_safe() -> None:
     models = ServedModels("base", "root", 10)
     start = threading.Barrier(4)
 
@@ -354,7 +356,7 @@ def test_names_are_safe_between_threads() -> None:
     assert sorted(models.names) == sorted(["base", *(f"{t}-{i}" for t in range(4) for i in range(0, 300, 2))])
 
 
-def test_the_example_serves_an_adapter_that_it_was_not_started_with() -> None:
+def test_the_example_serves_a_resolved_adapter() -> None:
     example = str(ROOT / "examples" / "lora_resolver.py")
     with run_process(example, "0", HF_HUB_DISABLE_PROGRESS_BARS="1") as server:
         messages = [{"role": "user", "content": "what is two plus three?"}]
@@ -365,8 +367,8 @@ def test_the_example_serves_an_adapter_that_it_was_not_started_with() -> None:
         assert names == ["assistant", "spanish-lora"]
 
 
-def test_adapters_of_the_registry_are_served_again(tiny_phi4: Path, adapters: dict[str, str], tmp_path: Path) -> None:
-    """One that can be used stands in `/v1/models` as before, one that changed with its problem."""
+def test_adapters_of_the_registry_are_restored(tiny_phi4: Path, adapters: dict[str, str], tmp_path: Path) -> None:
+    """A valid adapter is listed in `/v1/models` as before, a changed one with its problem."""
     options: dict[str, Any] = {"enable_lora": True, "lora_registry": str(tmp_path / "registry"), "max_model_len": 64}
     paths = {name: Path(shutil.copytree(adapters["speech"], tmp_path / name)) for name in ("kept", "changed")}
     llm = AsyncLLM(EngineArgs(str(tiny_phi4), **options))

@@ -1,4 +1,4 @@
-"""Adapters that clients load and unload: what they are told, and what is served."""
+"""Loading and unloading adapters: responses, and the models that are served then."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def server(shared: RunningServer) -> Iterator[RunningServer]:
 
 
 def run_documented(command: str) -> str:
-    """Run a command of the documentation and give what it prints."""
+    """Run a command of the documentation and return its output."""
     arguments = shlex.split(command.replace("\\\n", ""))
     assert arguments[:3] == ["curl", "-X", "POST"]
     if shutil.which("curl"):
@@ -61,8 +61,8 @@ def run_documented(command: str) -> str:
     return httpx.post(arguments[3], content=arguments[arguments.index("-d") + 1]).text
 
 
-def test_the_commands_of_the_document_work_as_written(tiny_phi4: Path, adapters: dict[str, str]) -> None:
-    """`docs/adapters.md` has those of the reference document; a server is started from the command line."""
+def test_the_documented_commands_work_as_written(tiny_phi4: Path, adapters: dict[str, str]) -> None:
+    """The commands in `docs/adapters.md` work with a server started from the command line."""
     text = (ROOT / "docs" / "adapters.md").read_text()
     commands = re.findall(r"```bash\n(curl -X POST .*?)```", text, re.DOTALL)
     variable = re.findall(r"```bash\nexport (MMLORA_ALLOW\w+)=(\w+)\n```", text)
@@ -83,7 +83,7 @@ def test_the_commands_of_the_document_work_as_written(tiny_phi4: Path, adapters:
 
 
 @pytest.mark.parametrize("name", ["sql", "org/repo/sql", "été 1", "x" * 255])
-def test_a_loaded_adapter_is_served_at_once(server: RunningServer, adapters: dict[str, str], name: str) -> None:
+def test_a_loaded_adapter_is_served_immediately(server: RunningServer, adapters: dict[str, str], name: str) -> None:
     answer = load(server, lora_name=name, lora_path=adapters["words"], base_model_name="org/base")
     assert (answer.status_code, answer.text) == (200, f"Success: LoRA adapter '{name}' added successfully")
     assert answer.headers["content-type"] == "text/plain; charset=utf-8"
@@ -143,7 +143,7 @@ def test_an_adapter_is_unloaded_by_its_id(server: RunningServer, adapters: dict[
     ],
     ids=lambda value: "" if isinstance(value, dict | int) or value is None else value[:24],
 )
-def test_a_load_that_is_refused_says_why_and_changes_nothing(
+def test_a_refused_load_gives_a_reason_and_changes_nothing(
     server: RunningServer,
     adapters: dict[str, str],
     tmp_path: Path,
@@ -183,7 +183,7 @@ def test_a_load_that_is_refused_says_why_and_changes_nothing(
     ],
     ids=lambda value: "" if isinstance(value, dict | int) or value is None else value[:24],
 )
-def test_an_unload_that_is_refused_says_why(
+def test_a_refused_unload_gives_a_reason(
     server: RunningServer, body: dict[str, Any], status: int, param: str | None, text: str
 ) -> None:
     error = error_of(unload(server, **body), status)
@@ -191,7 +191,7 @@ def test_an_unload_that_is_refused_says_why(
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"lora_name": "\xff"}', b'{"lora_name": "\\ud800"}'])
-def test_a_body_that_cannot_be_read_is_400(server: RunningServer, content: bytes) -> None:
+def test_an_invalid_body_is_400(server: RunningServer, content: bytes) -> None:
     for route in ("load", "unload"):
         error_of(httpx.post(f"{server.address}/v1/{route}_lora_adapter", content=content), 400)
 
@@ -200,7 +200,7 @@ def test_a_large_body_is_refused(server: RunningServer) -> None:
     assert error_of(load(server, lora_name="x" * 2**16, lora_path="p"), 413)["code"] == "request_too_large"
 
 
-def test_routes_exist_only_when_they_are_turned_on(server: RunningServer, adapters: dict[str, str]) -> None:
+def test_update_routes_are_disabled_by_default(server: RunningServer, adapters: dict[str, str]) -> None:
     models = load_served_models(server.llm)
     with run_app(build_app(server.llm, models, api_key="key")) as address:
         for route in ("load", "unload"):
@@ -218,7 +218,7 @@ def test_routes_exist_only_when_they_are_turned_on(server: RunningServer, adapte
         assert response.status_code == 200
 
 
-def test_without_lora_the_reason_is_told(tiny_phi4: Path) -> None:
+def test_without_enable_lora_an_update_gives_the_reason(tiny_phi4: Path) -> None:
     llm = AsyncLLM(EngineArgs(str(tiny_phi4), served_model_name="tiny", max_model_len=64, device="cpu"))
     try:
         with run_app(build_app(llm, load_served_models(llm), allow_lora_updates=True)) as address:
@@ -243,7 +243,7 @@ def test_reload_in_place_serves_the_new_version(server: RunningServer, adapters:
     assert chat(server, "sql", logprobs=True).json()["choices"] == old["choices"]
 
 
-def test_files_that_changed_are_read_again(server: RunningServer, adapters: dict[str, str], tmp_path: Path) -> None:
+def test_changed_files_are_read_again(server: RunningServer, adapters: dict[str, str], tmp_path: Path) -> None:
     path = shutil.copytree(adapters["words"], tmp_path / "sql")
     load(server, lora_name="sql", lora_path=str(path))
     digest = card(server, "sql")["adapter"]["digest"]
@@ -252,7 +252,7 @@ def test_files_that_changed_are_read_again(server: RunningServer, adapters: dict
     assert card(server, "sql")["adapter"]["digest"] not in (None, digest)
 
 
-def test_a_registry_that_cannot_be_written_leaves_the_adapter(
+def test_an_unwritable_registry_keeps_the_adapter_served(
     server: RunningServer, adapters: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load(server, lora_name="sql", lora_path=adapters["words"])
@@ -266,7 +266,7 @@ def test_a_registry_that_cannot_be_written_leaves_the_adapter(
     assert chat(server, "sql").status_code == 200
 
 
-def test_what_was_removed_from_python_can_be_unloaded_or_loaded_again(
+def test_an_adapter_removed_through_python_can_be_unloaded_or_reloaded(
     server: RunningServer, adapters: dict[str, str]
 ) -> None:
     for repair in (unload, load):
@@ -278,7 +278,7 @@ def test_what_was_removed_from_python_can_be_unloaded_or_loaded_again(
     assert chat(server, "sql").status_code == 200
 
 
-def test_what_clients_load_comes_back_after_a_restart(
+def test_client_loaded_adapters_are_restored_after_a_restart(
     tiny_phi4: Path, adapters: dict[str, str], tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"enable_lora": True, "lora_registry": str(tmp_path / "registry"), "max_model_len": 64}

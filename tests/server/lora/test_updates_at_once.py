@@ -1,4 +1,4 @@
-"""Adapters that clients load and unload while requests run, or several clients at once."""
+"""Concurrent adapter updates, and updates while requests run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def server(shared: RunningServer) -> Iterator[RunningServer]:
 
 @contextmanager
 def slow_loads(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Loads begin, and end when the event is set."""
+    """Block loads until the yielded event is set."""
     store = server.llm.engine.host_cache
     assert store is not None
     load_adapter, may_end = store._load_adapter, threading.Event()
@@ -64,14 +64,14 @@ def slow_loads(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Iterat
         may_end.set()
 
 
-def test_traffic_goes_on_while_an_adapter_is_replaced_from_other_paths(
+def test_requests_succeed_while_their_adapter_is_replaced(
     server: RunningServer, adapters: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load(server, lora_name="sql", lora_path=adapters["words"])
     is_over, process = threading.Event(), server.llm.engine.process_input
 
     def process_slowly(*arguments: Any) -> Any:
-        time.sleep(0.05)  # the name is found, its adapter not yet taken
+        time.sleep(0.05)  # between the lookup of the name and that of its adapter
         return process(*arguments)
 
     monkeypatch.setattr(server.llm.engine, "process_input", process_slowly)
@@ -104,13 +104,15 @@ def test_unload_lets_running_requests_finish(server: RunningServer, adapters: di
         assert not running.done()
         assert error_of(chat(server, "sql"), 404)["code"] == "model_not_found"
         assert error_of(unload(server, lora_name="sql"), 404)["code"] == "adapter_not_found"
-        assert load(server, lora_name="sql", lora_path=adapters["speech"]).status_code == 200  # a new one may come
+        assert (
+            load(server, lora_name="sql", lora_path=adapters["speech"]).status_code == 200
+        )  # a new adapter of the name can be loaded
         assert running.result().json()["choices"] == expected
 
 
 @pytest.mark.parametrize("ask", [chat, complete])
 @pytest.mark.parametrize("is_draining", [False, True])
-def test_a_request_that_was_on_its_way_does_not_bring_an_adapter_back(
+def test_a_request_in_preparation_does_not_reload_an_unloaded_adapter(
     server: RunningServer,
     adapters: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
@@ -137,7 +139,7 @@ def test_a_request_that_was_on_its_way_does_not_bring_an_adapter_back(
     assert [info.name for info in engine.list_loras()] == ["started"]
 
 
-def test_of_loads_of_one_name_at_once_one_wins(server: RunningServer, adapters: dict[str, str]) -> None:
+def test_one_of_several_concurrent_loads_of_a_name_wins(server: RunningServer, adapters: dict[str, str]) -> None:
     paths = [adapters["words"], adapters["speech"]] * 4
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda path: load(server, lora_name="sql", lora_path=path), paths))
@@ -149,7 +151,7 @@ def test_of_loads_of_one_name_at_once_one_wins(server: RunningServer, adapters: 
     assert chat(server, "sql").json()["lora"]["digest"] == digest == card(server, "sql")["adapter"]["digest"]
 
 
-def test_a_good_load_behind_a_bad_one_of_its_name_succeeds(
+def test_a_valid_load_after_a_failed_load_of_its_name_succeeds(
     server: RunningServer, adapters: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with slow_loads(server, monkeypatch) as is_loading, ThreadPoolExecutor(2) as pool:
@@ -182,7 +184,7 @@ def test_a_load_waits_for_an_unload_of_its_name(
     assert chat(server, "sql").status_code == 200
 
 
-def test_a_resolver_does_not_replace_what_a_client_loaded_meanwhile(
+def test_a_resolver_does_not_replace_an_adapter_that_a_client_loaded(
     server: RunningServer, adapters: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = load_served_models(server.llm)
@@ -203,7 +205,7 @@ def test_a_resolver_does_not_replace_what_a_client_loaded_meanwhile(
         assert unload(other, lora_name="sql").status_code == 200
 
 
-def test_a_resolver_brings_an_adapter_back_once_it_has_drained(
+def test_a_resolver_can_reload_an_adapter_after_it_has_drained(
     server: RunningServer, adapters: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = load_served_models(server.llm)
@@ -228,8 +230,10 @@ def test_a_resolver_brings_an_adapter_back_once_it_has_drained(
         assert unload(other, lora_name="sql").status_code == 200
 
 
-def test_loads_and_unloads_in_any_order_agree_in_the_end(server: RunningServer, adapters: dict[str, str]) -> None:
-    """Whatever is served can be used, and the engine knows nothing else."""
+def test_server_and_engine_agree_after_concurrent_loads_and_unloads(
+    server: RunningServer, adapters: dict[str, str]
+) -> None:
+    """All served adapters can be used, and the engine has no others."""
     start = threading.Barrier(6)
 
     def work(thread: int) -> set[int]:
@@ -251,7 +255,7 @@ def test_loads_and_unloads_in_any_order_agree_in_the_end(server: RunningServer, 
 
 
 @pytest.mark.parametrize("is_good", [True, False])
-def test_a_load_ends_although_its_client_left(
+def test_a_load_completes_after_its_client_disconnected(
     server: RunningServer, adapters: dict[str, str], monkeypatch: pytest.MonkeyPatch, is_good: bool, tmp_path: Path
 ) -> None:
     path = Path(shutil.copytree(adapters["words"], tmp_path / "sql"))
@@ -264,7 +268,7 @@ def test_a_load_ends_although_its_client_left(
             httpx.post(f"{server.address}/v1/load_lora_adapter", json=body, timeout=httpx.Timeout(30, read=0.5))
         assert names(server) == BASE_NAMES
         with ThreadPoolExecutor(1) as pool:
-            unloading = pool.submit(unload, server, lora_name="started")  # another name does not wait
+            unloading = pool.submit(unload, server, lora_name="started")  # other names are not locked
             assert unloading.result(20).status_code == 200
         may_end.set()
         store = server.llm.engine.host_cache

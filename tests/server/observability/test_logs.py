@@ -1,4 +1,4 @@
-"""The log: an access line for each request, as text or JSON, and nothing of what was asked unless it is wanted."""
+"""The log: one access line per request, as text or JSON, with content only if `log_requests` is set."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def server(start_server: ServerFactory, adapters: dict[str, str]) -> RunningServ
 
 
 class Log:
-    """What the server wrote, in both formats."""
+    """The log of the server in both formats."""
 
     def __init__(self) -> None:
-        self._streams = {"text": io.StringIO(), "json": io.StringIO()}  # text comes first: it is there once JSON is
+        self._streams = {"text": io.StringIO(), "json": io.StringIO()}  # the text handler runs first: wait for JSON
         self.handlers = [logging.StreamHandler(stream) for stream in self._streams.values()]
         for handler, formatter in zip(self.handlers, (TextFormatter(TEXT_FORMAT), JSONFormatter()), strict=True):
             handler.setFormatter(formatter)
@@ -76,7 +76,7 @@ def log() -> Iterator[Log]:
 
 
 def access_lines(log: Log, count: int = 1) -> list[dict[str, Any]]:
-    """The access lines, which may come a little later than the answers."""
+    """Wait for the access lines, which are written after the responses, and return them."""
 
     def found() -> list[dict[str, Any]]:
         return [line for line in log.json if line["logger"] == ACCESS_LOGGER]
@@ -86,7 +86,7 @@ def access_lines(log: Log, count: int = 1) -> list[dict[str, Any]]:
     return found()
 
 
-def test_an_access_line_tells_all_but_what_was_asked(server: RunningServer, log: Log, wav: bytes, png: bytes) -> None:
+def test_an_access_line_has_no_content(server: RunningServer, log: Log, wav: bytes, png: bytes) -> None:
     picture = url_part("image_url", png, "image/png")
     answer = server.ask(input_audio_part(wav), picture, text_part(SECRET), n=2)
     (line,) = access_lines(log)
@@ -121,7 +121,7 @@ def test_an_access_line_tells_all_but_what_was_asked(server: RunningServer, log:
     assert all(choice["message"]["content"] not in log.everything for choice in answer["choices"])
 
 
-def test_a_refused_request_has_a_line_without_its_text(server: RunningServer, log: Log) -> None:
+def test_a_refused_request_is_logged_without_its_text(server: RunningServer, log: Log) -> None:
     body = {"messages": [{"role": "user", "content": SECRET * 200}], "model": "od\nd"}
     assert httpx.post(f"{server.address}/v1/chat/completions", json=body).status_code == 400
     body = {"messages": [{"role": "user", "content": SECRET}], "temprature": SECRET}
@@ -135,13 +135,13 @@ def test_a_refused_request_has_a_line_without_its_text(server: RunningServer, lo
     assert "secret" not in log.everything and len(log.text) == 3
 
 
-def test_a_name_cannot_forge_a_line(server: RunningServer, log: Log) -> None:
+def test_a_name_cannot_forge_a_log_line(server: RunningServer, log: Log) -> None:
     server.ask(text_part(SECRET), model="od\nd")
     assert access_lines(log)[0]["adapter"] == "od\nd"
     assert len(log.text) == 1 and "adapter=od\\nd" in log.text[0]
 
 
-def test_a_stream_that_is_left_and_one_that_fails(
+def test_disconnected_and_failed_requests_are_logged(
     server: RunningServer, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"stream": True, "max_tokens": 480, "extra_body": {"ignore_eos": True}}
@@ -159,13 +159,15 @@ def test_a_stream_that_is_left_and_one_that_fails(
     assert 0 < left["output_tokens"] < 480
     assert (broken["status"], broken["finish_reason"], broken["output_tokens"]) == (500, "error", 0)
     reported = [line for line in log.json if line["logger"] == "mmlora.server.openai.output"]
-    assert [line["request_id"] for line in reported] == [broken["request_id"]], "other lines of a request name it, too"
+    assert [line["request_id"] for line in reported] == [broken["request_id"]], (
+        "other log lines of a request have its id, too"
+    )
     traced = [line for line in log.json if "exception" in line]
     assert traced and "ZeroDivisionError" in traced[0]["exception"]
     assert SECRET not in log.everything
 
 
-def test_prompts_are_logged_where_that_is_wanted(server: RunningServer, log: Log, wav: bytes) -> None:
+def test_log_requests_adds_prompts_and_media_hashes(server: RunningServer, log: Log, wav: bytes) -> None:
     app = build_app(server.llm, load_served_models(server.llm), log_requests=True)
     with run_app(app) as address:
         answer = RunningServer(server.llm, address).ask(input_audio_part(wav), text_part(SECRET))
@@ -181,7 +183,7 @@ def test_prompts_are_logged_where_that_is_wanted(server: RunningServer, log: Log
 
 
 @pytest.mark.parametrize(("options", "is_prompt_logged"), [([], False), (["--log-requests"], True)])
-def test_all_that_the_process_writes_is_json(tiny_phi4: Path, options: list[str], is_prompt_logged: bool) -> None:
+def test_all_output_of_the_process_is_json(tiny_phi4: Path, options: list[str], is_prompt_logged: bool) -> None:
     options = ["--device", "cpu", "--log-format", "json", *options]
     with run_serve(str(tiny_phi4), *options, stderr=subprocess.PIPE) as process:
         body = {"messages": [{"role": "user", "content": SECRET}], "max_tokens": 2, "ignore_eos": True}

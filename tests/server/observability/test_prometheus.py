@@ -1,4 +1,4 @@
-"""`/metrics`: each sample after requests that determine it, scraped and parsed as Prometheus does."""
+"""`/metrics`, scraped and parsed as Prometheus does: each sample has the value that known requests imply."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ LONG = {"max_tokens": 300, "ignore_eos": True}
 
 
 class Scrape(dict[tuple[str, frozenset[tuple[str, str]]], float]):
-    """Samples by name, without the prefix, and labels, without the model's name."""
+    """Samples by name (without the prefix) and labels (without `model_name`)."""
 
     def __call__(self, name: str, **labels: str) -> float | None:
         return self.get((name, frozenset(labels.items())))
 
     def by(self, name: str, label: str) -> dict[str, float]:
-        """Values of a metric that are not 0, by one of its labels."""
+        """Return the nonzero values of a metric by one of its labels."""
         return {dict(labels)[label]: value for (found, labels), value in self.items() if found == name and value}
 
 
@@ -75,7 +75,9 @@ def test_every_request_is_counted_once(server: RunningServer, wav: bytes, png: b
     audio, image = input_audio_part(wav), url_part("image_url", png, "image/png")
     before = scrape(server)
     assert before.by("request_success_total", "finished_reason") == {} and before("prompt_tokens_total") == 0
-    assert before("request_success_total", finished_reason="stop") == 0, "a rate needs a start"
+    assert before("request_success_total", finished_reason="stop") == 0, (
+        "counters start at 0, so that rates are defined"
+    )
     answers = [
         server.ask(QUESTION, n=2),
         server.ask(audio, QUESTION),
@@ -125,15 +127,15 @@ def test_every_request_is_counted_once(server: RunningServer, wav: bytes, png: b
     assert found("http_requests_total", route=CHAT, status="400") == 1
     assert found("http_requests_total", route="other", status="404") == 1
     assert found("http_requests_total", route="/v1/models/{name:path}", status="200") == 1
-    assert found("http_requests_total", route="/metrics", status="200") == 1, "this scrape is not over"
-    # The audio was encoded with its adapter, and without one beside the picture; the picture's adapter has no towers.
+    assert found("http_requests_total", route="/metrics", status="200") == 1, "this scrape has not ended"
+    # The audio was encoded with its adapter, and next to the image without one; the image's adapter has no towers.
     assert (found("encoder_cache_queries_total"), found("encoder_cache_bytes")) == (
         (found("encoder_cache_hits_total") or 0) + server.llm.engine.metrics.total_encoder_misses,
         server.llm.engine.metrics.num_encoder_cache_bytes,
     )
 
 
-def test_adapters_are_told_apart_and_vanish_when_they_are_unloaded(
+def test_adapters_have_separate_series_that_end_when_unloaded(
     start_server: ServerFactory, adapters: dict[str, str], wav: bytes
 ) -> None:
     odd = 'o"dd\n\\name'
@@ -165,14 +167,14 @@ def test_adapters_are_told_apart_and_vanish_when_they_are_unloaded(
     assert {dict(labels).get("adapter") for _, labels in scrape(server)} == {"audio", "audio2", None}
 
 
-def test_a_scrape_sees_what_runs_and_waits_for_no_step(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine stands still in a step; the page comes all the same."""
+def test_a_scrape_does_not_wait_for_the_running_step(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scrape returns while the engine is blocked in a step."""
     runner, may_go = server.llm.engine.runner, threading.Event()
     run = runner.run
     monkeypatch.setattr(runner, "run", lambda scheduled: may_go.wait(60) and run(scheduled))
     threads = [threading.Thread(target=post, args=(server,), kwargs={"model": name}) for name in ("words", "audio")]
     try:
-        for index, thread in enumerate(threads):  # the second one stays in the inbox: the step takes no messages
+        for index, thread in enumerate(threads):  # the second one stays in the inbox: the engine is blocked
             thread.start()
             wait_for(lambda count=index: server.llm._inbox.qsize() + len(server.llm.engine._requests) > count)  # type: ignore[misc]
         wait_for(lambda: server.llm.engine.metrics.num_requests_running == 1)
@@ -192,10 +194,10 @@ def test_a_scrape_sees_what_runs_and_waits_for_no_step(server: RunningServer, mo
     assert scrape(server)("num_requests_running") == 0
 
 
-def test_mixes_share_one_series_and_names_that_run_are_listed(
+def test_mixes_share_one_series_and_active_adapters_are_listed(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With two slots the third adapter waits."""
+    """With two slots, two adapters run and two wait."""
     engine = server.llm.engine
     runner, scrapes = engine.runner, []
     run = runner.run
@@ -249,7 +251,7 @@ def test_aborts_errors_and_preemptions_are_counted(
     wait_for(lambda: not server.llm.engine.has_unfinished_requests)
     found = scrape(server)
     assert found.by("request_success_total", "finished_reason") == {"length": 4, "abort": 1}
-    assert found("e2e_request_latency_seconds_count") == 2, "an answer that nobody waits for ends, too"
+    assert found("e2e_request_latency_seconds_count") == 2, "an aborted request ends, too"
     assert found("generation_tokens_total") == found("request_generation_tokens_sum")
 
     with monkeypatch.context() as patch:
@@ -261,7 +263,7 @@ def test_aborts_errors_and_preemptions_are_counted(
     assert (found("e2e_request_latency_seconds_count"), found("time_to_first_token_seconds_count")) == (3, 2)
 
 
-def test_two_servers_of_one_process_count_for_themselves(server: RunningServer, start_server: ServerFactory) -> None:
+def test_two_servers_in_one_process_count_separately(server: RunningServer, start_server: ServerFactory) -> None:
     other = start_server(served_model_name="other", enable_lora=False)
     server.ask(QUESTION)
     found, foreign = scrape(server), scrape(other, "other")
@@ -271,8 +273,8 @@ def test_two_servers_of_one_process_count_for_themselves(server: RunningServer, 
     assert foreign("lora_requests_info", max_lora="0", running_lora_adapters="", waiting_lora_adapters="")
 
 
-def test_the_api_key_guards_the_page(server: RunningServer) -> None:
-    """A second application around the same engine has a registry and HTTP counts of its own."""
+def test_metrics_need_the_api_key(server: RunningServer) -> None:
+    """A second application around the same engine has a separate registry and HTTP counts."""
     with run_app(build_app(server.llm, load_served_models(server.llm), api_key="key")) as address:
         assert httpx.get(f"{address}/metrics").status_code == 401
         page = httpx.get(f"{address}/metrics", headers={"authorization": "Bearer key"})
@@ -280,14 +282,14 @@ def test_the_api_key_guards_the_page(server: RunningServer) -> None:
         assert "mmlora:num_requests_running" in page.text
 
 
-def test_openmetrics_is_spoken_to_who_asks_for_it(server: RunningServer) -> None:
+def test_openmetrics_is_negotiated(server: RunningServer) -> None:
     server.ask(QUESTION)
     page = httpx.get(f"{server.address}/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
     assert page.headers["content-type"].startswith("application/openmetrics-text")
     assert "mmlora:num_requests_running" in {family.name for family in parse_openmetrics(page.text)}
 
 
-def test_the_dashboard_asks_for_what_there_is(server: RunningServer, wav: bytes) -> None:
+def test_the_dashboard_queries_exactly_the_exported_metrics(server: RunningServer, wav: bytes) -> None:
     server.ask(input_audio_part(wav))
     scrape(server)
     exported = {f"mmlora:{name}" for name, _ in scrape(server)}
@@ -303,7 +305,7 @@ def test_the_dashboard_asks_for_what_there_is(server: RunningServer, wav: bytes)
     assert sources == {"${datasource}"}
 
 
-def test_each_prompt_of_a_completion_is_a_request(server: RunningServer) -> None:
+def test_each_prompt_of_a_completion_counts_as_a_request(server: RunningServer) -> None:
     before = scrape(server)
     body = {"prompt": ["one", "two", "three"], "max_tokens": 3, "ignore_eos": True}
     answer = httpx.post(f"{server.address}/v1/completions", json=body, timeout=60)
@@ -320,7 +322,7 @@ def test_each_prompt_of_a_completion_is_a_request(server: RunningServer) -> None
     assert grew("time_to_first_token_seconds_count") == grew("e2e_request_latency_seconds_count") == 3
 
 
-def test_routes_are_those_of_the_openapi_document(start_server: ServerFactory) -> None:
+def test_route_labels_are_those_of_the_openapi_document(start_server: ServerFactory) -> None:
     llm = start_server().llm
     with run_app(build_app(llm, load_served_models(llm), allow_lora_updates=True)) as address:
         document = httpx.get(f"{address}/openapi.json").json()

@@ -1,4 +1,4 @@
-"""Traces: spans of requests as an exporter gets them, and as a collector does when the server ends."""
+"""Tracing: spans as an exporter receives them, and as a collector does at shutdown."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TRACEPARENT = f"00-{TRACE_ID:032x}-{PARENT_ID:016x}-01"
 
 
 class Traced:
-    """A server whose spans are kept."""
+    """A server that exports its spans to memory."""
 
     def __init__(self, server: RunningServer, *, log_requests: bool = False) -> None:
         self.exporter = InMemorySpanExporter()
@@ -50,7 +50,7 @@ class Traced:
         return httpx.post(f"{self.address}{route}", json=body, headers=headers, timeout=120)
 
     def spans(self, count: int) -> list[ReadableSpan]:
-        """The spans so far, in the order in which they ended; they come a little later than the answers."""
+        """Wait for the spans, which are exported after the responses; return them in the order in which they ended."""
         wait_for(lambda: self.tracer._provider.force_flush() and len(self.exporter.get_finished_spans()) >= count)
         found = list(self.exporter.get_finished_spans())
         assert len(found) == count
@@ -81,7 +81,7 @@ def everything(spans: list[ReadableSpan]) -> str:
     return " ".join(span.to_json() for span in spans)
 
 
-def test_a_request_has_a_span_and_its_engine_request_another(traced: Traced, wav: bytes) -> None:
+def test_http_and_engine_requests_have_a_span_each(traced: Traced, wav: bytes) -> None:
     parts = [input_audio_part(wav), text_part(SECRET)]
     messages = [{"role": "user", "content": parts}]
     before_ns = time.time_ns()
@@ -96,11 +96,11 @@ def test_a_request_has_a_span_and_its_engine_request_another(traced: Traced, wav
     }
     assert (http.name, http.kind.name) == ("POST /v1/chat/completions", "SERVER")
     assert http.parent is not None and request.parent is not None and http.context is not None
-    assert (http.parent.trace_id, http.parent.span_id) == (TRACE_ID, PARENT_ID), "the client's trace goes on"
+    assert (http.parent.trace_id, http.parent.span_id) == (TRACE_ID, PARENT_ID), "the span continues the client's trace"
     assert request.parent.span_id == http.context.span_id and request.name == "chat tiny"
-    told = dict(request.attributes or {})
-    latencies = {name: told.pop(name) for name in list(told) if name.startswith("gen_ai.latency.")}
-    assert told == {
+    attributes = dict(request.attributes or {})
+    latencies = {name: attributes.pop(name) for name in list(attributes) if name.startswith("gen_ai.latency.")}
+    assert attributes == {
         "gen_ai.operation.name": "chat",
         "gen_ai.provider.name": "mmlora",
         "gen_ai.request.model": "tiny",
@@ -134,7 +134,7 @@ def test_a_request_has_a_span_and_its_engine_request_another(traced: Traced, wav
         assert text not in everything([request, http])
 
 
-def test_the_spans_of_completions_of_a_refusal_and_of_nothing(traced: Traced) -> None:
+def test_spans_of_completions_refusals_and_unknown_routes(traced: Traced) -> None:
     traced.post("/v1/completions", prompt=["one", "two"]).raise_for_status()
     first, second, http = traced.spans(3)
     assert [span.name for span in (first, second, http)] == [*["text_completion tiny"] * 2, "POST /v1/completions"]
@@ -152,14 +152,14 @@ def test_the_spans_of_completions_of_a_refusal_and_of_nothing(traced: Traced) ->
     assert lost.name == "GET other" and "secret" not in everything([lost])
 
 
-def test_a_trace_that_is_not_sampled_stays_so(traced: Traced) -> None:
+def test_an_unsampled_trace_stays_unsampled(traced: Traced) -> None:
     traced.post("/v1/completions", {"traceparent": TRACEPARENT[:-2] + "00"}, prompt="x").raise_for_status()
     traced.post("/v1/completions", {"traceparent": "nonsense"}, prompt="x").raise_for_status()
     _, http = traced.spans(2)
     assert http.parent is None
 
 
-def test_failures_are_marked(traced: Traced, server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_are_marked_in_spans(traced: Traced, server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server.llm.engine.runner, "run", lambda _: 1 / 0)
     assert traced.post("/v1/completions", prompt="x").status_code == 500
     request, http = traced.spans(2)
@@ -169,7 +169,7 @@ def test_failures_are_marked(traced: Traced, server: RunningServer, monkeypatch:
     assert "gen_ai.latency.time_to_first_token" not in request.attributes
 
 
-def test_a_stream_that_is_left_ends_its_spans(traced: Traced) -> None:
+def test_a_client_that_disconnects_ends_its_spans(traced: Traced) -> None:
     body = {"prompt": "x", "max_tokens": 480, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{traced.address}/v1/completions", json=body, timeout=60) as response:
         next(response.iter_lines())
@@ -177,7 +177,7 @@ def test_a_stream_that_is_left_ends_its_spans(traced: Traced) -> None:
     assert request.attributes is not None and request.attributes["gen_ai.response.finish_reasons"] == ("abort",)
 
 
-def test_prompts_are_in_the_spans_where_that_is_wanted(server: RunningServer, wav: bytes) -> None:
+def test_prompts_are_in_spans_with_log_requests(server: RunningServer, wav: bytes) -> None:
     with traced_server(server, log_requests=True) as traced:
         messages = [{"role": "user", "content": [input_audio_part(wav), text_part(SECRET)]}]
         traced.post("/v1/chat/completions", messages=messages).raise_for_status()
@@ -187,7 +187,7 @@ def test_prompts_are_in_the_spans_where_that_is_wanted(server: RunningServer, wa
     assert input_audio_part(wav)["input_audio"]["data"][:40] not in everything([request])
 
 
-def test_a_name_that_is_no_utf8_does_not_spoil_the_batch() -> None:
+def test_a_name_that_is_not_utf8_does_not_fail_the_batch() -> None:
     exporter = InMemorySpanExporter()
     tracer = Tracer(exporter, "ti\udcffny")
     choice = LoRAChoice("na\udcffme", "digest", "explicit")
@@ -199,7 +199,7 @@ def test_a_name_that_is_no_utf8_does_not_spoil_the_batch() -> None:
 
 
 class Collector(BaseHTTPRequestHandler):
-    """Keeps what OTLP over HTTP brings."""
+    """Collector that keeps the OTLP requests it receives."""
 
     received: list[ExportTraceServiceRequest]
 
@@ -213,7 +213,7 @@ class Collector(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_server_that_ends_sends_what_is_left(tiny_phi4: Path) -> None:
+def test_a_shutdown_exports_the_remaining_spans(tiny_phi4: Path) -> None:
     kind = type("Kept", (Collector,), {"received": []})
     with HTTPServer(("127.0.0.1", 0), kind) as collector:
         threading.Thread(target=collector.serve_forever, daemon=True).start()
@@ -232,12 +232,12 @@ def test_a_server_that_ends_sends_what_is_left(tiny_phi4: Path) -> None:
 
 
 @pytest.mark.parametrize("endpoint", ["", "localhost:4318", "ftp://host/v1/traces", "http:///v1/traces"])
-def test_an_endpoint_that_is_no_url_is_refused(endpoint: str) -> None:
+def test_an_endpoint_that_is_not_a_url_is_refused(endpoint: str) -> None:
     with pytest.raises(ConfigError, match="otlp_traces_endpoint=.*must be a URL"), tracing(endpoint, "tiny"):
         pass
 
 
-def test_the_end_does_not_wait_for_a_collector_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shutdown_does_not_wait_for_an_unresponsive_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     is_over = threading.Event()
     monkeypatch.setattr("mmlora.server.observability.tracing.SHUTDOWN_TIMEOUT_S", 0.2)
     monkeypatch.setattr(OTLPSpanExporter, "export", lambda *_: is_over.wait(60))
@@ -265,6 +265,6 @@ except ConfigError as error:
 """
 
 
-def test_without_the_extra_only_the_flag_is_refused() -> None:
+def test_without_the_tracing_extra_only_the_option_fails() -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT_EXTRA], capture_output=True, text=True, timeout=300)
     assert "otlp_traces_endpoint=" in done.stdout and "mmlora[tracing]" in done.stdout, done.stderr

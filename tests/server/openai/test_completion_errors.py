@@ -82,7 +82,7 @@ def url(data: bytes) -> str:
     ],
     ids=lambda value: str(value)[:24] if not isinstance(value, dict) else "",
 )
-def test_a_field_that_cannot_be_honoured_is_named(server: RunningServer, body: Any, param: str, text: str) -> None:
+def test_an_unsupported_field_is_named(server: RunningServer, body: Any, param: str, text: str) -> None:
     error = refuse(server, **body)
     assert (error["param"], error["type"]) == (param, "invalid_request_error")
     assert text in error["message"] and len(error["message"]) < 400

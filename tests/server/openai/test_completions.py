@@ -135,7 +135,7 @@ def test_sampling_fields_reach_the_engine(server: RunningServer, llm: LLM) -> No
         assert own.token_ids != greedy.token_ids
 
 
-def test_special_tokens_are_added_unless_told_otherwise(server: RunningServer, monkeypatch: Any) -> None:
+def test_special_tokens_are_added_by_default(server: RunningServer, monkeypatch: Any) -> None:
     seen: list[Any] = []
     tokenizer = type(server.llm.tokenizer)
     call = tokenizer.__call__

@@ -20,7 +20,7 @@ import pytest
 import soundfile
 
 from tests.server.conftest import RunningServer, ServerFactory, still_serving
-from tests.server.observability.figures import MIB, bounded
+from tests.server.resource_limits import MIB, bounded
 from tests.web_server import FakeDNS, endless, http_response, redirect, run_web_server
 
 

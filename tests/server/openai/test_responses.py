@@ -413,7 +413,7 @@ def refuse(server: RunningServer, body: Any, status: int = 400) -> dict[str, Any
     ],
     ids=str,
 )
-def test_a_field_that_cannot_be_honoured_is_named(server: RunningServer, fields: dict[str, Any], param: str) -> None:
+def test_an_unsupported_field_is_named(server: RunningServer, fields: dict[str, Any], param: str) -> None:
     error = refuse(server, {"input": "hello", **fields})
     assert error["param"] == param and param.partition(".")[0] in error["message"]
 

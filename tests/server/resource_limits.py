@@ -1,4 +1,4 @@
-"""What a block costs this process, in which tests and server run together: bounded, and printed (`pytest -s`)."""
+"""Limits on the time and memory of a block in this process, which runs tests and server; printed with `pytest -s`."""
 
 import time
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ _PROCESS = Path("/proc/self")
 
 @contextmanager
 def bounded(name: str, *, max_s: float = 60.0, max_bytes: int = 60 * MIB) -> Iterator[None]:
-    """Fail if a block takes longer, or if memory grows further meanwhile; both bounds are generous."""
-    (_PROCESS / "clear_refs").write_text("5")  # the peak begins anew
+    """Fail if a block takes longer or memory grows more than allowed; both limits are generous."""
+    (_PROCESS / "clear_refs").write_text("5")  # resets the peak
     before, start = _resident("VmRSS"), time.monotonic()
     yield
     seconds, growth = time.monotonic() - start, max(0, _resident("VmHWM") - before)
@@ -21,6 +21,6 @@ def bounded(name: str, *, max_s: float = 60.0, max_bytes: int = 60 * MIB) -> Ite
 
 
 def _resident(field: str) -> int:
-    """Bytes of memory now (`VmRSS`), or at the peak (`VmHWM`)."""
+    """Return the current (`VmRSS`) or peak (`VmHWM`) resident memory in bytes."""
     lines = (_PROCESS / "status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
