@@ -48,30 +48,34 @@ class LoRAChoice:
 
 @dataclass
 class RequestMetrics:
-    """Seconds spent waiting, until the first token, and from there to the last.
+    """When a request reached each stage, in seconds of the monotonic clock.
 
-    `arrival_s` is when the engine took the request, on the monotonic clock; the properties are on that clock, too.
+    Attributes:
+        arrival_s: the engine queued it.
+        scheduled_s: it was first scheduled.
+        first_token_s: its first token was sampled.
+        end_s: this output was built.
     """
 
-    queue_s: float = 0.0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
     arrival_s: float = 0.0
+    scheduled_s: float = 0.0
+    first_token_s: float = 0.0
+    end_s: float = 0.0
 
     @property
-    def scheduled_s(self) -> float:
-        """When the request began to run."""
-        return self.arrival_s + self.queue_s
+    def queue_s(self) -> float:
+        """Seconds spent waiting."""
+        return self.scheduled_s - self.arrival_s
 
     @property
-    def first_token_s(self) -> float:
-        """When its first token came."""
-        return self.scheduled_s + self.prefill_s
+    def prefill_s(self) -> float:
+        """Seconds from the start to the first token."""
+        return self.first_token_s - self.scheduled_s
 
     @property
-    def end_s(self) -> float:
-        """When the output that tells this was made."""
-        return self.first_token_s + self.decode_s
+    def decode_s(self) -> float:
+        """Seconds from the first token to this output."""
+        return self.end_s - self.first_token_s
 
 
 @dataclass

@@ -196,10 +196,4 @@ def _completion(seq: Sequence, *, is_delta: bool) -> CompletionOutput:
 def _metrics(request: Request) -> RequestMetrics:
     now = time.monotonic()
     scheduled_s = request.scheduled_s or now
-    first_token_s = request.first_token_s or now
-    return RequestMetrics(
-        queue_s=scheduled_s - request.arrival_s,
-        prefill_s=max(0.0, first_token_s - scheduled_s),
-        decode_s=now - first_token_s,
-        arrival_s=request.arrival_s,
-    )
+    return RequestMetrics(request.arrival_s, scheduled_s, max(scheduled_s, request.first_token_s or now), now)

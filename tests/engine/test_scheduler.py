@@ -1,11 +1,13 @@
-"""`Scheduler`: which sequences run, in sentences. The loop below stands in for the model."""
+"""`Scheduler` and its `WaitingQueue`: which sequences run, in sentences. The loop below stands in for the model."""
+
+import random
 
 import pytest
 from torch import nn
 
 from mmlora import SamplingParams
 from mmlora.engine.block_manager import BlockManager
-from mmlora.engine.scheduler import MAX_WAIT_STEPS, Scheduler
+from mmlora.engine.scheduler import MAX_WAIT_STEPS, Place, Scheduler, WaitingQueue
 from mmlora.engine.sequence import Status
 from mmlora.errors import AdapterError
 from mmlora.lora.layers.slots import LoRASlots
@@ -416,3 +418,48 @@ def test_whatever_an_activation_raises_is_named(monkeypatch, error):
     assert step(scheduler) == {}
     ((failed, named),) = scheduler.failed
     assert failed is failing and isinstance(named, AdapterError) and "'A'" in str(named)
+
+
+def test_sequences_stand_in_the_order_in_which_they_came_those_put_back_first():
+    queue = WaitingQueue()
+    back = [make_sequence(adapter=adapter) for adapter in (A, None, B, A)]
+    front = [make_sequence(adapter=adapter) for adapter in (B, A)]
+    for seq in back:
+        queue.append(seq, step=3)
+    for seq in front:
+        queue.appendleft(seq, step=5)
+    assert list(queue) == [*reversed(front), *back] and len(queue) == 6 and queue.num_base == 1
+    assert queue.head(None) == (Place(2, 3), back[1])
+    assert sorted(queue.adapter_heads()) == [(Place(-2, 5), front[1]), (Place(-1, 5), front[0])]
+    assert [queue.last_order(A, count) for count in (1, 2, 3, 9)] == [-2, 1, 4, 4]
+
+
+def test_a_removed_sequence_leaves_no_trace():
+    queue = WaitingQueue()
+    seqs = [make_sequence(adapter=adapter) for adapter in (A, B, A, None, A)]
+    for seq in seqs:
+        queue.append(seq, 0)
+    queue.remove(seqs[2])
+    queue.remove(seqs[2])
+    queue.remove(make_sequence(adapter=B))
+    assert list(queue) == [seqs[0], seqs[1], seqs[3], seqs[4]]
+    for seq in seqs:
+        queue.remove(seq)
+    assert not queue and queue.head(A) is None and queue.head(None) is None and queue.adapter_heads() == []
+
+
+def test_random_changes_agree_with_a_list():
+    rng, queue, model = random.Random(0), WaitingQueue(), []
+    for step in range(2000):
+        if model and rng.random() < 0.45:
+            queue.remove(model.pop(rng.randrange(len(model))))
+            continue
+        seq = make_sequence(adapter=rng.choice([A, B, None]))
+        is_front = rng.random() < 0.2
+        (queue.appendleft if is_front else queue.append)(seq, step)
+        model.insert(0 if is_front else len(model), seq)
+        for adapter in (A, B, None):
+            lane = [other for other in model if other.adapter is adapter]
+            head = queue.head(adapter)
+            assert (head[1] if head else None) is (lane[0] if lane else None)
+    assert list(queue) == model and len(queue) == len(model)
