@@ -1,4 +1,4 @@
-"""`mmlora.inputs.adapter_policy`: the table of DESIGN.md, and what `parse_defaults` refuses."""
+"""`mmlora.inputs.adapter_policy`: the decision table of the policy, and the errors of `parse_defaults`."""
 
 import itertools
 
@@ -53,12 +53,12 @@ def test_an_explicit_adapter_wins_over_every_row(modalities, defaults):
 
 
 @pytest.mark.parametrize(("modalities", "defaults"), [(row[0], row[1]) for row in TABLE])
-def test_the_base_on_purpose_wins_over_every_row(modalities, defaults):
+def test_an_explicit_base_model_wins_over_every_row(modalities, defaults):
     choice = choose_adapter(modalities, defaults, is_base_explicit=True)
     assert (choice.adapter, choice.reason, choice.warning) == (None, "explicit:base", None)
 
 
-def test_a_conflict_names_the_modalities_and_the_way_out():
+def test_a_conflict_names_the_modalities_and_the_remedy():
     warning = choose_adapter({"audio", "image"}, BOTH).warning
     assert warning is not None
     assert "audio and image" in warning and "'audio+image'" in warning and "none was applied" in warning

@@ -1,4 +1,4 @@
-"""Bad input, offline: each has a named error that says what is wrong, and the same engine serves on."""
+"""Bad input, offline: each is refused with an error that names the problem, and the engine keeps serving."""
 
 import base64
 import io
@@ -27,7 +27,7 @@ def llm(tiny_phi4):
 
 @pytest.fixture
 def serves_on(llm, tiny_adapters):
-    """After the bad request: the same engine answers good ones, and holds nothing."""
+    """Check, after the bad request, that the engine serves good ones and has freed everything."""
     good = ["hello", {"prompt": "<|audio|><|image|>", "multi_modal_data": {"audio": AUDIO, "image": IMAGE}}]
     lora = LoRARequest("good", 1, str(tiny_adapters["a"]))
     before = llm.generate(good, PARAMS, lora, use_tqdm=False)
@@ -110,7 +110,7 @@ def test_bad_parts_of_a_message_are_refused(llm, serves_on, name):
 
 
 class ClaimedText(str):
-    """A data: URL whose length says 4 GB of base64, without the memory; decoding it would fail the test."""
+    """A data: URL that reports a length of 4 GB of base64 without the memory; decoding it fails the test."""
 
     def __len__(self):
         return 4 * 2**30
@@ -122,7 +122,7 @@ class ClaimedText(str):
         return 0
 
 
-def test_a_claim_of_3_gb_is_refused_before_decoding(llm, serves_on, monkeypatch):
+def test_a_data_url_of_3_gb_is_refused_before_decoding(llm, serves_on, monkeypatch):
     def decode(*_, **__):
         raise AssertionError("it was decoded")
 
@@ -139,7 +139,7 @@ def test_an_adapter_above_the_rank_limit_is_refused(llm, serves_on, tiny_adapter
 
 
 def edited(source, path, config=None, tensors=None):
-    """A copy of an adapter with another config or other tensors."""
+    """Copy an adapter with another config or other tensors."""
     shutil.copytree(source, path)
     file = path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **(config or {})}))
@@ -193,7 +193,7 @@ def test_adapter_files_that_are_missing_or_broken_are_named(llm, serves_on, tiny
     assert llm.generate("x", PARAMS, broken, use_tqdm=False)[0].lora.adapter == "bad", "a failed load left nothing"
 
 
-def test_one_name_cannot_mean_two_adapters(llm, serves_on, tiny_adapters):
+def test_one_name_cannot_refer_to_two_adapters(llm, serves_on, tiny_adapters):
     with pytest.raises(AdapterError, match="'good' .* load_inplace=True replaces it"):
         llm.generate("x", PARAMS, LoRARequest("good", 1, str(tiny_adapters["b"])), use_tqdm=False)
 
@@ -231,7 +231,7 @@ def test_embeddings_and_videos_are_refused_by_name(llm, serves_on, fields, text)
         llm.generate({"prompt": "<|user|><|image|>?<|end|>", **fields}, PARAMS, use_tqdm=False)
 
 
-def test_defaults_that_cannot_apply_stop_the_start(tiny_phi4, tiny_adapters, text_model):
+def test_defaults_that_cannot_apply_are_a_config_error(tiny_phi4, tiny_adapters, text_model):
     adapter = str(tiny_adapters["a"])
     with pytest.raises(ConfigError, match=r"\['video'\]: allowed are audio, image"):
         LLM(str(tiny_phi4), enable_lora=True, default_mm_loras={"video": adapter})
@@ -245,7 +245,7 @@ def test_defaults_that_cannot_apply_stop_the_start(tiny_phi4, tiny_adapters, tex
         LLM(str(tiny_phi4), enable_lora=True, max_lora_rank=2, default_mm_loras={"audio": adapter})
 
 
-def test_a_text_model_takes_no_media_and_says_so(text_model):
+def test_a_text_model_refuses_media(text_model):
     llm = LLM(str(text_model), max_model_len=64)
     for prompt in (with_image(IMAGE), with_audio(AUDIO)):
         with pytest.raises(RequestError, match="the model takes text only"):

@@ -1,4 +1,4 @@
-"""`mmlora.inputs.chat`: messages to a prompt, with templates that take parts and templates that take only strings."""
+"""`mmlora.inputs.chat` and `chat_template`: messages to a prompt, with templates for parts and for strings."""
 
 import base64
 import io
@@ -49,7 +49,7 @@ def render(content, **options):
 
 
 def render_chat(messages, *, processor=PROCESSOR, media=None, limit_mm_per_prompt=None, **options):
-    """The text, the tokens and the decoded media of a conversation."""
+    """Return the text, the tokens and the decoded media of a conversation."""
     inputs = InputProcessor(
         EngineArgs("model", limit_mm_per_prompt=limit_mm_per_prompt),
         TOKENIZER,
@@ -97,7 +97,7 @@ def test_text_is_rendered_by_the_models_template():
 
 
 @pytest.mark.parametrize("template", [None, STRINGS_ONLY, PRINTS_LISTS, DROPS_MEDIA])
-def test_placeholders_stand_where_the_parts_stood_whatever_the_template_takes(template):
+def test_placeholders_replace_the_parts_in_place_with_every_kind_of_template(template):
     parts = [
         {"type": "text", "text": "a"},
         {"type": "image", "image": IMAGE},
@@ -141,7 +141,7 @@ def test_items_keep_their_order_over_several_messages():
 
 
 def test_text_that_looks_like_a_part_is_text():
-    """As when somebody asks about a Python dictionary."""
+    """For example a question about a Python dictionary."""
     qwen = (
         "{% for m in messages %}{% for p in m['content'] %}{% if p['type'] == 'image' %}<v><|image|></v>"
         "{% else %}{{ p['text'] }}{% endif %}{% endfor %}{% endfor %}"
@@ -174,7 +174,7 @@ def test_template_arguments_reach_the_template():
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 5}}]}], "needs image_url.url"),
     ],
 )
-def test_a_malformed_message_is_refused_and_named(messages, message):
+def test_a_malformed_message_is_refused_by_name(messages, message):
     with pytest.raises(RequestError, match=message):
         render_chat(messages)
 
@@ -184,19 +184,19 @@ def test_content_of_the_other_modality_is_refused():
         render([{"type": "image_url", "image_url": {"url": url_of(wav(), "image/png")}}])
 
 
-def test_a_text_only_model_takes_no_media():
+def test_a_text_only_model_refuses_media():
     with pytest.raises(RequestError, match="the prompt holds audio; the model takes text only"):
         render([{"type": "audio", "audio": AUDIO}], processor=None)
     assert render("hi", processor=None)["prompt"] == "<|user|>hi<|end|><|assistant|>"
 
 
-def test_limits_hold_for_parts():
+def test_limits_apply_to_parts():
     with pytest.raises(MediaError, match="pixel|px"):
         render([{"type": "image", "image": IMAGE}], media=MediaLoader(MediaLimits(max_pixels=10)))
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('roles must alternate') }}", "{{ nothing.here.at.all }}"])
-def test_a_template_that_fails_is_the_requests_fault(template):
+def test_a_failing_template_is_a_request_error(template):
     with pytest.raises(RequestError, match="the chat template cannot render"):
         render("hi", chat_template=template)
 
@@ -216,18 +216,18 @@ PARTS_ONLY = (
 )
 
 
-def test_text_is_not_lost_in_a_template_that_takes_only_parts():
+def test_text_is_kept_by_a_template_that_takes_only_parts():
     for content in ("what is this?", [{"type": "text", "text": "what is this?"}]):
         assert render(content, chat_template=PARTS_ONLY)["prompt"] == "<|user|>what is this?<|end|>"
 
 
-def test_a_template_that_drops_text_either_way_is_left_alone():
+def test_a_template_that_drops_text_in_either_form_gets_strings():
     template = "{% for m in messages %}<|{{ m['role'] }}|><|end|>{% endfor %}"
     assert render("dropped", chat_template=template)["prompt"] == "<|user|><|end|>"
 
 
 def test_a_template_is_rendered_once_for_each_conversation(monkeypatch):
-    """What it can do was found out when it was loaded, also for media, tools and calls."""
+    """Its abilities were detected when it was loaded."""
     template, rendered = ChatTemplate(TOKENIZER, {"image": "<|image|>"}), []
     apply = TOKENIZER.apply_chat_template
     monkeypatch.setattr(TOKENIZER, "apply_chat_template", lambda *a, **k: rendered.append(1) or apply(*a, **k))

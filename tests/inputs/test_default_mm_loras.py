@@ -1,4 +1,4 @@
-"""Each behaviour of "Default LoRA Models For Multimodal Models" in the reference document, offline."""
+"""Every behavior in "Default LoRA Models For Multimodal Models" of the reference document, offline."""
 
 import logging
 import re
@@ -27,13 +27,13 @@ def load(model, defaults, **options):
 
 @pytest.fixture(scope="module")
 def llm(tiny_phi4, tiny_adapters):
-    """Two defaults, and a single slot."""
+    """An engine with two defaults and one slot."""
     return load(tiny_phi4, {"audio": tiny_adapters["a"], "image": tiny_adapters["b"]})
 
 
 @pytest.fixture(scope="module")
 def answer(llm):
-    """Tokens and choice for one prompt."""
+    """Return the tokens and the adapter choice for one prompt."""
 
     def run(prompt, lora_request=None):
         (output,) = llm.generate(prompt, PARAMS, lora_request, use_tqdm=False)
@@ -56,13 +56,13 @@ def test_a_default_is_applied_when_its_modality_is_present(answer, adapters):
         assert tokens != answer(prompt, BASE)[0], "the default changes the answer"
 
 
-def test_text_alone_gets_none(answer):
+def test_text_only_gets_no_adapter(answer):
     tokens, lora = answer(TEXT)
     assert (lora.adapter, lora.digest, lora.reason) == (None, None, "none")
     assert tokens == answer(TEXT, BASE)[0]
 
 
-def test_several_mapped_modalities_get_none_and_one_warning(llm, answer, caplog):
+def test_several_mapped_modalities_get_no_adapter_and_one_warning(llm, answer, caplog):
     llm.llm_engine._warned.clear()
     with caplog.at_level(logging.WARNING, "mmlora"):
         tokens, lora = answer(BOTH)
@@ -80,7 +80,7 @@ def test_an_explicit_adapter_wins(answer, adapters):
     assert tokens != answer(TEXT)[0]
 
 
-def test_the_base_on_purpose_wins(answer):
+def test_an_explicit_base_model_wins(answer):
     for prompt in (SPOKEN, SHOWN, BOTH, TEXT):
         lora = answer(prompt, BASE)[1]
         assert (lora.adapter, lora.reason, lora.warning) == (None, "explicit:base", None)
@@ -95,7 +95,7 @@ def test_two_defaults_in_one_batch_share_a_single_slot(llm, answer):
     assert outputs[0].lora_request == llm.llm_engine.default_loras["audio"]
 
 
-def test_an_adapter_that_is_merely_named_after_a_modality_is_no_default(llm, answer, tiny_adapters):
+def test_an_adapter_named_after_a_modality_is_not_a_default(llm, answer, tiny_adapters):
     named = LoRARequest("audio", 77, str(tiny_adapters["d"]))
     explicit_tokens, explicit = answer(TEXT, named)
     assert (explicit.adapter, explicit.reason) == ("audio", "explicit")
@@ -104,7 +104,7 @@ def test_an_adapter_that_is_merely_named_after_a_modality_is_no_default(llm, ans
     assert answer(TEXT)[1].reason == "none"
 
 
-def test_without_defaults_a_modality_selects_nothing(tiny_phi4, tiny_adapters):
+def test_without_defaults_a_modality_selects_no_adapter(tiny_phi4, tiny_adapters):
     llm = load(tiny_phi4, {})
     llm.generate(TEXT, PARAMS, LoRARequest("audio", 1, str(tiny_adapters["d"])), use_tqdm=False)
     (output,) = llm.generate(SPOKEN, PARAMS, use_tqdm=False)
@@ -112,7 +112,7 @@ def test_without_defaults_a_modality_selects_nothing(tiny_phi4, tiny_adapters):
 
 
 @pytest.mark.parametrize("key", ["audio+image", "image+audio"])
-def test_a_combination_key_takes_exactly_its_modalities(tiny_phi4, tiny_adapters, adapters, key):
+def test_a_combination_key_matches_exactly_its_modalities(tiny_phi4, tiny_adapters, adapters, key):
     defaults = {"audio": tiny_adapters["a"], "image": tiny_adapters["b"], key: tiny_adapters["everything"]}
     llm = load(tiny_phi4, defaults)
     outputs = llm.generate([BOTH, SPOKEN, SHOWN, TEXT], PARAMS, use_tqdm=False)

@@ -1,4 +1,4 @@
-"""Responses as the tests ask for them, held against OpenAI's types to the letter."""
+"""Helpers that request responses and validate them strictly against OpenAI's types."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STRICT_EVENT: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent
 
 
 def respond(server: RunningServer, given: Any, **options: Any) -> Response:
-    """One greedy response of four tokens, which must be of OpenAI's types to the letter."""
+    """Request a greedy response of four tokens and validate it strictly against OpenAI's types."""
     options = {"model": "tiny", "temperature": 0, "max_output_tokens": 4, **options}
     with server.client as client:
         raw = client.responses.with_raw_response.create(input=given, **options)
@@ -29,7 +29,7 @@ def stream(server: RunningServer, given: Any, **options: Any) -> list[ResponseSt
 
 
 def checked(events: Sequence[ResponseStreamEvent]) -> list[str]:
-    """The types of the events, each of which must be of OpenAI's types to the letter and have the next number."""
+    """Return the types of the events; validate each strictly against OpenAI's types, with the next number."""
     for number, event in enumerate(events):
         assert event.sequence_number == number
         STRICT_EVENT.validate_json(event.to_json(), strict=True)

@@ -1,4 +1,4 @@
-"""Chat completions with the `openai` client: fields, streaming, and what happens when the client leaves."""
+"""Chat completions with the `openai` client: fields, streaming, and clients that disconnect."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def stream(server: RunningServer, content: Any, **options: Any) -> list[ChatComp
         )
 
 
-def test_stream_joins_to_the_whole_answer(server: RunningServer, wav: bytes) -> None:
+def test_a_stream_adds_up_to_the_whole_response(server: RunningServer, wav: bytes) -> None:
     parts = [input_audio_part(wav), text_part("what is it?")]
     whole = server.ask(*parts, max_tokens=12, n=2, logprobs=True, top_logprobs=2)
     chunks = stream(server, parts, n=2, logprobs=True, top_logprobs=2, stream_options={"include_usage": True})
@@ -85,7 +85,9 @@ def test_sampling_fields_reach_the_engine(server: RunningServer) -> None:
     assert len(short["choices"]) == 1 and len(server.ask(question, n=3)["choices"]) == 3
 
 
-def test_a_client_that_leaves_a_stream_aborts_its_request(server: RunningServer, aborted: list[RequestOutput]) -> None:
+def test_a_client_that_disconnects_from_a_stream_aborts_its_request(
+    server: RunningServer, aborted: list[RequestOutput]
+) -> None:
     with server.client as client:
         response = client.chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": "a long story"}], stream=True, **LONG
@@ -99,7 +101,7 @@ def test_a_client_that_leaves_a_stream_aborts_its_request(server: RunningServer,
 def test_a_client_that_is_killed_in_a_stream_aborts_its_request(
     server: RunningServer, aborted: list[RequestOutput]
 ) -> None:
-    """Its kernel closes the connection, without a word of the client itself."""
+    """The operating system closes the connection, not the client."""
     script = (
         "import httpx, json, sys\n"
         "body = {'messages': [{'role': 'user', 'content': 'a story'}], 'stream': True, 'max_tokens': 480,"
@@ -118,7 +120,7 @@ def test_a_client_that_is_killed_in_a_stream_aborts_its_request(
     assert server.ask(text_part("who is there?"))["choices"] == before["choices"]
 
 
-def test_a_client_that_leaves_before_the_answer_aborts_its_request(
+def test_a_client_that_disconnects_before_the_response_aborts_its_request(
     server: RunningServer, aborted: list[RequestOutput]
 ) -> None:
     body = {"messages": [{"role": "user", "content": "a story"}], "max_tokens": 480, "ignore_eos": True}

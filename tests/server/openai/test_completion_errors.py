@@ -1,4 +1,4 @@
-"""Bad completions: each gets a named error before the answer or at its end, and the server goes on."""
+"""Bad completion requests: each gets an error that names the problem, and the server keeps serving."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_values_out_of_range_are_named(server: RunningServer, body: dict[str, An
     assert text in error["message"]
 
 
-def test_half_a_character_is_no_prompt(server: RunningServer) -> None:
+def test_a_lone_surrogate_is_refused(server: RunningServer) -> None:
     response = httpx.post(f"{server.address}/v1/completions", content=b'{"prompt": "\\ud800"}')
     assert response.status_code == 400, response.text
 
@@ -167,13 +167,13 @@ def test_bad_media_is_refused_by_name(server: RunningServer, wav: bytes, png: by
     assert text in error["message"] and len(error["message"]) < 400
 
 
-def test_a_text_model_takes_no_media() -> None:
+def test_a_text_model_refuses_media() -> None:
     with pytest.raises(MediaError, match="text only"):
         parse_references({"image": "data:,"}, {}, ())
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_prompt_that_is_at_fault_is_named_and_none_is_started(
+def test_the_invalid_prompt_is_named_and_no_prompt_is_started(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     added: list[object] = []
@@ -226,7 +226,7 @@ def test_a_prompt_that_fails_in_the_middle_ends_the_stream(
             ):
                 assert chunk.choices
         wait_until_idle(server)
-    assert len(aborted) == 2  # the others do not go on for nobody
+    assert len(aborted) == 2  # the other prompts are aborted
 
 
 def test_after_the_error_event_a_stream_is_done(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +237,7 @@ def test_after_the_error_event_a_stream_is_done(server: RunningServer, monkeypat
     assert json.loads(lines[-2].removeprefix("data: "))["error"]["message"] == "no"
 
 
-def test_a_dead_engine_is_about_no_prompt(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_dead_engine_names_no_prompt(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise EngineDeadError("the engine has stopped")
 
@@ -246,7 +246,7 @@ def test_a_dead_engine_is_about_no_prompt(server: RunningServer, monkeypatch: py
         assert refuse(server, 503, prompt=["a", "b"])["message"] == "the engine has stopped"
 
 
-def test_what_ails_an_adapter_is_not_the_clients_fault(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_adapter_is_a_server_error(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise AdapterNotFound("adapter path '/a/secret/path' is no directory")
 
@@ -256,7 +256,7 @@ def test_what_ails_an_adapter_is_not_the_clients_fault(server: RunningServer, mo
     assert "adapter" in error["message"] and "secret" not in error["message"] and error["code"] is None
 
 
-def test_a_client_that_leaves_a_stream_aborts_all_its_prompts(
+def test_a_client_that_disconnects_from_a_stream_aborts_all_its_prompts(
     server: RunningServer, aborted: list[RequestOutput]
 ) -> None:
     with server.client as client:
@@ -269,7 +269,7 @@ def test_a_client_that_leaves_a_stream_aborts_all_its_prompts(
     assert [{c.finish_reason for c in output.outputs} for output in aborted] == [{"abort"}] * 3
 
 
-def test_a_client_that_leaves_before_the_answer_aborts_all_its_prompts(
+def test_a_client_that_disconnects_before_the_response_aborts_all_its_prompts(
     server: RunningServer, aborted: list[RequestOutput]
 ) -> None:
     leave_before_answer(server, "/v1/completions", {"prompt": ["a", "b"], **LONG})
@@ -282,7 +282,7 @@ def test_a_wrong_method_names_the_allowed_ones(server: RunningServer) -> None:
 
 
 def test_merge_closes_every_source() -> None:
-    """Leaving early, or one failure, ends them all; nothing that came before is lost."""
+    """Leaving early or one failure ends all sources; items that arrived before are kept."""
     closed: list[str] = []
 
     async def count(name: str, end: int, failure: Exception | None = None) -> AsyncIterator[str]:
@@ -313,7 +313,7 @@ def test_merge_closes_every_source() -> None:
     asyncio.run(run())
 
 
-def test_the_engine_is_asked_for_the_larger_number_of_prompt_logprobs() -> None:
+def test_the_larger_number_of_prompt_logprobs_is_requested() -> None:
     for fields, expected in (
         ({"logprobs": 3}, None),
         ({"logprobs": 3, "echo": True}, 3),
@@ -327,7 +327,7 @@ def test_the_engine_is_asked_for_the_larger_number_of_prompt_logprobs() -> None:
 @pytest.mark.parametrize(
     "extra", [{"prompt_logprobs": 5}, {"echo": True, "logprobs": 5}], ids=["prompt_logprobs", "echo"]
 )
-def test_log_probabilities_of_a_prompt_are_not_repeated_without_end(
+def test_log_probabilities_of_a_prompt_are_bounded_over_all_choices(
     server: RunningServer, extra: dict[str, Any]
 ) -> None:
     body = {"prompt": ["ab" * 200] * 4, "n": 128, "max_tokens": 1, **extra}

@@ -1,4 +1,4 @@
-"""Legacy completions with the `openai` client: the answers are the engine's own, whole and streamed."""
+"""Legacy completions with the `openai` client: whole and streamed outputs equal those of the engine."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def server(start_server: ServerFactory, adapters: dict[str, str]) -> RunningServ
 
 @pytest.fixture(scope="module")
 def llm(tiny_phi4: Path, adapters: dict[str, str]) -> LLM:
-    """An engine like the server's."""
+    """An engine with the options of the server's."""
     defaults = {"audio": adapters["speech"], "image": adapters["vision"]}
     return LLM(str(tiny_phi4), enable_lora=True, max_loras=2, device="cpu", default_mm_loras=defaults)
 
@@ -59,7 +59,7 @@ def complete(server: RunningServer, prompt: Any, **options: Any) -> Completion:
 
 
 def without_gaps(answer: Completion) -> dict[str, Any]:
-    """The client's types do not know that the first token of a prompt has no log probability."""
+    """Remove nulls: the client's types do not allow a first prompt token without a log probability."""
     found: dict[str, Any] = answer.to_dict()
     for choice in found["choices"]:
         for column in ("token_logprobs", "top_logprobs"):
@@ -93,7 +93,7 @@ def test_one_prompt_is_completed_as_the_engine_does(server: RunningServer, llm: 
 
 @pytest.mark.parametrize("form", ["texts", "token ids", "one list of token ids", "one text in a list"])
 def test_every_form_of_prompt(server: RunningServer, llm: LLM, form: str) -> None:
-    """Several prompts with n: choices are ordered by prompt, then by answer."""
+    """With several prompts and n, choices are ordered by prompt, then by index."""
     ids = [llm.get_tokenizer()(text).input_ids for text in TEXTS]
     sent: Any = {"texts": TEXTS, "token ids": ids, "one list of token ids": ids[0]}.get(form, [TEXTS[0]])
     own = generate(llm, *(TEXTS if form in ("texts", "token ids") else TEXTS[:1]), n=2, temperature=2.0, seed=5)
@@ -106,7 +106,7 @@ def test_every_form_of_prompt(server: RunningServer, llm: LLM, form: str) -> Non
     assert answer.usage.completion_tokens == sum(len(c.token_ids) for output in own for c in output.outputs)
 
 
-def test_usage_tells_cached_tokens(server: RunningServer) -> None:
+def test_usage_counts_cached_tokens(server: RunningServer) -> None:
     prompts = ["again and again " * 12, "another one " * 12]
     complete(server, prompts, max_tokens=1)
     usage = complete(server, prompts, max_tokens=1).usage
@@ -151,7 +151,7 @@ def test_special_tokens_are_added_by_default(server: RunningServer, monkeypatch:
 
 
 @pytest.mark.parametrize("kind", ["audio", "image", "both"])
-def test_media_take_their_default_adapter(server: RunningServer, llm: LLM, wav: bytes, png: bytes, kind: str) -> None:
+def test_media_use_their_default_adapter(server: RunningServer, llm: LLM, wav: bytes, png: bytes, kind: str) -> None:
     content = {"audio": wav, "image": png}
     kinds = list(content) if kind == "both" else [kind]
     prompt = "<|user|>" + "".join(f"<|{name}|>" for name in kinds) + "what is it?<|end|><|assistant|>"
@@ -174,7 +174,7 @@ def test_media_take_their_default_adapter(server: RunningServer, llm: LLM, wav: 
     assert (base_text != own.outputs[0].text) == (kind != "both")
 
 
-def test_options_of_the_media_processor_reach_it(server: RunningServer, llm: LLM) -> None:
+def test_options_reach_the_media_processor(server: RunningServer, llm: LLM) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
@@ -212,7 +212,7 @@ def test_headers_name_the_adapter(server: RunningServer, wav: bytes) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"logprobs": 3}, {"echo": True}, {"echo": True, "logprobs": 2}])
-def test_a_stream_joins_to_the_whole_answer(server: RunningServer, options: dict[str, Any]) -> None:
+def test_a_stream_adds_up_to_the_whole_response(server: RunningServer, options: dict[str, Any]) -> None:
     whole = complete(server, TEXTS, n=2, stop=[" a"], **options)
     chunks = stream(server, TEXTS, n=2, stop=[" a"], stream_options={"include_usage": True}, **options)
     assert len({chunk.id for chunk in chunks}) == 1 and {chunk.object for chunk in chunks} == {"text_completion"}
@@ -263,7 +263,7 @@ def test_logprobs_are_the_engines(server: RunningServer, llm: LLM) -> None:
 
 
 def check_offsets(text: str, tokens: list[str], offsets: list[int]) -> None:
-    """Each token begins where its offset says; one that is part of a character, where the character does."""
+    """Check that each token starts at its offset; a token that is part of a character, at the character's."""
     assert offsets == sorted(offsets)
     num_checked = 0
     for token, offset in zip(tokens, offsets, strict=True):
@@ -306,7 +306,7 @@ def test_echo_of_media_and_without_logprobs(server: RunningServer, png: bytes) -
     assert rich.logprobs.text_offset[at_user] == prompt.index("<|user|>")
 
 
-def test_a_prompt_can_be_scored_without_an_answer(server: RunningServer, llm: LLM) -> None:
+def test_a_prompt_can_be_scored_without_an_output(server: RunningServer, llm: LLM) -> None:
     own = generate(llm, *TEXTS, prompt_logprobs=1)
     answer = complete(server, TEXTS, echo=True, logprobs=1, max_tokens=0)
     for choice, output in zip(answer.choices, own, strict=True):
@@ -332,7 +332,7 @@ def test_prompt_logprobs_are_the_engines(server: RunningServer, llm: LLM) -> Non
                 assert entry[str(token)]["decoded_token"] == logprob.decoded_token
 
 
-def test_prompts_that_take_another_adapter_than_the_first_say_so() -> None:
+def test_choices_name_an_adapter_that_differs_from_the_first_prompts() -> None:
     """An activated LoRA applies only to prompts with its invocation tokens."""
     applied, not_applied = LoRAChoice("a", "1", "explicit"), LoRAChoice(None, None, "explicit", "not applied")
     asked = CompletionRequest(prompt=["x", "y"])
@@ -347,8 +347,8 @@ def test_prompts_that_take_another_adapter_than_the_first_say_so() -> None:
     assert whole["choices"][1]["lora"]["warning"] == "not applied"
 
 
-def test_offsets_in_a_text_that_its_tokens_do_not_spell(llm: LLM) -> None:
-    """Numbered placeholders are tokenized under another name; then the lengths of the tokens are added up."""
+def test_offsets_when_the_tokens_decode_to_another_text(llm: LLM) -> None:
+    """Numbered placeholders are tokenized as other text; offsets then are sums of token lengths."""
     tokenizer = llm.get_tokenizer()
     ids = tokenizer("<|image|>ab").input_ids
     assert prompt_offsets(tokenizer, ids, "<|image|>ab") == [0, 9, 10]

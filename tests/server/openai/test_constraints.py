@@ -33,7 +33,7 @@ def body_of(route: str) -> dict[str, Any]:
 
 
 def texts(server: RunningServer, route: str, **fields: Any) -> list[tuple[str, str]]:
-    """Text and finish reason of each choice; streamed, it must be the same."""
+    """Return text and finish reason of each choice, and check that a stream has the same."""
     with server.client as client:
         service: Any = client.chat.completions if route == "chat/completions" else client.completions
         request = {**body_of(route), "n": 3, "seed": 4, "max_tokens": fields.pop("max_tokens", 150)}
@@ -82,7 +82,7 @@ def test_the_other_constraints_are_followed(server: RunningServer, route: str) -
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_a_constraint_of_null_or_text_is_none(server: RunningServer, route: str) -> None:
+def test_null_and_text_are_no_constraint(server: RunningServer, route: str) -> None:
     for fields in ({"response_format": {"type": "text"}}, {"guided_json": None, "structured_outputs": None}):
         assert texts(server, route, max_tokens=9, **fields) == texts(server, route, max_tokens=9)
 
@@ -119,7 +119,7 @@ def test_a_constraint_of_null_or_text_is_none(server: RunningServer, route: str)
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_constraint_that_cannot_be_used_is_named(
+def test_an_invalid_constraint_is_named(
     server: RunningServer, route: str, fields: dict[str, Any], param: str, text: str
 ) -> None:
     response = httpx.post(f"{server.address}/v1/{route}", json={**body_of(route), **fields}, timeout=60)

@@ -1,4 +1,4 @@
-"""Media made to hurt: what they cost the server before they are refused. `docs/security.md` has the figures."""
+"""Hostile media: their cost to the server until they are refused. `docs/security.md` has the figures."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def server(shared_server: RunningServer) -> Iterator[RunningServer]:
 
 
 def refuse(server: RunningServer, kind: str, url: str) -> str:
-    """Send a URL to every endpoint that takes it, all of which must refuse it with one message."""
+    """Send a URL to every endpoint that takes one, and check that all refuse it with the same message."""
     part = {"type": f"{kind}_url", f"{kind}_url": {"url": url}}
     bodies = {
         "chat/completions": {"messages": [{"role": "user", "content": [part]}]},
@@ -72,7 +72,7 @@ def data_url(data: bytes) -> str:
 
 
 def png_of(width: int, height: int, packed: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A gray picture that claims a size; `packed` are its pixels, deflated, or fewer."""
+    """Build a gray PNG with a declared size; `packed` has its pixels, or fewer, deflated."""
     head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     parts = [(b"IHDR", head), *chunks, (b"IDAT", packed), (b"IEND", b"")]
     written = [
@@ -135,7 +135,7 @@ def test_pixel_floods(server: RunningServer, case: str, named: str) -> None:
         ("FLAC of 20 minutes that claims no length", "more than the allowed 600 s"),
     ],
 )
-def test_audio_claims(server: RunningServer, case: str, named: str) -> None:
+def test_audio_with_false_lengths(server: RunningServer, case: str, named: str) -> None:
     data = _audio(case)
     with bounded(case, max_bytes=200 * MIB):
         message = refuse(server, "audio", data_url(data))
@@ -171,7 +171,7 @@ def _audio(case: str) -> bytes:
     "place",
     ["../secret.png", "%2e%2e/secret.png", "..%2fsecret.png", "link.png", "pipe.png", "", "/etc/passwd", "/dev/zero"],
 )
-def test_files_elsewhere(server: RunningServer, folder: Path, place: str) -> None:
+def test_files_outside_the_allowed_directory(server: RunningServer, folder: Path, place: str) -> None:
     path = place if place.startswith("/") else f"{folder}/{place}"
     with bounded(place):
         message = refuse(server, "image", f"file://{path}")
@@ -186,7 +186,7 @@ def test_files_elsewhere(server: RunningServer, folder: Path, place: str) -> Non
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("way", ["straight", "redirect"])
-def test_places_in_the_inner_network(
+def test_addresses_in_private_networks(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch, target: str, way: str
 ) -> None:
     names = FakeDNS(monkeypatch)

@@ -1,4 +1,4 @@
-"""Media by URL and by uuid on every endpoint that takes them, and their limits as options."""
+"""Media by URL and by uuid on every endpoint that takes media, and the options that limit them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def data_url(data: bytes) -> str:
 
 @pytest.mark.parametrize("kind", ["image", "audio"])
 @pytest.mark.parametrize("where", ["http", "file"])
-def test_a_url_gives_what_its_content_gives(
+def test_a_url_is_equivalent_to_its_content(
     server: RunningServer, web: WebServer, folder: Path, png: bytes, wav: bytes, kind: str, where: str
 ) -> None:
     path = {"image": "/a.png", "audio": "/a.wav"}[kind]
@@ -85,7 +85,7 @@ def test_a_url_gives_what_its_content_gives(
             assert answer.usage is not None and answer.usage.input_tokens > 4
 
 
-def test_the_library_reads_urls_too(tiny_phi4: Path, web: WebServer, folder: Path, png: bytes) -> None:
+def test_offline_inference_fetches_urls(tiny_phi4: Path, web: WebServer, folder: Path, png: bytes) -> None:
     llm = LLM(str(tiny_phi4), allowed_media_networks=["127.0.0.1"], allowed_local_media_path=str(folder), device="cpu")
     urls = [web.url("/a.png"), f"file://{folder}/a.png", data_url(png)]
     conversations = [[{"role": "user", "content": [image_part(url), text_part("x")]}] for url in urls]
@@ -95,7 +95,7 @@ def test_the_library_reads_urls_too(tiny_phi4: Path, web: WebServer, folder: Pat
     assert len(llm.chat(keyed, use_tqdm=False)) == 1 and len(web.requests) == 2  # type: ignore[arg-type]
 
 
-def test_a_uuid_stands_for_what_was_sent_with_it(server: RunningServer, web: WebServer) -> None:
+def test_a_uuid_refers_to_the_content_sent_with_it(server: RunningServer, web: WebServer) -> None:
     question = text_part("what is it?")
     first = server.ask(image_part(web.url("/a.png"), uuid="sent once"), question)
     again = [
@@ -112,7 +112,7 @@ def test_a_uuid_stands_for_what_was_sent_with_it(server: RunningServer, web: Web
 
 
 @pytest.mark.parametrize("kind", ["image", "audio"])
-def test_a_uuid_stands_for_media_of_responses_too(server: RunningServer, png: bytes, wav: bytes, kind: str) -> None:
+def test_a_uuid_refers_to_media_in_responses(server: RunningServer, png: bytes, wav: bytes, kind: str) -> None:
     fields: dict[str, Any] = {"image_url": data_url(png)}
     if kind == "audio":
         fields = {"input_audio": {"data": base64.b64encode(wav).decode(), "format": "wav"}}
@@ -127,7 +127,7 @@ def test_a_uuid_stands_for_media_of_responses_too(server: RunningServer, png: by
     assert [item["content"] for item in held["output"]] == [item["content"] for item in sent["output"]]
 
 
-def test_a_uuid_with_other_content_stands_for_that(server: RunningServer, web: WebServer, png: bytes) -> None:
+def test_a_uuid_sent_with_other_content_refers_to_that(server: RunningServer, web: WebServer, png: bytes) -> None:
     with run_web_server({"/b.png": http_response(png)}) as other:
         server.ask(image_part(web.url("/a.png"), uuid="moves"))
         server.ask(image_part(other.url("/b.png"), uuid="moves"))
@@ -137,7 +137,7 @@ def test_a_uuid_with_other_content_stands_for_that(server: RunningServer, web: W
         assert len(other.requests) == 2
 
 
-def test_a_uuid_that_is_not_held_is_told_apart(server: RunningServer) -> None:
+def test_an_unknown_uuid_has_its_own_error_code(server: RunningServer) -> None:
     with server.client as client, pytest.raises(BadRequestError, match="no media item is held for the uuid") as refusal:
         client.chat.completions.create(
             model="tiny",
@@ -146,7 +146,7 @@ def test_a_uuid_that_is_not_held_is_told_apart(server: RunningServer) -> None:
     assert refusal.value.code == "media_not_held"
 
 
-def test_clients_with_other_keys_have_uuids_of_their_own(server: RunningServer, png: bytes) -> None:
+def test_uuids_are_scoped_to_the_api_key(server: RunningServer, png: bytes) -> None:
     def status_of(key: str | None, part: dict[str, Any]) -> int:
         body = {"messages": [{"role": "user", "content": [part]}], "max_tokens": 1}
         headers = {"Authorization": f"Bearer {key}"} if key is not None else {}
@@ -157,7 +157,7 @@ def test_clients_with_other_keys_have_uuids_of_their_own(server: RunningServer, 
     assert statuses == [200, 400, 400, 200]
 
 
-def test_completions_take_uuids_as_well(server: RunningServer, web: WebServer) -> None:
+def test_completions_take_uuids(server: RunningServer, web: WebServer) -> None:
     def complete(data: Any, uuids: Any, prompt: str = "<|image|><|image|>x") -> httpx.Response:
         body = {"prompt": prompt, "max_tokens": 4, "temperature": 0, "multi_modal_data": data}
         return httpx.post(f"{server.address}/v1/completions", json={**body, "multi_modal_uuids": uuids}, timeout=60)
@@ -186,7 +186,7 @@ def test_media_are_counted_before_any_is_fetched(server: RunningServer, web: Web
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_fetching_stops_when_the_client_leaves(server: RunningServer, stream: bool) -> None:
+def test_fetching_stops_when_the_client_disconnects(server: RunningServer, stream: bool) -> None:
     asked, left = threading.Event(), threading.Event()
 
     def never_end(connection: Any) -> None:
@@ -205,12 +205,12 @@ def test_fetching_stops_when_the_client_leaves(server: RunningServer, stream: bo
             client.post(f"{server.address}/v1/chat/completions", json=body, timeout=httpx.Timeout(30, read=1))
         assert asked.is_set()
         client.close()
-        assert left.wait(20)  # a web server is given a minute
+        assert left.wait(20)  # the fetch timeout is a minute
     wait_until_idle(server)
 
 
-def test_slow_servers_do_not_hold_up_other_requests(server: RunningServer, png: bytes) -> None:
-    """A dozen requests whose media do not come; the pool that decodes has four threads."""
+def test_slow_servers_do_not_delay_other_requests(server: RunningServer, png: bytes) -> None:
+    """A dozen requests wait for media that never arrive; the input pool has four threads."""
 
     is_over = threading.Event()
 
@@ -237,7 +237,9 @@ def test_slow_servers_do_not_hold_up_other_requests(server: RunningServer, png: 
     assert statuses == [400] * 12
 
 
-def test_limits_and_places_are_options(start_server: ServerFactory, web: WebServer, png: bytes, wav: bytes) -> None:
+def test_limits_and_allowed_sources_are_options(
+    start_server: ServerFactory, web: WebServer, png: bytes, wav: bytes
+) -> None:
     strict = start_server(
         max_media_bytes=len(wav), max_image_pixels=42 * 42 - 1, max_audio_seconds=0.1, max_decoded_media_bytes=3000,
         media_cache_memory_bytes=0,

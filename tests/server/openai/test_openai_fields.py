@@ -1,4 +1,4 @@
-"""Every field that the `openai` client can send is honoured, accepted or refused by name."""
+"""Every field that the `openai` client can send is supported, accepted without effect, or refused by name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ENDPOINTS = [
 
 
 def harmless_of(body: type[GenerationRequest]) -> set[str]:
-    """What changes nothing, except where it is a field of the body."""
+    """Return the fields without effect, except those that the request model has."""
     return HARMLESS_FIELDS - body.model_fields.keys()
 
 
@@ -38,33 +38,33 @@ def keys_of(params: tuple[Any, ...]) -> set[str]:
 
 
 @pytest.mark.parametrize(("body", "params"), ENDPOINTS)
-def test_every_field_of_the_client_is_known(body: type[GenerationRequest], params: tuple[Any, ...]) -> None:
+def test_every_field_of_the_client_is_handled(body: type[GenerationRequest], params: tuple[Any, ...]) -> None:
     keys = keys_of(params)
     assert {"model", "stream", "temperature"} < keys
     assert keys <= {*body.model_fields, *HARMLESS_FIELDS, *body.NEUTRAL_VALUES}
 
 
 @pytest.mark.parametrize(("body", "params"), ENDPOINTS)
-def test_a_field_has_one_fate(body: type[GenerationRequest], params: tuple[Any, ...]) -> None:
+def test_a_field_is_handled_in_one_way(body: type[GenerationRequest], params: tuple[Any, ...]) -> None:
     kinds = [set(body.model_fields), harmless_of(body), {*body.NEUTRAL_VALUES, *NEUTRAL_EXTRAS}]
     assert sum(map(len, kinds)) == len(set.union(*kinds))
 
 
 @pytest.mark.parametrize("name", sorted({*ChatCompletionRequest.NEUTRAL_VALUES, *NEUTRAL_EXTRAS}))
-def test_a_field_of_a_chat_that_would_change_the_answer_is_refused_by_name(name: str) -> None:
+def test_an_unsupported_field_of_a_chat_is_refused_by_name(name: str) -> None:
     with pytest.raises(FieldError, match=f"^{name}=.* is not supported; allowed: ") as caught:
         parse_chat_request(b'{"messages": [{"role": "user", "content": "x"}], "%s": {"odd": 1}}' % name.encode())
     assert caught.value.param == name
 
 
 @pytest.mark.parametrize("name", sorted({*CompletionRequest.NEUTRAL_VALUES, *NEUTRAL_EXTRAS}))
-def test_a_field_of_a_completion_that_would_change_the_answer_is_refused_by_name(name: str) -> None:
+def test_an_unsupported_field_of_a_completion_is_refused_by_name(name: str) -> None:
     with pytest.raises(FieldError, match=f"^{name}=.* is not supported; allowed: ") as caught:
         parse_completion_request(b'{"prompt": "x", "%s": {"odd": 1}}' % name.encode())
     assert caught.value.param == name
 
 
-def test_what_changes_nothing_is_accepted() -> None:
+def test_fields_without_effect_are_accepted() -> None:
     neutral = {name: values[-1] for name, values in {**NEUTRAL_EXTRAS, **ChatCompletionRequest.NEUTRAL_VALUES}.items()}
     fields = {
         **neutral,
@@ -81,8 +81,8 @@ def json_bytes(fields: dict[str, Any]) -> bytes:
 
 
 @pytest.mark.parametrize(("body", "column"), [(ChatCompletionRequest, 1), (CompletionRequest, 2)])
-def test_the_page_has_every_field(body: type[GenerationRequest], column: int) -> None:
-    """In `docs/http.md`, `yes` is honoured, `accepted` changes nothing, and the rest names what is allowed."""
+def test_the_documentation_has_every_field(body: type[GenerationRequest], column: int) -> None:
+    """In `docs/http.md`, `yes` is supported, `accepted` has no effect, and other entries name the allowed values."""
     section = PAGE.read_text().partition("## Fields of chat completions and completions")[2].partition("\n## ")[0]
     told: dict[str, str] = {}
     for line in section.splitlines():

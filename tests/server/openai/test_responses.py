@@ -1,4 +1,4 @@
-"""Responses with the `openai` client: equality with chats, adapters, streams, and what is refused."""
+"""Responses with the `openai` client: equality with chats, adapters, streams, and errors."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def image_part(png: bytes) -> dict[str, Any]:
 QUESTION = {"type": "input_text", "text": "what is it?"}
 
 
-def test_a_response_says_what_the_chat_of_the_same_conversation_says(
+def test_a_response_equals_the_chat_completion_of_the_same_conversation(
     server: RunningServer, wav: bytes, png: bytes
 ) -> None:
-    """Tokens and log probabilities are compared, and the counts of tokens, which tell that the prompts are equal."""
+    """Compare tokens, log probabilities and token counts; equal counts show that the prompts are equal."""
     asked = [
         ("what is it?", [text_part("what is it?")]),
         (user(QUESTION), [text_part("what is it?")]),
@@ -128,7 +128,7 @@ def test_a_response_repeats_its_request(server: RunningServer) -> None:
     assert plain.model == "tiny" and plain.store is False  # type: ignore[attr-defined]
 
 
-def test_the_end_of_an_answer_is_told(server: RunningServer) -> None:
+def test_the_status_shows_how_the_output_ended(server: RunningServer) -> None:
     cut = respond(server, "hello", max_output_tokens=8)
     assert cut.status == cut.output[0].status == "incomplete"  # type: ignore[union-attr]
     assert cut.incomplete_details is not None and cut.incomplete_details.reason == "max_output_tokens"
@@ -198,8 +198,8 @@ def test_options_reach_the_template_and_the_processor(server: RunningServer, wav
     assert "unknown_option" in refuse(server, body)["message"]
 
 
-def test_every_field_of_all_endpoints_is_dealt_with() -> None:
-    """One that is new there would be taken and ignored here."""
+def test_every_shared_field_is_supported_or_refused() -> None:
+    """A field added to the shared request model must not be silently ignored here."""
     read = {
         "model",
         "lora",
@@ -215,7 +215,7 @@ def test_every_field_of_all_endpoints_is_dealt_with() -> None:
     assert GenerationRequest.model_fields.keys() - read == refused
 
 
-def test_an_answer_follows_a_schema(server: RunningServer) -> None:
+def test_the_output_follows_a_schema(server: RunningServer) -> None:
     schema = {
         "type": "object",
         "properties": {"colour": {"enum": ["red", "blue"]}},
@@ -223,7 +223,7 @@ def test_an_answer_follows_a_schema(server: RunningServer) -> None:
         "additionalProperties": False,
     }
     text = {"format": {"type": "json_schema", "name": "picture", "schema": schema, "strict": True}}
-    # Left to itself, the model fills the space between two tokens of JSON for ever.
+    # Without this, the model generates whitespace between two JSON tokens forever.
     spaces = [token for space in " \t\n\r" for token in server.llm.tokenizer.encode(space, add_special_tokens=False)]
     options: dict[str, Any] = {
         "max_output_tokens": 64,
@@ -237,20 +237,20 @@ def test_an_answer_follows_a_schema(server: RunningServer) -> None:
 
 
 def without_names(response: Response) -> dict[str, Any]:
-    """What two responses to the same request have in common."""
+    """Return the fields that are equal in two responses to the same request."""
     content = response.to_dict()
     for name in ("id", "created_at", "completed_at"):
         content.pop(name)
     message: Any = content["output"][0]  # type: ignore[index]
     message.pop("id")
-    message["content"][0].pop("parsed", None)  # the client's own
+    message["content"][0].pop("parsed", None)  # added by the client
     return content
 
 
-def test_a_stream_tells_the_whole_response(server: RunningServer, wav: bytes) -> None:
+def test_a_stream_has_the_whole_response(server: RunningServer, wav: bytes) -> None:
     options: dict[str, Any] = {"max_output_tokens": 12, "include": [LOGPROBS], "top_logprobs": 2}
     given = user(input_audio_part(wav), QUESTION)
-    respond(server, given, **options)  # from here on the prompt is in the prefix cache
+    respond(server, given, **options)  # puts the prompt into the prefix cache
     whole = respond(server, given, **options)
     events = stream(server, given, **options)
     kinds = checked(events)
@@ -275,11 +275,11 @@ def test_a_stream_tells_the_whole_response(server: RunningServer, wav: bytes) ->
     assert without_names(last.response) == without_names(whole)
     deltas = [event for event in events if isinstance(event, ResponseTextDeltaEvent)]
     assert "".join(delta.delta for delta in deltas) == whole.output_text
-    told = [logprob.to_dict() for delta in deltas for logprob in delta.logprobs]
-    assert told == whole.to_dict()["output"][0]["content"][0]["logprobs"]  # type: ignore[index]
+    logprobs = [logprob.to_dict() for delta in deltas for logprob in delta.logprobs]
+    assert logprobs == whole.to_dict()["output"][0]["content"][0]["logprobs"]  # type: ignore[index]
 
 
-def test_events_are_named_and_nothing_follows_the_last(server: RunningServer) -> None:
+def test_events_are_named_and_the_last_one_ends_the_stream(server: RunningServer) -> None:
     body = {"input": "hello", "max_output_tokens": 2, "stream": True}
     answer = httpx.post(f"{server.address}/v1/responses", json=body, timeout=60)
     assert answer.headers["content-type"].startswith("text/event-stream")
@@ -290,7 +290,7 @@ def test_events_are_named_and_nothing_follows_the_last(server: RunningServer) ->
     assert blocks[-1].startswith("event: response.incomplete")
 
 
-def test_the_clients_own_stream_ends_in_the_whole_response(server: RunningServer) -> None:
+def test_the_stream_helper_of_the_client_returns_the_whole_response(server: RunningServer) -> None:
     cut = respond(server, "hello", max_output_tokens=8)
     options: dict[str, Any] = {"max_output_tokens": 8, "extra_body": {"stop": cut.output_text[-3:-1]}}
     whole = respond(server, "hello", **options)
@@ -305,7 +305,9 @@ def test_the_clients_own_stream_ends_in_the_whole_response(server: RunningServer
     assert without_names(final) == without_names(whole)
 
 
-def test_a_client_that_leaves_a_stream_aborts_its_request(server: RunningServer, aborted: list[RequestOutput]) -> None:
+def test_a_client_that_disconnects_from_a_stream_aborts_its_request(
+    server: RunningServer, aborted: list[RequestOutput]
+) -> None:
     with server.client as client:
         events = client.responses.create(input="a story", stream=True, extra_body={"ignore_eos": True})
         next(iter(events))
@@ -314,7 +316,7 @@ def test_a_client_that_leaves_a_stream_aborts_its_request(server: RunningServer,
     assert [output.outputs[0].finish_reason for output in aborted] == ["abort"]
 
 
-def test_a_client_that_leaves_before_the_answer_aborts_its_request(
+def test_a_client_that_disconnects_before_the_response_aborts_its_request(
     server: RunningServer, aborted: list[RequestOutput]
 ) -> None:
     body = {"input": "a story", "max_output_tokens": 480, "ignore_eos": True}
@@ -345,7 +347,7 @@ def test_a_failure_in_the_middle_of_a_stream_ends_it(server: RunningServer, monk
     assert respond(server, "still there?").usage is not None
 
 
-def test_fields_that_change_nothing_are_accepted(server: RunningServer) -> None:
+def test_fields_without_effect_are_accepted(server: RunningServer) -> None:
     respond(
         server,
         "hello",
@@ -448,12 +450,12 @@ def test_an_unsupported_field_is_named(server: RunningServer, fields: dict[str, 
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_wrong_item_is_named_by_its_place(server: RunningServer, item: Any, place: str) -> None:
+def test_a_malformed_item_is_named_by_its_path(server: RunningServer, item: Any, place: str) -> None:
     error = refuse(server, {"input": [{"role": "user", "content": "hello"}, item]})
     assert error["param"] == place and place in error["message"]
 
 
-def test_media_have_the_limits_of_chats(server: RunningServer, wav: bytes, png: bytes) -> None:
+def test_media_limits_apply(server: RunningServer, wav: bytes, png: bytes) -> None:
     broken = {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}
     assert refuse(server, {"input": user(broken)})["code"] == "media_error"
     assert "limit_mm_per_prompt" in refuse(server, {"input": user(image_part(png), image_part(png))})["message"]
@@ -465,15 +467,15 @@ def test_an_unknown_name_is_404(server: RunningServer, field: str, value: str) -
     assert refuse(server, {"input": "hello", field: value}, 404)["param"] == field
 
 
-def test_nothing_is_kept(server: RunningServer) -> None:
-    """There are no routes to ask for responses."""
+def test_responses_are_not_stored(server: RunningServer) -> None:
+    """There are no routes to retrieve responses."""
     response = respond(server, "hello", store=True)
     for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/input_items"), ("POST", "/cancel")):
         answer = httpx.request(method, f"{server.address}/v1/responses/{response.id}{path}")
         assert (answer.status_code, answer.json()["error"]["type"]) == (404, "not_found_error")
 
 
-def test_responses_are_watched_and_described(server: RunningServer) -> None:
+def test_responses_appear_in_metrics_and_the_openapi_document(server: RunningServer) -> None:
     respond(server, "hello")
     metrics = httpx.get(f"{server.address}/metrics").text
     assert 'route="/v1/responses",status="200"' in metrics

@@ -1,4 +1,4 @@
-"""Tools in responses with the `openai` client: calls as items, whole and streamed, and their outputs sent back."""
+"""Tools in responses with the `openai` client: calls as items, whole and streamed, and function call outputs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def server(start_server: ServerFactory) -> RunningServer:
 
 
 def items_of(response: Response) -> list[Any]:
-    """What a response holds, without ids: a text or the name and arguments of a call, and how it ended."""
+    """Return the items of a response without ids: a text, or the name and arguments of a call, and the status."""
     items: list[Any] = []
     for item in response.output:
         if isinstance(item, ResponseFunctionToolCall):
@@ -50,7 +50,7 @@ def items_of(response: Response) -> list[Any]:
 
 
 def gathered(events: list[ResponseStreamEvent]) -> Response:
-    """The last response of a stream, after checks that its events, item by item, tell all that it holds."""
+    """Return the final response of a stream, and check that the events of each item add up to it."""
     checked(events)
     final: Response = events[-1].response  # type: ignore[union-attr]
     place, texts = -1, [""] * len(final.output)
@@ -76,8 +76,8 @@ def gathered(events: list[ResponseStreamEvent]) -> Response:
 
 
 def test_a_required_call_is_made(server: RunningServer) -> None:
-    """The answer is the one that a chat of the same seed gives."""
-    # Left to itself, the model fills the space between two tokens of JSON.
+    """The output equals that of a chat with the same seed."""
+    # Without this, the model generates whitespace between two JSON tokens.
     spaces = [token for space in " \n" for token in server.llm.tokenizer.encode(space, add_special_tokens=False)]
     num_whole = 0
     for seed in range(3):
@@ -96,7 +96,7 @@ def test_a_required_call_is_made(server: RunningServer) -> None:
 
 
 def chat_of(server: RunningServer, fields: dict[str, Any]) -> list[tuple[str, str]]:
-    """The calls of a chat."""
+    """Return the tool calls of a chat."""
     tools = [{"type": "function", "function": {k: v for k, v in t.items() if k != "type"}} for t in TOOLS]
     body = {"messages": [{"role": "user", "content": "go"}], "tools": tools, "temperature": 3, "max_tokens": 200}
     answer = httpx.post(f"{server.address}/v1/chat/completions", json={**body, **fields}, timeout=60)
@@ -104,7 +104,7 @@ def chat_of(server: RunningServer, fields: dict[str, Any]) -> list[tuple[str, st
     return [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
 
 
-def test_the_arguments_of_a_named_tool_come_piece_by_piece(server: RunningServer) -> None:
+def test_the_arguments_of_a_named_tool_are_streamed(server: RunningServer) -> None:
     options: dict[str, Any] = {**CALLING, "tool_choice": NAMED, "extra_body": {"seed": 3}}
     events = stream(server, "go", **options)
     kinds = checked(events)
@@ -124,7 +124,7 @@ def test_the_arguments_of_a_named_tool_come_piece_by_piece(server: RunningServer
     assert chat_of(server, fields) == [(name, arguments)]
 
 
-def test_tokens_that_run_out_cut_a_call(server: RunningServer, say: Callable[[str], None]) -> None:
+def test_max_output_tokens_truncates_a_call(server: RunningServer, say: Callable[[str], None]) -> None:
     named = respond(server, "go", **CALLING | {"tool_choice": NAMED, "max_output_tokens": 4})
     (item,) = items_of(named)
     assert named.status == item[2] == "incomplete" and item[0] == "add"
@@ -156,7 +156,7 @@ def test_a_model_may_call(server: RunningServer, say: Callable[[str], None], tex
     assert items_of(gathered(stream(server, "go", **FREE))) == items
 
 
-def test_a_call_is_told_as_soon_as_it_is_whole(server: RunningServer, say: Callable[[str], None]) -> None:
+def test_a_call_is_sent_as_soon_as_it_is_complete(server: RunningServer, say: Callable[[str], None]) -> None:
     say(f"{CALL}\nDone.")
     kinds = checked(stream(server, "go", **FREE))
     assert kinds[2:7] == [
@@ -169,7 +169,9 @@ def test_a_call_is_told_as_soon_as_it_is_whole(server: RunningServer, say: Calla
     assert kinds[7:9] == ["response.content_part.added", "response.output_text.delta"]
 
 
-def test_the_clients_own_stream_ends_in_the_whole_response(server: RunningServer, say: Callable[[str], None]) -> None:
+def test_the_stream_helper_of_the_client_returns_the_whole_response(
+    server: RunningServer, say: Callable[[str], None]
+) -> None:
     say(f"Wait.\n{CALL}\n{CALL}")
     whole = respond(server, "go", **FREE)
     with (
@@ -189,7 +191,7 @@ def test_the_clients_own_stream_ends_in_the_whole_response(server: RunningServer
     assert items_of(respond(server, asked, **FREE)) == [("Thanks.", "completed")]
 
 
-def test_an_answer_without_text_is_an_empty_message(server: RunningServer, say: Callable[[str], None]) -> None:
+def test_an_output_without_text_is_an_empty_message(server: RunningServer, say: Callable[[str], None]) -> None:
     say("x")
     options: dict[str, Any] = {**FREE, "extra_body": {"stop": "x"}}
     events = stream(server, "go", **options)
@@ -197,7 +199,7 @@ def test_an_answer_without_text_is_an_empty_message(server: RunningServer, say: 
     assert items_of(gathered(events)) == items_of(respond(server, "go", **options)) == [("", "completed")]
 
 
-def test_log_probabilities_are_those_of_text(server: RunningServer, say: Callable[[str], None]) -> None:
+def test_only_text_has_log_probabilities(server: RunningServer, say: Callable[[str], None]) -> None:
     say(f"Wait.\n{CALL}\nDone <b.")
     options: dict[str, Any] = {**FREE, "include": [LOGPROBS], "extra_body": {"seed": 1}}
     responses = [respond(server, "go", **options), gathered(stream(server, "go", **options))]
@@ -222,7 +224,7 @@ HISTORY: list[dict[str, Any]] = [
 
 
 def test_tools_calls_and_outputs_reach_the_template(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The prompt is that of a chat in which one turn of the assistant is one message."""
+    """The prompt equals that of a chat in which each assistant turn is one message."""
 
     def called(call_id: str, name: str, arguments: str) -> dict[str, Any]:
         return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
@@ -246,8 +248,8 @@ def test_tools_calls_and_outputs_reach_the_template(server: RunningServer, monke
     assert prompt == prompt_of(server, monkeypatch, {"messages": messages, "tools": nested})
     assert '{"name": "add", "description": "Adds.", "parameters": {}, "strict": false}' in prompt
     assert '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>' in prompt
-    untold = prompt_of(server, monkeypatch, {**body, "tool_choice": "none"}, "responses")
-    assert "Adds." not in untold and "<tool_call>" in untold
+    without_tools = prompt_of(server, monkeypatch, {**body, "tool_choice": "none"}, "responses")
+    assert "Adds." not in without_tools and "<tool_call>" in without_tools
 
 
 def test_calls_and_their_outputs_are_sent_back(server: RunningServer) -> None:
@@ -258,15 +260,15 @@ def test_calls_and_their_outputs_are_sent_back(server: RunningServer) -> None:
     assert call.type == "function_call" and first.status == "completed" and first.usage
     asked += [call, {"type": "function_call_output", "call_id": call.call_id, "output": "three"}]
     second = respond(server, asked, **options)
-    told = json.dumps(json.loads(call.arguments)) + "three"  # every character is a token
-    assert second.usage and second.usage.input_tokens > first.usage.input_tokens + len(told)
+    expected = json.dumps(json.loads(call.arguments)) + "three"  # every character is a token
+    assert second.usage and second.usage.input_tokens > first.usage.input_tokens + len(expected)
     asked = asked[:-1] + [{**asked[-1], "call_id": "another"}]
     assert refused(server, input=[item if isinstance(item, dict) else item.to_dict() for item in asked])["param"] == (
         "input[2].call_id"
     )
 
 
-def test_without_a_choice_the_text_stays(server: RunningServer, say: Callable[[str], None]) -> None:
+def test_text_is_kept_without_a_tool_choice(server: RunningServer, say: Callable[[str], None]) -> None:
     say(CALL)
     response = respond(server, "go", **FREE, tool_choice="none")
     assert items_of(response) == [(CALL, "completed")] and len(response.tools) == 2
@@ -287,7 +289,7 @@ def test_a_response_repeats_its_tools(server: RunningServer) -> None:
     assert (response["tool_choice"], response["parallel_tool_calls"]) == (NAMED, False)
 
 
-def test_one_call_where_several_are_not_wanted(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_call_without_parallel_tool_calls(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     given, make = [], server.llm.engine.default_sampling_params
     monkeypatch.setattr(
         server.llm.engine, "default_sampling_params", lambda **options: given.append(options) or make(**options)
@@ -355,7 +357,7 @@ def refused(server: RunningServer, **fields: Any) -> dict[str, Any]:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_cannot_be_called_is_refused(server: RunningServer, fields: dict[str, Any], param: str, text: str) -> None:
+def test_invalid_tools_are_refused(server: RunningServer, fields: dict[str, Any], param: str, text: str) -> None:
     error = refused(server, **fields)
     assert error["param"] == param and text in error["message"]
 
@@ -385,7 +387,7 @@ DEEP = '{"a": ' * 5000 + "1" + "}" * 5000
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_wrong_item_is_named_by_its_place(
+def test_a_malformed_item_is_named_by_its_path(
     server: RunningServer, index: int, fields: dict[str, Any], place: str
 ) -> None:
     given = [*HISTORY[:index], {**HISTORY[index], **fields}, *HISTORY[index + 1 :]]
@@ -393,14 +395,14 @@ def test_a_wrong_item_is_named_by_its_place(
     assert error["param"] == place and place in error["message"]
 
 
-def test_a_template_without_tools_is_told(start_server: ServerFactory) -> None:
+def test_a_template_without_tools_is_an_error(start_server: ServerFactory) -> None:
     plain = start_server()
     assert "takes no tools" in refused(plain, tool_choice="required")["message"]
     assert "--tool-call-parser" in refused(plain)["message"]
     assert "leaves out tool_calls" in refused(plain, input=HISTORY, tools=[])["message"]
 
 
-def test_tools_are_described(server: RunningServer) -> None:
+def test_tools_are_in_the_openapi_document(server: RunningServer) -> None:
     document = httpx.get(f"{server.address}/openapi.json").json()
     schema = document["paths"]["/v1/responses"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     tools = next(form for form in schema["properties"]["tools"]["anyOf"] if form["type"] == "array")

@@ -1,4 +1,4 @@
-"""Tool calls in the text of each family, whole and however the text is divided."""
+"""Tool calls in each format, with the text fed whole and in arbitrary pieces."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ CASES = [
 
 
 def fold(pieces: list[Piece]) -> tuple[str, list[tuple[str, object]]]:
-    """Content and calls, each piece as a client of a stream takes it."""
+    """Join pieces to content and calls, as the client of a stream does."""
     content, calls = "", dict[int, tuple[str, str]]()
     for piece in pieces:
         if isinstance(piece, str):
@@ -168,7 +168,7 @@ def new_parser(name: str) -> ToolCallParser:
 
 
 @pytest.mark.parametrize(("name", "text", "content", "calls"), CASES)
-def test_calls_are_found_however_the_text_comes(
+def test_calls_are_found_for_every_split_of_the_text(
     name: str, text: str, content: str, calls: list[tuple[str, object]]
 ) -> None:
     expected = content, calls
@@ -180,7 +180,7 @@ def test_calls_are_found_however_the_text_comes(
         assert parse(new_parser(name), text[:first], text[first:second], text[second:]) == expected
 
 
-def test_content_is_given_as_it_comes_and_a_call_once_it_is_whole() -> None:
+def test_content_is_streamed_and_a_call_is_returned_when_complete() -> None:
     parser = new_parser("hermes")
     assert parser.feed("I look. <tool") == ["I look."]
     assert parser.feed(f"_call>{S[:-1]}") == []
@@ -188,8 +188,8 @@ def test_content_is_given_as_it_comes_and_a_call_once_it_is_whole() -> None:
     assert parser.feed("</tool_") == [] and parser.feed("call>") == [] and parser.finish() == []
 
 
-def test_long_arguments_and_deep_ones_take_no_time() -> None:
-    """Ten thousand deltas: a parser that began anew at each would take minutes."""
+def test_long_and_deep_arguments_take_linear_time() -> None:
+    """Ten thousand deltas: a parser that restarts at each would take minutes."""
     parser = new_parser("hermes")
     parts = ['<tool_call>{"name": "add", "arguments": {"a": "', *["long \\\\ text "] * 10_000, '"}}']
     assert parse(parser, *parts)[1] == [("add", {"a": "long \\ text " * 10_000})]
@@ -198,13 +198,13 @@ def test_long_arguments_and_deep_ones_take_no_time() -> None:
 
 
 @pytest.mark.parametrize("parameters", [None, {}, {"properties": ["a"]}, {"properties": {"a": True}}], ids=str)
-def test_xml_values_of_tools_that_say_nothing_of_them_are_text(parameters: object) -> None:
+def test_xml_values_without_a_schema_are_text(parameters: object) -> None:
     parser = ToolCallParser(XML, {"add": {"type": "function", "function": {"name": "add", "parameters": parameters}}})
     assert parse(parser, xml("add", a="1")) == ("", [("add", {"a": "1"})])
 
 
-def test_what_only_looks_like_calls_takes_no_time() -> None:
-    """Each of these begins at a mark and reaches to the end: read to it from every mark they would take minutes."""
+def test_text_that_only_looks_like_calls_takes_linear_time() -> None:
+    """Each block reaches from its marker to the end: reading all of them to the end would take minutes."""
     for name, text in (
         ("hermes", '<tool_call>{"' * 40_000),
         ("hermes", "<tool_call>{" * 20_000 + "}" * 20_000),
@@ -214,13 +214,13 @@ def test_what_only_looks_like_calls_takes_no_time() -> None:
 
 
 @pytest.mark.parametrize("blank", [" ", "\n", "\r\n", "<parameter", "</param"], ids=repr)
-def test_a_long_value_takes_no_time(blank: str) -> None:
+def test_a_long_value_takes_linear_time(blank: str) -> None:
     value = blank * 200_000 + "x"
     assert parse(new_parser("qwen3_coder"), xml("get_weather", city=value)) == ("", [("get_weather", {"city": value})])
 
 
-def test_a_schema_of_many_alternatives_takes_no_time() -> None:
-    """Each refers to all of them again: followed every time they would take years."""
+def test_a_schema_of_many_alternatives_takes_bounded_time() -> None:
+    """Each alternative refers to all others: following every reference would take years."""
     root = {"$defs": {"loop": {"anyOf": [{"$ref": "#/$defs/loop"}] * 50}}}
     assert kinds_of({"anyOf": [{"$ref": "#/$defs/loop"}, {"type": "integer"}]}, root) == {"integer"}
 
@@ -251,7 +251,7 @@ VALUES = [
 
 
 @pytest.mark.parametrize(("schema", "text", "value"), VALUES)
-def test_xml_values_are_what_their_schemas_say(schema: object, text: str, value: object) -> None:
+def test_xml_values_have_the_types_of_their_schemas(schema: object, text: str, value: object) -> None:
     loop = {"anyOf": [{"$ref": "#/$defs/loop"}]}
     definitions = {"name": {"type": "string"}, "list": {"type": "array"}, "loop": loop}
     tool = {"name": "add", "parameters": {"properties": {"a": schema}, "$defs": definitions}}
@@ -259,7 +259,7 @@ def test_xml_values_are_what_their_schemas_say(schema: object, text: str, value:
     assert parse(parser, xml("add", a=text)) == ("", [("add", {"a": value})])
 
 
-def test_named_arguments_are_passed_on_piece_by_piece() -> None:
+def test_arguments_of_a_named_tool_are_streamed() -> None:
     parser = NamedToolParser("add")
     pieces = [*parser.feed('{"a"'), *parser.feed(""), *parser.feed(": 1}"), *parser.finish()]
     assert pieces == [ToolCallDelta(0, '{"a"', "add"), ToolCallDelta(0, ": 1}")]
@@ -280,10 +280,10 @@ def test_named_arguments_are_passed_on_piece_by_piece() -> None:
         ("", None),
     ],
 )
-def test_the_template_tells_the_format(template: str, name: str | None) -> None:
+def test_the_format_is_detected_from_the_template(template: str, name: str | None) -> None:
     found = find_format("auto", template)
     assert (found.name if found else None) == name
 
 
-def test_a_name_wins_over_the_template() -> None:
+def test_a_named_format_wins_over_the_template() -> None:
     assert all(find_format(format.name, "<tool_call>") is format for format in FORMATS)

@@ -1,4 +1,4 @@
-"""Tools in chat completions with the `openai` client: what may, must and must not be called, whole and streamed."""
+"""Tools in chat completions with the `openai` client: tool choices, whole and streamed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def create_stream(server: RunningServer, **options: Any) -> list[ChatCompletionC
 
 
 def joined(chunks: list[ChatCompletionChunk], index: int = 0) -> dict[str, Any]:
-    """A choice as the client puts it together."""
+    """Join the chunks of one choice."""
     content, reason = "", None
     calls: dict[int, dict[str, str]] = {}
     for choice in (choice for chunk in chunks for choice in chunk.choices if choice.index == index):
@@ -87,14 +87,14 @@ def test_a_required_call_is_made(server: RunningServer) -> None:
     assert len(set(ids)) == len(ids)
 
 
-def test_one_call_where_several_are_not_wanted(server: RunningServer) -> None:
+def test_one_call_without_parallel_tool_calls(server: RunningServer) -> None:
     answer = create(server, tool_choice="required", parallel_tool_calls=False, n=8, seed=2)
     whole = [taken(answer, index) for index in range(8) if answer.choices[index].finish_reason == "tool_calls"]
     assert whole and all(len(choice["calls"]) == 1 for choice in whole)
 
 
 @pytest.mark.parametrize("is_parallel", [None, True, False])
-def test_several_calls_follow_the_constraint_unless_one_is_wanted(is_parallel: bool | None) -> None:
+def test_the_constraint_allows_several_calls_unless_disabled(is_parallel: bool | None) -> None:
     constraint = read_tool_choice([tool("a")], "required", is_parallel).constraint
     assert constraint is not None and isinstance(constraint.json, dict)
     schema, call = Draft202012Validator(constraint.json), {"name": "a", "arguments": {}}
@@ -113,10 +113,10 @@ def test_a_named_tool_is_called(server: RunningServer) -> None:
         ["add"],
     )
     check_calls(found["calls"])
-    assert sum(bool(chunk.choices[0].delta.tool_calls) for chunk in chunks) > 3  # arguments come piece by piece
+    assert sum(bool(chunk.choices[0].delta.tool_calls) for chunk in chunks) > 3  # arguments are streamed
 
 
-def test_tokens_that_run_out_cut_a_call(server: RunningServer) -> None:
+def test_max_tokens_truncates_a_call(server: RunningServer) -> None:
     named = taken(create(server, tool_choice=NAMED, max_tokens=4))
     assert named["reason"] == "length" and len(named["calls"]) == 1
     required = taken(create(server, tool_choice="required", max_tokens=4))
@@ -147,7 +147,7 @@ def test_a_model_may_call(
     check_calls(found["calls"])
 
 
-def test_logprobs_and_usage_go_with_calls(server: RunningServer, say: Any) -> None:
+def test_calls_have_logprobs_and_usage(server: RunningServer, say: Any) -> None:
     say(CALL)
     answer = create(server, logprobs=True)
     chunks = create_stream(server, logprobs=True, stream_options={"include_usage": True})
@@ -158,12 +158,12 @@ def test_logprobs_and_usage_go_with_calls(server: RunningServer, say: Any) -> No
     assert answer.usage.completion_tokens == len(CALL) == chunks[-1].usage.completion_tokens  # type: ignore[union-attr]
 
 
-def test_without_a_choice_the_text_stays(server: RunningServer, say: Any) -> None:
+def test_text_is_kept_without_a_tool_choice(server: RunningServer, say: Any) -> None:
     say(CALL)
     assert taken(create(server, tool_choice="none"))["content"] == CALL
 
 
-def test_marks_that_are_special_tokens_are_kept_for_the_parser(
+def test_markers_that_are_special_tokens_reach_the_parser(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given, make = [], server.llm.engine.default_sampling_params
@@ -233,7 +233,7 @@ def history(**call: Any) -> list[dict[str, Any]]:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_cannot_be_called_is_refused(
+def test_invalid_tools_and_calls_are_refused(
     server: RunningServer, fields: dict[str, Any], param: str | None, text: str
 ) -> None:
     error = refused(server, **fields)
@@ -241,12 +241,12 @@ def test_what_cannot_be_called_is_refused(
     assert text in error["message"]
 
 
-def test_keywords_that_constraints_do_not_know_are_left_out_of_tools_that_are_not_strict(server: RunningServer) -> None:
+def test_unsupported_schema_keywords_are_ignored_unless_tools_are_strict(server: RunningServer) -> None:
     tools = [tool("a", parameters={"properties": {"k": {"type": "string", "format": "odd", "not": {}}}})]
     assert create(server, tools=tools, tool_choice="required", max_tokens=1).choices[0].finish_reason == "length"
 
 
-def test_a_template_without_tools_is_told(start_server: ServerFactory) -> None:
+def test_a_template_without_tools_is_an_error(start_server: ServerFactory) -> None:
     plain = start_server()
     error = refused(plain, tool_choice="required")
     assert "takes no tools" in error["message"]
@@ -256,7 +256,7 @@ def test_a_template_without_tools_is_told(start_server: ServerFactory) -> None:
     assert "leaves out tool_calls" in error["message"]
 
 
-def test_automatic_choice_can_be_switched_off(server: RunningServer) -> None:
+def test_automatic_tool_choice_can_be_disabled(server: RunningServer) -> None:
     app = build_app(server.llm, load_served_models(server.llm), tool_call_parser=None)
     with run_app(app) as address:
         error = refused(RunningServer(server.llm, address))
@@ -269,7 +269,7 @@ def test_a_parser_must_be_known() -> None:
         ServerArgs(tool_call_parser="hermit")
 
 
-def test_short_ids_where_templates_want_them(server: RunningServer) -> None:
+def test_short_call_ids_where_templates_require_them(server: RunningServer) -> None:
     app = build_app(server.llm, load_served_models(server.llm), tool_call_parser="mistral")
     with run_app(app) as address:
         answer = create(RunningServer(server.llm, address), tool_choice=NAMED, max_tokens=4)
@@ -284,7 +284,7 @@ PHI4_TEMPLATE = CHAT_TEMPLATE.replace(
 )
 
 
-def test_phi4_is_told_in_its_system_message(start_server: ServerFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_phi4_gets_tools_in_its_system_message(start_server: ServerFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     phi4 = start_server(chat_template=PHI4_TEMPLATE)
     tokenizer = phi4.llm.tokenizer
     known = type(tokenizer).convert_tokens_to_ids

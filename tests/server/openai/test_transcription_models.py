@@ -1,4 +1,4 @@
-"""Transcriptions by models that have a way of their own to be asked, or cannot be asked at all."""
+"""Transcriptions by models with special prompts, and by models without support."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.families.table import save_family
 from tests.processors.families.test_voxtral import SPECIAL, as_published
 from tests.server.conftest import RunningServer, ServerFactory
 
-pytestmark = pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # openai's word on its translations
+pytestmark = pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # the openai client's translations API
 
 
 def rendered(server: RunningServer, wav: bytes, monkeypatch: pytest.MonkeyPatch, **options: Any) -> str:
-    """The prompt that the engine gets."""
+    """Transcribe a clip and return the prompt."""
     prompts: list[str] = []
     process = server.llm.engine.process_input
 
@@ -38,7 +38,7 @@ def rendered(server: RunningServer, wav: bytes, monkeypatch: pytest.MonkeyPatch,
     return prompts[0]
 
 
-def test_qwen3_asr_has_context_and_language_around_the_clip(
+def test_qwen3_asr_gets_context_and_language_around_the_clip(
     tmp_path: Path, wav: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = save_family(tmp_path / "model", "qwen3_asr")
@@ -56,7 +56,7 @@ def test_qwen3_asr_has_context_and_language_around_the_clip(
         assert told == f"<|im_start|>system\nZürich {{{{ 1 }}}}<|im_end|>\n{clip}language German<asr_text>"
 
 
-def test_voxtral_is_asked_by_a_token(tmp_path: Path, wav: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_voxtral_is_prompted_by_a_token(tmp_path: Path, wav: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_family(tmp_path / "model", "voxtral")
     as_published(path)
     with ExitStack() as stack:
@@ -80,7 +80,7 @@ def test_voxtral_is_asked_by_a_token(tmp_path: Path, wav: bytes, monkeypatch: py
             client.audio.translations.create(model="tiny", file=("clip", wav))
 
 
-def test_a_text_model_cannot_be_asked(tmp_path: Path, wav: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_model_does_not_transcribe(tmp_path: Path, wav: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_text_model(tmp_path / "model", "llama")
     with ExitStack() as stack:
         server = ServerFactory(path, stack)()
@@ -90,7 +90,7 @@ def test_a_text_model_cannot_be_asked(tmp_path: Path, wav: bytes, monkeypatch: p
 
 
 def test_a_clip_that_is_too_long_is_refused(tmp_path: Path, wav: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = save_family(tmp_path / "model", "qwen2_audio")  # hears 2 s; the clip lasts 0.5 s
+    path = save_family(tmp_path / "model", "qwen2_audio")  # accepts 2 s; the clip lasts 0.5 s
     long = wav[:40] + (16000 * 6).to_bytes(4, "little") + wav[44:] * 6
     with ExitStack() as stack:
         server = ServerFactory(path, stack)()
@@ -100,7 +100,7 @@ def test_a_clip_that_is_too_long_is_refused(tmp_path: Path, wav: bytes, monkeypa
 
 
 def outputs(*texts: str) -> list[RequestOutput]:
-    """Deltas of one answer, a token each."""
+    """Return deltas of one output, a token each."""
     choice = LoRAChoice(None, None, "none")
     deltas = [CompletionOutput(0, text, [7]) for text in texts]
     deltas[-1].finish_reason = "stop"
@@ -115,7 +115,7 @@ def outputs(*texts: str) -> list[RequestOutput]:
         (("no mark ", "at all"), ["", "no mark at all"], "unknown"),
     ],
 )
-def test_the_language_heard_is_no_part_of_the_text(texts: tuple[str, ...], deltas: list[str], language: str) -> None:
+def test_the_detected_language_is_cut_from_the_text(texts: tuple[str, ...], deltas: list[str], language: str) -> None:
     asked = TranscriptionTask("transcribe", "verbose_json", False, None, 1.0, "<asr_text>")
     whole = TranscriptionBuilder(asked).complete(outputs(*texts))
     assert (whole["text"], whole["language"]) == ("".join(deltas), language)

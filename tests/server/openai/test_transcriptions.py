@@ -1,5 +1,4 @@
-"""Transcriptions and translations with the `openai` client, on a tiny random model: it hears noise, but how it is asked
-and what comes back is all there."""
+"""Transcriptions and translations with the `openai` client, on a tiny model with random weights."""
 
 from __future__ import annotations
 
@@ -24,10 +23,10 @@ from mmlora.server.openai.transcriptions.form import MAX_FORM_FIELDS
 from tests.server.conftest import RunningServer, ServerFactory, input_audio_part, run_app, text_part, wait_until_idle
 
 TRANSCRIBE = "Transcribe the audio clip into text."
-LIMIT = 12  # tokens of an answer
+LIMIT = 12  # output tokens
 FORMATS = {"WAV": None, "FLAC": None, "OGG": "VORBIS", "MP3": None}
 
-pytestmark = pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # openai's word on its translations
+pytestmark = pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # the openai client's translations API
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +35,7 @@ def server(start_server: ServerFactory, adapters: dict[str, str]) -> RunningServ
 
 
 def transcribe(server: RunningServer, data: bytes, **options: Any) -> Any:
-    """One answer of few tokens; a stream as the list of its events."""
+    """Request a short transcription; return a stream as the list of its events."""
     extra = {"max_tokens": LIMIT, **options.pop("extra", {})}
     with server.client as client:
         answer = client.audio.transcriptions.create(
@@ -88,7 +87,7 @@ def test_every_format_equals_a_chat_with_the_same_prompt(server: RunningServer, 
     assert details is not None and (details.text_tokens, details.audio_tokens) == (text_only, counted[0] - text_only)
 
 
-def test_the_other_shapes_of_an_answer(server: RunningServer, wav: bytes) -> None:
+def test_the_other_response_formats(server: RunningServer, wav: bytes) -> None:
     found = transcribe(server, wav)
     assert transcribe(server, wav, response_format="text") == found.text
     verbose = transcribe(server, wav, response_format="verbose_json")
@@ -101,7 +100,7 @@ def test_the_other_shapes_of_an_answer(server: RunningServer, wav: bytes) -> Non
     assert found.to_dict()["finish_reason"] == "length"
 
 
-def test_a_stream_joins_to_the_whole_answer(server: RunningServer, wav: bytes) -> None:
+def test_a_stream_adds_up_to_the_whole_response(server: RunningServer, wav: bytes) -> None:
     whole = transcribe(server, wav, include=["logprobs"])
     events = transcribe(server, wav, include=["logprobs"], stream=True)
     assert [event.type for event in events] == ["transcript.text.delta"] * (len(events) - 1) + ["transcript.text.done"]
@@ -117,7 +116,7 @@ def test_a_stream_joins_to_the_whole_answer(server: RunningServer, wav: bytes) -
     assert as_text[-1].text == whole.text and as_text[0].logprobs is None
 
 
-def test_log_probabilities_are_those_of_a_chat(server: RunningServer, wav: bytes) -> None:
+def test_log_probabilities_equal_those_of_a_chat(server: RunningServer, wav: bytes) -> None:
     found = transcribe(server, wav, include=["logprobs"])
     entries = chat(server, wav, TRANSCRIBE, logprobs=True)["choices"][0]["logprobs"]["content"]
     assert [entry.token for entry in found.logprobs] == [entry["token"] for entry in entries]
@@ -127,7 +126,7 @@ def test_log_probabilities_are_those_of_a_chat(server: RunningServer, wav: bytes
     assert transcribe(server, wav).logprobs is None
 
 
-def test_adapters_are_chosen_and_told_as_in_chats(server: RunningServer, wav: bytes) -> None:
+def test_adapters_are_chosen_and_reported_as_in_chats(server: RunningServer, wav: bytes) -> None:
     asked: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({}, {}),
         ({"model": "audio"}, {"model": "audio"}),
@@ -159,7 +158,7 @@ def test_headers_name_the_adapter_and_the_reason(server: RunningServer, wav: byt
         response.read()
 
 
-def test_a_translation_asks_for_the_language(server: RunningServer, wav: bytes) -> None:
+def test_a_translation_prompt_names_the_language(server: RunningServer, wav: bytes) -> None:
     found = translate(server, wav)
     expected = chat(server, wav, "Translate the audio to English.")["choices"][0]["message"]["content"]
     assert found.text == expected != transcribe(server, wav).text
@@ -199,7 +198,7 @@ def test_a_salt_reaches_the_engine(server: RunningServer, wav: bytes, monkeypatc
     assert salts == ["mine", None]
 
 
-def test_empty_and_harmless_fields_count_as_left_out(server: RunningServer, wav: bytes) -> None:
+def test_empty_fields_and_fields_without_effect_are_ignored(server: RunningServer, wav: bytes) -> None:
     extra = {"lora": "", "temperature": "", "chunking_strategy": "", "n": 1, "user": "me"}
     found = transcribe(server, wav, language="", prompt="", extra=extra)
     assert found.text == transcribe(server, wav, chunking_strategy="auto").text
@@ -234,7 +233,7 @@ def test_empty_and_harmless_fields_count_as_left_out(server: RunningServer, wav:
         ({"model": "words", "extra": {"lora": "audio"}}, "lora", "contradict"),
     ],
 )
-def test_what_cannot_be_done_is_refused_by_name(
+def test_unsupported_fields_are_refused_by_name(
     server: RunningServer, wav: bytes, options: dict[str, Any], param: str | None, named: str
 ) -> None:
     with pytest.raises(BadRequestError) as refused:
@@ -247,7 +246,7 @@ def test_what_cannot_be_done_is_refused_by_name(
     ("extra", "param"),
     [({"include[]": "logprobs"}, "include"), ({"to_language": "xx"}, "to_language"), ({"stream": "maybe"}, "stream")],
 )
-def test_what_a_translation_cannot_do_is_refused_by_name(
+def test_unsupported_fields_of_a_translation_are_refused_by_name(
     server: RunningServer, wav: bytes, extra: dict[str, str], param: str
 ) -> None:
     with pytest.raises(BadRequestError) as refused:
@@ -261,13 +260,13 @@ def test_an_unknown_model_is_not_found(server: RunningServer, wav: bytes) -> Non
             transcribe(server, wav, **options)
 
 
-def test_what_is_no_clip_is_refused(server: RunningServer, wav: bytes, png: bytes) -> None:
+def test_content_that_is_not_audio_is_refused(server: RunningServer, wav: bytes, png: bytes) -> None:
     for data, named in ((png, "image"), (b"", "0 bytes"), (b"text", "neither audio"), (wav[:-999], "truncated")):
         with pytest.raises(BadRequestError, match=named):
             transcribe(server, data)
 
 
-def test_forms_are_read_leniently_and_refused_clearly(server: RunningServer, wav: bytes) -> None:
+def test_unusual_forms_are_parsed_and_malformed_ones_refused(server: RunningServer, wav: bytes) -> None:
     kind = "multipart/form-data; boundary=b"
     text = transcribe(server, wav).text
     few = ("max_tokens", str(LIMIT).encode())
@@ -295,7 +294,7 @@ def test_forms_are_read_leniently_and_refused_clearly(server: RunningServer, wav
         assert named in response.json()["error"]["message"]
 
 
-def test_malformed_forms_are_never_the_servers_fault(server: RunningServer, wav: bytes) -> None:
+def test_malformed_forms_are_never_a_server_error(server: RunningServer, wav: bytes) -> None:
     rng = random.Random(0)
     good = form(("model", b"tiny"), ("file", wav[:400]), ("max_tokens", b"1"), ("include[]", b"logprobs"))
     marks = [b"\r\n", b"--b", b"--b--\r\n", b'"', b";", b":", b"\x00", b"Content-Disposition: x", b"name=", b"\xff\xfe"]
@@ -313,7 +312,7 @@ def test_malformed_forms_are_never_the_servers_fault(server: RunningServer, wav:
     assert transcribe(server, wav).text
 
 
-def test_a_clip_over_the_bound_of_a_body_is_refused(server: RunningServer, wav: bytes) -> None:
+def test_a_clip_over_the_body_limit_is_refused(server: RunningServer, wav: bytes) -> None:
     app = build_app(server.llm, load_served_models(server.llm), max_request_bytes=1000)
     with run_app(app) as address:
         small = RunningServer(server.llm, address)
@@ -323,7 +322,7 @@ def test_a_clip_over_the_bound_of_a_body_is_refused(server: RunningServer, wav: 
             assert refused.value.status_code == 413
 
 
-def test_a_client_that_leaves_a_stream_aborts_its_request(
+def test_a_client_that_disconnects_from_a_stream_aborts_its_request(
     server: RunningServer, wav: bytes, aborted: list[RequestOutput]
 ) -> None:
     with server.client as client:
@@ -336,7 +335,7 @@ def test_a_client_that_leaves_a_stream_aborts_its_request(
     assert [output.outputs[0].finish_reason for output in aborted] == ["abort"]
 
 
-def test_many_at_once_do_not_disturb_each_other(server: RunningServer) -> None:
+def test_concurrent_transcriptions_are_independent(server: RunningServer) -> None:
     clips = {name: encoded(name) for name in FORMATS}
     alone = {name: transcribe(server, data).text for name, data in clips.items()}
     order = [*clips] * 3
@@ -345,7 +344,7 @@ def test_many_at_once_do_not_disturb_each_other(server: RunningServer) -> None:
     assert texts == [alone[name] for name in order]
 
 
-def test_forms_are_described(server: RunningServer) -> None:
+def test_forms_are_in_the_openapi_document(server: RunningServer) -> None:
     document = httpx.get(f"{server.address}/openapi.json").json()
     for path, own in (("transcriptions", "include"), ("translations", "to_language")):
         content = document["paths"][f"/v1/audio/{path}"]["post"]["requestBody"]["content"]

@@ -1,4 +1,4 @@
-"""Fields that vLLM's users send beside OpenAI's: what they do to chat completions and completions."""
+"""Fields of vLLM's API that OpenAI's does not have, in chat completions and completions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def num_cached(answer: dict[str, Any]) -> int:
 
 
 @pytest.mark.parametrize("ask", [chat, complete])
-def test_prefixes_are_shared_only_among_requests_with_one_salt(server: RunningServer, ask: Any) -> None:
+def test_prefixes_are_shared_only_among_requests_with_the_same_salt(server: RunningServer, ask: Any) -> None:
     text = f"{STORY} ({ask.__name__})"
     found = [num_cached(ask(server, text, cache_salt=salt)) for salt in ("a", "a", "b", None, None, "b", "a", "None")]
     whole = found[1]
@@ -57,7 +57,7 @@ def test_prefixes_are_shared_only_among_requests_with_one_salt(server: RunningSe
     assert (refused["status"], "cache_salt=''" in refused["error"]["message"]) == (400, True)
 
 
-def test_encoded_media_are_shared_only_among_requests_with_one_salt(server: RunningServer, png: bytes) -> None:
+def test_encoded_media_are_shared_only_among_requests_with_the_same_salt(server: RunningServer, png: bytes) -> None:
     encoder = server.llm.engine.runner.encoder
     assert encoder is not None
     before, counts = encoder.num_encoded, []
@@ -68,7 +68,7 @@ def test_encoded_media_are_shared_only_among_requests_with_one_salt(server: Runn
     assert counts == [1, 1, 2, 3]
 
 
-def test_usage_counts_cached_tokens_once_for_all_answers_and_media_apart(
+def test_usage_counts_cached_tokens_once_for_all_choices_and_media_separately(
     server: RunningServer, wav: bytes, png: bytes
 ) -> None:
     message = [
@@ -87,7 +87,7 @@ def test_usage_counts_cached_tokens_once_for_all_answers_and_media_apart(
     assert first["prompt_tokens_details"]["cached_tokens"] < details["cached_tokens"] < again["prompt_tokens"]
 
 
-def test_the_first_in_priority_is_the_first_served(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_highest_priority_runs_first(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler, runner = server.llm.engine.scheduler, server.llm.engine.runner
     run, is_over = runner.run, threading.Event()
 
@@ -186,7 +186,7 @@ def test_a_stream_repeats_the_message_first(server: RunningServer) -> None:
         ([*DRAFT[:1], {"role": "assistant", "content": [{"type": "text"}]}], {"echo": True}, "lacks its 'text' field"),
     ],
 )
-def test_what_does_not_fit_is_refused(server: RunningServer, messages: Any, fields: Any, named: str) -> None:
+def test_invalid_combinations_are_refused(server: RunningServer, messages: Any, fields: Any, named: str) -> None:
     refused = chat(server, messages, **fields)
     assert refused["status"] == 400 and named in refused["error"]["message"]
 

@@ -1,4 +1,4 @@
-"""Tools that the tests of chats and responses offer, and the calls and prompts that come of them."""
+"""Tools for the tests of chats and responses, and helpers that check calls and prompts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_calls(calls: list[dict[str, str]]) -> None:
 def prompt_of(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch, body: dict[str, Any], path: str = "chat/completions"
 ) -> str:
-    """The prompt that a request becomes."""
+    """Return the prompt of a request."""
     prompts, process = [], server.llm.engine.process_input
 
     def record(request_id: str, prompt: Any, *args: Any) -> Any:
