@@ -134,7 +134,8 @@ async function keepRecording() {
   const { finish } = recording;
   setRecording(null);
   try {
-    addFiles([new File([await finish()], "recording.wav", { type: "audio/wav" })]);
+    const blob = await finish();
+    addFiles([new File([blob], "recording", { type: blob.type })]);
   } catch (error) {
     say(error.message);
   }

@@ -1,20 +1,21 @@
-// Audio clips and pictures of a message: from a file to a content part of the API, and to what the page shows of it.
+// Audio clips and images of a message: from a file to a content part of the API, and to its tile on the page.
 
 import { clock, drawing, element, icon, iconButton } from "./elements.js";
 import { encodeWav } from "./wav.js";
 
-// What the server reads itself goes there byte by byte; anything else that the browser can play becomes WAV.
-const SENT_AS_IT_IS = /^audio\/(wav|wave|x-wav|flac|x-flac|ogg|mpeg|mp3)$/;
-const AUDIO_NAME = /\.(wav|flac|ogg|oga|opus|mp3|m4a|aac|webm)$/i; // some systems know no type for these
-const RATE_HZ = 16000; // of clips that are decoded here; speech models take no more
+// Formats that the server reads are sent unchanged; others that the browser can play are converted to WAV.
+const READ_BY_SERVER = /^audio\/(wav|wave|x-wav|flac|x-flac|ogg|mpeg|mp3|mp4|m4a|x-m4a|aac|webm)(;|$)/;
+const AUDIO_NAME = /\.(wav|flac|ogg|oga|opus|mp3|m4a|aac|webm)$/i; // the server reads these, too; some have no type
+const RATE_HZ = 16000; // of clips decoded here; speech models use no higher rate
 const NUM_BARS = 36;
 
 export async function loadAttachment(file) {
   const kind = AUDIO_NAME.test(file.name) ? "audio" : file.type.split("/")[0];
   if (kind === "image") return attachment(kind, file, file.name);
-  if (kind !== "audio") throw new Error(`${file.name} is neither audio nor a picture.`);
+  if (kind !== "audio") throw new Error(`${file.name} is neither audio nor an image.`);
   const samples = await decode(file);
-  const blob = SENT_AS_IT_IS.test(file.type) ? file : samples && encodeWav(samples, RATE_HZ);
+  const isSentUnchanged = READ_BY_SERVER.test(file.type) || AUDIO_NAME.test(file.name);
+  const blob = isSentUnchanged ? file : samples && encodeWav(samples, RATE_HZ);
   if (!blob) throw new Error(`This browser cannot read ${file.name}.`);
   return { ...(await attachment(kind, blob, file.name)), samples };
 }

@@ -1,57 +1,57 @@
-// Records the microphone, at the device's own rate: the server resamples better than browsers do.
+// Records the microphone in the browser's own format: WebM with Opus, or MP4 with AAC in Safari. The server reads both.
 
-import { encodeWav } from "./wav.js";
+const LEVEL_INTERVAL_MS = 50;
 
-// Tells `onLevel(peak, seconds)` how loud it is (0 to 1) and how long it has recorded.
+// Calls `onLevel(peak, seconds)` while it records, with a peak of 0 to 1.
 export async function startRecording(onLevel) {
   const stream = await openMicrophone();
   const context = new AudioContext();
-  const blocks = [];
-  let length = 0;
+  const analyser = context.createAnalyser();
+  context.createMediaStreamSource(stream).connect(analyser);
+  const samples = new Float32Array(analyser.fftSize);
+
+  const recorder = new MediaRecorder(stream, { audioBitsPerSecond: 128000 });
+  const chunks = [];
+  recorder.ondataavailable = ({ data }) => chunks.push(data);
+  recorder.start();
+  const start = performance.now();
+  const timer = setInterval(() => {
+    analyser.getFloatTimeDomainData(samples);
+    onLevel(Math.max(...samples.map(Math.abs)), (performance.now() - start) / 1000);
+  }, LEVEL_INTERVAL_MS);
 
   function close() {
-    stream.getTracks().forEach((track) => track.stop());
+    clearInterval(timer);
+    stream.getTracks().forEach((track) => track.stop()); // which also stops the recorder
     return context.close();
   }
-
-  try {
-    await context.audioWorklet.addModule(new URL("recorder-worklet.js", import.meta.url));
-  } catch (error) {
-    close();
-    throw error;
-  }
-  const node = new AudioWorkletNode(context, "recorder", { channelCount: 1, channelCountMode: "explicit" });
-  node.port.onmessage = ({ data }) => {
-    blocks.push(data);
-    length += data.length;
-    onLevel(Math.max(...data.map(Math.abs)), length / context.sampleRate);
-  };
-  // Its output stays silent; nodes that lead nowhere are not run.
-  context.createMediaStreamSource(stream).connect(node).connect(context.destination);
 
   return {
     cancel: close,
     async finish() {
+      await new Promise((resolve) => {
+        recorder.onstop = resolve;
+        recorder.stop();
+      });
       await close();
-      if (!length) throw new Error("The microphone gave no sound.");
-      const samples = new Float32Array(length);
-      blocks.reduce((start, block) => (samples.set(block, start), start + block.length), 0);
-      return encodeWav(samples, context.sampleRate);
+      const recording = new Blob(chunks, { type: recorder.mimeType });
+      if (!recording.size) throw new Error("The microphone recorded nothing.");
+      return recording;
     },
   };
 }
 
 async function openMicrophone() {
   if (!navigator.mediaDevices) {
-    throw new Error("Browsers record only on pages from https or localhost; attach a file instead.");
+    throw new Error("Browsers record only on pages served over HTTPS or from localhost. Attach a file instead.");
   }
-  // Speech as it is: what browsers do against noise makes it harder for models to hear.
+  // Unprocessed speech: noise suppression makes it harder for models to understand.
   const audio = { channelCount: 1, echoCancellation: false, noiseSuppression: false };
   try {
     return await navigator.mediaDevices.getUserMedia({ audio });
   } catch (error) {
     throw new Error(
-      error.name === "NotAllowedError" ? "The browser does not let this page use the microphone." : "There is no microphone that can be used.",
+      error.name === "NotAllowedError" ? "The browser blocks the microphone on this page." : "No usable microphone was found.",
     );
   }
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import re
 import shutil
@@ -23,6 +22,8 @@ from mmlora.assets.image import ImageAsset
 from mmlora.assets.models import assistant_adapters, assistant_default_mm_loras, assistant_path
 from mmlora.async_llm import AsyncLLM
 from mmlora.config import EngineArgs
+from mmlora.processors.media.decoding import load_media
+from mmlora.processors.media.items import AudioItem
 from mmlora.server.api import build_app
 from mmlora.server.args import LoRAModule
 from mmlora.server.launch import load_served_models
@@ -206,10 +207,10 @@ def test_a_spoken_question_is_recorded_and_answered(visit: Open) -> None:
     assert facts.startswith("speech-lora default:audio 2 tokens first token ")
     url = seen.bodies[0]["messages"][0]["content"][0]["audio_url"]["url"]
     kind, _, content = url.partition(",")
-    assert kind == "data:audio/wav;base64"
-    info = soundfile.info(io.BytesIO(base64.b64decode(content)))
-    assert (info.format, info.subtype, info.channels) == ("WAV", "PCM_16", 1)
-    assert info.samplerate >= 16000 and 2.9 < info.duration < 30
+    assert kind == "data:audio/webm;codecs=opus;base64"
+    clip = load_media(base64.b64decode(content))
+    assert isinstance(clip, AudioItem)
+    assert clip.sample_rate >= 16000 and 2.9 < clip.duration_s < 30
     assert page.evaluate("document.getElementById('level').value") == 0
 
 
@@ -248,7 +249,7 @@ def test_a_clip_is_sent_unchanged_and_other_files_are_refused(visit: Open, tmp_p
     notes = tmp_path / "notes.txt"
     notes.write_text("hello")
     seen.page.set_input_files("#files", notes)
-    seen.page.wait_for_selector("#notice:has-text('notes.txt is neither audio nor a picture')")
+    seen.page.wait_for_selector("#notice:has-text('notes.txt is neither audio nor an image')")
 
 
 @needs_browser
