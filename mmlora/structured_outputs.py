@@ -1,7 +1,7 @@
-"""Structured outputs: answers that follow a JSON schema, a regular expression, a choice or a grammar.
+"""Structured outputs: completions that follow a JSON schema, a regular expression, a choice or a grammar.
 
-`StructuredOutputsParams` is what a request asks for; `ConstraintCompiler` makes a `Matcher` of it outside the engine
-thread, of which each answer has a copy. It knows which tokens may come next; the sampler masks all others.
+`StructuredOutputsParams` is the constraint of a request. `ConstraintCompiler` compiles it with llguidance, outside the
+engine thread, to a `Matcher`, of which each completion has a copy. The sampler masks the tokens that it does not allow.
 """
 
 import json
@@ -23,33 +23,33 @@ from mmlora.utils.text import is_finite_number, shorten
 
 logger = logging.getLogger(__name__)
 
-MAX_CONSTRAINT_CHARS = 131_072  # of a schema, an expression, a grammar or all choices together
+MAX_CONSTRAINT_CHARS = 131_072  # of a schema, an expression, a grammar, or all choices together
 MAX_DEPTH = 64  # of a schema
-# llguidance follows references by recursion and would overflow its stack, which ends the process: at more than three
-# times as many levels, or rules.
-MAX_REF_DEPTH = 1000  # levels of a schema and of all that it refers to, together
-MAX_COLONS = 1000  # of a grammar, whose rules have one or two each
-MAX_MULTIPLE = 20_000  # the automaton of "multipleOf" has as many states
-MAX_LEXER_STATES = 50_000  # of one matcher, about 2 kB each
+# llguidance follows references recursively. A stack overflow would end the process; it happens at more than three times
+# these limits.
+MAX_REF_DEPTH = 1000  # levels of a schema and of everything it refers to, added up
+MAX_COLONS = 1000  # in a grammar, whose rules have one or two each
+MAX_MULTIPLE = 20_000  # number of states of the automaton for "multipleOf"
+MAX_LEXER_STATES = 50_000  # per matcher, about 2 kB each
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
-# Without a bound, a model that likes line breaks may write them until its tokens run out.
+# Without a limit, a model may repeat line breaks until max_tokens.
 JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \t\n\r]{1,40}"}
 
 
 @dataclass(frozen=True)
 class StructuredOutputsParams:
-    """What an answer must look like; exactly one of the first five is given.
+    """Constraint on a completion; exactly one of the first five fields is set.
 
     Args:
-        json: a JSON schema, as text or as what `json.loads` makes of it.
-        regex: a regular expression that the whole answer matches, without look-around and back-references.
-        choice: texts, one of which is the answer.
-        grammar: in Lark's form or in GBNF (`root ::= …`).
+        json: a JSON schema, as JSON text or parsed.
+        regex: a regular expression that matches the whole completion, without look-around and back-references.
+        choice: texts, one of which is the completion.
+        grammar: in Lark's syntax or in GBNF (`root ::= …`).
         json_object: True for any JSON object.
-        name: what errors call it.
+        name: the request field, for errors.
 
     Raises:
-        ConstraintError: none or several are given, or one has the wrong type or is too large.
+        ConstraintError: none or several are set, or one has the wrong type or is too large.
     """
 
     json: str | Mapping[str, Any] | bool | None = None
@@ -81,7 +81,7 @@ class StructuredOutputsParams:
         return [name for name, value in values.items() if value is not None and (name, value) != ("json_object", False)]
 
     def refuse(self, reason: str) -> NoReturn:
-        """Say what is wrong with it.
+        """Raise the error that names the field.
 
         Raises:
             ConstraintError: always.
@@ -93,27 +93,27 @@ CONSTRAINT_FIELDS = tuple(field.name for field in fields(StructuredOutputsParams
 
 
 class Matcher:
-    """Which tokens may come next in one answer.
+    """State of a constraint in one completion: which tokens may come next.
 
     Attributes:
-        is_complete: nothing can follow but the end.
-        error: why it cannot go on, for a constraint that turned out to be too complex; None while all is well.
+        is_complete: only end-of-text can follow.
+        error: why matching failed, for example because the constraint is too complex; None without a failure.
 
     Args:
-        matcher: llguidance's, at the start of an answer.
+        matcher: llguidance's matcher at the start of a completion.
         stop_ids: end-of-text tokens.
     """
 
     def __init__(self, matcher: Any, stop_ids: Collection[int]) -> None:
         self._matcher = matcher
         self.error: str | None = None
-        is_end = np.zeros(8 * len(matcher.compute_bitmask()), np.bool_)  # one bit a token, and some more
+        is_end = np.zeros(8 * len(matcher.compute_bitmask()), np.bool_)  # one bit per token, padded
         is_end[list(stop_ids)] = True
         self._end_mask = np.packbits(is_end, bitorder="little")
         self._look_ahead()
 
     def copy(self) -> "Matcher":
-        """Begin another answer where this one stands."""
+        """Return an independent copy in the same state."""
         other = copy(self)
         other._matcher = self._matcher.deep_copy()
         return other
@@ -130,11 +130,11 @@ class Matcher:
             self.error = type(error).__name__
 
     def allowed(self, vocab_size: int, *, can_end: bool) -> NDArray[np.bool_]:
-        """Tell which tokens may come next.
+        """Return which tokens may come next.
 
         Args:
-            vocab_size: how many there are; those that the tokenizer does not know may not.
-            can_end: end-of-text tokens may, where the answer is whole.
+            vocab_size: rows of logits; tokens beyond the tokenizer's vocabulary are not allowed.
+            can_end: allow end-of-text tokens where the completion may end.
 
         Returns:
             `[vocab_size]` bool.
@@ -148,11 +148,11 @@ class Matcher:
         can_go_on = bool((self._mask & ~self._end_mask).any())
         self.is_complete = self.error is None and not can_go_on and self._matcher.is_accepting()
         if self.error is None and not can_go_on and not self.is_complete:
-            self.error = "no token of the model fits here"
+            self.error = "no token of the vocabulary is allowed here"
 
 
 class ConstraintCompiler:
-    """Compiles constraints for one tokenizer. Safe to use from several threads.
+    """Compiles constraints for one tokenizer. Thread-safe.
 
     Args:
         tokenizer: of the model.
@@ -164,10 +164,10 @@ class ConstraintCompiler:
         self._stop_ids = stop_ids
 
     def compile(self, params: StructuredOutputsParams) -> Matcher:
-        """Compile a constraint; takes milliseconds as a rule, and seconds for the largest that is allowed.
+        """Compile a constraint; usually takes milliseconds, up to seconds for the largest allowed ones.
 
         Raises:
-            ConstraintError: it is malformed, too complex, unsatisfiable, or satisfied by an empty answer alone.
+            ConstraintError: it is malformed, too complex, unsatisfiable, or allows only an empty completion.
         """
         try:
             from llguidance import LLMatcher, LLParserLimits
@@ -183,30 +183,30 @@ class ConstraintCompiler:
             params.refuse(_reason(matcher))
         start = Matcher(matcher, self._stop_ids)
         if start.error is not None or start.is_complete:
-            params.refuse(start.error or "only an empty answer is allowed")
+            params.refuse(start.error or "only an empty completion is allowed")
         return start
 
     @cached_property
     def _tokenizer(self) -> Any:
-        """llguidance's view of the tokenizer, made when it is first needed."""
+        """llguidance's tokenizer, created on first use."""
         from llguidance.hf import from_tokenizer
 
         return from_tokenizer(self._hf_tokenizer, eos_token=sorted(self._stop_ids))
 
 
 def _grammar(params: StructuredOutputsParams) -> str:
-    """Write a constraint as llguidance reads it."""
+    """Return a constraint as a grammar of llguidance."""
     from llguidance import LLMatcher, grammar_from, regex_to_lark
 
     if params.regex is not None:
-        # As in JSON schemas, \d is a digit from 0 to 9: who asks for digits rarely wants those of all scripts.
+        # As in JSON schemas, \d is 0 to 9 and not the digits of all scripts.
         return str(LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(params.regex, use_ascii='d')}/"))
     if params.choice is not None:
-        # One terminal: as alternatives of a rule, more than 2,000 are too many for the parser.
+        # A single terminal: the parser fails with more than 2,000 alternatives of a rule.
         return str(LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, params.choice))))
     if params.grammar is not None:
         if "%json" in params.grammar:
-            params.refuse("grammar holds %json; a JSON schema must be given by itself")
+            params.refuse("grammar holds %json; use the json field for a JSON schema")
         num_colons = params.grammar.count(":")
         if num_colons > MAX_COLONS:
             params.refuse(f"grammar has {num_colons} colons, one or two for each rule; allowed are {MAX_COLONS}")
@@ -219,13 +219,13 @@ def _grammar(params: StructuredOutputsParams) -> str:
 
 
 def _reason(matcher: Any) -> str:
-    """Why a matcher of llguidance fails."""
+    """Return why a matcher of llguidance failed."""
     text = str(matcher.get_error()).partition("<non-verbose/>")[0].strip()
-    return "it permits no text at all" if text.startswith("NoExtension") else shorten(text, str, 400)
+    return "it allows no text at all" if text.startswith("NoExtension") else shorten(text, str, 400)
 
 
 def _checked_schema(params: StructuredOutputsParams, schema: Any) -> str:
-    """A schema as text, if it is not so large that it would keep the compiler busy."""
+    """Return a schema as text after checking the limits that bound the time and stack of the compiler."""
     try:
         schema = json.loads(schema) if isinstance(schema, str) else schema
         schema = {} if schema is True else schema
@@ -243,17 +243,17 @@ def _checked_schema(params: StructuredOutputsParams, schema: Any) -> str:
         params.refuse(f"the JSON schema has {len(text)} characters; allowed are {MAX_CONSTRAINT_CHARS}")
     if multiple > MAX_MULTIPLE:
         params.refuse(
-            f"the common multiple of all values of multipleOf is {multiple}; allowed are up to {MAX_MULTIPLE}"
+            f"the least common multiple of all values of multipleOf is {multiple}; allowed are up to {MAX_MULTIPLE}"
         )
     if depth > MAX_REF_DEPTH:
         params.refuse(
-            f"the JSON schema and what its references lead to have {depth} levels in all; allowed are {MAX_REF_DEPTH}"
+            f"the JSON schema and the targets of its references have {depth} levels in all; allowed are {MAX_REF_DEPTH}"
         )
     return text
 
 
 def _ref_depth(schema: Any) -> int:
-    """The levels of a schema and of each place that it refers to, added up: no way through it can be longer."""
+    """Return the depths of a schema and of each target of a reference, added up: an upper bound of any path."""
     refs = {ref for ref in _values(schema, "$ref", 0) if isinstance(ref, str)}
     return _depth(schema) + sum(_depth(_at(schema, ref)) for ref in refs)
 
@@ -264,7 +264,7 @@ def _depth(node: Any) -> int:
 
 
 def _at(schema: Any, ref: str) -> Any:
-    """What a JSON pointer leads to; the whole schema for a reference of another kind."""
+    """Return the target of a JSON pointer; the whole schema for other references."""
     node = schema
     for key in ref.split("/")[1:]:
         key = unquote(key).replace("~1", "/").replace("~0", "~")
@@ -278,7 +278,7 @@ def _at(schema: Any, ref: str) -> Any:
 
 
 def _values(node: Any, key: str, depth: int) -> Iterator[Any]:
-    """Every value under a key, at whatever depth.
+    """Yield the values of a key at every depth.
 
     Raises:
         RecursionError: the depth exceeds `MAX_DEPTH`.

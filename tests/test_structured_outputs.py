@@ -1,4 +1,4 @@
-"""Structured outputs: what a random model writes under a constraint follows it, and nobody else notices."""
+"""Structured outputs: completions of a random model follow the constraint, and other requests are unaffected."""
 
 import json
 import random
@@ -32,7 +32,7 @@ def llm(tiny_phi4):
     return LLM(str(tiny_phi4), enable_lora=True)
 
 
-def answers(llm, params, prompts=("hello",), loras=None):
+def complete(llm, params, prompts=("hello",), loras=None):
     outputs = llm.generate(list(prompts), params, loras, use_tqdm=False)
     assert [output.error for output in outputs] == [None] * len(outputs)
     return [completion for output in outputs for completion in output.outputs]
@@ -66,11 +66,11 @@ def random_schema(rng, depth=0):
     }[kind]
 
 
-def test_answers_follow_random_schemas(llm):
+def test_completions_follow_random_schemas(llm):
     rng = random.Random(0)
     schemas = [random_schema(rng) for _ in range(40)]
     params = [under({**HOT, "seed": seed}, json=schema) for seed, schema in enumerate(schemas)]
-    found = answers(llm, params, ["go"] * len(schemas))
+    found = complete(llm, params, ["go"] * len(schemas))
     num_whole = 0
     for schema, completion in zip(schemas, found, strict=True):
         if completion.finish_reason == "stop":
@@ -89,18 +89,18 @@ def test_answers_follow_random_schemas(llm):
         r"[^a-y\n]{1,4}z",
     ],
 )
-def test_answers_match_an_expression(llm, regex):
-    for completion in answers(llm, under({**HOT, "n": 4, "seed": 1}, regex=regex)):
+def test_completions_match_an_expression(llm, regex):
+    for completion in complete(llm, under({**HOT, "n": 4, "seed": 1}, regex=regex)):
         is_whole = completion.finish_reason == "stop"
         assert re.fullmatch(regex, completion.text) if is_whole else len(completion.token_ids) == 400
 
 
-def test_answers_follow_a_grammar_in_either_form(llm):
+def test_completions_follow_a_grammar_in_either_form(llm):
     lark = 'start: term ("+" term)*\nterm: NUMBER | "(" start ")"\nNUMBER: /[0-9]{1,2}/'
     gbnf = 'root ::= term ("+" term)*\nterm ::= [0-9] [0-9]? | "(" root ")"'
     for grammar in (lark, gbnf):
         whole = [
-            c for c in answers(llm, under({**HOT, "n": 8, "seed": 2}, grammar=grammar)) if c.finish_reason == "stop"
+            c for c in complete(llm, under({**HOT, "n": 8, "seed": 2}, grammar=grammar)) if c.finish_reason == "stop"
         ]
         assert whole
         for completion in whole:
@@ -108,23 +108,23 @@ def test_answers_follow_a_grammar_in_either_form(llm):
             assert isinstance(eval(re.sub(r"\b0+(?=\d)", "", completion.text)), int)
 
 
-def test_any_object_is_one(llm):
-    choice = answers(llm, under({**HOT, "n": 4, "seed": 3}, json_object=True))
+def test_json_object_gives_a_json_object(llm):
+    choice = complete(llm, under({**HOT, "n": 4, "seed": 3}, json_object=True))
     whole = [completion for completion in choice if completion.finish_reason == "stop"]
     assert all(isinstance(json.loads(completion.text), dict) for completion in whole)
     assert all(completion.text.startswith("{") for completion in choice)
 
 
-def test_a_model_that_likes_blanks_comes_to_an_end(llm):
+def test_repeated_blanks_are_limited(llm):
     space = llm.get_tokenizer()(" ").input_ids[0]
     options = {"temperature": 0, "max_tokens": 400, "logit_bias": {space: 100}}
-    completion = answers(llm, under(options, json=PERSON))[0]
+    completion = complete(llm, under(options, json=PERSON))[0]
     assert completion.finish_reason == "stop" and json.loads(completion.text)["name"] == " " * 6
     assert max(map(len, re.findall(" +", completion.text))) == 40
 
 
 def best_choice(reference, choices, prompt, bias=None):
-    """The greedy path through the choices with the logits of transformers: one byte is one token."""
+    """Return the greedy path through the choices with the logits of transformers; one byte is one token."""
     tokenizer = reference.tokenizer
     paths = [tokenizer(choice).input_ids for choice in choices]
     prompt_ids, answer = tokenizer(prompt).input_ids, []
@@ -142,7 +142,7 @@ def best_choice(reference, choices, prompt, bias=None):
         answer.append(token)
 
 
-def test_greedy_takes_the_likeliest_permitted_tokens(llm, tiny_phi4):
+def test_greedy_takes_the_most_likely_allowed_tokens(llm, tiny_phi4):
     reference = Reference(tiny_phi4)
     choices = ["red", "re", "green", "grey", "gray", "greyish", "blue", "b", "ça va", "ça", "42"]
     bias = {reference.tokenizer("g").input_ids[0]: 3.0}
@@ -150,7 +150,7 @@ def test_greedy_takes_the_likeliest_permitted_tokens(llm, tiny_phi4):
     for prompt in ("a", "what colour?", "zzz", "7", "what is it", "colour:"):
         for biased in (None, bias):
             options = {"temperature": 0, "max_tokens": 20, "logit_bias": biased}
-            completion = answers(llm, under(options, choice=choices), [prompt])[0]
+            completion = complete(llm, under(options, choice=choices), [prompt])[0]
             assert completion.text == best_choice(reference, choices, prompt, biased)
             assert completion.finish_reason == "stop"
             taken.add(completion.text)
@@ -158,18 +158,18 @@ def test_greedy_takes_the_likeliest_permitted_tokens(llm, tiny_phi4):
 
 
 def test_a_choice_that_starts_another_may_end_or_go_on(llm):
-    texts = {c.text for c in answers(llm, under({**HOT, "n": 32, "seed": 5}, choice=["a", "ab", "abc"]))}
+    texts = {c.text for c in complete(llm, under({**HOT, "n": 32, "seed": 5}, choice=["a", "ab", "abc"]))}
     assert texts == {"a", "ab", "abc"}
 
 
 def test_choices_may_be_many(llm):
     choices = [f"word number {index}" for index in range(6000)]
-    completion = answers(llm, under({"temperature": 0, "max_tokens": 20}, choice=choices))[0]
+    completion = complete(llm, under({"temperature": 0, "max_tokens": 20}, choice=choices))[0]
     assert completion.text in choices and completion.finish_reason == "stop"
 
 
-def test_each_answer_has_its_matcher_before_the_engine_gets_the_request(llm):
-    """So the engine thread copies nothing."""
+def test_each_completion_has_its_matcher_before_the_engine_gets_the_request(llm):
+    """The engine thread does not copy matchers."""
     engine = llm.llm_engine
     ready = engine.process_input("r", "a", under({**HOT, "n": 3}, choice=["a", "b"]))
     assert len(set(map(id, ready.matchers))) == len({id(matcher._matcher) for matcher in ready.matchers}) == 3
@@ -180,48 +180,48 @@ def test_each_answer_has_its_matcher_before_the_engine_gets_the_request(llm):
 
 
 @pytest.mark.parametrize("options", [{"ignore_eos": True}, {"min_tokens": 3}], ids=str)
-def test_an_answer_that_must_go_on_does_so_while_it_can(llm, options):
-    found = answers(llm, under({**HOT, "n": 16, "seed": 5, **options}, choice=["a", "ab", "abc"]))
+def test_a_completion_that_must_not_end_continues_while_it_can(llm, options):
+    found = complete(llm, under({**HOT, "n": 16, "seed": 5, **options}, choice=["a", "ab", "abc"]))
     assert {(c.text, c.finish_reason) for c in found} == {("abc", "stop")}
 
 
 def test_the_end_may_come_before_min_tokens_where_nothing_can_follow(llm):
-    completion = answers(llm, under({**HOT, "min_tokens": 10}, choice=["ab"]))[0]
+    completion = complete(llm, under({**HOT, "min_tokens": 10}, choice=["ab"]))[0]
     assert (completion.text, completion.finish_reason, len(completion.token_ids)) == ("ab", "stop", 2)
 
 
-def test_max_tokens_cuts_an_answer(llm):
-    completion = answers(llm, under({"temperature": 0, "max_tokens": 3}, json=PERSON))[0]
+def test_max_tokens_cuts_a_completion(llm):
+    completion = complete(llm, under({"temperature": 0, "max_tokens": 3}, json=PERSON))[0]
     assert (completion.finish_reason, len(completion.token_ids)) == ("length", 3)
     assert completion.text.startswith("{")
 
 
 def test_stop_strings_and_log_probabilities_go_with_a_constraint(llm):
     options = {"temperature": 0, "max_tokens": 20, "stop": ["gr"], "logprobs": 2}
-    completion = answers(llm, under(options, choice=["red green"]))[0]
+    completion = complete(llm, under(options, choice=["red green"]))[0]
     assert (completion.text, completion.stop_reason) == ("red ", "gr")
     assert all(token in top for token, top in zip(completion.token_ids, completion.logprobs, strict=True))
 
 
-def test_neighbours_and_adapters_are_as_alone(llm, tiny_adapters):
+def test_batching_and_adapters_do_not_change_completions(llm, tiny_adapters):
     lora = LoRARequest("a", 1, str(tiny_adapters["a"]))
     free = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     bound = under({"temperature": 0, "max_tokens": 60}, json=PERSON)
     prompts, params, loras = ["one", "two", "one", "two"], [free, bound, bound, free], [None, None, lora, lora]
-    together = answers(llm, params, prompts, loras)
-    alone = [answers(llm, p, [t], [a])[0] for t, p, a in zip(prompts, params, loras, strict=True)]
+    together = complete(llm, params, prompts, loras)
+    alone = [complete(llm, p, [t], [a])[0] for t, p, a in zip(prompts, params, loras, strict=True)]
     assert [c.token_ids for c in together] == [c.token_ids for c in alone]
     assert together[0].token_ids != together[3].token_ids  # the adapter changes something
 
 
-def test_preempted_answers_are_the_same(tiny_phi4, llm):
+def test_preempted_completions_are_the_same(tiny_phi4, llm):
     block_bytes = 3 * 2 * 16 * 3 * 12 * 4
     small = LLM(str(tiny_phi4), kv_cache_memory_bytes=9 * block_bytes, max_model_len=128, enable_prefix_caching=False)
     schema = {"type": "array", "items": PERSON, "minItems": 1, "maxItems": 3}
     params = [under({"temperature": 1.0, "seed": seed, "max_tokens": 90}, json=schema) for seed in range(4)]
     prompts = ["a", "bb", "ccc", "dddd"]
-    assert [c.token_ids for c in answers(small, params, prompts)] == [
-        c.token_ids for c in answers(llm, params, prompts)
+    assert [c.token_ids for c in complete(small, params, prompts)] == [
+        c.token_ids for c in complete(llm, params, prompts)
     ]
     assert small.llm_engine.scheduler.num_preemptions > 0
 
@@ -229,7 +229,7 @@ def test_preempted_answers_are_the_same(tiny_phi4, llm):
 NESTED = {"type": "integer"}
 for _ in range(80):
     NESTED = {"type": "array", "items": NESTED}
-# Both end a process whose llguidance compiles them: each step takes some of the stack.
+# Both overflow the stack of llguidance, which ends the process.
 CHAIN = {"$ref": "#/$defs/0", "$defs": {str(i): {"$ref": f"#/$defs/{i + 1}"} for i in range(2500)} | {"2500": {}}}
 RULES = "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(4000)) + 'r4000: "a"\n'
 
@@ -247,7 +247,7 @@ RULES = "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(4000)) + 'r40
         ({"choice": "ab"}, "choice"),
         ({"regex": "("}, "unclosed group"),
         ({"regex": "(?=a)b"}, "look-around"),
-        ({"regex": ""}, "empty answer"),
+        ({"regex": ""}, "empty completion"),
         ({"regex": "a" * 200_000}, "131072"),
         ({"json": "{"}, "not valid JSON"),
         ({"json": "[" * 100_000}, "too deeply"),
@@ -292,7 +292,7 @@ def test_sampling_params_take_no_other_form():
         SamplingParams(structured_outputs={"regex": "a"})
 
 
-def test_without_the_package_the_request_is_told(llm, monkeypatch):
+def test_without_the_package_the_request_is_refused(llm, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     with pytest.raises(ConstraintError, match="llguidance is not installed"):
         llm.generate("a", under(regex="a"), use_tqdm=False)
@@ -311,7 +311,7 @@ def constrained_sequence(compiler, **constraint):
 
 @pytest.mark.parametrize("vocab_size", [100, 263, 300, 1000])
 def test_the_vocabulary_may_differ_from_the_rows_of_logits(compiler, vocab_size):
-    """Rows that fill up the embedding table are never chosen, and tokens without a row do no harm."""
+    """Padding rows of the embedding table are never chosen, and tokens without a row are harmless."""
     logits = torch.arange(vocab_size, dtype=torch.float32).expand(2, -1).clone()
     free, bound = make_sequence(params=SamplingParams(temperature=0)), constrained_sequence(compiler, choice=["!", "#"])
     tokens = sample(logits, [free, bound], frozenset())
@@ -331,7 +331,7 @@ def test_the_vocabulary_may_fill_whole_words_of_a_mask():
 
 def test_a_matcher_that_fails_takes_its_own_request_along(compiler):
     lost, fine = (constrained_sequence(compiler, choice=["!"]) for _ in range(2))
-    lost.matcher.advance(END_ID + 50)  # nothing that the mask allows
+    lost.matcher.advance(END_ID + 50)  # not allowed by the mask
     first, second = sample(torch.zeros(2, 263), [lost, fine], frozenset())
     assert isinstance(first, RequestError) and "constraint" in str(first)
     assert second == build_tokenizer()("!").input_ids[0]
@@ -339,7 +339,7 @@ def test_a_matcher_that_fails_takes_its_own_request_along(compiler):
 
 def test_a_panic_takes_its_own_request_along(compiler):
     class Panic(BaseException):
-        """As Rust's come to Python."""
+        """Like the panics of Rust code."""
 
     class Broken:
         def consume_token(self, token_id):
@@ -353,7 +353,7 @@ def test_a_panic_takes_its_own_request_along(compiler):
     assert isinstance(token, RequestError) and "Panic" in str(token)
 
 
-def test_references_may_be_many_where_they_are_no_chain(compiler):
+def test_many_references_are_allowed_if_they_do_not_form_a_chain(compiler):
     schema = {"anyOf": [{"$ref": f"#/$defs/{i}"} for i in range(200)], "$defs": {str(i): PERSON for i in range(200)}}
     compiler.compile(StructuredOutputsParams(json=schema))
 
