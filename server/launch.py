@@ -128,12 +128,12 @@ def load_served_models(llm: AsyncLLM, lora_modules: Sequence[LoRAModule] = ()) -
         ConfigError: two models share a name, or adapters are given to an engine without LoRA.
         AdapterError: an adapter cannot be loaded.
     """
-    args, store, defaults = llm.args, llm.host_cache, llm.default_adapters
+    args, host_cache, defaults = llm.args, llm.host_cache, llm.default_adapters
     adapters = [
         ServedAdapter(key, request, adapter.digest, adapter.report, default_for=key)
         for key, (request, adapter) in defaults.items()
     ]
-    if lora_modules and store is None:
+    if lora_modules and host_cache is None:
         raise ConfigError(f"lora_modules: {lora_modules[0].name!r} needs enable_lora=True")
     for name in args.model_names:
         if name in defaults:
@@ -145,10 +145,10 @@ def load_served_models(llm: AsyncLLM, lora_modules: Sequence[LoRAModule] = ()) -
             raise ConfigError(f"lora_modules: the name {module.name!r} is taken; taken are {', '.join(names)}")
         names.append(module.name)
         request = LoRARequest(module.name, lora_int_id, module.path, module.base_model_name)
-        assert store is not None
-        adapter = store.get(request)
+        assert host_cache is not None
+        adapter = host_cache.get(request)
         adapters.append(ServedAdapter(module.name, request, adapter.digest, adapter.report))
-    restored = llm.engine.list_loras() if store is not None else []
+    restored = llm.engine.list_loras() if host_cache is not None else []
     adapters += [_restore_adapter(llm, info) for info in restored if info.name not in names]
     base_name, *aliases = args.model_names
     return ServedModels(base_name, args.model, llm.max_model_len, adapters, aliases)
@@ -156,11 +156,11 @@ def load_served_models(llm: AsyncLLM, lora_modules: Sequence[LoRAModule] = ()) -
 
 def _restore_adapter(llm: AsyncLLM, info: LoRAInfo) -> ServedAdapter:
     """Return an adapter of the registry; one that cannot be used is served with its problem."""
-    store, problem = llm.host_cache, info.problem
-    assert store is not None
+    host_cache, problem = llm.host_cache, info.problem
+    assert host_cache is not None
     if problem is None:
         try:
-            adapter = store.get(info.request)
+            adapter = host_cache.get(info.request)
             return ServedAdapter(info.name, info.request, adapter.digest, adapter.report)
         except AdapterError as error:
             problem = str(error)

@@ -161,10 +161,10 @@ def check_cases(llm: LLM, checkpoint: Checkpoint, cases: Sequence[Case], **optio
 
 
 def _changed_parts(llm: LLM, output: RequestOutput) -> set[str]:
-    store = llm.llm_engine.host_cache
-    if store is None or not isinstance(output.lora_request, LoRARequest):
+    host_cache = llm.llm_engine.host_cache
+    if host_cache is None or not isinstance(output.lora_request, LoRARequest):
         return set()
-    return {part for part, count in store.get(output.lora_request).report.parts.items() if count}
+    return {part for part, count in host_cache.get(output.lora_request).report.parts.items() if count}
 
 
 def check_equal(

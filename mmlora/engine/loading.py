@@ -110,7 +110,7 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
             max_model_len=max_model_len,
             processor=processor,
             towers=towers,
-            store=adapters.host_cache,
+            host_cache=adapters.host_cache,
             defaults=adapters.defaults,
             constraints=ConstraintCompiler(tokenizer, stop_ids),
         ),
@@ -162,9 +162,9 @@ def _load_adapter_parts(
     model_path: Path,
 ) -> _AdapterParts:
     registry = AdapterRegistry(args.lora_registry) if args.lora_registry is not None else None
-    default_store = HostCache(load)
-    defaults = _load_defaults(default_paths, default_store, model_path)
-    default_load_s = {entry.name: entry.load_s for entry in default_store.entries}
+    default_cache = HostCache(load)
+    defaults = _load_defaults(default_paths, default_cache, model_path)
+    default_load_s = {entry.name: entry.load_s for entry in default_cache.entries}
     host_cache = HostCache(load, max_cpu_loras=args.num_host_loras, max_pinned=args.max_pinned_loras, registry=registry)
     slots = LoRASlots(model, args.max_loras, device)
     lora = LoRAManager(host_cache, slots, [adapter for _, adapter in defaults.values()], registry)
@@ -185,7 +185,9 @@ def _adapter_loader(args: EngineArgs, index: ModuleIndex, dtype: torch.dtype) ->
     return load
 
 
-def _load_defaults(paths: dict[str, str], store: HostCache, model_path: Path) -> dict[str, tuple[LoRARequest, Adapter]]:
+def _load_defaults(
+    paths: dict[str, str], host_cache: HostCache, model_path: Path
+) -> dict[str, tuple[LoRARequest, Adapter]]:
     """Load each default adapter once per path, in a separate cache so that their names stay free for others."""
     defaults: dict[str, tuple[LoRARequest, Adapter]] = {}
     loaded: dict[str, Adapter] = {}
@@ -194,7 +196,7 @@ def _load_defaults(paths: dict[str, str], store: HostCache, model_path: Path) ->
         request = LoRARequest(key, DEFAULT_LORA_IDS + index, path)
         if path not in loaded:
             files = layout.embedded_adapter(model_path, path) if layout is not None else None
-            loaded[path] = store.add(request, files)
+            loaded[path] = host_cache.add(request, files)
         defaults[key] = request, loaded[path]
     return defaults
 

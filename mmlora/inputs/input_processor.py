@@ -51,7 +51,7 @@ class InputProcessor:
         vocab_size: number of rows of the embedding table.
         max_model_len: limit of prompt and output tokens together.
         processor, towers: None for a text-only model.
-        store: loads adapters; None without LoRA.
+        host_cache: loads adapters; None without LoRA.
         defaults: by canonical key of `default_mm_loras`, the request that names the adapter and the loaded adapter.
         constraints: compiles `structured_outputs`.
     """
@@ -65,7 +65,7 @@ class InputProcessor:
         max_model_len: int,
         processor: MultiModalProcessor | None,
         towers: Towers | None,
-        store: HostCache | None,
+        host_cache: HostCache | None,
         defaults: Mapping[str, tuple[LoRARequest, Adapter]],
         constraints: ConstraintCompiler,
     ) -> None:
@@ -83,7 +83,7 @@ class InputProcessor:
         self._args = args
         self.vocab_size = vocab_size
         self._towers = towers
-        self._store = store
+        self._host_cache = host_cache
         self._defaults = defaults
         self._constraints = constraints
         self._mixes = MixCache()
@@ -320,7 +320,7 @@ class InputProcessor:
         if lora_request is not None and not is_base and not isinstance(lora_request, LoRARequest | LoRAMix):
             raise RequestError(f"lora_request={lora_request!r} must be a LoRARequest, a LoRAMix, mmlora.BASE or None")
         explicit = lora_request if isinstance(lora_request, LoRARequest | LoRAMix) else None
-        if explicit is not None and self._store is None:
+        if explicit is not None and self._host_cache is None:
             raise RequestError(f"adapter {explicit.lora_name!r} is requested, but the engine has enable_lora=False")
         requests: dict[str, LoRARequest | LoRAMix] = {key: request for key, (request, _) in self._defaults.items()}
         choice = choose_adapter(modalities, requests, explicit=explicit, is_base_explicit=is_base)
@@ -335,8 +335,8 @@ class InputProcessor:
         for default, adapter in self._defaults.values():
             if default is request:
                 return adapter
-        assert self._store is not None
-        return self._store.get(request)
+        assert self._host_cache is not None
+        return self._host_cache.get(request)
 
     def _compile(self, params: SamplingParams) -> tuple[Matcher, ...]:
         """Return one matcher per output; copies are made here since those of large constraints take 30 ms each."""

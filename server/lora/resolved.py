@@ -37,9 +37,9 @@ def start_resolution(llm: AsyncLLM, models: ServedModels, environment: Mapping[s
     is_allowed = read_bool(ALLOW_VARIABLE, environment)
     limits = ResolutionLimits.from_environment(environment)
     load_general_plugins(environment)
-    store = llm.host_cache
-    if is_allowed and store is not None:
-        models.resolution = LoRAResolution(llm.model_name, _AdapterLoader(llm, models, store), limits)
+    host_cache = llm.host_cache
+    if is_allowed and host_cache is not None:
+        models.resolution = LoRAResolution(llm.model_name, _AdapterLoader(llm, models, host_cache), limits)
     elif LoRAResolverRegistry.get_supported_resolvers():
         needs = "enable_lora=True" if is_allowed else f"{ALLOW_VARIABLE}=true"
         logger.warning("%s needs %s: it is not asked", ", ".join(LoRAResolverRegistry.get_supported_resolvers()), needs)
@@ -48,10 +48,10 @@ def start_resolution(llm: AsyncLLM, models: ServedModels, environment: Mapping[s
 class _AdapterLoader:
     """Loads and serves the adapter that a resolver found."""
 
-    def __init__(self, llm: AsyncLLM, models: ServedModels, store: HostCache) -> None:
+    def __init__(self, llm: AsyncLLM, models: ServedModels, host_cache: HostCache) -> None:
         self._llm = llm
         self._models = models
-        self._store = store
+        self._host_cache = host_cache
 
     async def __call__(self, request: LoRARequest) -> None:
         await self._llm.run_in_pool(self._load, request, is_load=True)
@@ -61,9 +61,9 @@ class _AdapterLoader:
         with self._models.name_locks.hold(request.lora_name):
             if request.lora_name in self._models.names:
                 return  # a client has loaded an adapter of this name
-            if self._store.is_draining(request.lora_name):  # a temporary state
+            if self._host_cache.is_draining(request.lora_name):  # a temporary state
                 raise ResolverError(f"adapter {request.lora_name!r} is being unloaded")
-            adapter = self._store.get(request)
+            adapter = self._host_cache.get(request)
             self._warn_about_base(request, adapter.path)
             self._models.add_adapter(ServedAdapter(request.lora_name, request, adapter.digest, adapter.report))
 

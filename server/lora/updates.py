@@ -106,7 +106,7 @@ class AdapterUpdates:
         if body.lora_path.startswith(MEMORY):
             message = f"lora_path is {shorten(body.lora_path)}; it must be a directory or a Hub id"
             raise FieldError(message, "lora_path")
-        await self._llm.change_loras(partial(self._load, body, self._store()))
+        await self._llm.change_loras(partial(self._load, body, self._host_cache()))
         logger.info("adapter %r was loaded from %r", name, body.lora_path)
         return f"Success: LoRA adapter '{name}' added successfully"
 
@@ -122,17 +122,17 @@ class AdapterUpdates:
         if body.lora_name is None and body.lora_int_id is None:
             raise FieldError("lora_name or lora_int_id is required", "lora_name")
         name = body.lora_name if body.lora_name is not None else self._name_of(body.lora_int_id)
-        await self._llm.change_loras(partial(self._unload, name, body.lora_int_id, self._store()))
+        await self._llm.change_loras(partial(self._unload, name, body.lora_int_id, self._host_cache()))
         logger.info("adapter %r was unloaded", name)
         return f"Success: LoRA adapter '{name}' removed successfully"
 
-    def _store(self) -> HostCache:
-        store = self._llm.host_cache
-        if store is None:
+    def _host_cache(self) -> HostCache:
+        host_cache = self._llm.host_cache
+        if host_cache is None:
             raise RequestError("adapters cannot be loaded: the server runs without --enable-lora")
-        return store
+        return host_cache
 
-    def _load(self, body: LoadBody, store: HostCache) -> None:
+    def _load(self, body: LoadBody, host_cache: HostCache) -> None:
         name = body.lora_name
         with self._models.name_locks.hold(name):
             served = self._check_name(name, may_replace=bool(body.load_inplace))
@@ -145,8 +145,8 @@ class AdapterUpdates:
                 load_inplace=bool(body.load_inplace),
             )
             # `add` writes to the registry, `get` does not: a replaced `--lora-modules` entry is restored by a restart.
-            adapter = store.get(request) if served is not None else store.add(request)
-            request = replace(request, lora_int_id=store.find(name).request.lora_int_id, load_inplace=False)
+            adapter = host_cache.get(request) if served is not None else host_cache.add(request)
+            request = replace(request, lora_int_id=host_cache.find(name).request.lora_int_id, load_inplace=False)
             self._models.add_adapter(ServedAdapter(name, request, adapter.digest, adapter.report), replace=True)
 
     def _check_name(self, name: str, *, may_replace: bool) -> ServedAdapter | None:
@@ -169,7 +169,7 @@ class AdapterUpdates:
             raise FieldError(message, "lora_name")
         return served
 
-    def _unload(self, name: str, lora_int_id: int | None, store: HostCache) -> None:
+    def _unload(self, name: str, lora_int_id: int | None, host_cache: HostCache) -> None:
         if self._models.is_base(name):
             raise FieldError(f"{shorten(name)} is the base model, which cannot be unloaded", "lora_name")
         with self._models.name_locks.hold(name):
@@ -180,10 +180,10 @@ class AdapterUpdates:
                     f"the id of {shorten(name)} is {served.request.lora_int_id}"
                 )
                 raise FieldError(message, "lora_int_id")
-            adapter = self._models.remove_adapter(name)  # before the store, so that no new request selects it
+            adapter = self._models.remove_adapter(name)  # before the host cache, so that no new request selects it
             try:
                 with suppress(AdapterNotFound):  # it was removed through the Python API
-                    store.remove(name)
+                    host_cache.remove(name)
             except RequestError:  # the registry is not writable
                 self._models.add_adapter(adapter)
                 raise

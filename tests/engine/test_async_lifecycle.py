@@ -59,9 +59,9 @@ def bytes_of(llm: AsyncLLM) -> tuple[int, int]:
 
 
 def test_an_adapter_loads_beside_the_steps(llm: AsyncLLM, contents: Contents, monkeypatch: Any) -> None:
-    store, may_go_on = llm.engine.host_cache, threading.Event()
-    load = store._load_adapter
-    monkeypatch.setattr(store, "_load_adapter", lambda *args: (may_go_on.wait(TIMEOUT_S), load(*args))[1])
+    host_cache, may_go_on = llm.engine.host_cache, threading.Event()
+    load = host_cache._load_adapter
+    monkeypatch.setattr(host_cache, "_load_adapter", lambda *args: (may_go_on.wait(TIMEOUT_S), load(*args))[1])
 
     async def check() -> None:
         adding = asyncio.create_task(llm.add_lora("a", str(contents.paths[0])))
@@ -160,9 +160,11 @@ def test_a_change_that_is_not_waited_for_hurts_nobody(llm: AsyncLLM, contents: C
 
 
 def test_a_removal_that_is_not_waited_for_frees_the_name(llm: AsyncLLM, contents: Contents, monkeypatch: Any) -> None:
-    store, has_begun, may_go_on = llm.engine.host_cache, threading.Event(), threading.Event()
-    remove = store.remove
-    monkeypatch.setattr(store, "remove", lambda name: (has_begun.set(), may_go_on.wait(TIMEOUT_S), remove(name))[2])
+    host_cache, has_begun, may_go_on = llm.engine.host_cache, threading.Event(), threading.Event()
+    remove = host_cache.remove
+    monkeypatch.setattr(
+        host_cache, "remove", lambda name: (has_begun.set(), may_go_on.wait(TIMEOUT_S), remove(name))[2]
+    )
 
     async def check() -> None:
         a = await llm.add_lora("a", str(contents.paths[0]))
@@ -180,25 +182,25 @@ def test_a_removal_that_is_not_waited_for_frees_the_name(llm: AsyncLLM, contents
 
 def test_a_pin_that_fails_does_not_stop_the_steps(llm: AsyncLLM, contents: Contents, monkeypatch: Any) -> None:
     """Its slot cannot be filled while the adapter is being reloaded, so that the pin is taken back only after that."""
-    store, slots, may_go_on = llm.engine.host_cache, llm.engine.slots, threading.Event()
-    load, pin = store._load_adapter, store.pin
-    reloading = threading.Thread(target=lambda: store.reload("a"))
+    host_cache, slots, may_go_on = llm.engine.host_cache, llm.engine.slots, threading.Event()
+    load, pin = host_cache._load_adapter, host_cache.pin
+    reloading = threading.Thread(target=lambda: host_cache.reload("a"))
 
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
     def pin_and_reload(name: str) -> Any:
         adapter = pin(name)
-        monkeypatch.setattr(store, "_load_adapter", lambda *args: (may_go_on.wait(TIMEOUT_S), load(*args))[1])
+        monkeypatch.setattr(host_cache, "_load_adapter", lambda *args: (may_go_on.wait(TIMEOUT_S), load(*args))[1])
         reloading.start()
-        while not store.find("a").lock.locked():
+        while not host_cache.find("a").lock.locked():
             pass
         return adapter
 
     async def check() -> None:
         await llm.add_lora("a", str(contents.paths[0]))
         monkeypatch.setattr(slots, "_load", fail)
-        monkeypatch.setattr(store, "pin", pin_and_reload)
+        monkeypatch.setattr(host_cache, "pin", pin_and_reload)
         pinning = asyncio.create_task(llm.pin_lora("a"))
         await until(reloading.is_alive)
         await asyncio.sleep(0.1)

@@ -57,7 +57,7 @@ def render_chat(messages, *, processor=PROCESSOR, media=None, limit_mm_per_promp
         max_model_len=2**20,
         processor=processor,
         towers=None,
-        store=None,
+        host_cache=None,
         defaults={},
         constraints=None,
     )

@@ -135,11 +135,11 @@ def test_every_adapter_changes_its_part(family: str, family_checkpoint: Callable
     cases = {case.name: case for case in cases_of(family, checkpoint.adapters)}
     with_media = "one" if FAMILIES[family].other_placeholder is None else "both"
     base = checkpoint.expected(cases[f"{with_media}, None"])
-    store = load(checkpoint).llm_engine.host_cache
-    assert store is not None
+    host_cache = load(checkpoint).llm_engine.host_cache
+    assert host_cache is not None
     for name in checkpoint.adapters:
         changed = checkpoint.expected(cases[f"{with_media}, {name}"])
         length = len(base.prompt_ids)
         assert (changed.logits[:length] - base.logits[:length]).abs().max() > 1e-2, name
-        parts = store.get(checkpoint.lora_request(name)).report.parts
+        parts = host_cache.get(checkpoint.lora_request(name)).report.parts
         assert {part for part, count in parts.items() if count} == ({name} if name != "all" else {*parts_of(family)})

@@ -281,6 +281,6 @@ def test_the_engine_lives_on_and_keeps_nothing(good: tuple[Path, Path], tmp_path
 
 
 def _known(llm: LLM) -> list[LoRARequest]:
-    store = llm.llm_engine.host_cache
-    assert store is not None
-    return [entry.request for entry in store.entries]
+    host_cache = llm.llm_engine.host_cache
+    assert host_cache is not None
+    return [entry.request for entry in host_cache.entries]

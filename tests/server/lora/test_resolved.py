@@ -277,11 +277,11 @@ def test_a_served_adapter_does_not_keep_evicted_weights(start: Any, adapters: di
     resolver = FolderResolver({"one": Path(adapters["words"]), "two": Path(adapters["vision"])})
     LoRAResolverRegistry.register_resolver("folder", resolver)
     server = start(ALLOWED)
-    store = server.llm.engine.host_cache
-    assert store is not None
+    host_cache = server.llm.engine.host_cache
+    assert host_cache is not None
     first = post(server, model="one").json()
     request = LoRARequest("one", derive_lora_id("one"), adapters["words"])
-    weights = weakref.ref(store.get(request))
+    weights = weakref.ref(host_cache.get(request))
     assert post(server, model="two").status_code == 200  # max_cpu_loras=1, max_loras=1
     gc.collect()
     assert weights() is None and {"one", "two"} <= set(cards(server))

@@ -50,16 +50,16 @@ def server(shared: RunningServer) -> Iterator[RunningServer]:
 @contextmanager
 def slow_loads(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Block loads until the yielded event is set."""
-    store = server.llm.engine.host_cache
-    assert store is not None
-    load_adapter, may_end = store._load_adapter, threading.Event()
+    host_cache = server.llm.engine.host_cache
+    assert host_cache is not None
+    load_adapter, may_end = host_cache._load_adapter, threading.Event()
 
     def load_slowly(*arguments: Any) -> Any:
         assert may_end.wait(30)
         return load_adapter(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_load_adapter", load_slowly)
+        patch.setattr(host_cache, "_load_adapter", load_slowly)
         yield may_end
         may_end.set()
 
@@ -165,15 +165,15 @@ def test_a_load_waits_for_an_unload_of_its_name(
     server: RunningServer, adapters: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load(server, lora_name="sql", lora_path=adapters["words"])
-    store = server.llm.engine.host_cache
-    assert store is not None
-    remove, may_end = store.remove, threading.Event()
+    host_cache = server.llm.engine.host_cache
+    assert host_cache is not None
+    remove, may_end = host_cache.remove, threading.Event()
 
     def remove_slowly(name: str | int) -> None:
         assert may_end.wait(30)
         remove(name)
 
-    monkeypatch.setattr(store, "remove", remove_slowly)
+    monkeypatch.setattr(host_cache, "remove", remove_slowly)
     with ThreadPoolExecutor(2) as pool:
         unloading = pool.submit(unload, server, lora_name="sql")
         wait_for(lambda: "sql" not in names(server))
@@ -271,9 +271,9 @@ def test_a_load_completes_after_its_client_disconnected(
             unloading = pool.submit(unload, server, lora_name="started")  # other names are not locked
             assert unloading.result(20).status_code == 200
         may_end.set()
-        store = server.llm.engine.host_cache
-        assert store is not None
-        wait_for(lambda: all(entry.digest is not None for entry in store.entries))
+        host_cache = server.llm.engine.host_cache
+        assert host_cache is not None
+        wait_for(lambda: all(entry.digest is not None for entry in host_cache.entries))
     assert load(server, lora_name="started", lora_path=adapters["vision"]).status_code == 200
     if is_good:
         wait_for(lambda: "sql" in names(server))
