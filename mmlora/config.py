@@ -7,8 +7,8 @@ length) are in `mmlora.engine.llm_engine`.
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeGuard
 
 from mmlora.errors import ConfigError
@@ -24,7 +24,7 @@ DOMAIN = re.compile(r"(\*\.)?[^\s/:@*]*")
 Groups = Mapping[str, str]  # titles to the names of options, for `--help`
 PRIORITY = "priority"
 SCHEDULING_POLICIES = ("fcfs", PRIORITY)
-# Options that scripts written for vLLM pass, with the only value that is supported.
+# Options that scripts written for vLLM pass, each with the only supported value.
 UNSUPPORTED: Final[Mapping[str, object]] = {"tensor_parallel_size": 1, "trust_remote_code": False, "quantization": None}
 
 
@@ -135,15 +135,10 @@ class EngineArgs:
         "scheduling": "scheduling_policy max_num_seqs max_num_batched_tokens max_logprobs enforce_eager",
     }
 
-    _problems: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
-
     def __post_init__(self) -> None:
-        self._check_numbers()
-        self._check_choices()
-        self._check_lora()
-        self._check_media()
-        if self._problems:
-            raise ConfigError(*self._problems)
+        problems = [*self._check_numbers(), *self._check_choices(), *self._check_lora(), *self._check_media()]
+        if problems:
+            raise ConfigError(*problems)
 
     @classmethod
     def from_kwargs(cls, model: str, **options: Any) -> "EngineArgs":
@@ -152,7 +147,7 @@ class EngineArgs:
         Raises:
             ConfigError: an option is unknown or invalid.
         """
-        allowed = {f.name for f in fields(cls) if f.init}
+        allowed = {field.name for field in fields(cls)}
         unknown = sorted(set(options) - allowed - set(UNSUPPORTED))
         if unknown:
             raise ConfigError(f"unknown option(s) {', '.join(unknown)}; allowed: {', '.join(sorted(allowed))}")
@@ -198,96 +193,98 @@ class EngineArgs:
         """Maximum number of pinned adapters: one device slot stays free; with a single slot, one place on the host."""
         return (self.max_loras if self.max_loras > 1 else self.num_host_loras) - 1
 
-    def _reject(self, name: str, allowed: str) -> None:
-        self._problems.append(f"{name}={getattr(self, name)!r}: {allowed}")
+    def _problem(self, name: str, allowed: str) -> str:
+        return f"{name}={getattr(self, name)!r}: {allowed}"
 
-    def _check_positive(self, *names: str) -> None:
+    def _check_positive(self, *names: str) -> Iterator[str]:
         for name in names:
             value = getattr(self, name)
             if not _is_int(value) or value < 1:
-                self._reject(name, "must be a positive integer")
+                yield self._problem(name, "must be a positive integer")
 
-    def _check_numbers(self) -> None:
-        self._check_positive(
+    def _check_numbers(self) -> Iterator[str]:
+        yield from self._check_positive(
             "max_num_seqs", "max_num_batched_tokens", "block_size", "max_loras", "encoder_cache_memory_bytes"
         )
         for name in ("max_model_len", "kv_cache_memory_bytes", "max_lora_rank", "max_cpu_loras"):
             value = getattr(self, name)
             if value is not None and (not _is_int(value) or value < 1):
-                self._reject(name, "must be a positive integer or None")
+                yield self._problem(name, "must be a positive integer or None")
         if not _is_int(self.seed):
-            self._reject("seed", "must be an integer")
+            yield self._problem("seed", "must be an integer")
         if not _is_int(self.max_logprobs) or self.max_logprobs < -1:
-            self._reject("max_logprobs", "must be -1 (no limit) or more")
+            yield self._problem("max_logprobs", "must be -1 (no limit) or more")
         if not isinstance(self.gpu_memory_utilization, int | float) or not 0 < self.gpu_memory_utilization <= 1:
-            self._reject("gpu_memory_utilization", "must be above 0 and at most 1")
+            yield self._problem("gpu_memory_utilization", "must be above 0 and at most 1")
 
-    def _check_choices(self) -> None:
+    def _check_choices(self) -> Iterator[str]:
         if not isinstance(self.model, str) or not self.model:
-            self._reject("model", "must be a directory or a Hub id")
+            yield self._problem("model", "must be a directory or a Hub id")
         names = (self.served_model_name,) if isinstance(self.served_model_name, str) else self.served_model_name or ()
         if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-            self._reject("served_model_name", "must be one name or several different ones")
+            yield self._problem("served_model_name", "must be one name or several different ones")
         dtype = self.dtype if isinstance(self.dtype, str) else str(self.dtype).removeprefix("torch.")
         if dtype not in ("auto", *DTYPE_NAMES):
-            self._reject("dtype", f"must be auto, {', '.join(DTYPE_NAMES)}")
+            yield self._problem("dtype", f"must be auto, {', '.join(DTYPE_NAMES)}")
         if self.device not in ("auto", "cpu", "cuda") and not str(self.device).startswith("cuda:"):
-            self._reject("device", "must be auto, cpu or cuda")
+            yield self._problem("device", "must be auto, cpu or cuda")
         if self.generation_config not in ("auto", "none"):
-            self._reject("generation_config", "must be auto or none")
+            yield self._problem("generation_config", "must be auto or none")
         if self.scheduling_policy not in SCHEDULING_POLICIES:
-            self._reject("scheduling_policy", f"must be {' or '.join(SCHEDULING_POLICIES)}")
+            yield self._problem("scheduling_policy", f"must be {' or '.join(SCHEDULING_POLICIES)}")
 
-    def _check_lora(self) -> None:
+    def _check_lora(self) -> Iterator[str]:
         if self.default_mm_loras not in (None, AUTO) and not isinstance(self.default_mm_loras, Mapping):
-            self._reject("default_mm_loras", f"must map modalities to adapter paths, or be {AUTO!r}")
+            yield self._problem("default_mm_loras", f"must map modalities to adapter paths, or be {AUTO!r}")
         elif self.default_mm_loras and not self.enable_lora:
-            self._reject("default_mm_loras", "needs enable_lora=True")
+            yield self._problem("default_mm_loras", "needs enable_lora=True")
         if self.lora_registry is not None and not (isinstance(self.lora_registry, str) and self.lora_registry):
-            self._reject("lora_registry", "must be a file path")
+            yield self._problem("lora_registry", "must be a file path")
         elif self.lora_registry is not None and not self.enable_lora:
-            self._reject("lora_registry", "needs enable_lora=True")
+            yield self._problem("lora_registry", "needs enable_lora=True")
         counts = self.max_cpu_loras, self.max_loras
         if _is_int(counts[0]) and _is_int(counts[1]) and counts[0] < counts[1]:
-            self._reject("max_cpu_loras", f"must be at least max_loras={self.max_loras}")
+            yield self._problem("max_cpu_loras", f"must be at least max_loras={self.max_loras}")
 
-    def _check_media(self) -> None:
-        self._check_positive("max_media_bytes", "max_image_pixels", "max_audio_samples", "max_decoded_media_bytes")
+    def _check_media(self) -> Iterator[str]:
+        yield from self._check_positive(
+            "max_media_bytes", "max_image_pixels", "max_audio_samples", "max_decoded_media_bytes"
+        )
         for name in ("max_audio_seconds", "media_fetch_timeout"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-                self._reject(name, "must be a positive number of seconds")
+                yield self._problem(name, "must be a positive number of seconds")
         if not _is_int(self.media_cache_memory_bytes) or self.media_cache_memory_bytes < 0:
-            self._reject("media_cache_memory_bytes", "must be an integer of 0 or more")
+            yield self._problem("media_cache_memory_bytes", "must be an integer of 0 or more")
         path = self.allowed_local_media_path
         if path is not None and not (isinstance(path, str) and os.path.isdir(os.path.expanduser(path))):
-            self._reject("allowed_local_media_path", "must be a directory")
-        self._check_media_hosts()
+            yield self._problem("allowed_local_media_path", "must be a directory")
+        yield from self._check_media_hosts()
         limits = self.limit_mm_per_prompt if self.limit_mm_per_prompt is not None else {}
         if not isinstance(limits, Mapping) or any(
             key not in MODALITIES or not _is_int(limit) or limit < 0 for key, limit in limits.items()
         ):
-            self._reject("limit_mm_per_prompt", f"must map {' or '.join(MODALITIES)} to a count of 0 or more")
+            yield self._problem("limit_mm_per_prompt", f"must map {' or '.join(MODALITIES)} to a count of 0 or more")
         if self.mm_processor_kwargs is not None and not isinstance(self.mm_processor_kwargs, Mapping):
-            self._reject("mm_processor_kwargs", "must map options of the processor to values")
+            yield self._problem("mm_processor_kwargs", "must map options of the processor to values")
 
-    def _check_media_hosts(self) -> None:
+    def _check_media_hosts(self) -> Iterator[str]:
         for name in ("allowed_media_domains", "allowed_media_networks"):
             value = getattr(self, name)
             is_list = isinstance(value, Sequence) and not isinstance(value, str)
             if value is not None and not (is_list and all(isinstance(entry, str) for entry in value)):
-                self._reject(name, "must be a list of strings")
+                yield self._problem(name, "must be a list of strings")
                 return
         for domain in self.allowed_media_domains or ():
             if not DOMAIN.fullmatch(domain):
-                self._reject("allowed_media_domains", f"{domain!r} must be a host name, or *. and a host name")
+                yield self._problem("allowed_media_domains", f"{domain!r} must be a host name, or *. and a host name")
         if self.allowed_media_networks:
             from mmlora.processors.fetch.checked_network import parse_networks
 
             try:
                 parse_networks(self.allowed_media_networks)
             except ConfigError as error:
-                self._problems.append(str(error))
+                yield str(error)
 
 
 def _is_int(value: object) -> TypeGuard[int]:

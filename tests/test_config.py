@@ -1,4 +1,4 @@
-"""`EngineArgs`: wrong options are refused by name, all of them in one message."""
+"""`EngineArgs`: invalid options are refused by name, all in one message."""
 
 from dataclasses import fields
 
@@ -66,7 +66,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG, ids=lambda value: repr(value))
-def test_a_wrong_option_is_refused_and_named(name, value):
+def test_an_invalid_option_is_refused_by_name(name, value):
     with pytest.raises(ConfigError, match=rf"{name}="):
         EngineArgs(**{"model": "m", name: value})
 
@@ -92,24 +92,24 @@ def test_a_wrong_option_is_refused_and_named(name, value):
     ],
     ids=lambda value: repr(value),
 )
-def test_what_scripts_pass_is_accepted(name, value):
+def test_valid_options_are_accepted(name, value):
     assert getattr(EngineArgs(model="m", **{name: value}), name) == value
 
 
-def test_all_problems_come_in_one_message():
+def test_all_problems_are_in_one_message():
     with pytest.raises(ConfigError) as error:
         EngineArgs(model="m", max_num_seqs=0, dtype="int8", device="tpu", default_mm_loras={"audio": "p"})
     for name in ("max_num_seqs=0", "dtype='int8'", "device='tpu'", "default_mm_loras="):
         assert name in str(error.value)
 
 
-def test_defaults_without_lora_say_what_they_need():
+def test_default_adapters_need_enable_lora():
     with pytest.raises(ConfigError, match=r"default_mm_loras=.*needs enable_lora=True"):
         EngineArgs(model="m", default_mm_loras={"audio": "p"})
     assert EngineArgs(model="m", default_mm_loras={"audio": "p"}, enable_lora=True).default_mm_loras == {"audio": "p"}
 
 
-def test_an_unknown_option_is_named_beside_the_allowed_ones():
+def test_an_unknown_option_is_refused_with_the_allowed_ones():
     with pytest.raises(ConfigError, match=r"unknown option\(s\) max_lora, swap_space; allowed: .*max_loras"):
         EngineArgs.from_kwargs("m", swap_space=4, max_lora=2)
 
@@ -125,16 +125,16 @@ def test_options_of_other_engines_are_accepted_at_their_only_value(name: str, on
     assert name not in {option.name for option in fields(EngineArgs)}
 
 
-def test_private_fields_cannot_be_passed():
+def test_private_names_cannot_be_passed():
     with pytest.raises(ConfigError, match="_problems"):
         EngineArgs.from_kwargs("m", _problems=[])
 
 
-def test_host_adapters_follow_the_slots_unless_given():
+def test_the_number_of_host_adapters_defaults_to_four_per_slot():
     assert EngineArgs(model="m", max_loras=3).num_host_loras == 12
     assert EngineArgs(model="m", max_loras=3, max_cpu_loras=5).num_host_loras == 5
 
 
-def test_clients_see_the_served_name():
+def test_clients_use_the_served_name():
     assert EngineArgs(model="m").model_name == "m"
     assert EngineArgs(model="m", served_model_name="assistant").model_name == "assistant"

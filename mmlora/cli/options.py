@@ -132,7 +132,7 @@ def flags_of(cls: type[EngineArgs] | type[ServerArgs]) -> list[Flag]:
     groups = {name: group for group, names in cls.GROUPS.items() for name in names.split()}
     flags = []
     for field in fields(cls):
-        if field.init and field.name != "model":
+        if field.name != "model":
             text = helps.get(field.name, "").removesuffix(".") + _default_text(field.default)
             hint = str if isinstance(field.type, str) else field.type  # a text names a type of torch: not imported
             flags.append(_flag(field.name, hint, text, groups.get(field.name, "other")))

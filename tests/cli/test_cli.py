@@ -193,7 +193,7 @@ def test_all_problems_of_a_file_are_reported(
 
 def test_every_option_has_a_flag_and_a_help_text() -> None:
     flags = [*flags_of(EngineArgs), *flags_of(ServerArgs)]
-    names = {f.name for cls in (EngineArgs, ServerArgs) for f in dataclasses.fields(cls) if f.init} - {"model"}
+    names = {f.name for cls in (EngineArgs, ServerArgs) for f in dataclasses.fields(cls)} - {"model"}
     assert {flag.name for flag in flags} == names
     assert not [flag.name for flag in flags if not flag.help.partition(" (default:")[0]]
     defaults = {flag.name: flag.help.partition(" (default: ")[2] for flag in flags}
