@@ -72,7 +72,7 @@ def test_a_prompt_without_valid_positions_is_refused(thinker: Path, text: str) -
         "prompt": f"<|vision_bos|><|IMAGE|><|vision_eos|>{text}",
         "multi_modal_data": {"image": picture(60, 44, 2)},
     }
-    with pytest.raises(MediaError, match="cannot place the media of this prompt"):
+    with pytest.raises(MediaError, match="cannot compute positions for the media of this prompt"):
         llm.generate(prompt, use_tqdm=False)
     assert llm.generate(PROMPT, greedy(), use_tqdm=False)[0].error is None
 
