@@ -65,7 +65,7 @@ def pytest_testnodedown(node: Any) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     equality = sys.modules.get("tests.equality")
-    if equality is not None and equality.STATISTICS.num_answers:
+    if equality is not None and equality.STATISTICS.num_outputs:
         terminalreporter.write_line(f"equality: {equality.STATISTICS}")
     for name, figures in equality.STATISTICS.half_errors.items() if equality is not None else ():
         terminalreporter.write_line(f"half precision, {name}: {figures}")

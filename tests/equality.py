@@ -67,7 +67,7 @@ class Checkpoint:
 class Statistics:
     """Results of comparisons."""
 
-    num_answers: int = 0
+    num_outputs: int = 0
     num_logit_rows: int = 0
     num_near_ties: int = 0
     max_logit_error: float = 0.0
@@ -76,7 +76,7 @@ class Statistics:
 
     def add(self, num_logit_rows: int, logit_error: float, is_near_tie: bool = False) -> None:
         """Count one output."""
-        self.num_answers += 1
+        self.num_outputs += 1
         self.num_logit_rows += num_logit_rows
         self.max_logit_error = max(self.max_logit_error, logit_error)
         self.num_near_ties += is_near_tie
@@ -87,7 +87,7 @@ class Statistics:
 
     def merge(self, other: dict[str, Any]) -> None:
         """Add the statistics of another process, in the form of `as_dict`."""
-        self.num_answers += other["num_answers"]
+        self.num_outputs += other["num_outputs"]
         self.num_logit_rows += other["num_logit_rows"]
         self.num_near_ties += other["num_near_ties"]
         self.max_logit_error = max(self.max_logit_error, other["max_logit_error"])
@@ -96,8 +96,8 @@ class Statistics:
 
     def __str__(self) -> str:
         return (
-            f"{self.num_answers} answers, {self.num_logit_rows} rows of logits against transformers + PEFT: largest "
-            f"difference {self.max_logit_error:.1e}, {self.num_near_ties} answers differ after a near-tie"
+            f"{self.num_outputs} outputs, {self.num_logit_rows} rows of logits against transformers + PEFT: largest "
+            f"difference {self.max_logit_error:.1e}, {self.num_near_ties} outputs differ after a near-tie"
         )
 
 

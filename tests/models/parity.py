@@ -48,7 +48,7 @@ def updated(known: dict[str, Any], found: dict[str, equality.Statistics], failed
     versions = {package: version(package) for package in PACKAGES}
     measured = {
         model_type: {
-            "num_outputs": statistics.num_answers,
+            "num_outputs": statistics.num_outputs,
             "num_logit_rows": statistics.num_logit_rows,
             "max_logit_difference": float(f"{statistics.max_logit_error:.1e}"),
             "num_near_ties": statistics.num_near_ties,
