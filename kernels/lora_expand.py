@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from mmlora.kernels.lora_shrink import BLOCK_R, TRITON_DTYPES, dot_dtype
-from mmlora.kernels.segments import BLOCK_M
+from mmlora.kernels.ops import BLOCK_M
 
 BLOCK_N = 128
 

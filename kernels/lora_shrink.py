@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mmlora.kernels.segments import BLOCK_M
+from mmlora.kernels.ops import BLOCK_M
 
 BLOCK_R = 16  # of lora_expand, too
 BLOCK_K = 128

@@ -2,8 +2,6 @@
 
 import torch
 
-from mmlora.kernels.segments import BASE_SLOT
-
 
 class SlotWeights:
     """`lora_A`, `lora_B` and scaling of one module per slot.
@@ -29,7 +27,7 @@ class SlotWeights:
 
     def set(self, slot: int, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> None:
         """Store an adapter's matrices in a slot; on the CPU they are shared with the caller, not copied."""
-        if not BASE_SLOT < slot < len(self.lora_A):
+        if not 0 <= slot < len(self.lora_A):
             raise IndexError(f"slot {slot} is outside 0 … {len(self.lora_A) - 1}")
         lora_A, lora_B = (weight.to(self.device, non_blocking=True).contiguous() for weight in (lora_A, lora_B))
         self.lora_A[slot], self.lora_B[slot], self.scaling[slot] = lora_A, lora_B, scaling

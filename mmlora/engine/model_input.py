@@ -11,7 +11,7 @@ import torch
 from mmlora.attention.metadata import Span
 from mmlora.engine.scheduler import ScheduledSequence
 from mmlora.inputs.engine_input import MediaInput
-from mmlora.kernels.segments import BASE_SLOT, Segment
+from mmlora.kernels.ops import BASE_SLOT, Segment
 
 
 @dataclass(frozen=True, eq=False)

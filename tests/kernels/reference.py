@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mmlora.kernels.segments import Segment
+from mmlora.kernels.ops import Segment
 
 
 def lora_shrink_reference(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmlora.kernels import ops
-from mmlora.kernels.segments import adapter_segments, build_tiles, max_tiles
+from mmlora.kernels.ops import adapter_segments, build_tiles, max_tiles
 from mmlora.kernels.slot_weights import SlotWeights
 from tests.kernels.reference import lora_apply_reference
 

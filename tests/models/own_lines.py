@@ -22,6 +22,7 @@ GENERAL = frozenset(
     ).split()
 )
 FEATURE_MODULES = ("_images", "_audio", "_features")
+FEATURE_FUNCTIONS = ("features", "load_feature_extractor", "load_image_settings", "process_audio", "with_options")
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
@@ -31,8 +32,9 @@ class OwnLines:
 
     Attributes:
         code: all except `features`.
-        features: lines that compute tensors from samples or pixels if no class of `transformers` can: functions
-            called `features` and modules called `…_images`, `…_audio` or `…_features` in `processors/`.
+        features: lines that compute tensors from samples or pixels if no class of `transformers` can, with their
+            settings: in `processors/`, modules called `…_images`, `…_audio` or `…_features`, functions in
+            `FEATURE_FUNCTIONS`, and everything that only these functions use.
     """
 
     code: int
@@ -50,17 +52,20 @@ def own_lines(model_type: str) -> OwnLines:
     key, entry = table.entry(model_type)
     lines = {(table, line) for line in range(key.lineno, _last_line(entry) + 1)}
     features: set[tuple[_Source, int]] = set()
-    todo, known = list(table.imported(entry)), set()
-    while todo:
-        name, source = todo.pop()
+    todo, later, known = list(table.imported(entry)), list[tuple[str, _Source]](), set()
+    while todo or later:
+        is_later = not todo
+        name, source = later.pop() if is_later else todo.pop()
         for statement in source.definitions(name):
             if statement in known:
                 continue
             known.add(statement)
             lines |= {(source, line) for line in _lines(statement)}
-            features |= {(source, line) for line in source.feature_lines(statement)}
+            is_feature = is_later or source.is_feature_function(statement)
+            features |= {(source, line) for line in (_lines if is_feature else source.feature_lines)(statement)}
             if not isinstance(statement, ast.Import | ast.ImportFrom):
-                todo += [*source.imported(statement), *((name, source) for name in _names(statement))]
+                used = [*source.imported(statement), *((name, source) for name in _names(statement))]
+                (later if is_feature else todo).extend(used)
     code = {(source, line) for source, line in lines if line in source.code_lines}
     return OwnLines(len(code - features), len(code & features))
 
@@ -112,6 +117,11 @@ class _Source:
         is_listed = module.startswith(tuple(f"{package}." for package in PACKAGES))
         return name not in GENERAL and (is_listed or (self.name == TABLE and module.startswith("mmlora.")))
 
+    def is_feature_function(self, statement: ast.stmt) -> bool:
+        """Return whether a statement defines a function that computes features."""
+        is_function = isinstance(statement, ast.FunctionDef) and statement.name in FEATURE_FUNCTIONS
+        return is_function and self.name.startswith(PACKAGES[0])
+
     def feature_lines(self, statement: ast.stmt) -> Iterator[int]:
         """Yield the lines of a statement that compute features."""
         if not self.name.startswith(PACKAGES[0]):
@@ -119,7 +129,7 @@ class _Source:
         if self.name.endswith(FEATURE_MODULES):
             yield from _lines(statement)
         for node in ast.walk(statement):
-            if isinstance(node, ast.FunctionDef) and node.name == "features":
+            if isinstance(node, ast.FunctionDef) and node.name in FEATURE_FUNCTIONS:
                 yield from _lines(node)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from mmlora.kernels.segments import RowSegments
+from mmlora.kernels.ops import RowSegments
 from mmlora.lora.layers.state import LoRAState
 from mmlora.lora.weights import LoRAWeights, ModuleWeights
 

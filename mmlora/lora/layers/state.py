@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from mmlora.kernels import ops
-from mmlora.kernels.segments import BASE_SLOT, RowSegments, Segment, max_tiles
+from mmlora.kernels.ops import BASE_SLOT, RowSegments, Segment, max_tiles
 
 
 class LoRAState:
