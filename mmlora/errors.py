@@ -40,6 +40,8 @@ class MediaError(RequestError):
 class MediaNotFound(MediaError):
     """The cache has no media item with the uuid, or has evicted it; the client must send the item again."""
 
+    code = "media_not_held"  # in HTTP error bodies
+
 
 class ConstraintError(RequestError):
     """A constraint on the output is malformed, too large or too complex; `param` names it."""

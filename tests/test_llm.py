@@ -338,7 +338,7 @@ def test_chat_passes_tools_to_the_template(llm):
     template = "{% for tool in tools %}{{ tool.function.name }};{% endfor %}{{ messages[0].content }}"
     messages = [{"role": "user", "content": "go"}]
     assert llm.chat(messages, GREEDY, use_tqdm=False, chat_template=template, tools=tools)[0].prompt == "add;go"
-    for wrong, text in ((tools, "takes no tools"), ([{"name": "add"}], r"tools\[0\]"), ("add", "list")):
+    for wrong, text in ((tools, "does not support tools"), ([{"name": "add"}], r"tools\[0\]"), ("add", "list")):
         with pytest.raises(RequestError, match=text):
             llm.chat(messages, GREEDY, use_tqdm=False, tools=wrong)
 

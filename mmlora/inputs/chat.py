@@ -87,9 +87,7 @@ def _read_message(message: Any, name: str, is_strict: bool) -> Turn:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         if is_strict and isinstance(message, Mapping):
             raise _unknown_role(message.get("role"), name)
-        raise RequestError(
-            f"a message must be a mapping with a 'role' and 'content', got {shorten(message)}", "messages"
-        )
+        raise RequestError(f"a message must be a mapping with a 'role' and 'content', got {shorten(message)}")
     if is_strict:
         _check_strictly(message, name)
     content = message.get("content")

@@ -101,7 +101,7 @@ class ChatTemplate:
         text = self._render_turns(_with_system_tools(turns, spelled), kwargs)
         if spelled not in text:
             raise RequestError(
-                "the chat template of this model takes no tools; send none, or start with another chat_template"
+                "the chat template does not support tools; send none, or start the engine with another chat_template"
             )
         return text
 
@@ -151,7 +151,7 @@ class ChatTemplate:
         start, end = PHI4_CALL_MARKS
         if self._tokenizer.convert_tokens_to_ids(start) in (None, self._tokenizer.unk_token_id):
             raise RequestError(
-                "the chat template of this model leaves out tool_calls, so it cannot take these messages"
+                "the chat template does not support tool_calls; send none, or start the engine with another one"
             )
         calls = [{name: call["function"][name] for name in ("name", "arguments")} for call in message["tool_calls"]]
         text = f"{start}{json.dumps(calls, ensure_ascii=False)}{end}"

@@ -191,8 +191,8 @@ def test_a_prompt_that_fails_before_the_stream_begins_fails_them_all(
     with monkeypatch.context() as patch:
         fail_at(server, patch, 1, failure, of_index=2)
         error = refuse(server, 400 if isinstance(failure, RequestError) else 500, prompt=["a", "b", "c"], stream=stream)
-    told = "no token can be chosen" if isinstance(failure, RequestError) else "internal server error"
-    assert error["message"] == f"prompt[2]: {told}"
+    reason = "no token can be chosen" if isinstance(failure, RequestError) else "internal server error"
+    assert error["message"] == f"prompt[2]: {reason}"
     wait_until_idle(server)
 
 

@@ -84,14 +84,14 @@ def json_bytes(fields: dict[str, Any]) -> bytes:
 def test_the_documentation_has_every_field(body: type[GenerationRequest], column: int) -> None:
     """In `docs/http.md`, `yes` is supported, `accepted` has no effect, and other entries name the allowed values."""
     section = PAGE.read_text().partition("## Fields of chat completions and completions")[2].partition("\n## ")[0]
-    told: dict[str, str] = {}
+    listed: dict[str, str] = {}
     for line in section.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("| `") else []
-        told |= dict.fromkeys(re.findall(r"`(\w+)`", cells[0]), cells[column]) if cells else {}
+        listed |= dict.fromkeys(re.findall(r"`(\w+)`", cells[0]), cells[column]) if cells else {}
     expected = {
         **dict.fromkeys(body.model_fields, "yes"),
         **dict.fromkeys(harmless_of(body), "accepted"),
         **dict.fromkeys({**NEUTRAL_EXTRAS, **body.NEUTRAL_VALUES}, "only"),
     }
-    fates = {name: cell.split()[0].rstrip(":,") for name, cell in told.items() if cell != "unknown"}
+    fates = {name: cell.split()[0].rstrip(":,") for name, cell in listed.items() if cell != "unknown"}
     assert fates == expected

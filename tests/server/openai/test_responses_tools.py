@@ -397,9 +397,9 @@ def test_a_malformed_item_is_named_by_its_path(
 
 def test_a_template_without_tools_is_an_error(start_server: ServerFactory) -> None:
     plain = start_server()
-    assert "takes no tools" in refused(plain, tool_choice="required")["message"]
+    assert "does not support tools" in refused(plain, tool_choice="required")["message"]
     assert "--tool-call-parser" in refused(plain)["message"]
-    assert "leaves out tool_calls" in refused(plain, input=HISTORY, tools=[])["message"]
+    assert "does not support tool_calls" in refused(plain, input=HISTORY, tools=[])["message"]
 
 
 def test_tools_are_in_the_openapi_document(server: RunningServer) -> None:

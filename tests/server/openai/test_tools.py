@@ -188,8 +188,8 @@ def test_tools_calls_and_results_reach_the_template(server: RunningServer, monke
         '<|system|>{"name": "add"}<|end|><|user|>go<|end|><|assistant|>'
         '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call><|end|><|tool|>three<|end|><|assistant|>'
     )
-    told = prompt_of(server, monkeypatch, {"messages": HISTORY[:1], "tools": TOOLS, "tool_choice": "none"})
-    assert told == "<|user|>go<|end|><|assistant|>"
+    prompt = prompt_of(server, monkeypatch, {"messages": HISTORY[:1], "tools": TOOLS, "tool_choice": "none"})
+    assert prompt == "<|user|>go<|end|><|assistant|>"
 
 
 def refused(server: RunningServer, **fields: Any) -> dict[str, Any]:
@@ -249,11 +249,11 @@ def test_unsupported_schema_keywords_are_ignored_unless_tools_are_strict(server:
 def test_a_template_without_tools_is_an_error(start_server: ServerFactory) -> None:
     plain = start_server()
     error = refused(plain, tool_choice="required")
-    assert "takes no tools" in error["message"]
+    assert "does not support tools" in error["message"]
     error = refused(plain)
     assert error["param"] == "tool_choice" and "--tool-call-parser" in error["message"]
     error = refused(plain, messages=HISTORY, tools=[])
-    assert "leaves out tool_calls" in error["message"]
+    assert "does not support tool_calls" in error["message"]
 
 
 def test_automatic_tool_choice_can_be_disabled(server: RunningServer) -> None:
@@ -291,10 +291,10 @@ def test_phi4_gets_tools_in_its_system_message(start_server: ServerFactory, monk
     monkeypatch.setattr(
         type(tokenizer), "convert_tokens_to_ids", lambda self, t: 9 if t == "<|tool_call|>" else known(self, t)
     )
-    told = '<|tool|>[{"name": "add"}]<|/tool|><|end|>'
+    tools = '<|tool|>[{"name": "add"}]<|/tool|><|end|>'
     prompt = prompt_of(phi4, monkeypatch, {"messages": HISTORY, "tools": [tool("add")]})
     call = '<|assistant|><|tool_call|>[{"name": "add", "arguments": {"a": 1}}]<|/tool_call|><|end|>'
-    assert prompt == f"<|system|>{told}<|user|>go<|end|>{call}<|tool|>three<|end|><|assistant|>"
+    assert prompt == f"<|system|>{tools}<|user|>go<|end|>{call}<|tool|>three<|end|><|assistant|>"
     system = {"role": "system", "content": "be kind"}
     prompt = prompt_of(phi4, monkeypatch, {"messages": [system, HISTORY[0]], "tools": [tool("add")]})
-    assert prompt.startswith(f"<|system|>be kind{told}<|user|>go")
+    assert prompt.startswith(f"<|system|>be kind{tools}<|user|>go")

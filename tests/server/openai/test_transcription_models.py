@@ -52,8 +52,8 @@ def test_qwen3_asr_gets_context_and_language_around_the_clip(
         server = ServerFactory(path, stack)()
         clip = "<|im_start|>user\n<|audio_start|><|audio_pad|><|audio_end|><|im_end|>\n<|im_start|>assistant\n"
         assert rendered(server, wav, monkeypatch) == f"<|im_start|>system\n<|im_end|>\n{clip}"
-        told = rendered(server, wav, monkeypatch, prompt="Zürich {{ 1 }}", language="de")
-        assert told == f"<|im_start|>system\nZürich {{{{ 1 }}}}<|im_end|>\n{clip}language German<asr_text>"
+        prompt = rendered(server, wav, monkeypatch, prompt="Zürich {{ 1 }}", language="de")
+        assert prompt == f"<|im_start|>system\nZürich {{{{ 1 }}}}<|im_end|>\n{clip}language German<asr_text>"
 
 
 def test_voxtral_is_prompted_by_a_token(tmp_path: Path, wav: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,9 +70,9 @@ def test_voxtral_is_prompted_by_a_token(tmp_path: Path, wav: bytes, monkeypatch:
         )
         server = ServerFactory(path, stack)()
         assert rendered(server, wav, monkeypatch) == "<s>[INST][BEGIN_AUDIO][AUDIO][/INST][TRANSCRIBE]"
-        told = rendered(server, wav, monkeypatch, language="fr")
-        assert told == "<s>[INST][BEGIN_AUDIO][AUDIO][/INST]lang:fr[TRANSCRIBE]"
-        ids = server.llm.tokenizer(told, add_special_tokens=False).input_ids
+        prompt = rendered(server, wav, monkeypatch, language="fr")
+        assert prompt == "<s>[INST][BEGIN_AUDIO][AUDIO][/INST]lang:fr[TRANSCRIBE]"
+        ids = server.llm.tokenizer(prompt, add_special_tokens=False).input_ids
         assert ids[:5] == [1, 3, 6, 5, 4] and ids[-1] == len(SPECIAL)
         with pytest.raises(BadRequestError, match="prompt is not supported"):
             rendered(server, wav, monkeypatch, prompt="Zürich")

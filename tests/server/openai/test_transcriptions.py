@@ -95,8 +95,8 @@ def test_the_other_response_formats(server: RunningServer, wav: bytes) -> None:
     assert (verbose.text, verbose.duration, verbose.language) == (found.text, 0.5, "unknown")
     assert verbose.segments is None and verbose.words is None
     assert verbose.usage is not None and (verbose.usage.type, verbose.usage.seconds) == ("duration", 0.5)
-    told = transcribe(server, wav, response_format="verbose_json", language="FR")
-    assert (told.text, told.language) == (found.text, "french")
+    french = transcribe(server, wav, response_format="verbose_json", language="FR")
+    assert (french.text, french.language) == (found.text, "french")
     assert found.to_dict()["finish_reason"] == "length"
 
 
