@@ -125,7 +125,7 @@ class Matcher:
             self._look_ahead()
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a panic of its Rust code is no Exception, and would end the engine
+        except BaseException as error:  # a panic of Rust code is not an Exception and would end the engine
             logger.exception("a constraint failed")
             self.error = type(error).__name__
 

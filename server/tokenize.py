@@ -1,4 +1,4 @@
-"""`POST /tokenize` and `POST /detokenize`: the tokens that the engine makes of a text or a chat, and their text."""
+"""`POST /tokenize` and `POST /detokenize`: from a text or a chat to tokens as in the engine, and back."""
 
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar
@@ -15,9 +15,9 @@ from mmlora.utils.text import shorten
 
 
 class TokenizeBody(Body):
-    """A text in `prompt`, or a chat in `messages`.
+    """Body of `/tokenize`: a text in `prompt`, or a chat in `messages`.
 
-    `add_special_tokens` goes with a text, the options of `chat_prompt` with a chat.
+    `add_special_tokens` is for texts, the options of the chat template are for chats.
     """
 
     model: str | None = None
@@ -31,7 +31,7 @@ class TokenizeBody(Body):
 
 
 class DetokenizeBody(Body):
-    """Token ids."""
+    """Body of `/detokenize`."""
 
     model: str | None = None
     tokens: FirstOnly[int]
@@ -59,18 +59,18 @@ def token_routes(llm: AsyncLLM, models: ServedModels, max_request_bytes: int) ->
     """Build the routes.
 
     Args:
-        llm: the engine whose tokenizer is asked.
-        models: the names that clients may ask for.
-        max_request_bytes: the largest body.
+        llm: the engine, whose tokenizer is used.
+        models: served model and adapter names.
+        max_request_bytes: size limit of request bodies.
     """
     tokens = TokenService(llm)
     routes = APIRouter()
 
-    async def respond(request: Request, kind: type[B], answer: Callable[[B], dict[str, Any]]) -> UTF8JSONResponse:
+    async def respond(request: Request, model: type[B], convert: Callable[[B], dict[str, Any]]) -> UTF8JSONResponse:
         content = await read_body(request, max_request_bytes)
-        body = await llm.run_in_pool(parse_body, kind, content)
+        body = await llm.run_in_pool(parse_body, model, content)
         await models.find_adapter(body.model, None)
-        return UTF8JSONResponse(await llm.run_in_pool(answer, body))
+        return UTF8JSONResponse(await llm.run_in_pool(convert, body))
 
     @routes.post("/tokenize", openapi_extra=body_schema(TokenizeBody), response_model=Tokens)
     async def tokenize(request: Request) -> UTF8JSONResponse:
@@ -84,7 +84,7 @@ def token_routes(llm: AsyncLLM, models: ServedModels, max_request_bytes: int) ->
 
 
 class TokenService:
-    """Does as the engine does with a prompt, up to its tokens; placeholders of media are not expanded.
+    """Converts prompts to tokens as the engine does, but without media, and tokens to text.
 
     Args:
         llm: the engine.
@@ -92,14 +92,14 @@ class TokenService:
 
     def __init__(self, llm: AsyncLLM) -> None:
         self._llm = llm
-        # Ids beyond the tokenizer's, which fill up the embedding table, have no text but may be sampled.
+        # Ids beyond the tokenizer's vocabulary, the padding of the embedding table, have no text but may be sampled.
         self._num_ids = max(llm.vocab_size, len(llm.tokenizer))
 
     def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
-        """Answer with the tokens of a text or a chat.
+        """Return the tokens of a text or a chat.
 
         Raises:
-            RequestError: the fields do not fit together, the text is too long, or the messages cannot be rendered.
+            RequestError: fields contradict each other, the text is too long, or the messages cannot be rendered.
         """
         if (body.prompt is None) == (body.messages is None):
             received = "neither" if body.prompt is None else "both"
@@ -113,10 +113,10 @@ class TokenService:
         }
 
     def detokenize(self, body: DetokenizeBody) -> dict[str, Any]:
-        """Answer with the text of tokens, special ones included.
+        """Return the text of tokens, special tokens included.
 
         Raises:
-            FieldError: there are too many, or one is outside the vocabulary.
+            FieldError: there are too many tokens, or one is outside the vocabulary.
         """
         limit = self._llm.max_model_len
         if len(body.tokens) > limit:
@@ -138,7 +138,7 @@ class TokenService:
 
     def _encode_chat(self, body: TokenizeBody) -> list[int]:
         if body.add_special_tokens:
-            text = "add_special_tokens=true needs a prompt; the chat template writes those of messages"
+            text = "add_special_tokens=true needs a prompt; the chat template adds the special tokens of messages"
             raise FieldError(text, "add_special_tokens")
         messages = body.messages or []
         for index, message in enumerate(messages):

@@ -1,7 +1,6 @@
-"""Fields that all generating endpoints share: the request model, and which other fields are accepted or refused.
+"""Base of the request models of all endpoints that generate text.
 
-A field that would change the output and is not supported is refused by name; OpenAI fields without effect here are
-accepted.
+A field that would change the output and is not supported is refused by name. OpenAI fields without effect are accepted.
 """
 
 import functools
@@ -33,11 +32,11 @@ HARMLESS_FIELDS: Final = frozenset(
         "user",
     }
 )
-# Fields that were replaced, and what to send instead.
+# Fields of vLLM that are no longer supported, with their replacements.
 REPLACED_FIELDS: Final = {
     f"guided_{kind}": f'structured_outputs={{"{kind}": …}}' for kind in ("json", "regex", "choice", "grammar")
 }
-# Fields of other servers, and their values that have no effect.
+# Fields of other servers that are not supported, with the values that have no effect.
 NEUTRAL_EXTRAS: Final[Mapping[str, tuple[JsonValue, ...]]] = {
     **dict.fromkeys(REPLACED_FIELDS, (None,)),
     "allowed_token_ids": (None,),
@@ -52,7 +51,7 @@ NEUTRAL_EXTRAS: Final[Mapping[str, tuple[JsonValue, ...]]] = {
 }
 FORMAT_TYPES: Final = ("text", "json_object", "json_schema")
 MAX_ENTRIES: Final = 65536  # of a mapping
-# Fields of `SamplingParams` that each endpoint has in a form of its own.
+# Fields of `SamplingParams` that each endpoint defines itself, as name, type or meaning differ.
 ENDPOINT_FIELDS: Final = frozenset({"max_tokens", "logprobs", "prompt_logprobs", "structured_outputs"})
 
 
@@ -102,11 +101,11 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False
 
 
-class GenerationRequest(SamplingFields, BaseModel):  # type: ignore[valid-type, misc]  # a model made at import
-    """Fields that every generating endpoint reads, the sampling options among them.
+class GenerationRequest(SamplingFields, BaseModel):  # type: ignore[valid-type, misc]  # created at import
+    """Fields of all endpoints that generate text, including the sampling options.
 
-    Other fields are in `model_extra` and go through `check_other_fields`. `NEUTRAL_VALUES` has the values without
-    effect of fields that the endpoint does not support, in addition to `NEUTRAL_EXTRAS`.
+    Other fields end in `model_extra` and go through `check_other_fields`. `NEUTRAL_VALUES` extends `NEUTRAL_EXTRAS`
+    with fields that the endpoint does not support and their values without effect.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -143,13 +142,13 @@ class GenerationRequest(SamplingFields, BaseModel):  # type: ignore[valid-type, 
         return request
 
     def given_sampling_options(self) -> dict[str, Any]:
-        """Return the fields of `SamplingParams` that the request sets and all endpoints have in one form."""
+        """Return the sampling options that the request sets, except `ENDPOINT_FIELDS`."""
         given = {name: getattr(self, name) for name in SAMPLING_FIELDS}
         return {name: value for name, value in given.items() if value is not None}
 
 
 def completion_limit(max_tokens: int | None, max_completion_tokens: int | None) -> int | None:
-    """Return the most tokens of a completion, a field with two names.
+    """Return the limit of a completion's tokens, which OpenAI gives two names.
 
     Raises:
         FieldError: both are given and differ.
@@ -168,8 +167,8 @@ def check_other_fields(others: Mapping[str, Any], neutral_values: Mapping[str, t
     """Refuse fields that would change the output.
 
     Args:
-        others: the fields that a request model does not have.
-        neutral_values: by field, the values that have no effect.
+        others: fields that are not in the request model.
+        neutral_values: by field, the values without effect.
 
     Raises:
         FieldError: naming the first such field.

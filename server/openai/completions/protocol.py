@@ -1,4 +1,4 @@
-"""The body of `POST /v1/completions`: parsed, checked, and turned into prompts and sampling options."""
+"""Request model of `/v1/completions`, which also gives the prompts and sampling options."""
 
 import json
 from functools import cached_property
@@ -6,26 +6,22 @@ from typing import Annotated, Any
 
 from pydantic import WithJsonSchema
 
-from mmlora.server.bodies import FieldError
+from mmlora.server.bodies import FieldError, json_schema
 from mmlora.server.openai.protocol import GenerationRequest, read_constraint
 from mmlora.utils.text import shorten
 
-MAX_PROMPTS, MAX_CHOICES = 256, 1024  # the engine queues all of them at once
-DEFAULT_MAX_TOKENS = 16  # OpenAI's
+MAX_PROMPTS, MAX_CHOICES = 256, 1024  # all are queued in the engine at once
+DEFAULT_MAX_TOKENS = 16  # of OpenAI's API
 PROMPT_FORMS = "text, a list of texts, a list of token ids or a list of such lists"
 TextOrTokens = str | list[int]
 
-_TOKENS = {"type": "array", "items": {"type": "integer"}}
-_TEXTS = {"type": "array", "items": {"type": "string"}}
-_PROMPT_SCHEMA = {"anyOf": [{"type": "string"}, _TEXTS, _TOKENS, {"type": "array", "items": _TOKENS}]}
-
 
 class CompletionRequest(GenerationRequest):
-    """The fields of a completion that this server reads."""
+    """Fields of a legacy completion."""
 
     NEUTRAL_VALUES = {"suffix": (None, "")}
 
-    prompt: Annotated[Any, WithJsonSchema(_PROMPT_SCHEMA)]
+    prompt: Annotated[Any, WithJsonSchema(json_schema(str | list[str] | list[int] | list[list[int]]))]
     multi_modal_data: dict[str, Any] | None = None
     multi_modal_uuids: dict[str, Any] | None = None
     best_of: int | None = None
@@ -35,39 +31,39 @@ class CompletionRequest(GenerationRequest):
 
     @cached_property
     def prompts(self) -> list[TextOrTokens]:
-        """The prompts; first asked for by `parse_completion_request`, as to check long ones takes a while.
+        """The validated prompts; `parse_completion_request` computes them, since long ones take a while.
 
         Raises:
-            FieldError: `prompt` has another form.
+            FieldError: `prompt` is malformed.
         """
         return _as_prompts(self.prompt)
 
     @property
     def is_prompt_only(self) -> bool:
-        """Whether the client wants its prompt back, with log probabilities perhaps, and no answer."""
+        """Whether only the prompt is returned (`echo` with `max_tokens=0`), possibly with log probabilities."""
         return bool(self.echo) and self.max_tokens == 0
 
     @property
     def num_prompt_logprobs(self) -> int | None:
-        """Alternatives that are wanted at each token of a prompt, or None."""
-        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
-        numbers = [number for number in wanted if number is not None]
+        """Alternatives to report at each token of a prompt; None for no log probabilities."""
+        requested = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        numbers = [number for number in requested if number is not None]
         return min(numbers) if -1 in numbers else max(numbers, default=None)  # -1 is the whole vocabulary
 
     def sampling_options(self) -> dict[str, Any]:
-        """The fields of `SamplingParams` that the request sets."""
+        """Return the fields of `SamplingParams` that the request sets."""
         max_tokens = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
         return {
             **self.given_sampling_options(),
             "structured_outputs": read_constraint(self),
-            "max_tokens": 1 if self.is_prompt_only else max_tokens,  # the engine always chooses a token
+            "max_tokens": 1 if self.is_prompt_only else max_tokens,  # the engine always samples a token
             "logprobs": self.logprobs,
             "prompt_logprobs": self.num_prompt_logprobs,
         }
 
 
 def parse_completion_request(body: bytes) -> CompletionRequest:
-    """Read a request body.
+    """Parse and check a request body.
 
     Raises:
         FieldError: the body is not JSON, a field has the wrong type or value, or is not supported.
@@ -80,15 +76,13 @@ def parse_completion_request(body: bytes) -> CompletionRequest:
         raise FieldError(f"n={shorten(n)} for {num_prompts} prompts; allowed are {MAX_CHOICES // num_prompts}", "n")
     for name in ("multi_modal_data", "multi_modal_uuids"):
         if num_prompts > 1 and getattr(request, name):
-            message = f"{name} belongs to one prompt, but prompt holds {num_prompts}; send them one by one"
+            message = f"{name} needs a single prompt, but prompt holds {num_prompts}; send one request per prompt"
             raise FieldError(message, name)
     if request.best_of not in (None, n):
-        message = f"best_of={request.best_of} is not supported; it must be n, which is {n}, or be left out"
+        message = f"best_of={request.best_of} is not supported; it must equal n, which is {n}, or be left out"
         raise FieldError(message, "best_of")
     if request.prompt_logprobs is not None and request.stream:
-        message = (
-            f"prompt_logprobs={request.prompt_logprobs} needs stream=false; a stream has them with echo and logprobs"
-        )
+        message = f"prompt_logprobs={request.prompt_logprobs} needs stream=false; in streams use echo and logprobs"
         raise FieldError(message, "prompt_logprobs")
     return request
 

@@ -28,7 +28,7 @@ def _read_lora(value: Any) -> Any:
     return read_json(value, "lora")
 
 
-class AudioRequest(FormSamplingFields, BaseModel):  # type: ignore[valid-type, misc]  # a model made at import
+class AudioRequest(FormSamplingFields, BaseModel):  # type: ignore[valid-type, misc]  # created at import
     """Form fields of both endpoints; other fields are in `model_extra` and go through `check_other_fields`.
 
     `NEUTRAL_VALUES` has the values without effect, as text, of unsupported fields.
