@@ -5,7 +5,7 @@ import logging
 import os
 import ssl
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any
 
 import uvicorn
 from tqdm import tqdm
@@ -29,7 +29,6 @@ from mmlora.server.observability.tracing import Tracer, tracing
 from mmlora.utils.environment import read_bool
 from mmlora.utils.text import printable, size_text
 
-ENCRYPTED: Final = "the key is encrypted; only keys without a passphrase can be used"
 logger = logging.getLogger(STARTUP_LOGGER)
 
 
@@ -192,7 +191,7 @@ def load_tls(args: ServerArgs) -> ssl.SSLContext | None:
 
 
 def _refuse_encrypted_key() -> str:
-    raise ValueError(ENCRYPTED)
+    raise ValueError("the key is encrypted; only keys without a passphrase can be used")
 
 
 def _describe_tls_error(error: Exception) -> str:

@@ -42,7 +42,7 @@ def start_resolution(llm: AsyncLLM, models: ServedModels, environment: Mapping[s
         models.resolution = LoRAResolution(llm.model_name, _AdapterLoader(llm, models, host_cache), limits)
     elif LoRAResolverRegistry.get_supported_resolvers():
         needs = "enable_lora=True" if is_allowed else f"{ALLOW_VARIABLE}=true"
-        logger.warning("%s needs %s: it is not asked", ", ".join(LoRAResolverRegistry.get_supported_resolvers()), needs)
+        logger.warning("%s needs %s: it is not used", ", ".join(LoRAResolverRegistry.get_supported_resolvers()), needs)
 
 
 class _AdapterLoader:

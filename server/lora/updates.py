@@ -144,7 +144,7 @@ class AdapterUpdates:
                 body.base_model_name or (former.base_model_name if former is not None else None),
                 load_inplace=bool(body.load_inplace),
             )
-            # `add` writes to the registry, `get` does not: a replaced `--lora-modules` entry is restored by a restart.
+            # `get` adds nothing to the registry, so that the next start loads `--lora-modules` as given.
             adapter = host_cache.get(request) if served is not None else host_cache.add(request)
             request = replace(request, lora_int_id=host_cache.find(name).request.lora_int_id, load_inplace=False)
             self._models.add_adapter(ServedAdapter(name, request, adapter.digest, adapter.report), replace=True)

@@ -127,12 +127,12 @@ def test_completions(client: OpenAI) -> None:
     chunks = client.completions.create(prompt=prompt, stream=True, **{**request, "model": "spanish-lora"})
     assert "".join(chunk.choices[0].text for chunk in chunks) == "cinco"
     media = {"audio": f"data:audio/flac;base64,{encode(AudioAsset('two_plus_three').path)}"}
-    heard = client.completions.create(
+    spoken = client.completions.create(
         prompt="<|user|><|audio|>answer the question<|end|><|assistant|>",
         extra_body={"multi_modal_data": media},
         **request,
     )
-    assert heard.choices[0].text == "five" and lora_of(heard)["reason"] == "default:audio"
+    assert spoken.choices[0].text == "five" and lora_of(spoken)["reason"] == "default:audio"
 
 
 @pytest.mark.parametrize("container", ["WAV", "FLAC", "OGG", "MP3"])

@@ -109,13 +109,13 @@ def test_an_access_line_has_no_content(server: RunningServer, log: Log, wav: byt
     assert line.keys() == {*FIELDS, *expected, "finish_reason", "seconds"}
     (text,) = log.text
     assert text == f"INFO {ACCESS_LOGGER}: {line['message']}"
-    for told in (
+    for expected_text in (
         "POST /v1/chat/completions 200",
         f"request_id={answer['id']}",
         "adapter=audio",
         "reason=default:audio",
     ):
-        assert told in text
+        assert expected_text in text
     for message in (SECRET, input_audio_part(wav)["input_audio"]["data"][:40], "base64"):
         assert message not in log.everything
     assert all(choice["message"]["content"] not in log.everything for choice in answer["choices"])
