@@ -41,7 +41,7 @@ def parse_defaults(defaults: Mapping[str, str] | None, supported: Iterable[str])
     for key, path in (defaults or {}).items():
         names = [name.strip() for name in str(key).split("+")]
         if not allowed:
-            raise ConfigError(f"default_mm_loras[{key!r}]: the model is text-only, so no default can apply")
+            raise ConfigError(f"default_mm_loras[{key!r}]: the model takes text only, so no default can apply")
         if set(names) - set(allowed) or len(set(names)) != len(names):
             raise ConfigError(
                 f"default_mm_loras[{key!r}]: allowed are {', '.join(allowed)} and combinations such as "
