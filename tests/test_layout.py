@@ -75,7 +75,7 @@ import sys
 server = ["fastapi", "pydantic", "pydantic_settings", "uvicorn", "prometheus_client", "cachetools"]
 sys.modules.update(dict.fromkeys([*server, "av", "librosa", "soundfile"]))  # None: not importable
 import mmlora
-print(mmlora.LLM)
+print(*(getattr(mmlora, name) for name in mmlora.__all__))
 """
     assert "mmlora.llm.LLM" in run_python(code, cwd=ROOT)
 
