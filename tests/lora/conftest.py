@@ -91,7 +91,7 @@ def phi4(tiny_phi4: nn.Module) -> nn.Module:
 
 
 def randomize(path: Path, seed: int) -> None:
-    """Overwrite an adapter's tensors with normal ones of visible effect."""
+    """Overwrite an adapter's tensors with normally distributed values that are large enough to change the output."""
     generator = torch.Generator().manual_seed(seed)
     file = path / "adapter_model.safetensors"
     tensors = {key: torch.randn(tensor.shape, generator=generator) * 0.2 for key, tensor in load_file(file).items()}
@@ -100,7 +100,7 @@ def randomize(path: Path, seed: int) -> None:
 
 @pytest.fixture
 def save_adapter(tmp_path: Path) -> AdapterFactory:
-    """`save_adapter(model, name="a", seed=0, **LoraConfig arguments)` writes a PEFT directory, with PEFT."""
+    """`save_adapter(model, name="a", seed=0, **LoraConfig arguments)` saves a PEFT directory with PEFT."""
 
     def save(model: nn.Module, name: str = "a", seed: int = 0, **arguments: Any) -> Path:
         from peft import LoraConfig, get_peft_model
@@ -118,7 +118,7 @@ def save_adapter(tmp_path: Path) -> AdapterFactory:
 
 @pytest.fixture
 def peft_reference() -> Callable[[nn.Module, Path], nn.Module]:
-    """`peft_reference(model, path)` is a copy of the model with the adapter applied by PEFT."""
+    """`peft_reference(model, path)` returns a copy of the model with the adapter applied by PEFT."""
 
     def load(model: nn.Module, path: Path) -> nn.Module:
         from peft import PeftModel

@@ -1,7 +1,7 @@
-"""Every field of `LoraConfig`: equal to PEFT (greedy tokens, logits within 1e-4, alone and mixed), or refused by name.
+"""Every field of `LoraConfig` equals PEFT (greedy tokens, logits within 1e-4, alone and mixed) or is refused by name.
 
-PEFT saves the adapter, PEFT loads the reference, and the reference runs one prompt at a time without a cache. Adapters
-that PEFT cannot batch (DoRA, fused experts, replaced modules) are in our mixed batch like all others.
+PEFT saves the adapter and loads the reference, which runs one prompt at a time without a cache. Adapters that PEFT
+cannot batch (DoRA, fused experts, replaced modules) are part of the mixed batch like all others.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ PROMPTS = ("<|user|>How many dogs can you count?<|end|><|assistant|>", "<|user|>
 
 @dataclass(frozen=True)
 class Spec:
-    """An adapter to save with PEFT: the model it is for, and arguments of `LoraConfig`."""
+    """An adapter to save with PEFT: its model and the arguments of `LoraConfig`."""
 
     model: str = "llama"
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -103,7 +103,7 @@ EQUAL: dict[str, list[Spec]] = {
         spec("qwen3", modules_to_save=["q_norm", "k_norm"]),
         spec("gemma", modules_to_save=["embed_tokens"]),
         spec("mixtral", modules_to_save=["mlp.experts", "gate"], target_modules=["v_proj"]),
-        spec("gemma", modules_to_save=["norm"], target_modules=["v_proj"]),  # norms of heads, which see rows transposed
+        spec("gemma", modules_to_save=["norm"], target_modules=["v_proj"]),  # norms of heads, which get rows transposed
         spec("llama4", modules_to_save=["router"], target_modules=["v_proj"]),
         spec("opt", modules_to_save=["embed_positions"], target_modules=["v_proj"]),
     ],
@@ -141,7 +141,7 @@ EQUAL: dict[str, list[Spec]] = {
     "velora_config": [spec(velora_config={"num_groups": 4})],
     "monteclora_config": [spec(monteclora_config={})],
 }
-# Values that change nothing at inference.
+# Values without effect on inference.
 IRRELEVANT: dict[str, Any] = {
     "peft_version": "0.0.1",
     "base_model_name_or_path": "another/model",
@@ -197,16 +197,16 @@ def adapters(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def save_peft(model: Path, path: Path, seed: int, **options: Any) -> Path:
-    """Save an adapter with PEFT, its tensors changed as training would."""
+    """Save an adapter with PEFT, with random values as after training."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         get_peft_model(load_reference(model), LoraConfig(**options)).save_pretrained(path)
     generator = torch.Generator().manual_seed(seed)
     file = path / "adapter_model.safetensors"
     tensors = {key: _trained(key, tensor, generator) for key, tensor in load_file(file).items()}
-    if options.get("ensure_weight_tying"):  # the two copies are one in PEFT
+    if options.get("ensure_weight_tying"):  # one tensor in PEFT, saved as two copies
         _tie(tensors)
-    for key in tensors:  # written twice by PEFT
+    for key in tensors:  # saved twice by PEFT
         if ".modules_to_save." in key:
             tensors[key] = tensors[key.replace(".modules_to_save.", ".")].clone()
     save_file(tensors, file)
@@ -236,7 +236,7 @@ def _tie(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def reference(model: Path, adapter: Path | None, prompt: str, tokenizer: Any) -> ReferenceOutput:
-    """Continue a prompt greedily with PEFT, computing everything anew for each token."""
+    """Continue a prompt greedily with PEFT, without a KV cache."""
     net = load_reference(model)
     if adapter is not None:
         with warnings.catch_warnings():
@@ -298,7 +298,7 @@ def test_mixed(model: str, models: dict[str, Path], adapters: dict[str, Path], e
     for index, name in enumerate(names):
         cases.append((name, adapters[name], PROMPTS[index % 2]))
     compare(engines[model], models[model], cases, prompt_logprobs=0)
-    compare(engines[model], models[model], cases)  # the output layer then sees other rows than all others
+    compare(engines[model], models[model], cases)  # the output layer then gets fewer rows than other layers
 
 
 def load(path: Path, model: Path) -> Any:
@@ -311,7 +311,7 @@ def edit_config(path: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("name", IRRELEVANT)
-def test_what_only_training_reads_changes_nothing(name: str, models: dict[str, Path], tmp_path: Path) -> None:
+def test_training_options_change_nothing(name: str, models: dict[str, Path], tmp_path: Path) -> None:
     path = save_peft(models["llama"], tmp_path / "a", 1, **spec().options)
     before = load(path, models["llama"]).digest
     edit_config(path, **{name: IRRELEVANT[name]})
@@ -319,7 +319,7 @@ def test_what_only_training_reads_changes_nothing(name: str, models: dict[str, P
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in REFUSED.items() for value in values])
-def test_what_is_not_supported_is_refused_by_name(
+def test_unsupported_options_are_refused_by_name(
     name: str, value: Any, models: dict[str, Path], tmp_path: Path
 ) -> None:
     path = save_peft(models["llama"], tmp_path / "a", 1, **spec().options)
@@ -329,14 +329,14 @@ def test_what_is_not_supported_is_refused_by_name(
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_an_initialisation_that_changed_the_base_is_taken_once_converted(
+def test_an_initialisation_that_changed_the_base_is_accepted_after_conversion(
     init: str, models: dict[str, Path], engines: dict[str, LLM], tmp_path: Path
 ) -> None:
-    """PEFT converts such an adapter when it is told where the untrained one is; the result fits the plain base."""
+    """PEFT converts such an adapter given the path of the untrained one; the result fits the unchanged base."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         net = get_peft_model(load_reference(models["llama"]), LoraConfig(**spec(init_lora_weights=init).options))
-        net.peft_config["default"].init_lora_weights = True  # as PEFT's documentation says
+        net.peft_config["default"].init_lora_weights = True  # as documented by PEFT
         net.save_pretrained(tmp_path / "untrained")
         net.peft_config["default"].init_lora_weights = init
         generator = torch.Generator().manual_seed(1)
@@ -381,7 +381,7 @@ def test_a_mix_is_the_weighted_sum_of_peft(
 
 
 def _weighted(model: Path, parts: list[tuple[Path, float]]) -> Any:
-    """The base with the sum of what each adapter adds to its weights and biases, each computed by PEFT's merge."""
+    """Return the base model plus the weighted changes of each adapter, computed with PEFT's merge."""
     net = load_reference(model)
     base = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     total = {name: tensor.double() for name, tensor in base.items()}
@@ -404,7 +404,7 @@ def _weighted(model: Path, parts: list[tuple[Path, float]]) -> Any:
         ("alora_invocation_tokens-0", "waits for its invocation tokens"),
     ],
 )
-def test_what_cannot_be_added_up_is_refused_in_a_mix(
+def test_adapters_that_cannot_be_added_up_are_refused_in_a_mix(
     name: str, cause: str, adapters: dict[str, Path], engines: dict[str, LLM]
 ) -> None:
     ids = {name: index for index, name in enumerate(SPECS, start=1)}
@@ -440,7 +440,7 @@ def test_an_activated_lora_shares_the_base_models_cache(
     assert idle.lora.adapter is None and "lacks the tokens" in idle.lora.warning
 
 
-def test_a_pass_of_an_adapter_fails_alone(
+def test_a_failure_in_the_pass_of_one_adapter_fails_its_requests_only(
     adapters: dict[str, Path], engines: dict[str, LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm, name = engines["mixtral"], "target_parameters-0"

@@ -1,4 +1,4 @@
-"""Resolvers: names, order, isolation, one resolution at a time, and what is remembered."""
+"""Resolvers: names, order, isolation, shared resolutions, and the cache of unknown names."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from mmlora.lora.request import LoRARequest
 from mmlora.lora.resolution import LoRAResolution, ResolutionLimits
 from mmlora.lora.resolver import LoRAResolver, LoRAResolverRegistry, derive_lora_id, is_lora_name
 
-Answer = Callable[[str], Awaitable[object]]
+Behavior = Callable[[str], Awaitable[object]]
 
 
 class Scripted(LoRAResolver):
-    """Answers with a coroutine function, and counts who asked."""
+    """Resolver that runs a coroutine function and records its calls."""
 
-    def __init__(self, answer: Answer) -> None:
-        self._answer = answer
+    def __init__(self, behavior: Behavior) -> None:
+        self._behavior = behavior
         self.asked: list[str] = []
         self.bases: set[str] = set()
         self.loops: set[int] = set()
@@ -33,28 +33,28 @@ class Scripted(LoRAResolver):
         self.asked.append(lora_name)
         self.bases.add(base_model_name)
         self.loops.add(id(asyncio.get_running_loop()))
-        return await self._answer(lora_name)  # type: ignore[return-value]
+        return await self._behavior(lora_name)  # type: ignore[return-value]
 
 
-def found(path: str) -> Answer:
-    async def answer(name: str) -> object:
+def found(path: str) -> Behavior:
+    async def behavior(name: str) -> object:
         return LoRARequest(name, derive_lora_id(name), path)
 
-    return answer
+    return behavior
 
 
-def returning(value: object) -> Answer:
-    async def answer(_: str) -> object:
+def returning(value: object) -> Behavior:
+    async def behavior(_: str) -> object:
         return value
 
-    return answer
+    return behavior
 
 
-def raising(error: BaseException) -> Answer:
-    async def answer(_: str) -> object:
+def raising(error: BaseException) -> Behavior:
+    async def behavior(_: str) -> object:
         raise error
 
-    return answer
+    return behavior
 
 
 async def hanging(_: str) -> object:
@@ -90,11 +90,11 @@ async def accept_all(_: LoRARequest) -> None:
 
 @pytest.fixture
 def register(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Scripted]]]:
-    """`register(a, b)`: resolvers `r0`, `r1` that give these answers; the registry is as before afterwards."""
+    """`register(a, b)` registers resolvers `r0`, `r1` with these behaviors; the registry is restored after the test."""
     monkeypatch.setattr(LoRAResolverRegistry, "_resolvers", {})
 
-    def register(*answers: Answer) -> list[Scripted]:
-        resolvers = [Scripted(answer) for answer in answers]
+    def register(*behaviors: Behavior) -> list[Scripted]:
+        resolvers = [Scripted(behavior) for behavior in behaviors]
         for index, resolver in enumerate(resolvers):
             LoRAResolverRegistry.register_resolver(f"r{index}", resolver)
         return resolvers
@@ -128,7 +128,7 @@ def test_the_registry_keeps_the_order_and_replaces_with_a_warning(
 
 
 @pytest.mark.parametrize("name", ["sql", "org/repo", "org/repo/sub", "v1.2", "a:b@main", "Ärger", "a b", "a" * 255])
-def test_an_ordinary_name_is_asked_for(name: str) -> None:
+def test_an_ordinary_name_is_resolved(name: str) -> None:
     assert is_lora_name(name)
 
 
@@ -159,7 +159,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE.keys())
-def test_no_resolver_sees_a_hostile_name(register: Callable[..., list[Scripted]], name: str) -> None:
+def test_hostile_names_never_reach_a_resolver(register: Callable[..., list[Scripted]], name: str) -> None:
     (resolver,) = register(found("here"))
     with pytest.raises(AdapterNotFound) as info:
         resolve(make(), name)
@@ -167,16 +167,16 @@ def test_no_resolver_sees_a_hostile_name(register: Callable[..., list[Scripted]]
 
 
 def test_the_first_registered_that_knows_a_name_wins(register: Callable[..., list[Scripted]]) -> None:
-    nobody, first, second = register(returning(None), found("first"), found("second"))
+    unaware, first, second = register(returning(None), found("first"), found("second"))
     assert resolve(make()).lora_path == "first"
-    assert (nobody.asked, first.asked, second.asked) == (["x"], ["x"], [])
-    assert nobody.bases == {"base"}
+    assert (unaware.asked, first.asked, second.asked) == (["x"], ["x"], [])
+    assert unaware.bases == {"base"}
 
 
-BAD: dict[str, Answer] = {
+BAD: dict[str, Behavior] = {
     "raises": raising(RuntimeError("boom")),
     "exits": raising(SystemExit(3)),
-    "exits in a task of its own": exiting_in_a_task,
+    "exits in its own task": exiting_in_a_task,
     "stops the loop": stopping,
     "interrupts": raising(KeyboardInterrupt()),
     "cancels": raising(asyncio.CancelledError()),
@@ -190,7 +190,7 @@ BAD: dict[str, Answer] = {
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
 def test_a_bad_resolver_does_not_hide_the_next(
-    register: Callable[..., list[Scripted]], bad: Answer, caplog: pytest.LogCaptureFixture
+    register: Callable[..., list[Scripted]], bad: Behavior, caplog: pytest.LogCaptureFixture
 ) -> None:
     register(bad, found("second"))
     assert resolve(make()).lora_path == "second"
@@ -198,18 +198,18 @@ def test_a_bad_resolver_does_not_hide_the_next(
 
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
-def test_where_one_failed_nobody_claims_that_the_adapter_does_not_exist(
-    register: Callable[..., list[Scripted]], bad: Answer
+def test_after_a_failure_the_adapter_is_not_reported_as_unknown(
+    register: Callable[..., list[Scripted]], bad: Behavior
 ) -> None:
     failing, _ = register(bad, returning(None))
     resolution = make()
-    for _ in range(2):  # and it is not remembered: the next request may find it
+    for _ in range(2):  # the failure is not cached: the next request may find it
         with pytest.raises(ResolverError, match=r"'x' cannot be resolved now: r0 \(\w+\) failed"):
             resolve(resolution)
     assert failing.asked == ["x", "x"]
 
 
-def test_the_client_learns_nothing_of_a_secret_and_the_log_does(
+def test_error_details_are_logged_but_not_sent_to_the_client(
     register: Callable[..., list[Scripted]], caplog: pytest.LogCaptureFixture
 ) -> None:
     register(raising(OSError("https://user:hunter2@host")), found("p"))
@@ -231,9 +231,7 @@ def test_not_found_may_be_raised(register: Callable[..., list[Scripted]], error:
 
 
 @pytest.mark.parametrize("error", [AdapterMismatch("rank"), AdapterNotFound("no file")], ids=["mismatch", "missing"])
-def test_an_adapter_that_cannot_be_used_is_passed_over(
-    register: Callable[..., list[Scripted]], error: MMLoRAError
-) -> None:
+def test_an_unusable_adapter_is_skipped(register: Callable[..., list[Scripted]], error: MMLoRAError) -> None:
     register(found("bad"), found("good"))
     accepted = []
 
@@ -250,7 +248,7 @@ def test_an_adapter_that_cannot_be_used_is_passed_over(
     assert type(info.value) is AdapterError
 
 
-def test_a_panic_while_loading_is_an_error_of_one_request(register: Callable[..., list[Scripted]]) -> None:
+def test_a_panic_during_a_load_fails_one_request(register: Callable[..., list[Scripted]]) -> None:
     class Panic(BaseException):
         pass
 
@@ -282,15 +280,15 @@ def test_requests_of_all_threads_share_one_resolution_on_one_loop(register: Call
         return list(await asyncio.gather(*(resolution.resolve(name) for name in ["x", "y"] * 20)))
 
     with ThreadPoolExecutor(4) as pool:
-        answers = [answer for part in pool.map(lambda _: asyncio.run(many()), range(4)) for answer in part]
-    assert len(answers) == 160 and {answer.lora_name for answer in answers} == {"x", "y"}
+        requests = [request for part in pool.map(lambda _: asyncio.run(many()), range(4)) for request in part]
+    assert len(requests) == 160 and {request.lora_name for request in requests} == {"x", "y"}
     assert sorted(resolver.asked) == ["x", "y"] and len(accepted) == 2
     assert len(resolver.loops) == 1
-    resolve(make(accept), "z")  # another engine of this process
+    resolve(make(accept), "z")  # another engine in this process
     assert len(resolver.loops) == 1
 
 
-def test_a_client_that_leaves_ends_nothing_for_others(register: Callable[..., list[Scripted]]) -> None:
+def test_a_cancelled_caller_does_not_cancel_the_resolution(register: Callable[..., list[Scripted]]) -> None:
     release = threading.Event()
 
     async def when_released(name: str) -> object:
@@ -314,7 +312,7 @@ def test_a_client_that_leaves_ends_nothing_for_others(register: Callable[..., li
     assert resolver.asked == ["x"]
 
 
-def test_an_unknown_name_is_remembered_for_its_lifetime(
+def test_an_unknown_name_is_cached_for_its_lifetime(
     register: Callable[..., list[Scripted]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now_s = 100.0
@@ -331,16 +329,16 @@ def test_an_unknown_name_is_remembered_for_its_lifetime(
     assert resolver.asked == ["x", "x"]
 
 
-def test_only_so_many_unknown_names_are_remembered(register: Callable[..., list[Scripted]]) -> None:
+def test_the_cache_of_unknown_names_is_bounded(register: Callable[..., list[Scripted]]) -> None:
     (resolver,) = register(returning(None))
     resolution = make(max_misses=2)
-    for name in ("a", "b", "a", "c", "a", "b"):  # c takes the place of b, then b that of c
+    for name in ("a", "b", "a", "c", "a", "b"):  # c evicts b, then b evicts c
         with pytest.raises(AdapterNotFound):
             resolve(resolution, name)
     assert resolver.asked == ["a", "b", "c", "b"]
 
 
-def test_only_so_many_names_are_resolved_at_once(register: Callable[..., list[Scripted]]) -> None:
+def test_concurrent_resolutions_are_bounded(register: Callable[..., list[Scripted]]) -> None:
     register(hanging)
     resolution = make(max_pending=3, timeout_s=0.3)
 
@@ -361,7 +359,7 @@ def test_limits_come_from_the_environment(name: str) -> None:
             ResolutionLimits.from_environment({name: text})
 
 
-def test_derived_ids_are_stable_and_apart_from_those_of_the_server() -> None:
+def test_derived_ids_are_stable_and_below_the_ids_of_default_adapters() -> None:
     assert derive_lora_id("sql") == 22174702242023591
     ids = {derive_lora_id(f"name {i}") for i in range(1000)}
     assert len(ids) == 1000 and min(ids) >= 2**32 and max(ids) < 2**62

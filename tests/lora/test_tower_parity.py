@@ -1,4 +1,4 @@
-"""What PEFT can save for towers and connectors, convolutions included, equals PEFT on requests with media."""
+"""Adapters of towers and connectors, including convolutions, equal PEFT on requests with media."""
 
 import warnings
 from pathlib import Path
@@ -88,7 +88,7 @@ def test_mixed(llm: LLM, checkpoint: Checkpoint) -> None:
 
 
 def test_adapters_by_groups_are_refused_in_a_mix(llm: LLM, checkpoint: Checkpoint) -> None:
-    """Ranks of grouped convolutions cannot be laid one after the other: they would meet other groups."""
+    """Ranks of grouped convolutions cannot be concatenated, since they would be assigned to other groups."""
     names = ("depthwise", "convolutions")
     mix = LoRAMix([(LoRARequest(name, 70 + len(name), str(checkpoint.adapters[name])), 0.5) for name in names])
     with pytest.raises(RequestError, match="'depthwise' adapts .* by groups"):

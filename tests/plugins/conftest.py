@@ -1,4 +1,4 @@
-"""What the tests of resolvers share: adapters as files, a registry that is put back, resolvers run as a server does."""
+"""Shared by the tests of resolvers: adapter files, a registry that is restored, and the resolvers' event loop."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ def read_files(directory: str) -> dict[str, bytes]:
 
 
 def resolve(resolver: LoRAResolver, name: str, base: str = "base") -> LoRARequest | None:
-    """Await a resolver on the loop that a server awaits it on."""
+    """Call a resolver on the event loop of all resolvers, as the server does."""
     return asyncio.run_coroutine_threadsafe(resolver.resolve_lora(base, name), resolver_loop()).result(60)

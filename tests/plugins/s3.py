@@ -1,4 +1,4 @@
-"""A real S3 server on this machine, and the files of adapters in it."""
+"""A local S3 server with adapter files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BUCKET = "loras"
 
 @contextmanager
 def run_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Serve an empty bucket `loras`, and have clients of this process find it, as its environment would say."""
+    """Serve an empty bucket `loras`, with its endpoint and credentials in the environment of this process."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     try:

@@ -1,4 +1,4 @@
-"""`lora_filesystem_resolver`: directories under its root, and nothing outside of it."""
+"""`lora_filesystem_resolver`: directories under its root, and none outside of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_an_adapter_is_the_directory_of_its_name(root: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["nobody", "org", "../outside", "foobar/../../outside", "", ".", "foobar\0", "/outside", "x" * 10_000, "foo*"],
+    ["unknown", "org", "../outside", "foobar/../../outside", "", ".", "foobar\0", "/outside", "x" * 10_000, "foo*"],
     ids=repr,
 )
 def test_any_other_name_is_unknown(root: Path, name: str) -> None:
@@ -53,7 +53,7 @@ def test_a_link_out_of_the_root_is_refused(root: Path, what: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["directory", WEIGHTS_FILE])
-def test_a_link_that_leads_in_a_circle_is_no_adapter(root: Path, what: str) -> None:
+def test_a_circular_link_is_not_an_adapter(root: Path, what: str) -> None:
     circle = root / "circle"
     if what == "directory":
         circle.symlink_to("circle")
@@ -66,14 +66,14 @@ def test_a_link_that_leads_in_a_circle_is_no_adapter(root: Path, what: str) -> N
 
 
 def test_links_within_the_root_are_followed(root: Path) -> None:
-    """As in a cache of the Hub, whose snapshots link to blobs, and where the root itself is a link."""
+    """As in the Hub cache, where snapshots link to blobs and the root itself may be a link."""
     (root / "alias").symlink_to("foobar")
     (root.parent / "root link").symlink_to(root)
     request = resolve(FilesystemResolver(root.parent / "root link"), "alias")
     assert request is not None and request.lora_path == str(root / "foobar")
 
 
-def test_a_root_that_looks_like_another_is_not_it(root: Path) -> None:
+def test_a_directory_whose_path_starts_like_the_root_is_outside(root: Path) -> None:
     write_adapter(root.parent / "root2" / "foobar")
     (root / "near").symlink_to(root.parent / "root2" / "foobar")
     with pytest.raises(AdapterError, match="lies outside of"):

@@ -1,4 +1,4 @@
-"""`lora_fsspec_resolver`: S3 through a real server, and downloads that are whole or leave nothing."""
+"""`lora_fsspec_resolver`: S3 through a local server, and atomic downloads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.plugins.s3 import put, run_s3
 
 @pytest.fixture
 def memory() -> Iterator[MemoryFileSystem]:
-    """The `memory://` file system of this process with the adapter `sql` under `/loras`."""
+    """Provide the `memory://` file system of this process with the adapter `sql` under `/loras`."""
     filesystem = MemoryFileSystem()
     filesystem.store.clear()
     store(filesystem, "/loras/sql", {**FILES, "optimizer.pt": b"not needed"})
@@ -49,7 +49,7 @@ def s3() -> Iterator[str]:
 
 @pytest.fixture
 def s3_environment(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put back what `clean_registry` takes away."""
+    """Set the S3 variables again, which `clean_registry` removes."""
     for name, value in {
         "AWS_ENDPOINT_URL": s3,
         "AWS_ACCESS_KEY_ID": "test",
@@ -59,7 +59,7 @@ def s3_environment(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-def test_an_adapter_comes_from_s3(s3_environment: None, tmp_path: Path) -> None:
+def test_an_adapter_is_downloaded_from_s3(s3_environment: None, tmp_path: Path) -> None:
     put("team/sql", {**FILES, "optimizer.pt": b"not needed"})
     put("team/org/repo", FILES)
     resolver = FsspecResolver("s3://loras/team", tmp_path)
@@ -67,7 +67,7 @@ def test_an_adapter_comes_from_s3(s3_environment: None, tmp_path: Path) -> None:
         request = resolve(resolver, name)
         assert request is not None and request.lora_name == name
         assert read_files(request.lora_path) == FILES
-    assert resolve(resolver, "nobody") is None
+    assert resolve(resolver, "unknown") is None
     assert resolve(FsspecResolver("s3://no-such-bucket", tmp_path), "sql") is None
 
 
@@ -79,10 +79,10 @@ def test_new_files_under_a_name_on_s3_are_a_new_directory(s3_environment: None, 
     put("changing/sql", {WEIGHTS_FILE: FILES[WEIGHTS_FILE][::-1]})  # of the same size
     new = resolve(resolver, "sql")
     assert new is not None and read_files(new.lora_path)[WEIGHTS_FILE] == FILES[WEIGHTS_FILE][::-1]
-    assert read_files(old.lora_path) == FILES  # for requests that run with it
+    assert read_files(old.lora_path) == FILES  # for running requests
 
 
-def test_a_template_places_both_names(memory: MemoryFileSystem, tmp_path: Path) -> None:
+def test_a_template_contains_both_names(memory: MemoryFileSystem, tmp_path: Path) -> None:
     store(memory, "/by-base/llama/sql/v1", FILES)
     resolver = FsspecResolver("memory://by-base/{base_model_name}/{lora_name}/v1", tmp_path)
     assert resolve(resolver, "sql", base="llama") is not None
@@ -90,7 +90,7 @@ def test_a_template_places_both_names(memory: MemoryFileSystem, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "name", ["nobody", "", "..", "../loras/sql", "sql/../sql", "sql\0", "s*", "sql?x", "x" * 10_000]
+    "name", ["unknown", "", "..", "../loras/sql", "sql/../sql", "sql\0", "s*", "sql?x", "x" * 10_000]
 )
 def test_other_names_are_unknown_and_leave_nothing(memory: MemoryFileSystem, tmp_path: Path, name: str) -> None:
     downloads = tmp_path / "downloads"
@@ -103,7 +103,7 @@ def test_an_adapter_without_tensors_is_unknown(memory: MemoryFileSystem, tmp_pat
     assert resolve(FsspecResolver("memory://loras", tmp_path), "half") is None
 
 
-def test_a_name_is_no_part_of_the_url(memory: MemoryFileSystem, tmp_path: Path) -> None:
+def test_a_name_is_not_parsed_as_part_of_the_url(memory: MemoryFileSystem, tmp_path: Path) -> None:
     """`a::b` would chain two file systems if the URL were parsed with it."""
     store(memory, "/loras/a::b", FILES)
     request = resolve(FsspecResolver("memory://loras", tmp_path), "a::b")
@@ -123,7 +123,7 @@ def test_a_file_that_is_too_large_leaves_nothing(
 
 
 class CutFile:
-    """A file that ends, or fails, after some bytes."""
+    """File that ends or fails after some bytes."""
 
     def __init__(self, file: Any, error: Exception | None) -> None:
         self._file, self._error = file, error
@@ -151,7 +151,7 @@ class CutFile:
     ],
     ids=["short", "reset"],
 )
-def test_a_cut_download_leaves_nothing_and_the_next_one_is_whole(
+def test_a_truncated_download_leaves_nothing_and_the_next_one_is_complete(
     memory: MemoryFileSystem,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -174,8 +174,8 @@ def test_a_cut_download_leaves_nothing_and_the_next_one_is_whole(
     assert request is not None and read_files(request.lora_path) == FILES
 
 
-def test_a_disk_that_takes_no_more_is_named_and_left_clean(memory: MemoryFileSystem, tmp_path: Path) -> None:
-    """The operating system refuses to let a file grow; a full disk comes as the same error from the same call."""
+def test_a_full_disk_is_named_and_leaves_no_partial_files(memory: MemoryFileSystem, tmp_path: Path) -> None:
+    """The file size limit of the process makes the same call fail as a full disk does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
     try:
@@ -186,7 +186,7 @@ def test_a_disk_that_takes_no_more_is_named_and_left_clean(memory: MemoryFileSys
     assert left(tmp_path) == []
 
 
-def test_two_that_download_the_same_at_once_both_get_it(memory: MemoryFileSystem, tmp_path: Path) -> None:
+def test_concurrent_downloads_of_one_adapter_both_succeed(memory: MemoryFileSystem, tmp_path: Path) -> None:
     barrier = threading.Barrier(2, timeout=30)
     resolvers = [FsspecResolver("memory://loras", tmp_path) for _ in range(2)]
     for resolver in resolvers:
@@ -207,9 +207,7 @@ def test_two_that_download_the_same_at_once_both_get_it(memory: MemoryFileSystem
     assert left(tmp_path) == [Path(one.lora_path).name]
 
 
-def test_a_download_that_nobody_waits_for_stops(
-    memory: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_abandoned_download_stops(memory: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resolver = FsspecResolver("memory://loras", tmp_path)
     monkeypatch.setattr("mmlora.plugins.lora_fsspec_resolver.CHUNK_BYTES", 100)
     has_begun, has_left = threading.Event(), threading.Event()
@@ -224,7 +222,9 @@ def test_a_download_that_nobody_waits_for_stops(
     future = asyncio.run_coroutine_threadsafe(resolver.resolve_lora("base", "sql"), resolver_loop())
     assert has_begun.wait(30)
     future.cancel()
-    asyncio.run_coroutine_threadsafe(asyncio.sleep(0), resolver_loop()).result(30)  # the task has heard of it
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0), resolver_loop()).result(
+        30
+    )  # the cancellation has reached the task
     has_left.set()
     deadline = time.monotonic() + 30
     while left(tmp_path) and time.monotonic() < deadline:

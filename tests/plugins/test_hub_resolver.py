@@ -1,4 +1,4 @@
-"""`lora_hf_hub_resolver` against a local server that speaks as much of the Hub's protocol as downloads need."""
+"""`lora_hf_hub_resolver` against a local server with the part of the Hub's protocol that downloads need."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REPOSITORY = {**FILES, "README.md": b"not needed", **{f"sub/{name}": content for
 
 
 class FakeHub(BaseHTTPRequestHandler):
-    """`/org/repo/resolve/REVISION/FILE`."""
+    """Serves `/org/repo/resolve/REVISION/FILE`."""
 
     requests: list[tuple[str, str]] = []
 
@@ -72,7 +72,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HfApi]:
 
 
 @pytest.mark.parametrize("name", ["org/repo", "org/repo/sub"])
-def test_an_adapter_is_its_repository_or_a_folder_of_it(hub: HfApi, name: str) -> None:
+def test_an_adapter_is_a_repository_or_a_folder_in_it(hub: HfApi, name: str) -> None:
     request = resolve(HubResolver({"org/repo": None}, api=hub), name)
     assert request is not None and request.lora_name == name
     directory = Path(request.lora_path)
@@ -87,7 +87,7 @@ def test_the_operator_chooses_the_revision(hub: HfApi) -> None:
     assert request is not None and COMMITS["v1"] in request.lora_path
 
 
-def test_both_files_are_of_one_commit_though_the_branch_moves(hub: HfApi, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_files_are_from_one_commit_even_if_the_branch_moves(hub: HfApi, monkeypatch: pytest.MonkeyPatch) -> None:
     respond = FakeHub._respond
 
     def respond_and_move(self: FakeHub, is_head: bool) -> None:
@@ -103,17 +103,17 @@ def test_both_files_are_of_one_commit_though_the_branch_moves(hub: HfApi, monkey
 @pytest.mark.parametrize(
     "name", ["org/other", "org", "other/repo", "org/repo@refs/pr/1", "org/repo/../repo", "org/repo/"]
 )
-def test_a_name_that_is_not_listed_asks_nobody(hub: HfApi, name: str) -> None:
+def test_a_name_that_is_not_listed_sends_no_request(hub: HfApi, name: str) -> None:
     assert resolve(HubResolver({"org/repo": None}, api=hub), name) is None
     assert FakeHub.requests == []
 
 
 @pytest.mark.parametrize("name", ["org/gone", "org/repo/gone"])
-def test_what_the_hub_does_not_have_is_unknown(hub: HfApi, name: str) -> None:
+def test_a_missing_repository_or_file_is_unknown(hub: HfApi, name: str) -> None:
     assert resolve(HubResolver({"org/repo": None, "org/gone": None}, api=hub), name) is None
 
 
-def test_a_file_that_is_too_large_is_not_fetched(hub: HfApi) -> None:
+def test_a_file_that_is_too_large_is_not_downloaded(hub: HfApi) -> None:
     with pytest.raises(
         AdapterError, match=f"org/repo/{WEIGHTS_FILE} has 10240 bytes or more; .*MAX_BYTES allows 10239"
     ):
@@ -121,20 +121,20 @@ def test_a_file_that_is_too_large_is_not_fetched(hub: HfApi) -> None:
     assert not [path for method, path in FakeHub.requests if method == "GET" and path.endswith(WEIGHTS_FILE)]
 
 
-def test_a_hub_that_cannot_be_asked_is_no_missing_adapter(hub: HfApi, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_hub_is_not_a_missing_adapter(hub: HfApi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ResolverError, match="cannot be reached, and its cache does not hold org/repo"):
         resolve(HubResolver({"org/repo": None}, api=hub), "org/repo")
 
 
-def test_where_the_hub_cannot_be_reached_its_cache_serves(hub: HfApi) -> None:
+def test_without_a_connection_the_cache_of_the_hub_is_used(hub: HfApi) -> None:
     online = resolve(HubResolver({"org/repo": None}, api=hub), "org/repo")
     assert online is not None
     nowhere = HfApi(endpoint="http://127.0.0.1:9", token=False)
     assert resolve(HubResolver({"org/repo": None}, api=nowhere), "org/repo") == online
 
 
-def test_a_cache_that_links_elsewhere_is_refused(hub: HfApi, tmp_path: Path) -> None:
+def test_a_cache_with_links_to_the_outside_is_refused(hub: HfApi, tmp_path: Path) -> None:
     resolver = HubResolver({"org/repo": None}, api=hub)
     request = resolve(resolver, "org/repo")
     assert request is not None and set(read_files(request.lora_path)) == set(FILES)

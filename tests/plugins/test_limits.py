@@ -1,4 +1,4 @@
-"""Blocking calls of bundled resolvers: one that hangs holds up no other resolver, no later call and no exit."""
+"""Blocking calls of resolvers: a hung call blocks no other resolver, no later call and no exit of the process."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def run(threads: ResolverThreads, function: Callable[..., Any], *args: Any) -> A
 
 @pytest.fixture
 def gate() -> Iterator[threading.Event]:
-    """What calls hang on, until the test is over."""
+    """Block calls until the test is over."""
     gate = threading.Event()
     yield gate
     gate.set()
 
 
 @pytest.mark.parametrize("make", BUNDLED.values(), ids=BUNDLED.keys())
-def test_a_resolver_that_hangs_fails_fast_and_hides_no_other(
+def test_a_hung_resolver_fails_fast_and_does_not_block_others(
     make: Callable[[Path], LoRAResolver], tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_adapter(tmp_path / "sql")
@@ -49,12 +49,12 @@ def test_a_resolver_that_hangs_fails_fast_and_hides_no_other(
     tasks = [asyncio.run_coroutine_threadsafe(hung.resolve_lora("b", "x"), resolver_loop()) for _ in range(MAX_THREADS)]
     assert resolve(FilesystemResolver(tmp_path), "sql") is not None
     for task in tasks:
-        task.cancel()  # as when its time is over; the thread stays
+        task.cancel()  # as on a timeout; the thread keeps running
     with pytest.raises(ResolverError, match=f"{MAX_THREADS} calls have not ended"):
         resolve(hung, "y")
 
 
-def test_a_call_that_ended_makes_room() -> None:
+def test_a_call_that_has_returned_frees_its_thread() -> None:
     threads = ResolverThreads(1)
     for _ in range(3):
         assert run(threads, lambda value: value, 5) == 5
@@ -66,7 +66,7 @@ def open_nothing() -> None:
     raise FileNotFoundError("gone")
 
 
-def test_where_no_thread_can_be_started_the_next_call_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_thread_could_not_be_started_the_next_call_works(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = ResolverThreads(1)
 
     def refuse(_: threading.Thread) -> None:
@@ -79,7 +79,7 @@ def test_where_no_thread_can_be_started_the_next_call_may_be(monkeypatch: pytest
     assert run(threads, len, "x") == 1
 
 
-def test_a_call_that_hangs_does_not_keep_the_process_from_ending() -> None:
+def test_a_hung_call_does_not_keep_the_process_from_exiting() -> None:
     code = """
 import asyncio, threading
 from mmlora.plugins.limits import ResolverThreads

@@ -1,4 +1,4 @@
-"""Loading plugins: only those that are named, in that order; a fault stops the start with its name."""
+"""Plugins: only the listed ones are loaded, in that order; a failing one stops the start and is named."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from mmlora.plugins import GROUP, load_general_plugins
 MODULE = """
 from mmlora.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
-class Nobody(LoRAResolver):
+class Unaware(LoRAResolver):
     async def resolve_lora(self, base_model_name, lora_name):
         return None
 
 def register_one():
-    LoRAResolverRegistry.register_resolver("one", Nobody())
+    LoRAResolverRegistry.register_resolver("one", Unaware())
 
 def register_two():
-    LoRAResolverRegistry.register_resolver("two", Nobody())
+    LoRAResolverRegistry.register_resolver("two", Unaware())
 
 def broken():
     raise OSError("no such service")
@@ -32,7 +32,7 @@ def broken():
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An installed package with plugins of its own."""
+    """Install a package with plugins."""
     (tmp_path / "their_plugins.py").write_text(MODULE)
     metadata = tmp_path / "their_plugins-1.0.dist-info"
     metadata.mkdir()
@@ -47,7 +47,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("chosen", "loaded"), [("two,one", ["two", "one"]), (" one ,", ["one"]), ("", []), (None, [])], ids=str
 )
-def test_the_named_plugins_are_loaded_in_their_order(package: Path, chosen: str | None, loaded: list[str]) -> None:
+def test_the_listed_plugins_are_loaded_in_order(package: Path, chosen: str | None, loaded: list[str]) -> None:
     environment = {} if chosen is None else {"MMLORA_PLUGINS": chosen}
     assert load_general_plugins(environment) == loaded
     assert list(LoRAResolverRegistry.get_supported_resolvers()) == loaded

@@ -1,4 +1,4 @@
-"""LoRALinear in whole models against PEFT, alone and mixed; nothing runs when no row has an adapter."""
+"""LoRALinear in whole models against PEFT, alone and mixed; no LoRA code runs when no row has an adapter."""
 
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def test_mixed_rows_equal_each_adapter_alone(llama: nn.Module, save_adapter: Any
 
 @torch.no_grad()
 def media_embeddings(model: nn.Module) -> list[torch.Tensor]:
-    """Both towers with their projections, speech in both modes."""
+    """Return the outputs of both towers with their projections, speech in both projection modes."""
     extend = model.get_submodule("model.embed_tokens_extend")
     torch.manual_seed(1)
     image, audio = extend.image_embed, extend.audio_embed
@@ -89,8 +89,8 @@ def media_embeddings(model: nn.Module) -> list[torch.Tensor]:
     hidden = audio.encoder(torch.randn(1, 40, 80), None)
     pictures = image.img_projection_down(nn.functional.gelu(image.img_projection_up(features)))
     speech = audio.down_proj_for_speech(nn.functional.gelu(audio.up_proj_for_speech(hidden)))
-    beside = audio.down_proj_for_vision_speech(nn.functional.gelu(audio.up_proj_for_vision_speech(hidden)))
-    return [pictures, speech, beside]
+    speech_with_image = audio.down_proj_for_vision_speech(nn.functional.gelu(audio.up_proj_for_vision_speech(hidden)))
+    return [pictures, speech, speech_with_image]
 
 
 def test_towers_and_connectors_equal_peft(phi4: nn.Module, save_adapter: Any, peft_reference: Any) -> None:
@@ -99,7 +99,9 @@ def test_towers_and_connectors_equal_peft(phi4: nn.Module, save_adapter: Any, pe
     slots = activate(phi4, path)
     with slots.state.uniform(0):
         actual = media_embeddings(phi4)
-    for name, got, wanted, without in zip(["image", "speech", "beside"], actual, expected, base, strict=True):
+    for name, got, wanted, without in zip(
+        ["image", "speech", "speech with image"], actual, expected, base, strict=True
+    ):
         assert (wanted - without).abs().max() > 1e-2, name
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5, msg=name)
     assert all(torch.equal(got, without) for got, without in zip(media_embeddings(phi4), base, strict=True))
@@ -147,7 +149,7 @@ def linear(slots: int = 2) -> LoRALinear:
     return LoRALinear(nn.Linear(4, 6), LoRAState(CPU), slots)
 
 
-def test_the_base_stays_reachable() -> None:
+def test_attributes_of_the_base_are_accessible() -> None:
     layer = linear()
     assert layer.weight is layer.base.weight and layer.bias is layer.base.bias
     assert (layer.in_features, layer.out_features) == (4, 6)

@@ -1,4 +1,4 @@
-"""Which adapters are resident, who may be evicted, and that nothing of an evicted one is left."""
+"""Device slots: residency, eviction, and no remains of an evicted adapter."""
 
 import gc
 import weakref
@@ -53,7 +53,7 @@ def test_an_idle_adapter_stays_until_its_slot_is_needed() -> None:
     assert [resident.name for resident in slots.resident] == ["a1", "a3"]
 
 
-def test_a_slot_in_use_is_never_taken() -> None:
+def test_a_slot_in_use_is_never_evicted() -> None:
     slots = LoRASlots(model(), 1, "cpu")
     one, two = adapter(1), adapter(2)
     slot = slots.activate(one)
@@ -76,7 +76,7 @@ def test_a_new_generation_is_another_adapter() -> None:
 
 
 @torch.no_grad()
-def test_eviction_leaves_nothing_behind() -> None:
+def test_eviction_clears_the_layers() -> None:
     net = model()
     slots = LoRASlots(net, 1, "cpu")
     old = adapter(1, ("0", "2", "3"))

@@ -1,4 +1,4 @@
-"""Where adapters are looked for, and that what is read is a copy."""
+"""Adapter paths and files: local directories, the Hub and memory; loaded tensors are copies."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def adapter(tiny_llama: nn.Module, save_adapter: Any) -> Path:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None, list[str]]]:
-    """What the Hub was asked for; it holds `org/many`, with adapters in two folders."""
+    """Record requests to a fake Hub that has `org/many` with adapters in two folders."""
     asked: list[tuple[str, str | None, list[str]]] = []
     for folder in ("", "sql", "deep/er"):
         (tmp_path / "snapshot" / folder).mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def test_hub_paths(hub: Any, tmp_path: Path, path: str, revision: str | None, fo
     assert hub == [("org/many", revision, files)]
 
 
-def test_what_the_hub_lacks_is_named(hub: Any) -> None:
+def test_missing_hub_adapters_are_named(hub: Any) -> None:
     with pytest.raises(AdapterNotFound, match=r"no directory .*org/other, and not on the Hub .*is offline"):
         resolve_adapter_path("org/other")
     with pytest.raises(AdapterNotFound, match="org/many on the Hub has no adapter in 'nothing'"):
@@ -75,7 +75,7 @@ def test_what_the_hub_lacks_is_named(hub: Any) -> None:
     ],
     ids=repr,
 )
-def test_paths_that_are_nothing_never_reach_the_hub(
+def test_invalid_paths_never_reach_the_hub(
     hub: Any, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -84,7 +84,7 @@ def test_paths_that_are_nothing_never_reach_the_hub(
     assert hub == []
 
 
-def test_a_directory_wins_over_the_hub_whatever_its_name(hub: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_local_directory_takes_precedence_over_the_hub(hub: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("org/many", "org/many@v1", "x@y/deep@er"):
         (tmp_path / name).mkdir(parents=True)
@@ -98,7 +98,7 @@ def test_a_directory_wins_over_the_hub_whatever_its_name(hub: Any, tmp_path: Pat
 
 
 class _Hub(BaseHTTPRequestHandler):
-    """As much of the Hub's HTTP interface as fetching two files takes; `files` by path in the repository."""
+    """Minimal Hub server for downloading two files; `files` maps paths in the repository to content."""
 
     files: dict[str, bytes] = {}
     asked: list[str] = []
@@ -151,7 +151,7 @@ def hub_server(adapter: Path) -> Iterator[ThreadingHTTPServer]:
         thread.join()
 
 
-def test_a_subfolder_at_a_revision_comes_over_http(hub_server: Any, adapter: Path, tmp_path: Path) -> None:
+def test_a_subfolder_at_a_revision_is_downloaded_over_http(hub_server: Any, adapter: Path, tmp_path: Path) -> None:
     code = (
         "from mmlora.lora.loading.files import read_adapter, resolve_adapter_path as resolve\n"
         "files = read_adapter(resolve('org/many/sub@v2'))\n"
@@ -171,7 +171,7 @@ def test_a_subfolder_at_a_revision_comes_over_http(hub_server: Any, adapter: Pat
     assert not any("model.bin" in path for path in _Hub.asked), "only the adapter's files are fetched"
 
 
-def test_what_is_read_stays_when_the_files_change(adapter: Path) -> None:
+def test_loaded_tensors_do_not_change_with_the_files(adapter: Path) -> None:
     files = read_adapter(adapter)
     before = {key: tensor.clone() for key, tensor in files.tensors.items()}
     weights = adapter / "adapter_model.safetensors"
@@ -203,7 +203,7 @@ def _cut(path: Path, length: int) -> None:
     file.write_bytes(file.read_bytes()[:length])
 
 
-def test_a_disk_that_goes_away_between_two_looks_is_named(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_disappears_between_two_accesses_is_named(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: Path) -> bytes:
         path.unlink()
         raise OSError(5, "Input/output error")
@@ -237,6 +237,6 @@ def test_an_adapter_from_memory_is_a_copy_with_pefts_own_configuration(adapter: 
         ({"r": object()}, {}, "config cannot be written as JSON: .* has no JSON form"),
     ],
 )
-def test_a_wrong_adapter_from_memory_is_named(config: object, tensors: object, message: str) -> None:
+def test_an_invalid_adapter_from_memory_is_named(config: object, tensors: object, message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         files_from_memory(config, tensors)

@@ -1,7 +1,6 @@
-"""Broken and hostile adapters: named errors only, nothing executed, nothing left behind.
+"""Corrupt and hostile adapters: only named errors, no code executed, nothing left behind.
 
-Each case starts from a good adapter and damages its files; what then loads must be whole, and everything else an
-`AdapterError`.
+Each case damages the files of a good adapter. It must then load completely or raise an `AdapterError`.
 """
 
 import json
@@ -132,7 +131,7 @@ def _break_json(path: Path, rng: random.Random) -> None:
 
 
 def _no_file(path: Path, rng: random.Random) -> None:
-    """Put something in place of a file that must not be read, or would never end."""
+    """Replace a file by something that must not be read, or that never ends."""
     target = path / rng.choice([WEIGHTS, CONFIG])
     target.unlink()
     kind = rng.randrange(5)
@@ -144,7 +143,7 @@ def _no_file(path: Path, rng: random.Random) -> None:
         target.symlink_to("/dev/zero")
     elif kind == 3:
         target.symlink_to(target)
-    # else: nothing at all
+    # else: leave the file missing
 
 
 DAMAGES: dict[str, Damage] = {
@@ -203,7 +202,7 @@ def test_damaged_files(
         except AdapterError as error:
             assert str(error)
             outcomes.add("refused")
-        else:  # the damage was harmless, or changed values only
+        else:  # the damage was harmless or changed only values
             assert adapter.report.matched == 6 and not adapter.report.unmatched
             assert all(bool(torch.isfinite(t).all()) for w in adapter.modules.values() for _, t in w.tensors)
             outcomes.add("loaded")
@@ -211,8 +210,8 @@ def test_damaged_files(
     assert "refused" in outcomes or damage == "config keys"  # most keys have defaults
 
 
-def test_a_key_twice_is_refused(good: tuple[Path, Path], index: ModuleIndex, tmp_path: Path) -> None:
-    """JSON may hold a key twice; a reader that takes the last one would load what nobody looked at."""
+def test_a_duplicate_key_is_refused(good: tuple[Path, Path], index: ModuleIndex, tmp_path: Path) -> None:
+    """JSON allows duplicate keys; a reader that uses the last one would load values that other tools do not show."""
     path = Path(shutil.copytree(good[1], tmp_path / "twice"))
     content = (path / WEIGHTS).read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
@@ -226,7 +225,7 @@ def test_a_key_twice_is_refused(good: tuple[Path, Path], index: ModuleIndex, tmp
 
 
 class _Bomb:
-    """Writes a file when it is unpickled."""
+    """Object that writes a file when it is unpickled."""
 
     def __init__(self, target: Path) -> None:
         self._target = target
@@ -244,7 +243,7 @@ def test_pickled_files_are_never_opened(good: tuple[Path, Path], tmp_path: Path,
     path = Path(shutil.copytree(good[1], tmp_path / "adapter"))
     (path / WEIGHTS).unlink()
     (path / file).write_bytes(pickle.dumps(_Bomb(tmp_path / "boom")))
-    pickle.loads((path / file).read_bytes())  # the bomb works
+    pickle.loads((path / file).read_bytes())  # proves that the object works
     (tmp_path / "boom").unlink()
     with pytest.raises(AdapterError):
         read_adapter(path)
@@ -254,7 +253,7 @@ def test_pickled_files_are_never_opened(good: tuple[Path, Path], tmp_path: Path,
 NAMES = ["../../etc/passwd", "a/../../b", "/etc/passwd", "a\0b", "x" * 10_000, "..", ".", "con\n", "{}", "%s%n"]
 
 
-def test_the_engine_lives_on_and_keeps_nothing(good: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_engine_survives_and_keeps_nothing(good: tuple[Path, Path], tmp_path: Path) -> None:
     model, adapter = good
     llm = LLM(str(model), enable_lora=True, max_loras=2, dtype="float32", device="cpu", max_model_len=64)
     request = LoRARequest("good", 1, str(adapter))
@@ -269,7 +268,7 @@ def test_the_engine_lives_on_and_keeps_nothing(good: tuple[Path, Path], tmp_path
             known.add(damage)
         except AdapterError as error:
             assert damage in str(error) or str(path) in str(error)
-    for number, name in enumerate(NAMES, start=100):  # a name is never a path; a path that is none is refused
+    for number, name in enumerate(NAMES, start=100):  # a name is never used as a path; invalid paths are refused
         (named,) = llm.generate("abc", greedy(), LoRARequest(name, number, str(adapter)), use_tqdm=False)
         assert named.outputs[0].token_ids == before.outputs[0].token_ids
         known.add(name)

@@ -1,4 +1,4 @@
-"""`mmlora inspect`: what an adapter would do, from its files and the model's configuration alone."""
+"""`mmlora inspect`: report on an adapter from its files and the model's configuration, without model weights."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from tests.checkpoints import PHI4_ADAPTERS, AdapterSpec, save_adapter, save_phi
 
 @pytest.fixture(scope="module")
 def phi4(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model without weights: reading them would fail."""
+    """A model directory without weights, so that reading them would fail."""
     path = save_phi4(tmp_path_factory.mktemp("inspect") / "phi4")
     for name in PHI4_ADAPTERS:
         save_adapter(path, path.parent / name, PHI4_ADAPTERS[name])
@@ -37,7 +37,7 @@ def test_parts_ranks_and_bytes(phi4: Path, capsys: pytest.CaptureFixture[str]) -
     assert text_only["parts"]["vision_tower"]["changed"] == 0 < text_only["parts"]["language_model"]["changed"]
 
 
-def test_the_digest_is_the_engines(phi4_checkpoint: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_digest_equals_the_engines(phi4_checkpoint: Any, capsys: pytest.CaptureFixture[str]) -> None:
     from mmlora import LLM, LoRARequest
 
     path = phi4_checkpoint.adapters["everything"]
@@ -47,7 +47,7 @@ def test_the_digest_is_the_engines(phi4_checkpoint: Any, capsys: pytest.CaptureF
     assert output.lora.digest == found["digest"]
 
 
-def test_every_reason_is_told(phi4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_reason_is_reported(phi4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save_text_model(tmp_path / "llama", "llama")
     path = save_adapter(model, tmp_path / "a", AdapterSpec(("q_proj",), 1))
     code, found = inspect(capsys, path, "--model", phi4)
@@ -63,12 +63,12 @@ def test_every_reason_is_told(phi4: Path, tmp_path: Path, capsys: pytest.Capture
     assert "REFUSED" in page and "use_qalora" in page and "brand_new" in page
 
 
-def test_what_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", str(tmp_path)]) == 2
     assert "adapter_config.json" in capsys.readouterr().err
 
 
-def test_nothing_of_a_file_reaches_the_terminal_raw(
+def test_control_characters_of_a_file_are_escaped(
     tmp_path: Path, phi4: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = Path(shutil.copytree(phi4.parent / "text", tmp_path / "hostile"))

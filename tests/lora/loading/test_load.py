@@ -1,4 +1,4 @@
-"""Strict loading: what lands where, and a named error for everything that does not fit."""
+"""Strict loading: every tensor matches a module, or a named error is raised."""
 
 import logging
 import re
@@ -155,7 +155,7 @@ def test_tensors_that_do_not_fit_are_named(
     assert str(path) in str(refused.value)
 
 
-def test_not_strict_reports_but_never_accepts_nothing(
+def test_without_strict_unmatched_tensors_are_reported_but_one_must_match(
     tiny_llama: nn.Module, index: ModuleIndex, save_adapter: Any, edit_tensors: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = save_adapter(tiny_llama)
@@ -189,7 +189,7 @@ def test_values_that_overflow_the_models_dtype_are_refused(
     ],
     ids=str,
 )
-def test_tensors_that_the_config_promises_must_be_there(
+def test_tensors_that_the_config_lists_must_exist(
     tiny_llama: nn.Module, index: ModuleIndex, save_adapter: Any, edit_config: Any, change: Any, message: str
 ) -> None:
     path = save_adapter(tiny_llama)
@@ -209,7 +209,7 @@ def test_a_rank_above_the_limit_names_both(tiny_llama: nn.Module, index: ModuleI
     [{"layers_to_transform": [1]}, {"target_modules": ["q_proj"]}, {"exclude_modules": ["down_proj"]}],
     ids=str,
 )
-def test_tensors_that_the_config_does_not_select_are_a_contradiction(
+def test_tensors_that_the_config_does_not_select_are_refused(
     tiny_llama: nn.Module, index: ModuleIndex, save_adapter: Any, edit_config: Any, change: dict[str, Any]
 ) -> None:
     path = save_adapter(tiny_llama)
@@ -218,7 +218,7 @@ def test_tensors_that_the_config_does_not_select_are_a_contradiction(
         load(path, index)
 
 
-def test_a_pattern_may_name_modules_as_the_decoder_does(
+def test_a_pattern_may_match_names_without_the_model_prefix(
     tiny_llama: nn.Module, index: ModuleIndex, save_adapter: Any, edit_config: Any
 ) -> None:
     path = save_adapter(tiny_llama)
@@ -315,8 +315,8 @@ def test_media_digest_ignores_the_language_model(tiny_phi4: nn.Module, save_adap
     assert load(path, index).media_digest != first.media_digest
 
 
-def test_a_load_beside_a_pass_sees_the_base_models_own_tensors(llama: nn.Module, save_adapter: Any) -> None:
-    """A pass puts parameters of an adapter in place of a module's; another thread may load that adapter just then."""
+def test_a_load_during_a_pass_sees_the_tensors_of_the_base_model(llama: nn.Module, save_adapter: Any) -> None:
+    """A forward pass swaps in parameters of an adapter; another thread may load that adapter at the same time."""
     path = save_adapter(llama, modules_to_save=["model.norm"])
     index, loaded = ModuleIndex(llama), []
     adapter = load(path, index)
@@ -327,7 +327,7 @@ def test_a_load_beside_a_pass_sees_the_base_models_own_tensors(llama: nn.Module,
     assert loaded[0].modules.keys() == adapter.modules.keys() >= {"model.norm"}
 
 
-def test_a_saved_module_that_rounds_to_the_base_is_no_base(
+def test_a_saved_module_that_rounds_to_the_base_is_not_the_base(
     llama: nn.Module, save_adapter: Any, edit_tensors: Any
 ) -> None:
     """Only base weights that PEFT saved with the adapter may have a narrower dtype than the base model."""
@@ -340,7 +340,7 @@ def test_a_saved_module_that_rounds_to_the_base_is_no_base(
     assert "lm_head" not in load(path, ModuleIndex(llama)).modules
 
 
-def test_scalings_that_no_float_holds_are_refused(llama: nn.Module, save_adapter: Any, edit_config: Any) -> None:
+def test_scalings_out_of_range_are_refused(llama: nn.Module, save_adapter: Any, edit_config: Any) -> None:
     path = save_adapter(llama)
     for alpha, message in ((10**400, "lora_alpha is 1000"), (1e300, "the scaling of .* is 2.5e.299")):
         edit_config(path, lora_alpha=alpha)
@@ -357,7 +357,7 @@ def test_scalings_that_no_float_holds_are_refused(llama: nn.Module, save_adapter
     ],
     ids=str,
 )
-def test_the_digest_covers_what_decides_where_tensors_go(one: dict[str, Any], other: dict[str, Any]) -> None:
+def test_the_digest_covers_the_selection_of_modules(one: dict[str, Any], other: dict[str, Any]) -> None:
     contents = [PeftConfig.from_dict({"peft_type": "LORA", **content}).digest_content() for content in (one, other)]
     assert contents[0] != contents[1]
 
@@ -367,7 +367,7 @@ def test_the_digest_covers_what_decides_where_tensors_go(one: dict[str, Any], ot
     [((4, 0), (32, 4), 4), ((4, 32), (32, 0), 4), ((10**6, 32), (10**6, 1), 10**6), ((4, 32), (0, 1), 10**25)],
     ids=str,
 )
-def test_blocks_that_cannot_be_are_refused(
+def test_invalid_blocks_are_refused(
     llama: nn.Module, save_adapter: Any, edit_tensors: Any, edit_config: Any, shape_A: Any, shape_B: Any, r: int
 ) -> None:
     path = save_adapter(llama, target_modules=["q_proj"])
@@ -378,7 +378,7 @@ def test_blocks_that_cannot_be_are_refused(
         load(path, ModuleIndex(llama))
 
 
-def test_token_rows_for_no_token_are_refused(
+def test_token_rows_without_a_token_are_refused(
     llama: nn.Module, save_adapter: Any, edit_tensors: Any, edit_config: Any
 ) -> None:
     path = save_adapter(llama)

@@ -1,4 +1,4 @@
-"""The configuration against PEFT's own understanding of the same keys."""
+"""`PeftConfig` against PEFT's own interpretation of the same keys."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def test_every_key_of_the_installed_peft_is_classified() -> None:
     assert {field.name for field in dataclasses.fields(LoraConfig)} <= known
 
 
-def test_what_peft_saves_by_default_is_accepted(tmp_path: Path) -> None:
+def test_a_default_config_of_peft_is_accepted(tmp_path: Path) -> None:
     LoraConfig(r=5, lora_alpha=3, target_modules=["q_proj"]).save_pretrained(tmp_path)
     loaded = PeftConfig.from_dict(json.loads((tmp_path / "adapter_config.json").read_text()))
     assert loaded == PeftConfig(r=5, lora_alpha=3, target_modules=("q_proj",))
@@ -64,7 +64,7 @@ def test_what_peft_saves_by_default_is_accepted(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_what_is_not_supported_is_refused_with_key_and_value(key: str, value: object) -> None:
+def test_unsupported_values_are_refused_with_key_and_value(key: str, value: object) -> None:
     with pytest.raises(AdapterMismatch) as refused:
         config(**{key: value})
     assert key in str(refused.value) and repr(value) in str(refused.value)
@@ -79,7 +79,7 @@ def test_bad_patterns_are_named(key: str) -> None:
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "mica"], ids=str)
-def test_initializations_that_leave_the_base_alone_are_accepted(init: object) -> None:
+def test_initializations_that_keep_the_base_weights_are_accepted(init: object) -> None:
     assert config(init_lora_weights=init).r == 4
 
 
@@ -171,14 +171,14 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     ],
     ids=lambda content: str(content)[:40],
 )
-def test_patterns_that_are_none_are_refused_briefly(content: dict[str, Any]) -> None:
+def test_invalid_patterns_are_refused_with_a_short_error(content: dict[str, Any]) -> None:
     with pytest.raises(AdapterMismatch) as refused:
         config(**content)
     assert next(iter(content)) in str(refused.value) or "layers_pattern" in str(refused.value)
     assert len(str(refused.value)) < 1000
 
 
-def test_a_pattern_that_never_ends_is_refused_in_time() -> None:
+def test_catastrophic_backtracking_is_stopped_by_the_time_limit() -> None:
     endless = config(target_modules=r"(?:(?:a|aa)+)+[bc]")
     start_s = time.monotonic()
     with pytest.raises(AdapterMismatch, match="takes more than 1 s"):

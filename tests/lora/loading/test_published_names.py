@@ -1,4 +1,4 @@
-"""Adapters published with the module names of transformers 4 land on the modules of transformers 5."""
+"""Adapters published with the module names of transformers 4 match the modules of transformers 5."""
 
 from functools import cache
 
@@ -12,7 +12,7 @@ from tests.checkpoints import build_tokenizer
 from tests.families.table import FAMILIES
 
 LLM = "language_model.model.layers.1.self_attn.q_proj"
-# By family, what older files call a module of each part, as their model cards and adapters on the Hub spell it.
+# By family and part, a module name of older files, taken from model cards and adapters on the Hub.
 PUBLISHED = {
     "llava": {
         "language_model": LLM,
@@ -92,7 +92,7 @@ def index_of(family: str) -> ModuleIndex:
 
 
 @pytest.mark.parametrize(("family", "part"), [(family, part) for family, names in PUBLISHED.items() for part in names])
-def test_older_names_land_in_their_part(family: str, part: str) -> None:
+def test_older_names_match_a_module_of_their_part(family: str, part: str) -> None:
     name, index = PUBLISHED[family][part], index_of(family)
     found = index.resolve([name])
     assert list(found) == [name]

@@ -24,7 +24,7 @@ from mmlora.lora.store.registry import AdapterRegistry
 
 @pytest.fixture
 def loads() -> list[str]:
-    """Names of the cache that were loaded, by any store."""
+    """Names of the loaded adapters, of all caches."""
     return []
 
 
@@ -53,7 +53,7 @@ def on_host(cache: HostCache) -> list[str]:
 
 
 def in_memory(request: LoRARequest) -> AdapterFiles:
-    """The same adapter as tensors."""
+    """Return the same adapter as tensors."""
     files = read_adapter(Path(request.lora_path))
     return files_from_memory(files.config, files.tensors)
 
@@ -88,7 +88,9 @@ def test_a_name_or_id_with_another_path_is_refused(
     assert requests[0].lora_path in str(refused.value) and requests[1].lora_path in str(refused.value)
 
 
-def test_the_least_recently_used_leaves_and_comes_back_as_the_same(make_cache: Any, requests: Any, loads: Any) -> None:
+def test_the_least_recently_used_is_evicted_and_reloaded_with_its_identity(
+    make_cache: Any, requests: Any, loads: Any
+) -> None:
     cache = make_cache(max_cpu_loras=2)
     one, two, three = requests
     before = cache.get(one)
@@ -104,7 +106,7 @@ def test_the_least_recently_used_leaves_and_comes_back_as_the_same(make_cache: A
     assert loads == ["a1", "a2", "a3", "a2", "a1"]
 
 
-def test_a_version_that_somebody_holds_is_counted_and_comes_back_without_a_load(
+def test_an_evicted_version_in_use_is_counted_and_reused_without_a_load(
     make_cache: Any, requests: Any, loads: Any
 ) -> None:
     cache = make_cache(max_cpu_loras=1)
@@ -131,7 +133,7 @@ def test_pinned_adapters_stay_until_they_are_unpinned(make_cache: Any, requests:
     assert on_host(cache) == ["a3", "a2"]
 
 
-def test_adapters_from_memory_never_leave_and_fill_the_host(make_cache: Any, requests: Any) -> None:
+def test_adapters_from_memory_are_never_evicted_and_fill_the_cache(make_cache: Any, requests: Any) -> None:
     cache = make_cache(max_cpu_loras=2)
     one, two, three = requests
     cache.add(LoRARequest("m1", 11, "memory:m1"), in_memory(one))
@@ -164,7 +166,7 @@ def test_tensors_replace_those_of_the_same_name(make_cache: Any, requests: Any) 
     assert cache.reload("a1", requests[2].lora_path).lora_path == requests[2].lora_path
 
 
-def test_files_that_changed_behind_an_eviction_are_refused(make_cache: Any, requests: Any) -> None:
+def test_files_that_changed_after_an_eviction_are_refused(make_cache: Any, requests: Any) -> None:
     cache = make_cache(max_cpu_loras=1)
     one, two, three = requests
     cache.get(one)
@@ -188,10 +190,10 @@ def test_reload_swaps_once_per_request_object(make_cache: Any, requests: Any, lo
     assert (new.uid, new.generation) == (old.uid, 1) and new.digest != old.digest
     assert cache.get(LoRARequest("a1", 1, two.lora_path)) is new
     assert cache.get(LoRARequest("a1", 1, two.lora_path, load_inplace=True)).generation == 2
-    assert old.modules  # whoever runs with the old version keeps it
+    assert old.modules  # running requests keep the old version
 
 
-def test_request_objects_that_were_reloaded_for_stay_so_whoever_comes_between(make_cache: Any, requests: Any) -> None:
+def test_a_request_object_reloads_once_even_if_others_reload_in_between(make_cache: Any, requests: Any) -> None:
     cache = make_cache()
     one, two, _ = requests
     cache.get(one)
@@ -207,7 +209,7 @@ def test_a_reload_does_not_take_the_id_of_another_name(make_cache: Any, requests
     assert cache.get(requests[0]) is kept
 
 
-def test_a_first_load_in_place_is_no_reload(make_cache: Any, requests: Any, loads: list[str]) -> None:
+def test_a_first_load_in_place_is_not_a_reload(make_cache: Any, requests: Any, loads: list[str]) -> None:
     cache = make_cache()
     request = LoRARequest("a1", 1, requests[0].lora_path, load_inplace=True)
     assert cache.get(request).generation == 0 and cache.get(request).generation == 0 and loads == ["a1"]
@@ -234,7 +236,7 @@ def test_a_failed_load_leaves_nothing_behind(make_cache: Any, requests: Any) -> 
 @pytest.mark.parametrize(
     "failure", [OSError("input/output error"), MemoryError(), RuntimeError("can't allocate memory")], ids=repr
 )
-def test_a_failure_of_the_machine_is_named_and_changes_nothing(make_cache: Any, requests: Any, failure: Any) -> None:
+def test_a_system_error_is_named_and_changes_nothing(make_cache: Any, requests: Any, failure: Any) -> None:
     failures: list[BaseException] = []
 
     def hook() -> None:
@@ -286,7 +288,7 @@ def test_threads_that_wait_for_a_failing_load_fail_alone(make_cache: Any, reques
     assert all(isinstance(future.exception(), AdapterMismatch) for future in futures)
 
 
-def test_a_reload_holds_up_nobody_who_asks_for_what_is_there(make_cache: Any, requests: Any) -> None:
+def test_a_reload_does_not_block_requests_for_the_cached_version(make_cache: Any, requests: Any) -> None:
     may_go_on = threading.Event()
     may_go_on.set()
     cache = make_cache(hook=lambda: may_go_on.wait(30))
@@ -301,12 +303,14 @@ def test_a_reload_holds_up_nobody_who_asks_for_what_is_there(make_cache: Any, re
         assert reloading.result().lora_path == requests[1].lora_path
 
 
-def test_whoever_waited_for_another_place_is_refused(make_cache: Any, requests: Any, monkeypatch: Any) -> None:
+def test_a_request_that_waited_during_a_reload_from_another_path_is_refused(
+    make_cache: Any, requests: Any, monkeypatch: Any
+) -> None:
     may_go_on, has_asked = threading.Event(), threading.Event()
     may_go_on.set()
     cache = make_cache(max_cpu_loras=1, hook=lambda: may_go_on.wait(30))
     cache.get(requests[0])
-    cache.get(requests[1])  # a1 is not on the host any more
+    cache.get(requests[1])  # evicts a1
     look_up = cache._look_up
     monkeypatch.setattr(cache, "_look_up", lambda *args: (look_up(*args), has_asked.set())[0])
     may_go_on.clear()
@@ -322,7 +326,7 @@ def test_whoever_waited_for_another_place_is_refused(make_cache: Any, requests: 
             asking.result()
 
 
-def test_adapters_from_memory_that_come_at_once_fill_the_host_and_no_more(make_cache: Any, requests: Any) -> None:
+def test_concurrent_adapters_from_memory_do_not_exceed_the_capacity(make_cache: Any, requests: Any) -> None:
     may_go_on = threading.Event()
     cache, files = make_cache(max_cpu_loras=2, hook=lambda: may_go_on.wait(30)), in_memory(requests[0])
     with ThreadPoolExecutor(5) as pool:
@@ -333,10 +337,12 @@ def test_adapters_from_memory_that_come_at_once_fill_the_host_and_no_more(make_c
     assert len(refused) == 3 and all("the host LoRA cache is full" in str(error) for error in refused)
     assert len(on_host(cache)) == len(cache.entries) == 2
     cache.remove(on_host(cache)[0])
-    assert cache.get(requests[0]).name == "a1", "no place is held for those that were refused"
+    assert cache.get(requests[0]).name == "a1", "the reservations of refused adapters were released"
 
 
-def test_what_the_host_has_no_room_for_any_more_serves_who_asked(make_cache: Any, requests: Any, loads: Any) -> None:
+def test_an_adapter_that_lost_its_place_during_the_load_still_serves_its_request(
+    make_cache: Any, requests: Any, loads: Any
+) -> None:
     may_go_on = threading.Event()
     cache = make_cache(max_cpu_loras=1, hook=lambda: loads[-1] != "a1" or may_go_on.wait(30))
     with ThreadPoolExecutor(1) as pool:
@@ -348,7 +354,7 @@ def test_what_the_host_has_no_room_for_any_more_serves_who_asked(make_cache: Any
         assert asking.result().name == "a1" and on_host(cache) == ["m"]
 
 
-def test_a_pin_does_not_overlook_one_that_comes_meanwhile(make_cache: Any, requests: Any, monkeypatch: Any) -> None:
+def test_concurrent_pins_do_not_exceed_the_limit(make_cache: Any, requests: Any, monkeypatch: Any) -> None:
     cache = make_cache(max_pinned=1)
     cache.get(requests[0])
     check = cache._check_pins  # runs under the lock of the cache
@@ -371,7 +377,7 @@ def test_a_pin_does_not_overlook_one_that_comes_meanwhile(make_cache: Any, reque
     assert [entry.is_pinned for entry in cache.entries] == [True, False]
 
 
-def test_what_was_added_is_recorded_whenever_it_has_files(make_cache: Any, requests: Any, tmp_path: Path) -> None:
+def test_added_adapters_are_recorded_while_they_have_files(make_cache: Any, requests: Any, tmp_path: Path) -> None:
     registry = AdapterRegistry(tmp_path / "registry.sqlite")
     cache, (one, two, three) = make_cache(registry=registry), requests
 
@@ -385,14 +391,14 @@ def test_what_was_added_is_recorded_whenever_it_has_files(make_cache: Any, reque
     cache.add(LoRARequest("m", 9, "memory:m"), in_memory(one))
     cache.reload("m", three.lora_path)
     cache.get(two)
-    cache.reload("a2", three.lora_path)  # a request brought it: it does not stay
+    cache.reload("a2", three.lora_path)  # loaded by a request only, so it is not recorded
     assert recorded() == [("a1", two.lora_path), ("m", three.lora_path)]
     cache.remove("a1")
     cache.remove("a2")
     assert recorded() == [("m", three.lora_path)]
 
 
-def test_stores_that_share_a_registry_keep_what_the_other_wrote(make_cache: Any, requests: Any, tmp_path: Path) -> None:
+def test_caches_that_share_a_registry_keep_each_others_changes(make_cache: Any, requests: Any, tmp_path: Path) -> None:
     registry = AdapterRegistry(tmp_path / "registry.sqlite")
     one, other = make_cache(registry=registry), make_cache(registry=registry)
     for cache in (one, other):
@@ -417,12 +423,12 @@ def test_home_and_relative_paths(make_cache: Any, requests: Any, monkeypatch: py
     assert cache.get(requests[0]) is one
 
 
-def test_a_name_is_never_a_path(make_cache: Any, requests: Any) -> None:
+def test_a_name_is_never_used_as_a_path(make_cache: Any, requests: Any) -> None:
     cache = make_cache()
     assert cache.get(LoRARequest("../../etc/passwd", 5, requests[0].lora_path)).path == Path(requests[0].lora_path)
 
 
-def test_a_request_for_what_is_known_takes_any_version_and_loads_nothing_new(make_cache: Any, requests: Any) -> None:
+def test_a_request_with_only_known_uses_any_version_and_never_loads(make_cache: Any, requests: Any) -> None:
     cache = make_cache()
     known = replace(requests[0], only_known=True)
     with pytest.raises(AdapterNotFound, match="adapter 'a1' is not loaded any more"):

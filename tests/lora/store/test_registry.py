@@ -1,4 +1,4 @@
-"""What survives a restart, whoever writes at the same time."""
+"""Registry file: content after a restart, concurrent writers, and damaged files."""
 
 import sqlite3
 import subprocess
@@ -22,7 +22,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "registry.sqlite"
 
 
-def test_records_come_back_in_order_and_are_replaced_by_name(file: Path) -> None:
+def test_records_are_read_in_order_and_replaced_by_name(file: Path) -> None:
     registry = AdapterRegistry(file)
     assert registry.records() == []
     registry.save(RECORD)
@@ -36,26 +36,26 @@ def test_records_come_back_in_order_and_are_replaced_by_name(file: Path) -> None
     assert AdapterRegistry(file).records() == [OTHER]
 
 
-def test_pins_are_written_alone(file: Path) -> None:
+def test_pins_are_updated_separately(file: Path) -> None:
     registry = AdapterRegistry(file)
     registry.save(RECORD)
     registry.mark_pinned("sql", True)
     registry.mark_pinned("never seen", True)
-    registry.save(replace(RECORD, digest="d3"))  # by a process that knows nothing of the pin
+    registry.save(replace(RECORD, digest="d3"))  # by a process that has not seen the pin
     assert registry.records() == [replace(RECORD, digest="d3", is_pinned=True)]
     registry.mark_pinned("sql", False)
     assert not registry.records()[0].is_pinned
 
 
 @pytest.mark.parametrize("wrong", [{"name": "\ud800"}, {"path": "/dir\udcff"}], ids=["name", "path"])
-def test_what_is_no_text_is_a_named_error(file: Path, wrong: dict[str, str]) -> None:
+def test_invalid_unicode_is_a_named_error(file: Path, wrong: dict[str, str]) -> None:
     registry = AdapterRegistry(file)
     with pytest.raises(AdapterError, match="the adapter registry .* cannot be written: .*surrogates not allowed"):
         registry.save(replace(RECORD, **wrong))
     assert registry.records() == []
 
 
-def test_a_column_of_another_version_is_left_alone(file: Path) -> None:
+def test_a_column_of_another_version_is_kept(file: Path) -> None:
     AdapterRegistry(file).save(RECORD)
     with closing(sqlite3.connect(file)) as connection, connection:
         connection.execute("ALTER TABLE adapters ADD COLUMN note TEXT")
@@ -83,33 +83,33 @@ def test_threads_and_another_process_write_at_once(file: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"not a database, but a long enough text " * 100, b"SQLite format 3\0" + b"\1" * 4096]
 )
-def test_a_damaged_file_is_a_named_error_and_is_left_alone(file: Path, content: bytes) -> None:
+def test_a_damaged_file_is_a_named_error_and_is_not_changed(file: Path, content: bytes) -> None:
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=f"lora_registry='{file}'.*(not a database|malformed)"):
         AdapterRegistry(file)
     assert file.read_bytes() == content
 
 
-def test_the_file_of_another_program_is_left_alone(file: Path) -> None:
+def test_the_file_of_another_program_is_not_changed(file: Path) -> None:
     with closing(sqlite3.connect(file)) as connection, connection:
         connection.execute("CREATE TABLE adapters (name TEXT)")
     with pytest.raises(ConfigError, match="application_id 0 and user_version 0; a registry of this version has"):
         AdapterRegistry(file)
 
 
-def test_places_that_cannot_hold_a_file_are_named(tmp_path: Path) -> None:
+def test_paths_that_cannot_be_opened_are_named(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "no" / "such" / "directory"):
         with pytest.raises(ConfigError, match="unable to open database file"):
             AdapterRegistry(path)
 
 
-def test_a_record_with_impossible_values_is_named_at_the_start(file: Path) -> None:
+def test_a_record_with_invalid_values_is_named_at_startup(file: Path) -> None:
     AdapterRegistry(file).save(replace(RECORD, lora_int_id=0))
     with pytest.raises(ConfigError, match="lora_int_id is 0"):
         AdapterRegistry(file)
 
 
-def test_a_file_that_breaks_later_is_an_adapter_error(file: Path) -> None:
+def test_a_file_damaged_later_is_an_adapter_error(file: Path) -> None:
     registry = AdapterRegistry(file)
     file.write_bytes(b"gone " * 1000)
     with pytest.raises(AdapterError, match=f"the adapter registry {file} cannot be written"):
