@@ -1,4 +1,4 @@
-"""Soak a server: `python -m tests.soak --minutes 30 --clients 64`; prints a report, and fails if anything was wrong."""
+"""Run a soak test: `python -m tests.soak --minutes 30 --clients 64` prints a report and exits with 1 on a problem."""
 
 from __future__ import annotations
 

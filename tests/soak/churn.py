@@ -1,4 +1,4 @@
-"""Adapters that a client loads, reloads and unloads under a storm, and which of them a request may have met."""
+"""Load, reload and unload adapters during the soak test, and track which of them a request may have used."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 
 import httpx
 
-Possible = frozenset[str | None]  # digests that a name may have; None: it is not served
+Possible = frozenset[str | None]  # digests that a name may have; None: not served
 
 
 @dataclass
 class ServedName:
-    """A name over time.
+    """The history of an adapter name.
 
     Attributes:
-        history: since when (s, monotonic) the name may have had which digests.
+        history: start (s, monotonic) and possible digests of each period.
     """
 
     name: str
@@ -24,20 +24,20 @@ class ServedName:
 
     @property
     def now(self) -> Possible:
-        """What it may have now."""
+        """The digests that the name may have now."""
         return self.history[-1][1]
 
     def note(self, possible: Possible) -> None:
-        """It may have other digests from now on."""
+        """Start a period with other possible digests."""
         self.history.append((time.monotonic(), possible))
 
     def between(self, start_s: float, end_s: float) -> Possible:
-        """What a request of this time may have met."""
+        """Return the digests that a request in this interval may have used."""
         last = max(index for index, (since, _) in enumerate(self.history) if since <= start_s)
         return frozenset().union(*(possible for since, possible in self.history[last:] if since <= end_s))
 
     def forget_before(self, start_s: float) -> None:
-        """Drop what no request that still runs can have met."""
+        """Drop periods that ended before the oldest running request."""
         last = max(index for index, (since, _) in enumerate(self.history) if since <= start_s)
         del self.history[:last]
 
@@ -47,9 +47,9 @@ class Churn:
 
     Args:
         client: of the server.
-        versions: path and digest of each version.
-        names: under which they are served.
-        rng: chooses.
+        versions: path and digest of each adapter.
+        names: adapter names to use.
+        rng: source of all choices.
     """
 
     def __init__(
@@ -63,11 +63,11 @@ class Churn:
         self.num_done: dict[str, int] = {"load": 0, "reload": 0, "unload": 0, "bad load": 0}
 
     async def step(self) -> None:
-        """Do one change; what the server says to it must be right."""
+        """Make one change, and check the server's response."""
         served = self.names[self._rng.choice(list(self.names))]
         path, digest = self._rng.choice(self._versions)
         if self._rng.random() < 0.1:
-            await self._load_nothing()
+            await self._load_missing()
         elif served.now == {None}:
             await self._change(served, "load", frozenset({digest}), {"lora_path": path})
         elif self._rng.random() < 0.5:
@@ -76,7 +76,7 @@ class Churn:
             await self._change(served, "unload", frozenset({None}), {})
 
     async def unload_all(self) -> None:
-        """Leave the server as it was."""
+        """Unload all adapters."""
         for served in self.names.values():
             if served.now != {None}:
                 await self._change(served, "unload", frozenset({None}), {})
@@ -91,9 +91,9 @@ class Churn:
         else:
             self.problems.append(f"{what} of {served.name}: {response.status_code} {response.text}")
 
-    async def _load_nothing(self) -> None:
+    async def _load_missing(self) -> None:
         body = {"lora_name": "ghost", "lora_path": "/there/is/no/such/adapter"}
         response = await self._client.post("/v1/load_lora_adapter", json=body)
         self.num_done["bad load"] += 1
         if response.status_code not in (400, 404):
-            self.problems.append(f"load of nothing: {response.status_code} {response.text}")
+            self.problems.append(f"load of a missing adapter: {response.status_code} {response.text}")

@@ -1,4 +1,4 @@
-"""`soak`: a server in a process of its own, a storm on it, and what was seen."""
+"""`soak`: run a server in a subprocess under load, and report the results."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from typing import Any
 import httpx
 
 from tests.server_process import ServerProcess, run_serve
-from tests.soak.answers import Answers, prepare
 from tests.soak.churn import Churn
+from tests.soak.questions import QuestionSet, prepare
 from tests.soak.storm import MAX_OPEN, Storm
 
-QUIET_S = 30.0  # for what the storm left behind to end
+QUIET_S = 30.0  # time limit for the server to become idle after the load
 MiB = 2**20
-STDERR = 2  # the one of this process, whatever captures what Python writes to it
+STDERR = 2  # of this process, even if Python's is captured
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a storm brought.
+    """Results of a soak test.
 
     Attributes:
-        wrong: answers and statuses that nothing justifies.
-        left: what the server still held when it was over.
-        memory: resident set of the server, [(s since its start, bytes)].
+        wrong: unexpected responses and statuses.
+        left: resources that the server still used in the end.
+        memory: resident set of the server as (seconds since start, bytes).
     """
 
     seconds: float
@@ -49,18 +49,18 @@ class Report:
 
     @property
     def problems(self) -> list[str]:
-        """All that must not be."""
+        """Everything that makes the test fail."""
         return [*self.wrong, *self.left]
 
     @property
     def slope_mib_per_min(self) -> float:
-        """Growth of the resident set over the second half."""
+        """Growth of the resident set in the second half."""
         half = [(at, size) for at, size in self.memory if at > self.seconds / 2]
         times, sizes = zip(*half, strict=True)
         return statistics.linear_regression(times, sizes).slope * 60 / MiB
 
     def as_dict(self) -> dict[str, Any]:
-        """Figures for a human."""
+        """Return figures for display."""
         cuts = statistics.quantiles(self.latencies_s, n=100)
         sizes = [size for _, size in self.memory]
         return {
@@ -69,7 +69,7 @@ class Report:
             "clients": self.num_clients,
             "requests": self.counts,
             "adapter changes": self.changes,
-            "p50 and p99 of whole answers, s": [round(cuts[49], 3), round(cuts[98], 3)],
+            "p50 and p99 of complete responses, s": [round(cuts[49], 3), round(cuts[98], 3)],
             "resident set at start, middle, end, MiB": [
                 size // MiB for size in (sizes[0], sizes[len(sizes) // 2], sizes[-1])
             ],
@@ -80,26 +80,28 @@ class Report:
 
 
 def soak(folder: Path, seconds: float, num_clients: int, seed: int = 0) -> Report:
-    """Run a storm.
+    """Run a soak test.
 
     Args:
         folder: for the model and its adapters.
-        seconds: of the storm.
-        num_clients: at once.
-        seed: of all choices.
+        seconds: duration of the load.
+        num_clients: concurrent clients.
+        seed: of all random choices.
     """
-    answers = prepare(folder, seed)
-    with _serve(answers) as server:
-        return asyncio.run(_soak(answers, server.address, server.process.pid, seconds, num_clients, seed))
+    question_set = prepare(folder, seed)
+    with _serve(question_set) as server:
+        return asyncio.run(_soak(question_set, server.address, server.process.pid, seconds, num_clients, seed))
 
 
-async def _soak(answers: Answers, address: str, pid: int, seconds: float, num_clients: int, seed: int) -> Report:
+async def _soak(
+    question_set: QuestionSet, address: str, pid: int, seconds: float, num_clients: int, seed: int
+) -> Report:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=num_clients)
     async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits, trust_env=False) as client:
         before = await _held(client)
-        versions = [(str(answers.paths[name]), answers.digests[name]) for name in ("v0", "v1", "v2", "v3")]
+        versions = [(str(question_set.paths[name]), question_set.digests[name]) for name in ("v0", "v1", "v2", "v3")]
         churn = Churn(client, versions, ["come", "and", "go"], random.Random(seed))
-        storm = Storm(client, answers, churn, seed)
+        storm = Storm(client, question_set, churn, seed)
         memory: list[tuple[float, int]] = []
         watch = asyncio.create_task(_watch(pid, memory))
         await storm.run(num_clients, seconds)
@@ -120,12 +122,12 @@ async def _soak(answers: Answers, address: str, pid: int, seconds: float, num_cl
 
 
 @contextmanager
-def _serve(answers: Answers) -> Iterator[ServerProcess]:
-    """`mmlora serve` with little room for everything, so that all of it is fought over."""
-    modules = [f"{name}={answers.paths[name]}" for name in ("fixed", "other")]
+def _serve(question_set: QuestionSet) -> Iterator[ServerProcess]:
+    """Run `mmlora serve` with small limits, so that requests compete for every resource."""
+    modules = [f"{name}={question_set.paths[name]}" for name in ("fixed", "other")]
     options = {
         "--served-model-name": "storm",
-        "--default-mm-loras": json.dumps({"audio": str(answers.paths["audio"])}),
+        "--default-mm-loras": json.dumps({"audio": str(question_set.paths["audio"])}),
         "--max-loras": "3",
         "--max-cpu-loras": "6",
         "--max-num-seqs": "24",
@@ -135,7 +137,7 @@ def _serve(answers: Answers) -> Iterator[ServerProcess]:
         "--encoder-cache-memory-bytes": str(1 * MiB),
         "--uvicorn-log-level": "warning",
     }
-    arguments = [str(answers.model), "--enable-lora", *(part for option in options.items() for part in option)]
+    arguments = [str(question_set.model), "--enable-lora", *(part for option in options.items() for part in option)]
     arguments += ["--lora-modules", *modules]
     allowed = {"MMLORA_ALLOW_RUNTIME_LORA_UPDATING": "true"}
     with run_serve(*arguments, stderr=STDERR, **allowed) as server:
@@ -143,7 +145,7 @@ def _serve(answers: Answers) -> Iterator[ServerProcess]:
 
 
 async def _num_aborted(client: httpx.AsyncClient) -> float:
-    """Answers that ended because their client had left."""
+    """Return the number of requests aborted because their client disconnected."""
     found = re.search(r'^mmlora:request_success_total\{finished_reason="abort".*\} (.*)$', await _metrics(client), re.M)
     return float(found[1]) if found else 0.0
 
@@ -153,7 +155,7 @@ async def _metrics(client: httpx.AsyncClient) -> str:
 
 
 async def _held(client: httpx.AsyncClient) -> dict[str, float]:
-    """What the server holds, by its metrics."""
+    """Return the resources that the server uses, from its metrics."""
     names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "lora_bytes")
     samples = [
         line.rsplit(" ", 1) for line in (await _metrics(client)).splitlines() if line and not line.startswith("#")
@@ -166,7 +168,7 @@ async def _held(client: httpx.AsyncClient) -> dict[str, float]:
 
 
 async def _left(client: httpx.AsyncClient, before: dict[str, float]) -> list[str]:
-    """What it still holds once nobody asks for anything, beyond what it held before."""
+    """Return the resources that an idle server uses beyond those from before."""
     deadline = time.monotonic() + QUIET_S
     while True:
         held = await _held(client)

@@ -1,4 +1,4 @@
-"""`Storm`: many clients at once, of which some leave early and some send nonsense; every answer is judged."""
+"""`Storm`: concurrent clients, of which some disconnect early or send malformed requests; each response is checked."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 
 import httpx
 
-from tests.soak.answers import MIX, Answers, Question
-from tests.soak.asking import askings_of, read_answer
 from tests.soak.churn import Churn, Possible
+from tests.soak.endpoints import endpoint_requests, read_response
+from tests.soak.questions import MIX, Question, QuestionSet
 
 Json = dict[str, Any]
-MAX_OPEN = 56  # requests that the server takes at once; there are more clients
+MAX_OPEN = 56  # requests that the server accepts concurrently, fewer than clients
 MALFORMED: list[tuple[str, bytes, int]] = [
     ("chat/completions", b"{", 400),
     ("chat/completions", b'{"messages": []}', 400),
@@ -47,8 +47,8 @@ MALFORMED: list[tuple[str, bytes, int]] = [
 
 
 @dataclass(frozen=True)
-class Choice:
-    """How a request asks for its adapter, and what it may meet."""
+class LoRASelection:
+    """Request fields that select an adapter, the expected reason, and the digests that it may resolve to."""
 
     fields: Json
     reason: str
@@ -56,34 +56,34 @@ class Choice:
 
 
 class Storm:
-    """Sends requests until it is told to stop.
+    """Sends requests and checks the responses.
 
     Args:
         client: of the server.
-        answers: what it must say.
-        churn: adapters that come and go meanwhile.
-        seed: of all choices.
+        question_set: questions and expected texts.
+        churn: adapters that change meanwhile.
+        seed: of all random choices.
 
     Attributes:
-        wrong: answers that differ, statuses that nothing justifies.
-        counts: of requests by kind, and of statuses.
-        latencies_s: of whole answers that were asked for without a stream.
+        wrong: unexpected texts and statuses.
+        counts: requests by kind, and responses by status.
+        latencies_s: of responses without streaming.
     """
 
-    def __init__(self, client: httpx.AsyncClient, answers: Answers, churn: Churn, seed: int) -> None:
+    def __init__(self, client: httpx.AsyncClient, question_set: QuestionSet, churn: Churn, seed: int) -> None:
         self._client = client
-        self._answers = answers
+        self._question_set = question_set
         self._churn = churn
         self._seed = seed
-        self._started_s: dict[int, float] = {}  # by client: when its request began
-        self._open: set[int] = set()  # clients that wait for an answer
+        self._started_s: dict[int, float] = {}  # start of the current request, by client
+        self._open: set[int] = set()  # clients with a request in flight
         self._num_begun = 0
         self.wrong: list[str] = []
         self.counts: Counter[str] = Counter()
         self.latencies_s: list[float] = []
 
     async def run(self, num_clients: int, seconds: float) -> None:
-        """Keep `num_clients` clients busy."""
+        """Run `num_clients` clients for some seconds."""
         end_s = time.monotonic() + seconds
         await asyncio.gather(self._run_churn(end_s), *(self._run_client(i, end_s) for i in range(num_clients)))
 
@@ -105,9 +105,9 @@ class Storm:
             dice = rng.random()
             try:
                 if dice < 0.05:
-                    await self._send_nonsense(rng)
+                    await self._send_malformed(rng)
                 elif dice < 0.15:
-                    await self._leave_early(rng)
+                    await self._disconnect_early(rng)
                 else:
                     await self._ask(rng)
             except httpx.HTTPError as error:
@@ -115,70 +115,72 @@ class Storm:
             self._open.remove(index)
             await asyncio.sleep(rng.uniform(0, 0.05))
 
-    async def _send_nonsense(self, rng: random.Random) -> None:
+    async def _send_malformed(self, rng: random.Random) -> None:
         route, body, status = rng.choice(MALFORMED)
         before = self._load()
         response = await self._client.post(f"/v1/{route}", content=body, headers={"content-type": "application/json"})
-        self._count("nonsense", response.status_code)
+        self._count("malformed", response.status_code)
         if response.status_code == 429:
             self._judge_refusal(response, None, before)
         elif response.status_code != status or "message" not in response.json()["error"]:
-            self.wrong.append(f"nonsense {body!r}: {response.status_code} instead of {status}: {response.text[:200]}")
+            self.wrong.append(f"malformed {body!r}: {response.status_code} instead of {status}: {response.text[:200]}")
 
-    async def _leave_early(self, rng: random.Random) -> None:
-        question, choice = rng.choice(self._answers.questions), self._choose(rng, frozenset())
+    async def _disconnect_early(self, rng: random.Random) -> None:
+        question, choice = rng.choice(self._question_set.questions), self._choose(rng, frozenset())
         question = replace(question, body={**question.body, "max_tokens": 200, "ignore_eos": True})
-        asking = rng.choice(askings_of(question, choice.fields, is_stream=rng.random() < 0.7))
-        self.counts["left early"] += 1
+        request = rng.choice(endpoint_requests(question, choice.fields, is_stream=rng.random() < 0.7))
+        self.counts["disconnected"] += 1
         with suppress(TimeoutError):
             async with asyncio.timeout(rng.uniform(0, 0.3)):
-                async with self._client.stream("POST", asking.route, **asking.request) as response:
+                async with self._client.stream("POST", request.route, **request.arguments) as response:
                     async for _ in response.aiter_lines():
                         pass
 
     async def _ask(self, rng: random.Random) -> None:
-        question = rng.choice(self._answers.questions)
+        question = rng.choice(self._question_set.questions)
         choice = self._choose(rng, question.kinds)
         is_stream = rng.random() < 0.5
-        asking = rng.choice(askings_of(question, choice.fields, is_stream=is_stream))
+        request = rng.choice(endpoint_requests(question, choice.fields, is_stream=is_stream))
         start_s, before = time.monotonic(), self._load()
         if is_stream:
-            async with self._client.stream("POST", asking.route, **asking.request) as response:
+            async with self._client.stream("POST", request.route, **request.arguments) as response:
                 await response.aread()
         else:
-            response = await self._client.post(asking.route, **asking.request)
+            response = await self._client.post(request.route, **request.arguments)
             self.latencies_s.append(time.monotonic() - start_s)
         kind = "+".join(sorted(question.kinds)) or "text"
-        self._count(f"{kind} {asking.route}{' stream' if is_stream else ''}", response.status_code)
+        self._count(f"{kind} {request.route}{' stream' if is_stream else ''}", response.status_code)
         allowed = choice.allowed(start_s, time.monotonic())
         if response.status_code != 200:
             return self._judge_refusal(response, allowed, before)
-        text, lora = read_answer(asking.route, response.text, is_stream=is_stream)
+        text, lora = read_response(request.route, response.text, is_stream=is_stream)
         self._judge(question, choice, allowed, text, lora)
 
-    def _judge(self, question: Question, choice: Choice, allowed: Possible, text: str, lora: Json) -> None:
-        told = f"{question.name} with {choice.fields}: {lora}"
+    def _judge(self, question: Question, choice: LoRASelection, allowed: Possible, text: str, lora: Json) -> None:
+        description = f"{question.name} with {choice.fields}: {lora}"
         if lora.get("digest") not in allowed:
-            self.wrong.append(f"{told}: the digest is none of {allowed}")
+            self.wrong.append(f"{description}: the digest is none of {allowed}")
         elif lora.get("reason") != choice.reason:
-            self.wrong.append(f"{told}: the reason is not {choice.reason}")
-        elif text != self._answers.expected(question, lora["digest"]):
-            self.wrong.append(f"{told}: {text!r} is not {self._answers.expected(question, lora['digest'])!r}")
+            self.wrong.append(f"{description}: the reason is not {choice.reason}")
+        elif text != self._question_set.expected(question, lora["digest"]):
+            self.wrong.append(
+                f"{description}: {text!r} is not {self._question_set.expected(question, lora['digest'])!r}"
+            )
 
     def _judge_refusal(self, response: httpx.Response, allowed: Possible | None, before: tuple[int, int]) -> None:
         is_gone = response.status_code == 404 and allowed is not None and None in allowed
         is_busy = response.status_code == 429 and response.headers.get("retry-after", "").isdecimal()
-        # At most so many were open at once meanwhile; those that have just left may still count there.
+        # An upper bound of concurrent requests; the server may still count clients that have just disconnected.
         is_busy &= before[0] + self._num_begun - before[1] > MAX_OPEN // 2
         if not (is_gone or is_busy):
             self.wrong.append(f"{response.status_code}: {response.text[:300]}")
 
     def _load(self) -> tuple[int, int]:
-        """Requests that are open, and how many were ever begun."""
+        """Return the numbers of requests in flight and of all requests so far."""
         return len(self._open), self._num_begun
 
-    def _choose(self, rng: random.Random, kinds: frozenset[str]) -> Choice:
-        digests = self._answers.digests
+    def _choose(self, rng: random.Random, kinds: frozenset[str]) -> LoRASelection:
+        digests = self._question_set.digests
         automatic, reason = (digests["audio"], "default:audio") if "audio" in kinds else (None, "none")
 
         def only(digest: str | None) -> Callable[[float, float], Possible]:
@@ -187,18 +189,18 @@ class Storm:
         served = self._churn.names[rng.choice(list(self._churn.names))]
         return rng.choice(
             [
-                Choice({}, reason, only(automatic)),
-                Choice({"model": "storm"}, reason, only(automatic)),
-                Choice({"lora": []}, "explicit:base", only(None)),
-                Choice({"model": "fixed"}, "explicit", only(digests["fixed"])),
-                Choice({"model": "audio"}, "explicit", only(digests["audio"])),
-                Choice(
+                LoRASelection({}, reason, only(automatic)),
+                LoRASelection({"model": "storm"}, reason, only(automatic)),
+                LoRASelection({"lora": []}, "explicit:base", only(None)),
+                LoRASelection({"model": "fixed"}, "explicit", only(digests["fixed"])),
+                LoRASelection({"model": "audio"}, "explicit", only(digests["audio"])),
+                LoRASelection(
                     {"lora": [{"name": name, "scale": scale} for name, scale in MIX.items()]},
                     "explicit",
                     only(digests["mix"]),
                 ),
-                Choice({"model": served.name}, "explicit", served.between),
-                Choice({"lora": served.name}, "explicit", served.between),
+                LoRASelection({"model": served.name}, "explicit", served.between),
+                LoRASelection({"lora": served.name}, "explicit", served.between),
             ]
         )
 

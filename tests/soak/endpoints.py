@@ -1,4 +1,4 @@
-"""One question as each endpoint takes it, and what the endpoint's answer says."""
+"""Convert a question to a request of each endpoint, and read the responses."""
 
 from __future__ import annotations
 
@@ -6,43 +6,48 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from tests.soak.answers import Question
+from tests.soak.questions import Question
 
 Json = dict[str, Any]
 INPUT_TYPES = {"text": "input_text", "image_url": "input_image", "input_audio": "input_audio"}
 
 
 @dataclass(frozen=True)
-class Asking:
-    """A question for one endpoint."""
+class EndpointRequest:
+    """A question in the form of one endpoint."""
 
     route: str
-    request: Json  # for httpx: `json`, or `data` and `files`
+    arguments: Json  # of httpx: `json`, or `data` and `files`
 
 
-def askings_of(question: Question, fields: Json, *, is_stream: bool) -> list[Asking]:
-    """The ways to ask a question; all of them must bring the same text.
+def endpoint_requests(question: Question, fields: Json, *, is_stream: bool) -> list[EndpointRequest]:
+    """Return a question as requests of all endpoints that support it; all must return the same text.
 
     Args:
-        question: what is asked.
-        fields: how the adapter is asked for.
-        is_stream: as a stream.
+        question: the question.
+        fields: fields that select the adapter.
+        is_stream: request a stream.
     """
     body = {**question.body, **fields, "stream": is_stream}
     if "prompt" in body:
-        return [Asking("/v1/completions", {"json": body})]
+        return [EndpointRequest("/v1/completions", {"json": body})]
     response = {name: value for name, value in body.items() if name not in ("messages", "max_tokens")}
     response |= {"max_output_tokens": body["max_tokens"], "input": list(map(_as_item, body["messages"]))}
-    found = [Asking("/v1/chat/completions", {"json": body}), Asking("/v1/responses", {"json": response})]
+    found = [
+        EndpointRequest("/v1/chat/completions", {"json": body}),
+        EndpointRequest("/v1/responses", {"json": response}),
+    ]
     if question.clip is not None:
         form = {name: value for name, value in body.items() if name != "messages"}
         data = {name: value if isinstance(value, str) else json.dumps(value) for name, value in form.items()}
-        found.append(Asking("/v1/audio/transcriptions", {"data": data, "files": {"file": ("a.wav", question.clip)}}))
+        found.append(
+            EndpointRequest("/v1/audio/transcriptions", {"data": data, "files": {"file": ("a.wav", question.clip)}})
+        )
     return found
 
 
-def read_answer(route: str, content: str, *, is_stream: bool) -> tuple[str, Json]:
-    """The text of an answer and what it says of the adapter."""
+def read_response(route: str, content: str, *, is_stream: bool) -> tuple[str, Json]:
+    """Return the text of a response and its `lora` object."""
     if not is_stream:
         return _read_whole(json.loads(content))
     events = [line.removeprefix("data: ") for line in content.splitlines() if line.startswith("data: ")]
@@ -61,18 +66,18 @@ def read_answer(route: str, content: str, *, is_stream: bool) -> tuple[str, Json
     return text if events[-1] == "[DONE]" else "<no end>", parsed[0]["lora"]
 
 
-def _read_whole(answer: Json) -> tuple[str, Json]:
-    if "output" in answer:
-        parts = [part["text"] for item in answer["output"] for part in item["content"]]
-        return "".join(parts), answer["lora"]
-    if "choices" not in answer:
-        return answer["text"], answer["lora"]
-    choice = answer["choices"][0]
-    return choice["message"]["content"] if "message" in choice else choice["text"], answer["lora"]
+def _read_whole(body: Json) -> tuple[str, Json]:
+    if "output" in body:
+        parts = [part["text"] for item in body["output"] for part in item["content"]]
+        return "".join(parts), body["lora"]
+    if "choices" not in body:
+        return body["text"], body["lora"]
+    choice = body["choices"][0]
+    return choice["message"]["content"] if "message" in choice else choice["text"], body["lora"]
 
 
 def _as_item(message: Json) -> Json:
-    """A message of a chat as an item of a response's input."""
+    """Convert a chat message to an input item of the Responses API."""
     parts = []
     for part in message["content"]:
         kind = INPUT_TYPES[part["type"]]

@@ -1,4 +1,4 @@
-"""Questions of a storm, and their answers: computed beforehand by an engine that serves one request at a time."""
+"""Requests of a soak test and their expected texts, computed in advance by an engine with one request at a time."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from mmlora.models.families import FAMILIES
 from tests.checkpoints import PHI4_ADAPTERS, randomize_adapter, save_adapter, save_phi4
 from tests.media import clip, picture
 
-MIN_GAP = 2e-3  # between the two likeliest tokens: rows of a batch differ by up to 1e-4 from those computed alone
-TRANSCRIBE = FAMILIES["phi4_multimodal"].transcription.transcribe  # what a transcription asks of this model
+MIN_GAP = 2e-3  # between the log probabilities of the two likeliest tokens; batching changes logits by up to 1e-4
+TRANSCRIBE = FAMILIES["phi4_multimodal"].transcription.transcribe  # prompt of the transcription endpoint for this model
 MIX = {"fixed": 0.5, "other": 0.5}  # weights of the served mix
 
 
 @dataclass(frozen=True)
 class Question:
-    """A request without its adapter.
+    """A request without an adapter.
 
     Attributes:
+        name: unique.
         body: of a chat, or of a completion if it has a `prompt`.
-        kinds: of its media.
-        clip: what a transcription sends, where the chat asks for one.
+        kinds: modalities of its media.
+        clip: the file to transcribe, if the chat is equivalent to a transcription.
     """
 
     name: str
@@ -39,13 +40,15 @@ class Question:
 
 
 @dataclass
-class Answers:
-    """What the server must answer.
+class QuestionSet:
+    """Questions and the text that the server must return for each, with every adapter.
 
     Attributes:
-        by_digest: text of each question by the digest of its adapter; None is the base model.
-        digests: of each version of an adapter, by its name here.
-        paths: their directories.
+        model: directory of the model.
+        questions: all questions.
+        by_digest: text by name of the question and digest of the adapter; None is the base model.
+        digests: digest of each adapter, by name.
+        paths: directory of each adapter, by name.
     """
 
     model: Path
@@ -55,14 +58,14 @@ class Answers:
     paths: dict[str, Path] = field(default_factory=dict)
 
     def expected(self, question: Question, digest: str | None) -> str | None:
-        """The text, None for a digest that no adapter of this storm has."""
+        """Return the text; None for an unknown digest."""
         return self.by_digest.get((question.name, digest))
 
 
-def prepare(folder: Path, seed: int = 0) -> Answers:
-    """Make a model, its adapters, and questions whose answers have no near-ties under any of them."""
+def prepare(folder: Path, seed: int = 0) -> QuestionSet:
+    """Create a model, its adapters, and questions whose outputs have no near-ties with any adapter."""
     model = save_phi4(folder / "model")
-    answers = Answers(model)
+    question_set = QuestionSet(model)
     for name, spec, own_seed in (
         ("audio", PHI4_ADAPTERS["everything"], 11),
         ("fixed", PHI4_ADAPTERS["text"], 12),
@@ -72,38 +75,38 @@ def prepare(folder: Path, seed: int = 0) -> Answers:
         ("v2", PHI4_ADAPTERS["text"], 16),
         ("v3", PHI4_ADAPTERS["everything"], 17),
     ):
-        answers.paths[name] = save_adapter(model, folder / name, spec)
-        randomize_adapter(answers.paths[name], own_seed)
+        question_set.paths[name] = save_adapter(model, folder / name, spec)
+        randomize_adapter(question_set.paths[name], own_seed)
     llm = LLM(
         model=str(model),
         enable_lora=True,
-        max_loras=len(answers.paths) + 1,
+        max_loras=len(question_set.paths) + 1,
         enable_prefix_caching=False,
         max_num_seqs=1,
         device="cpu",
     )
-    requests: dict[str, Any] = {name: llm.add_lora(name, str(path)) for name, path in answers.paths.items()}
+    requests: dict[str, Any] = {name: llm.add_lora(name, str(path)) for name, path in question_set.paths.items()}
     mix = LoRAMix([(requests[name], scale) for name, scale in MIX.items()])
     candidates = _candidates(random.Random(seed))
     wanted = {"text": 6, "audio": 2, "transcription": 2, "image": 3, "audio+image": 2, "completion": 4}
     for kind, count in wanted.items():
         while count:
             question = candidates(kind)
-            found = _answers_of(llm, question, [*requests.values(), mix])
+            found = _compute_texts(llm, question, [*requests.values(), mix])
             if found is not None:
-                answers.questions.append(question)
+                question_set.questions.append(question)
                 for name, (digest, text) in found.items():
-                    answers.by_digest[question.name, digest] = text
+                    question_set.by_digest[question.name, digest] = text
                     if name is not None and digest is not None:
-                        answers.digests[name] = digest
+                        question_set.digests[name] = digest
                 count -= 1
-    return answers
+    return question_set
 
 
-def _answers_of(
+def _compute_texts(
     llm: LLM, question: Question, loras: list[LoRARequest | LoRAMix]
 ) -> dict[str | None, tuple[str | None, str]] | None:
-    """Digest and text by adapter; None if any of these answers has a near-tie."""
+    """Return digest and text by adapter; None if any output has a near-tie."""
     found: dict[str | None, tuple[str | None, str]] = {}
     for lora in (BASE, *loras):
         output = _ask(llm, question, lora)
@@ -124,7 +127,7 @@ def _ask(llm: LLM, question: Question, lora: Any) -> RequestOutput:
 
 
 def _candidates(rng: random.Random) -> Any:
-    """A function from a kind to the next question of that kind."""
+    """Return a function that creates the next question of a kind."""
 
     def words() -> str:
         return " ".join("".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(rng.randint(2, 30)))
