@@ -94,7 +94,7 @@ def test_no_defaults_are_fine_for_any_model(defaults):
         ({"audio+": "p"}, ["audio"], r"\['audio\+'\]: allowed are audio"),
         ({1: "p"}, ["audio"], r"\[1\]: allowed are audio"),
         ({"image": "p"}, ["audio"], r"\['image'\]: allowed are audio"),
-        ({"audio": "p"}, [], r"\['audio'\]: the model is text-only"),
+        ({"audio": "p"}, [], r"\['audio'\]: the model takes text only"),
         ({"audio": ""}, ["audio"], r"\['audio'\]='' must be a directory or a Hub id"),
         ({"audio": None}, ["audio"], r"\['audio'\]=None must be a directory or a Hub id"),
         ({"audio": ["p"]}, ["audio"], r"\['audio'\]=\['p'\] must be a directory or a Hub id"),
