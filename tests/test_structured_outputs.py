@@ -127,19 +127,19 @@ def best_choice(reference, choices, prompt, bias=None):
     """Return the greedy path through the choices with the logits of transformers; one byte is one token."""
     tokenizer = reference.tokenizer
     paths = [tokenizer(choice).input_ids for choice in choices]
-    prompt_ids, answer = tokenizer(prompt).input_ids, []
+    prompt_ids, token_ids = tokenizer(prompt).input_ids, []
     while True:
-        left = [path for path in paths if path[: len(answer)] == answer]
-        allowed = {path[len(answer)] for path in left if len(path) > len(answer)}
+        left = [path for path in paths if path[: len(token_ids)] == token_ids]
+        allowed = {path[len(token_ids)] for path in left if len(path) > len(token_ids)}
         if not allowed:
-            return tokenizer.decode(answer)
-        if answer in left:
+            return tokenizer.decode(token_ids)
+        if token_ids in left:
             allowed |= {END_ID, END_OF_TEXT_ID}
-        scores = reference.logits(prompt_ids + answer)[-1]
+        scores = reference.logits(prompt_ids + token_ids)[-1]
         token = max(allowed, key=lambda token: float(scores[token]) + (bias or {}).get(token, 0))
         if token in (END_ID, END_OF_TEXT_ID):
-            return tokenizer.decode(answer)
-        answer.append(token)
+            return tokenizer.decode(token_ids)
+        token_ids.append(token)
 
 
 def test_greedy_takes_the_most_likely_allowed_tokens(llm, tiny_phi4):

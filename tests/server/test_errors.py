@@ -167,11 +167,11 @@ def test_a_body_with_many_errors_is_as_cheap_as_with_one(server: RunningServer, 
     """Reporting each of a million errors would take a kilobyte each and block the interpreter for seconds."""
     tracemalloc.start()
     try:
-        answer = httpx.post(server.address + path, content=body, timeout=60)
+        response = httpx.post(server.address + path, content=body, timeout=60)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert answer.status_code == 400 and len(answer.text) < 1000
+    assert response.status_code == 400 and len(response.text) < 1000
     assert peak < 30 * len(body) + 10_000_000
 
 
@@ -192,8 +192,8 @@ def test_an_ambiguous_message_is_refused(server: RunningServer, message: Any, te
 
 
 def test_harmless_message_fields_are_accepted(server: RunningServer) -> None:
-    answered = {"role": "assistant", "content": None, "tool_calls": [], "refusal": None}
-    body = {"messages": [{"role": "user", "content": "x", "name": "me"}, answered, *MESSAGES], "max_tokens": 2}
+    assistant = {"role": "assistant", "content": None, "tool_calls": [], "refusal": None}
+    body = {"messages": [{"role": "user", "content": "x", "name": "me"}, assistant, *MESSAGES], "max_tokens": 2}
     assert httpx.post(f"{server.address}/v1/chat/completions", json=body, timeout=60).status_code == 200
 
 
@@ -280,13 +280,13 @@ def test_a_body_of_3_gb_is_refused_before_it_is_in_memory(server: RunningServer,
         if not is_claimed:
             for _ in range(129):
                 connection.sendall(chunk)
-        answer = b""
-        while b"request_too_large" not in answer:
+        response = b""
+        while b"request_too_large" not in response:
             received = connection.recv(65536)
-            assert received, answer
-            answer += received
-    assert answer.startswith(b"HTTP/1.1 413 ")
-    assert b"134217728 bytes" in answer
+            assert received, response
+            response += received
+    assert response.startswith(b"HTTP/1.1 413 ")
+    assert b"134217728 bytes" in response
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe"])

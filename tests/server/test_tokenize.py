@@ -27,10 +27,10 @@ def post(server: RunningServer, route: str, **body: Any) -> httpx.Response:
 def tokenize(server: RunningServer, **body: Any) -> dict[str, Any]:
     response = post(server, "tokenize", **body)
     assert response.status_code == 200, response.text
-    answer = dict(response.json())
-    assert answer["count"] == len(answer["tokens"]) and answer["max_model_len"] == server.llm.engine.max_model_len
-    assert set(answer) == {"count", "max_model_len", "tokens", "token_strs"}
-    return answer
+    result = dict(response.json())
+    assert result["count"] == len(result["tokens"]) and result["max_model_len"] == server.llm.engine.max_model_len
+    assert set(result) == {"count", "max_model_len", "tokens", "token_strs"}
+    return result
 
 
 def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
@@ -42,9 +42,9 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("model", [None, "tiny", "words", "audio"])
 def test_tokenize_returns_the_engines_tokens(server: RunningServer, model: str | None) -> None:
-    answer = tokenize(server, prompt="what is two plus three?", model=model)
+    result = tokenize(server, prompt="what is two plus three?", model=model)
     ready = server.llm.engine.process_input("r", "what is two plus three?")
-    assert answer["tokens"] == ready.prompt_token_ids and answer["token_strs"] is None
+    assert result["tokens"] == ready.prompt_token_ids and result["token_strs"] is None
 
 
 def test_placeholders_are_not_expanded(server: RunningServer) -> None:
@@ -56,21 +56,21 @@ def test_placeholders_are_not_expanded(server: RunningServer) -> None:
 
 
 def test_special_tokens_are_added_by_default(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    received = []
 
     def encode(*_: object, add_special_tokens: bool) -> list[int]:
-        asked.append(add_special_tokens)
+        received.append(add_special_tokens)
         return [1]
 
     monkeypatch.setattr("mmlora.inputs.input_processor.encode_text", encode)
     for fields in ({}, {"add_special_tokens": None}, {"add_special_tokens": True}, {"add_special_tokens": False}):
         tokenize(server, prompt="hi", **fields)
-    assert asked == [True, True, True, False]
+    assert received == [True, True, True, False]
 
 
 def test_token_strings_are_returned_on_request(server: RunningServer) -> None:
-    answer = tokenize(server, prompt="two plus three", return_token_strs=True)
-    assert answer["token_strs"] == server.llm.tokenizer.convert_ids_to_tokens(answer["tokens"])
+    result = tokenize(server, prompt="two plus three", return_token_strs=True)
+    assert result["token_strs"] == server.llm.tokenizer.convert_ids_to_tokens(result["tokens"])
     assert tokenize(server, messages=CHAT, return_token_strs=True)["token_strs"][0].startswith("<|")
     assert tokenize(server, prompt="two", return_token_strs=False)["token_strs"] is None
 
@@ -79,12 +79,12 @@ def test_tokenizing_a_chat_matches_its_completions_usage(server: RunningServer) 
     with server.client as client:
         completion = client.chat.completions.create(model="tiny", messages=CHAT, max_tokens=1)  # type: ignore[arg-type]
     assert completion.usage is not None
-    answer = tokenize(server, messages=CHAT)
-    assert answer["count"] == completion.usage.prompt_tokens
-    text = server.llm.tokenizer.decode(answer["tokens"])
+    result = tokenize(server, messages=CHAT)
+    assert result["count"] == completion.usage.prompt_tokens
+    text = server.llm.tokenizer.decode(result["tokens"])
     assert text.endswith("<|assistant|>") and "two plus three" in text
     without = tokenize(server, messages=CHAT, add_generation_prompt=False, add_special_tokens=False)["tokens"]
-    assert answer["tokens"][: len(without)] == without and len(without) < answer["count"]
+    assert result["tokens"][: len(without)] == without and len(without) < result["count"]
     same = tokenize(server, messages=CHAT, chat_template_kwargs={"add_generation_prompt": False})
     assert same["tokens"] == without
 
@@ -94,8 +94,8 @@ def test_an_empty_text_has_only_special_tokens(server: RunningServer) -> None:
 
 
 def test_a_text_over_the_context_length_is_still_tokenized(server: RunningServer) -> None:
-    answer = tokenize(server, prompt="two plus three " * 400)
-    assert answer["count"] > answer["max_model_len"]
+    result = tokenize(server, prompt="two plus three " * 400)
+    assert result["count"] > result["max_model_len"]
 
 
 @pytest.mark.parametrize(

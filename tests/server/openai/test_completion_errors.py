@@ -331,7 +331,7 @@ def test_log_probabilities_of_a_prompt_are_bounded_over_all_choices(
     server: RunningServer, extra: dict[str, Any]
 ) -> None:
     body = {"prompt": ["ab" * 200] * 4, "n": 128, "max_tokens": 1, **extra}
-    answer = httpx.post(f"{server.address}/v1/completions", json=body, timeout=60)
-    assert answer.status_code == 400 and "log probabilities of prompt tokens" in answer.json()["error"]["message"]
+    response = httpx.post(f"{server.address}/v1/completions", json=body, timeout=60)
+    assert response.status_code == 400 and "log probabilities of prompt tokens" in response.json()["error"]["message"]
     fewer = httpx.post(f"{server.address}/v1/completions", json={**body, "n": 2}, timeout=60)
     assert fewer.status_code == 200 and len(fewer.json()["choices"]) == 8

@@ -53,14 +53,14 @@ def split(options: dict[str, Any]) -> dict[str, Any]:
 
 def complete(server: RunningServer, prompt: Any, **options: Any) -> Completion:
     with server.client as client:
-        answer: Completion = client.completions.create(prompt=prompt, **split(options))
-    Completion.model_validate(answer.to_dict() if not answer.choices[0].logprobs else without_gaps(answer))
-    return answer
+        completion: Completion = client.completions.create(prompt=prompt, **split(options))
+    Completion.model_validate(completion.to_dict() if not completion.choices[0].logprobs else without_gaps(completion))
+    return completion
 
 
-def without_gaps(answer: Completion) -> dict[str, Any]:
+def without_gaps(completion: Completion) -> dict[str, Any]:
     """Remove nulls: the client's types do not allow a first prompt token without a log probability."""
-    found: dict[str, Any] = answer.to_dict()
+    found: dict[str, Any] = completion.to_dict()
     for choice in found["choices"]:
         for column in ("token_logprobs", "top_logprobs"):
             choice["logprobs"][column] = [value for value in choice["logprobs"][column] if value is not None]
@@ -81,14 +81,14 @@ def texts(outputs: list[RequestOutput]) -> list[str]:
 
 
 def test_one_prompt_is_completed_as_the_engine_does(server: RunningServer, llm: LLM) -> None:
-    answer = complete(server, TEXTS[0])
+    completion = complete(server, TEXTS[0])
     own = generate(llm, TEXTS[0])[0]
-    assert answer.object == "text_completion" and answer.id.startswith("cmpl-") and answer.model == "tiny"
-    assert [(c.index, c.text, c.finish_reason) for c in answer.choices] == [(0, own.outputs[0].text, "length")]
+    assert completion.object == "text_completion" and completion.id.startswith("cmpl-") and completion.model == "tiny"
+    assert [(c.index, c.text, c.finish_reason) for c in completion.choices] == [(0, own.outputs[0].text, "length")]
     assert len(own.outputs[0].token_ids) == 16  # OpenAI's default
-    assert answer.usage is not None
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(own.prompt_token_ids), 16)
-    assert answer.usage.total_tokens == len(own.prompt_token_ids) + 16
+    assert completion.usage is not None
+    assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (len(own.prompt_token_ids), 16)
+    assert completion.usage.total_tokens == len(own.prompt_token_ids) + 16
 
 
 @pytest.mark.parametrize("form", ["texts", "token ids", "one list of token ids", "one text in a list"])
@@ -97,13 +97,13 @@ def test_every_form_of_prompt(server: RunningServer, llm: LLM, form: str) -> Non
     ids = [llm.get_tokenizer()(text).input_ids for text in TEXTS]
     sent: Any = {"texts": TEXTS, "token ids": ids, "one list of token ids": ids[0]}.get(form, [TEXTS[0]])
     own = generate(llm, *(TEXTS if form in ("texts", "token ids") else TEXTS[:1]), n=2, temperature=2.0, seed=5)
-    answer = complete(server, sent, n=2, temperature=2.0, seed=5, best_of=2)
-    assert [choice.index for choice in answer.choices] == list(range(2 * len(own)))
-    assert [choice.text for choice in answer.choices] == texts(own)
+    completion = complete(server, sent, n=2, temperature=2.0, seed=5, best_of=2)
+    assert [choice.index for choice in completion.choices] == list(range(2 * len(own)))
+    assert [choice.text for choice in completion.choices] == texts(own)
     assert len(set(texts(own))) == len(texts(own))  # else their order would not be tested
-    assert answer.usage is not None
-    assert answer.usage.prompt_tokens == sum(len(output.prompt_token_ids) for output in own)
-    assert answer.usage.completion_tokens == sum(len(c.token_ids) for output in own for c in output.outputs)
+    assert completion.usage is not None
+    assert completion.usage.prompt_tokens == sum(len(output.prompt_token_ids) for output in own)
+    assert completion.usage.completion_tokens == sum(len(c.token_ids) for output in own for c in output.outputs)
 
 
 def test_usage_counts_cached_tokens(server: RunningServer) -> None:
@@ -158,13 +158,13 @@ def test_media_use_their_default_adapter(server: RunningServer, llm: LLM, wav: b
     media = {name: load_base64(base64.b64encode(content[name])) for name in kinds}
     own = generate(llm, {"prompt": prompt, "multi_modal_data": media})[0]
     data: dict[str, Any] = {name: data_url(content[name]) for name in kinds}
-    answer = complete(server, prompt, multi_modal_data=data)
+    completion = complete(server, prompt, multi_modal_data=data)
     lists = complete(server, [prompt], multi_modal_data={name: [url] for name, url in data.items()})
     ids = llm.get_tokenizer()(prompt).input_ids
     assert complete(server, ids, multi_modal_data=data).choices[0].text == own.outputs[0].text
-    assert answer.choices[0].text == lists.choices[0].text == own.outputs[0].text
-    assert answer.usage and answer.usage.prompt_tokens == len(own.prompt_token_ids)
-    lora: Any = answer.to_dict()["lora"]
+    assert completion.choices[0].text == lists.choices[0].text == own.outputs[0].text
+    assert completion.usage and completion.usage.prompt_tokens == len(own.prompt_token_ids)
+    lora: Any = completion.to_dict()["lora"]
     assert lora["reason"] == own.lora.reason == {"both": "conflict:audio+image"}.get(kind, f"default:{kind}")
     assert (lora["adapter"], lora["digest"]) == (own.lora.adapter, own.lora.digest)
     base: Any = complete(server, prompt, multi_modal_data=data, lora=[]).to_dict()
@@ -181,11 +181,11 @@ def test_options_reach_the_media_processor(server: RunningServer, llm: LLM) -> N
     used = []
     for options in ({}, {"dynamic_hd": 1}):
         data = {"image": data_url(buffer.getvalue())}
-        answer = complete(server, "<|image|>", multi_modal_data=data, mm_processor_kwargs=options)
+        completion = complete(server, "<|image|>", multi_modal_data=data, mm_processor_kwargs=options)
         prompt = {"prompt": "<|image|>", "multi_modal_data": {"image": pixels}, "mm_processor_kwargs": options}
         own = generate(llm, prompt)
-        assert answer.usage and answer.usage.prompt_tokens == len(own[0].prompt_token_ids)
-        used.append(answer.usage.prompt_tokens)
+        assert completion.usage and completion.usage.prompt_tokens == len(own[0].prompt_token_ids)
+        used.append(completion.usage.prompt_tokens)
     assert used[0] != used[1]
 
 
@@ -194,9 +194,9 @@ def test_adapters_by_name(server: RunningServer, llm: LLM, adapters: dict[str, s
     own = generate(llm, *TEXTS, lora=words)
     assert texts(own) != texts(generate(llm, *TEXTS))
     for options in ({"model": "words"}, {"lora": "words"}, {"lora": [{"name": "words"}]}):
-        answer: Any = complete(server, TEXTS, **options).to_dict()
-        assert [choice["text"] for choice in answer["choices"]] == texts(own)
-        assert (answer["lora"]["adapter"], answer["lora"]["reason"]) == ("words", "explicit")
+        completion: Any = complete(server, TEXTS, **options).to_dict()
+        assert [choice["text"] for choice in completion["choices"]] == texts(own)
+        assert (completion["lora"]["adapter"], completion["lora"]["reason"]) == ("words", "explicit")
 
 
 def test_headers_name_the_adapter(server: RunningServer, wav: bytes) -> None:
@@ -247,8 +247,8 @@ def test_a_stream_of_one_prompt_with_audio(server: RunningServer, wav: bytes) ->
 def test_logprobs_are_the_engines(server: RunningServer, llm: LLM) -> None:
     own = generate(llm, TEXTS[2], logprobs=2)[0].outputs[0]
     assert own.logprobs is not None
-    answer = complete(server, TEXTS[2], logprobs=2, top_k=0)
-    found = answer.choices[0].logprobs
+    completion = complete(server, TEXTS[2], logprobs=2, top_k=0)
+    found = completion.choices[0].logprobs
     assert found and found.tokens and found.token_logprobs and found.top_logprobs and found.text_offset
     chosen = [top[token] for token, top in zip(own.token_ids, own.logprobs, strict=True)]
     assert found.tokens == [entry.decoded_token for entry in chosen]
@@ -256,7 +256,7 @@ def test_logprobs_are_the_engines(server: RunningServer, llm: LLM) -> None:
     for top, reported in zip(own.logprobs, found.top_logprobs, strict=True):
         assert set(reported) == {entry.decoded_token for entry in top.values()}
         assert max(reported.values()) == pytest.approx(max(entry.logprob for entry in top.values()), abs=1e-4)
-    check_offsets(answer.choices[0].text, found.tokens, found.text_offset)
+    check_offsets(completion.choices[0].text, found.tokens, found.text_offset)
     assert complete(server, TEXTS[0]).choices[0].logprobs is None
     none = complete(server, TEXTS[0], logprobs=0).choices[0].logprobs
     assert none and [len(top) for top in none.top_logprobs or ()] == [1] * 16
@@ -278,8 +278,8 @@ def test_echo_with_logprobs(server: RunningServer, llm: LLM, is_text: bool) -> N
     prompt = "<|user|>" + TEXTS[2] + "<|end|>"
     ids = llm.get_tokenizer()(prompt).input_ids
     own = generate(llm, prompt, logprobs=2, prompt_logprobs=2)[0]
-    answer = complete(server, prompt if is_text else ids, echo=True, logprobs=2)
-    choice, found = answer.choices[0], answer.choices[0].logprobs
+    completion = complete(server, prompt if is_text else ids, echo=True, logprobs=2)
+    choice, found = completion.choices[0], completion.choices[0].logprobs
     assert choice.text == prompt + own.outputs[0].text
     assert found and found.tokens and found.token_logprobs and found.top_logprobs and found.text_offset
     assert own.prompt_logprobs and own.outputs[0].logprobs
@@ -308,11 +308,11 @@ def test_echo_of_media_and_without_logprobs(server: RunningServer, png: bytes) -
 
 def test_a_prompt_can_be_scored_without_an_output(server: RunningServer, llm: LLM) -> None:
     own = generate(llm, *TEXTS, prompt_logprobs=1)
-    answer = complete(server, TEXTS, echo=True, logprobs=1, max_tokens=0)
-    for choice, output in zip(answer.choices, own, strict=True):
+    completion = complete(server, TEXTS, echo=True, logprobs=1, max_tokens=0)
+    for choice, output in zip(completion.choices, own, strict=True):
         assert choice.text == output.prompt and choice.finish_reason == "length"
         assert choice.logprobs and len(choice.logprobs.tokens or ()) == len(output.prompt_token_ids)
-    assert answer.usage and answer.usage.completion_tokens == 0
+    assert completion.usage and completion.usage.completion_tokens == 0
     chunks = stream(server, TEXTS[0], echo=True, max_tokens=0)
     assert "".join(chunk.choices[0].text for chunk in chunks) == TEXTS[0]
 
@@ -335,14 +335,14 @@ def test_prompt_logprobs_are_the_engines(server: RunningServer, llm: LLM) -> Non
 def test_choices_name_an_adapter_that_differs_from_the_first_prompts() -> None:
     """An activated LoRA applies only to prompts with its invocation tokens."""
     applied, not_applied = LoRAChoice("a", "1", "explicit"), LoRAChoice(None, None, "explicit", "not applied")
-    asked = CompletionRequest(prompt=["x", "y"])
-    answer = CompletionBuilder("cmpl-1", "tiny", asked, None)
+    request = CompletionRequest(prompt=["x", "y"])
+    builder = CompletionBuilder("cmpl-1", "tiny", request, None)
     outputs = [
         RequestOutput(name, "", [1], [CompletionOutput(0, "z", [2], finish_reason="stop")], True, lora)
-        for name, lora in zip(answer.request_ids, (applied, not_applied), strict=True)
+        for name, lora in zip(builder.request_ids, (applied, not_applied), strict=True)
     ]
-    whole = answer.complete(outputs[::-1])
-    assert whole["lora"]["adapter"] == "a" and answer.lora(outputs[::-1]) == applied
+    whole = builder.complete(outputs[::-1])
+    assert whole["lora"]["adapter"] == "a" and builder.lora(outputs[::-1]) == applied
     assert "lora" not in whole["choices"][0]
     assert whole["choices"][1]["lora"]["warning"] == "not applied"
 

@@ -30,8 +30,8 @@ def fcfs(start_server: ServerFactory) -> RunningServer:
 
 def post(server: RunningServer, route: str, **fields: Any) -> dict[str, Any]:
     body = {"max_tokens": 4, "temperature": 0, **fields}
-    answer = httpx.post(f"{server.address}{route}", json=body, timeout=120)
-    return {"status": answer.status_code, **answer.json()}
+    response = httpx.post(f"{server.address}{route}", json=body, timeout=120)
+    return {"status": response.status_code, **response.json()}
 
 
 def chat(server: RunningServer, messages: Any, **fields: Any) -> dict[str, Any]:
@@ -43,8 +43,8 @@ def complete(server: RunningServer, prompt: Any, **fields: Any) -> dict[str, Any
     return post(server, "/v1/completions", prompt=prompt, **fields)
 
 
-def num_cached(answer: dict[str, Any]) -> int:
-    return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+def num_cached(response: dict[str, Any]) -> int:
+    return int(response["usage"]["prompt_tokens_details"]["cached_tokens"])
 
 
 @pytest.mark.parametrize("ask", [chat, complete])
@@ -205,8 +205,8 @@ def test_replaced_fields_are_refused_with_their_replacement(
 
 
 def test_the_log_probabilities_of_a_prompt(server: RunningServer) -> None:
-    answer = chat(server, STORY, prompt_logprobs=2)
-    listed = answer["prompt_logprobs"]
+    response = chat(server, STORY, prompt_logprobs=2)
+    listed = response["prompt_logprobs"]
     ids = httpx.post(f"{server.address}/tokenize", json={"messages": [{"role": "user", "content": STORY}]}).json()[
         "tokens"
     ]
@@ -215,7 +215,7 @@ def test_the_log_probabilities_of_a_prompt(server: RunningServer) -> None:
     for entry, same, token_id in zip(listed[1:], expected[1:], ids[1:], strict=True):
         assert entry.keys() == same.keys() and str(token_id) in entry and len(entry) in (2, 3)
         assert entry[str(token_id)] == {**same[str(token_id)], "logprob": pytest.approx(same[str(token_id)]["logprob"])}
-    assert num_cached(answer) == 0
+    assert num_cached(response) == 0
     assert "prompt_logprobs" not in chat(server, STORY)
 
 
@@ -224,7 +224,7 @@ def test_too_many_log_probabilities_of_a_prompt_are_refused(
 ) -> None:
     num_entries = chat(server, STORY)["usage"]["prompt_tokens"] * (1 + len(server.llm.tokenizer))
     monkeypatch.setattr(prompt_logprobs, "MAX_PROMPT_LOGPROBS", num_entries)
-    assert chat(server, STORY, prompt_logprobs=-1, n=2)["status"] == 200, "they stand in the answer once"
+    assert chat(server, STORY, prompt_logprobs=-1, n=2)["status"] == 200, "the response has them once"
     monkeypatch.setattr(prompt_logprobs, "MAX_PROMPT_LOGPROBS", num_entries - 1)
     refused = chat(server, STORY, prompt_logprobs=-1)
     assert (refused["status"], refused["error"]["param"]) == (400, "prompt_logprobs")
