@@ -1,4 +1,4 @@
-"""`AsyncLLM`: the engine in a thread of its own, requests as async iterators of deltas."""
+"""`AsyncLLM`: the engine in a dedicated thread, requests as async iterators of deltas."""
 
 import asyncio
 import functools
@@ -33,15 +33,15 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-NUM_LOADERS: Final = 16  # many of them only wait: for a load that another one does, or for the end of a step
+NUM_LOADERS: Final = 16  # most only wait, for a load in another thread or for the end of a step
 
 
 class RequestStream:
-    """One request of `AsyncLLM`, ready to run, and its outputs on their way from the engine thread to an event loop.
+    """A processed request, and the queue of its outputs from the engine thread to an event loop.
 
     Attributes:
-        input: what the engine runs.
-        record: what is known about the request, for logs and histograms.
+        input: the processed request.
+        record: for logs, traces and histograms.
     """
 
     def __init__(self, request_input: EngineInput, record: RequestRecord, histograms: RequestHistograms) -> None:
@@ -52,7 +52,7 @@ class RequestStream:
         self._outputs: asyncio.Queue[RequestOutput | MMLoRAError] = asyncio.Queue()
 
     def put(self, output: RequestOutput | MMLoRAError) -> None:
-        """Hand over an output; called by the engine thread."""
+        """Pass an output to the event loop; called by the engine thread."""
         try:
             self._loop.call_soon_threadsafe(self._receive, output)
         except RuntimeError:  # the loop is closed, so nothing reads the output
@@ -61,7 +61,7 @@ class RequestStream:
     def _receive(self, output: RequestOutput | MMLoRAError) -> None:
         self._outputs.put_nowait(output)  # first, so that it is delivered even if the histograms fail
         if isinstance(output, RequestOutput):
-            self._histograms.take(self.record, output)
+            self._histograms.observe(self.record, output)
 
     async def get(self) -> RequestOutput:
         """Wait for the next output.
@@ -78,7 +78,7 @@ class RequestStream:
 def _lora_method(
     change: Callable[Concatenate[LoRAManager, P], T],
 ) -> Callable[Concatenate["AsyncLLM", P], Coroutine[Any, Any, T]]:
-    """Make a method that changes adapters by `LoRAManager` while the engine steps; see `AsyncLLM.change_loras`."""
+    """Wrap a method of `LoRAManager` to run in a loader thread while the engine steps; see `AsyncLLM.change_loras`."""
 
     @functools.wraps(change)
     async def method(self: "AsyncLLM", /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -88,7 +88,7 @@ def _lora_method(
 
 
 class AsyncLLM:
-    """Serve concurrent requests from an event loop.
+    """Serves concurrent requests from event loops; `LoRAManager` documents `add_lora` and its companions.
 
     Attributes:
         engine: the engine, which runs in a thread.
@@ -99,14 +99,14 @@ class AsyncLLM:
         media: loader of the media that requests carry or refer to.
         max_model_len: limit of prompt and output tokens together.
         vocab_size: rows of the model's embedding table.
-        transcription_prompt: how to ask the model for a transcription; None where that is not known.
+        transcription_prompt: prompt for transcriptions; None if the model has none.
         default_adapters: by modality key, with the request that names each.
         host_cache: the adapters on the host; None without LoRA.
         histograms: latencies and lengths of the requests.
 
     Args:
-        args: every option of the engine.
-        num_workers: threads that tokenize and decode media; adapters are loaded in others.
+        args: all options of the engine.
+        num_workers: threads that tokenize prompts and process media; adapters are loaded in other threads.
 
     Raises:
         ConfigError, AdapterError: see `LLMEngine`.
@@ -128,18 +128,18 @@ class AsyncLLM:
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="mmlora-input")
         self._loaders = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="mmlora-loader")
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._streams: dict[str, RequestStream] = {}  # touched by the engine thread only
-        self._preparing: list[RequestRecord] = []  # requests in the pool; touched by event loops only
+        self._streams: dict[str, RequestStream] = {}  # used by the engine thread only
+        self._preparing: list[RequestRecord] = []  # being processed in the pool; used by event loops only
         self._ids = itertools.count()
         self._is_alive = True
         self._is_stopping = False
-        self._lock = threading.Lock()  # no message may slip in behind the last one that is answered
+        self._lock = threading.Lock()  # no message may be queued after the inbox was closed
         self._thread = threading.Thread(target=self._serve, name="mmlora-engine", daemon=True)
         self._thread.start()
 
     @property
     def model_name(self) -> str:
-        """What clients call the base model."""
+        """Name of the base model in requests."""
         return self.args.model_name
 
     @property
@@ -156,23 +156,23 @@ class AsyncLLM:
         return self.input_processor.encode(text, add_special_tokens=add_special_tokens)
 
     def summary(self) -> EngineSummary:
-        """Return what was loaded."""
+        """Return what the engine has loaded."""
         return self.engine.summary()
 
     @property
     def is_alive(self) -> bool:
-        """Whether requests are served."""
+        """Whether the engine thread is running."""
         return self._is_alive and self._thread.is_alive()
 
     @property
     def status(self) -> Literal["ready", "shutting down", "dead"]:
-        """Whether new requests are served, and why not."""
+        """State of the engine, as health checks report it."""
         if self._is_stopping:
             return "shutting down"
         return "ready" if self.is_alive else "dead"
 
     async def run_in_pool(self, function: Callable[..., T], *args: Any, is_load: bool = False) -> T:
-        """Run blocking work beside the event loop; with `is_load` where it may wait for adapters and nobody for it.
+        """Run blocking work in a thread pool; with `is_load` in the separate pool for work that may load adapters.
 
         Raises:
             EngineDeadError: the engine was shut down.
@@ -180,7 +180,7 @@ class AsyncLLM:
         pool = self._loaders if is_load else self._pool
         try:
             future = asyncio.get_running_loop().run_in_executor(pool, function, *args)
-        except RuntimeError:  # the pool takes no more work
+        except RuntimeError:  # the pool was shut down
             raise EngineDeadError("the engine has stopped and serves no further request") from None
         return await future
 
@@ -192,14 +192,13 @@ class AsyncLLM:
         lora_request: LoRARequest | object | None = None,
         priority: int = 0,
     ) -> AsyncIterator[RequestOutput]:
-        """Complete one prompt, yielding what is new as it comes.
+        """Complete one prompt, and yield its output as deltas.
 
-        Each output holds only new text and tokens; the last one has `finished=True`. Leaving the iteration early, or
-        cancelling it, aborts the request.
+        The final output has `finished=True`. Leaving the iteration early, or cancelling it, aborts the request.
 
         Args:
             prompt, sampling_params, lora_request, priority: as in `LLM.generate`.
-            request_id: unique among unfinished requests; made up by default.
+            request_id: unique among unfinished requests; generated by default.
 
         Raises:
             RequestError: the request cannot be served.
@@ -218,7 +217,7 @@ class AsyncLLM:
         lora_request: LoRARequest | object | None = None,
         priority: int = 0,
     ) -> RequestStream:
-        """Make a request ready for `run`, so that several can be checked before any is started; nothing is queued.
+        """Process a request for `run` without queueing it, so that several can be validated before any is started.
 
         Raises:
             RequestError: the request cannot be served.
@@ -240,12 +239,12 @@ class AsyncLLM:
         return RequestStream(request_input, record, self.histograms)
 
     async def run(self, stream: RequestStream) -> AsyncGenerator[RequestOutput, None]:
-        """Complete what `prepare` made ready, as `generate` does."""
+        """Queue a request that `prepare` returned, and yield its outputs as `generate` does."""
         request_id = stream.input.request_id
         stream.record.queue(stream.input, time.monotonic())
         self._send(lambda: self._add(stream))
         if stream.record.is_aborted:
-            self._send(lambda: self._abort(request_id, stream), or_ignore=True)
+            self._send(lambda: self._abort(request_id, stream), ignore_stopped=True)
         is_finished = False
         try:
             while not is_finished:
@@ -257,17 +256,17 @@ class AsyncLLM:
             raise
         finally:
             if not is_finished:
-                self._send(lambda: self._abort(request_id, stream), or_ignore=True)
+                self._send(lambda: self._abort(request_id, stream), ignore_stopped=True)
 
     add_lora = _lora_method(LoRAManager.add)
     reload_lora = _lora_method(LoRAManager.reload)
     remove_lora = _lora_method(LoRAManager.remove)
 
     async def pin_lora(self, lora: str | int, *, is_pinned: bool = True) -> None:
-        """Keep an adapter on the host and in a slot, or let it be evicted again, as `LLM.pin_lora` does.
+        """Exempt an adapter from eviction, or undo that; see `LoRAMethods.pin_lora`.
 
         Raises:
-            AdapterError: see there.
+            AdapterError: see `LoRAMethods.pin_lora`.
             EngineDeadError: the engine has stopped.
         """
         if is_pinned:
@@ -276,10 +275,10 @@ class AsyncLLM:
             await self.change_loras(functools.partial(self.engine.lora.unpin, lora))
 
     async def change_loras(self, change: Callable[[], T]) -> T:
-        """Change the host's adapters beside the steps, then have the engine thread bring the slots in line.
+        """Change the host cache in a loader thread, then sync the slots in the engine thread between two steps.
 
         Args:
-            change: calls `engine.lora`. Once begun it ends, whether the caller still waits or not.
+            change: uses `engine.lora`. It runs to completion even if the caller is cancelled.
 
         Raises:
             EngineDeadError: the engine has stopped.
@@ -293,11 +292,11 @@ class AsyncLLM:
         return await self.run_in_pool(change_and_sync, is_load=True)
 
     async def list_loras(self) -> list[LoRAInfo]:
-        """The adapters that are known, as `LLM.list_loras` has them."""
+        """Return the state of every known adapter; see `LoRAMethods.list_loras`."""
         return self.engine.list_loras()
 
     def _run_in_engine(self, function: Callable[[], None]) -> None:
-        """Run something short between two steps and wait for it, in a loader.
+        """Run a short function in the engine thread between two steps, and wait for it; called by a loader thread.
 
         Raises:
             EngineDeadError: the engine has stopped.
@@ -307,7 +306,7 @@ class AsyncLLM:
         def message() -> None:
             try:
                 function()
-            except BaseException as error:  # whoever waits is told, whatever it is
+            except BaseException as error:  # the waiting thread raises it
                 done.set_exception(error)
             else:
                 done.set_result(None)
@@ -316,38 +315,38 @@ class AsyncLLM:
         done.result()
 
     async def abort(self, request_id: str) -> None:
-        """End a request; its iterator yields a last output with `finish_reason="abort"`."""
+        """Abort a request; its iterator yields a final output with `finish_reason="abort"`."""
         for record in self._preparing:
             record.is_aborted |= record.request_id == request_id
-        self._send(lambda: self._abort(request_id), or_ignore=True)
+        self._send(lambda: self._abort(request_id), ignore_stopped=True)
 
     def shutdown(self) -> None:
-        """Abort what runs and stop the engine thread; waits for both."""
+        """Abort all requests, and stop the engine thread and the pools; returns when they have stopped."""
         self._is_stopping = True
         self._inbox.put(None)
         self._thread.join()
         self._pool.shutdown()
         self._loaders.shutdown()
 
-    def _send(self, message: Callable[[], None], *, or_ignore: bool = False) -> None:
-        """Have the engine thread run a message.
+    def _send(self, message: Callable[[], None], *, ignore_stopped: bool = False) -> None:
+        """Queue a message, which the engine thread calls between two steps.
 
         Raises:
-            EngineDeadError: it has stopped, unless that may be ignored.
+            EngineDeadError: the engine has stopped, and not `ignore_stopped`.
         """
         with self._lock:
             if self._is_alive:
                 self._inbox.put(message)
-            elif not or_ignore:
+            elif not ignore_stopped:
                 raise EngineDeadError("the engine has stopped and serves no further request")
 
     def _serve(self) -> None:
-        """The engine thread: take messages, step, hand out outputs; idle it sleeps on the inbox."""
+        """Main loop of the engine thread: handle messages, step, deliver outputs; while idle, block on the inbox."""
         try:
             while self._take_messages():
                 for output in self.engine.step(is_delta=True):
                     self._deliver(output)
-        except BaseException as error:  # a panic of a library in Rust is no Exception
+        except BaseException as error:  # a panic in a Rust library is not an Exception
             logger.exception("the engine died")
             self._close(EngineDeadError(f"the engine died: {error}"))
         else:
@@ -356,7 +355,7 @@ class AsyncLLM:
             self._close(EngineDeadError("the engine was shut down"))
 
     def _take_messages(self) -> bool:
-        """Run queued messages, waiting for one if there is nothing to do; False means shut down."""
+        """Handle queued messages, blocking while no request is unfinished; return False to shut down."""
         while True:
             try:
                 message = self._inbox.get(block=not self.engine.has_unfinished_requests)
@@ -378,7 +377,7 @@ class AsyncLLM:
 
     def _abort(self, request_id: str, stream: RequestStream | None = None) -> None:
         if stream is not None and self._streams.get(request_id) is not stream:
-            return  # it has ended, or its id now belongs to another request
+            return  # it is finished, or another request has its id now
         output = self.engine.abort_request(request_id, is_delta=True)
         if output is not None:
             self._deliver(output)
@@ -396,7 +395,7 @@ class AsyncLLM:
         for stream in self._streams.values():
             stream.put(error)
         self._streams.clear()
-        while not self._inbox.empty():  # requests that came too late are told so
+        while not self._inbox.empty():  # each message reports to its request that the engine has stopped
             message = self._inbox.get()
             if message is not None:
                 message()

@@ -20,11 +20,11 @@ T = TypeVar("T")
 
 
 class LLM(LoRAMethods):
-    """One base model with many adapters, for batches of prompts.
+    """Offline inference on one base model with many adapters; `LoRAManager` documents `add_lora` and its companions.
 
     Args:
         model: directory or Hub id.
-        options: the fields of `mmlora.config.EngineArgs`, among them `enable_lora`, `default_mm_loras`, `max_loras`,
+        options: fields of `mmlora.config.EngineArgs`, for example `enable_lora`, `default_mm_loras`, `max_loras`,
             `max_lora_rank`, `max_model_len`, `limit_mm_per_prompt`, `dtype`, `device`.
 
     Raises:
@@ -37,11 +37,11 @@ class LLM(LoRAMethods):
         self._ids = itertools.count()
 
     def get_tokenizer(self) -> Any:
-        """The model's `transformers` tokenizer."""
+        """Return the model's `transformers` tokenizer."""
         return self.llm_engine.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """Sampling parameters that the model's `generation_config.json` asks for."""
+        """Return the sampling parameters of the model's `generation_config.json`."""
         return self.llm_engine.default_sampling_params()
 
     def generate(
@@ -57,19 +57,19 @@ class LLM(LoRAMethods):
         Args:
             prompts: one prompt or a list of them: text, token ids, or a mapping with `prompt` or
                 `prompt_token_ids`, `multi_modal_data` (`{"audio": (array, rate) | [...], "image": PIL | [...]}`),
-                `mm_processor_kwargs` and `cache_salt` (caches are shared among prompts with the same one).
-            sampling_params: one for all, or one per prompt; by default the model's own.
-            lora_request: one for all, or one per prompt (`None` and `BASE` allowed). `None` lets the media decide,
-                `BASE` is the base model on purpose.
-            use_tqdm: show progress.
+                `mm_processor_kwargs` and `cache_salt` (prompts share caches only under the same salt).
+            sampling_params: one for all, or one per prompt; by default those of the model.
+            lora_request: one for all, or one per prompt. `None` chooses the adapter automatically by the media, `BASE`
+                is the base model.
+            use_tqdm: whether to show a progress bar.
             priority: one for all, or one per prompt, by default 0; lower is served earlier. Needs
                 `scheduling_policy="priority"`.
 
         Returns:
-            One output per prompt, in order. A request that failed while it ran has `error` set.
+            One output per prompt, in order. A request that failed while running has `error` set.
 
         Raises:
-            RequestError: a prompt cannot be served; none of them was started.
+            RequestError: a prompt cannot be served; no prompt was started.
         """
         batch = _as_prompts(prompts)
         params = _one_per_prompt(sampling_params, len(batch), "sampling_params")
@@ -98,22 +98,22 @@ class LLM(LoRAMethods):
         priority: int | Sequence[int] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or a list of them.
+        """Generate the next message of one conversation, or of each in a list.
 
         Args:
             messages: OpenAI-style, with parts `text`, `image_url`, `input_audio`, `audio_url`, `image` (PIL)
                 and `audio` (`(array, rate)`).
             sampling_params, use_tqdm, lora_request, priority: as in `generate`.
-            chat_template: in place of the model's own.
-            add_generation_prompt: end with the start of the assistant's turn; by default unless the last message is
-                continued.
+            chat_template: used instead of the model's template.
+            add_generation_prompt: whether the prompt ends with the start of an assistant message; by default it does,
+                unless the final message is continued.
             chat_template_kwargs: passed to the template.
             mm_processor_kwargs: options of the media processor.
-            continue_final_message: leave the last message open, so that the answer goes on with it.
-            tools: OpenAI's, passed to the template; calls in the answer are left as text.
+            continue_final_message: leave the final message open, so that the output continues it.
+            tools: in OpenAI's format, passed to the template; tool calls in the output are not parsed.
 
         Raises:
-            RequestError: a conversation cannot be served; none of them was started.
+            RequestError: a conversation cannot be served; no conversation was started.
         """
         if not messages:
             raise RequestError("messages must be a list of at least one message")
@@ -146,7 +146,7 @@ class LLM(LoRAMethods):
                         if output.finished:
                             finished[output.request_id] = output
                             progress.update()
-            except BaseException:  # Ctrl-C, for one: the next call starts clean
+            except BaseException:  # for example Ctrl-C: the next call starts without leftovers
                 for request_id in request_ids:
                     self.llm_engine.abort_request(request_id)
                 raise
@@ -154,7 +154,7 @@ class LLM(LoRAMethods):
 
 
 def _as_prompts(prompts: Any) -> list[Prompt]:
-    """One prompt or several, as a list; a list of integers is one prompt."""
+    """Return a list of prompts; a list of integers is one prompt."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
     if not isinstance(prompts, Sequence):

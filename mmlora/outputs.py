@@ -1,4 +1,4 @@
-"""What comes back for a request."""
+"""Outputs of a request: `RequestOutput` and what it contains."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from mmlora.lora.request import LoRARequest
 
 @dataclass(frozen=True)
 class Logprob:
-    """Log probability of one token, its rank in the vocabulary (1 is likeliest) and its text."""
+    """Log probability of one token, its rank in the vocabulary (1 is the most likely) and its text."""
 
     logprob: float
     rank: int
@@ -22,7 +22,7 @@ TokenLogprobs = dict[int, Logprob]
 
 @dataclass
 class CompletionOutput:
-    """One answer. `finish_reason`: `stop`, `length`, `abort`, `error`, or None while it runs."""
+    """One completion. `finish_reason` is `stop`, `length`, `abort`, `error`, or None while it is running."""
 
     index: int
     text: str = ""
@@ -35,7 +35,7 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class LoRAChoice:
-    """The adapter that was applied and why.
+    """The adapter that was applied, and why it was chosen.
 
     `reason` is `explicit`, `explicit:base`, `default:<modalities>`, `conflict:<modalities>` or `none`.
     """
@@ -80,10 +80,10 @@ class RequestMetrics:
 
 @dataclass
 class RequestOutput:
-    """The state of a request; from `AsyncLLM`, `outputs` holds what is new since the one before.
+    """State of a request. From `AsyncLLM`, `outputs` hold only what is new since the previous output.
 
-    `num_media_tokens` are the prompt's tokens that stand for media, by modality. `error` is set when `finished` came
-    from a failure; such a request's outputs have `finish_reason="error"`.
+    `num_media_tokens` counts the prompt's placeholder tokens by modality. `error` is set when the request failed; its
+    completions then have `finish_reason="error"`.
     """
 
     request_id: str

@@ -1,1 +1,1 @@
-"""Paged attention: the KV cache, what a forward needs to know of it, and the backends that read it."""
+"""Paged attention: the KV cache, the metadata of a forward, and the backends."""

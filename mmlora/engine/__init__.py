@@ -1,1 +1,1 @@
-"""The engine: scheduling, running the model, sampling, and building outputs."""
+"""Engine core: scheduling, running the model, sampling, and building outputs."""

@@ -1,8 +1,9 @@
-"""`BlockManager`: which KV blocks hold which tokens, and which of them can be shared.
+"""`BlockManager`: allocates KV blocks to sequences, and shares full blocks as a prefix cache.
 
-A full block is named by a hash over everything its keys and values depend on: the tokens up to its end, the media
-behind placeholders, and the identity of the adapter; and over the request's salt, so that nobody can tell from the
-time of an answer what others with another salt asked. Freed blocks keep their content until they are needed again.
+A full block is hashed over everything that its keys and values depend on: all tokens up to its end, the media behind
+placeholders, and the identity of the adapter. The request's cache salt is hashed, too, which prevents timing attacks:
+clients cannot find out from latencies what prompts were sent with another salt. Freed blocks stay cached until they
+are reused.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from mmlora.towers.base import BidirectionalSpan
 
 
 class BlockManager:
-    """Hands out KV blocks of `block_size` tokens and finds cached prefixes."""
+    """Allocates KV blocks of `block_size` tokens, and matches cached prefixes."""
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
         self.num_blocks = num_blocks
@@ -26,22 +27,22 @@ class BlockManager:
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that no sequence holds; some of them still serve as cache."""
+        """Number of blocks without a sequence; some of them are still cached."""
         return len(self._free)
 
-    def is_prefix_sought(self, seq: Sequence) -> bool:
-        """Whether the cache is asked for the first tokens of a sequence."""
+    def uses_prefix_cache(self, seq: Sequence) -> bool:
+        """Return whether the prefix cache is queried for a sequence."""
         return self.enable_prefix_caching and not seq.wants_prompt_logprobs
 
     def match_prefix(self, seq: Sequence) -> int:
-        """Give a sequence without blocks the longest cached prefix of its tokens.
+        """Assign the blocks of the longest cached prefix to a sequence without blocks.
 
         At least one token is left to compute, since its logits are needed.
 
         Returns:
-            The number of tokens whose KV is reused; a multiple of the block size.
+            The number of cached tokens, a multiple of the block size.
         """
-        if not self.is_prefix_sought(seq):
+        if not self.uses_prefix_cache(seq):
             return 0
         for index in range((len(seq.token_ids) - 1) // self.block_size):
             block = self._block_of.get(self._block_hash(seq, index))
@@ -52,11 +53,11 @@ class BlockManager:
         return len(seq.block_table) * self.block_size
 
     def can_allocate(self, seq: Sequence, num_tokens: int) -> bool:
-        """Whether blocks for the first `num_tokens` tokens of the sequence are to be had."""
+        """Return whether enough blocks are free for the first `num_tokens` tokens of a sequence."""
         return self._num_missing(seq, num_tokens) <= len(self._free)
 
     def allocate(self, seq: Sequence, num_tokens: int) -> None:
-        """Extend the block table to hold the first `num_tokens` tokens; `can_allocate` must hold."""
+        """Extend the block table to the first `num_tokens` tokens; `can_allocate` must be true."""
         for _ in range(self._num_missing(seq, num_tokens)):
             block = next(iter(self._free))
             self._forget(block)
@@ -64,7 +65,7 @@ class BlockManager:
             seq.block_table.append(block)
 
     def mark_computed(self, seq: Sequence) -> None:
-        """Name the blocks that became full, so that later sequences find them."""
+        """Add the blocks that became full to the prefix cache."""
         if not self.enable_prefix_caching:
             return
         for index in range(seq.num_computed_tokens // self.block_size):
@@ -77,8 +78,8 @@ class BlockManager:
                 self._block_of[digest] = block
 
     def free(self, seq: Sequence) -> None:
-        """Release all blocks of a sequence; their content stays cached until they are reused."""
-        for block in reversed(seq.block_table):  # so that the start of a prefix outlives its end
+        """Free all blocks of a sequence; they stay cached until they are reused."""
+        for block in reversed(seq.block_table):  # the start of a prefix is evicted after its end
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0:
                 self._free[block] = None
@@ -108,9 +109,9 @@ class BlockManager:
         root = (("long", seq.uses_long_rope_factors), ("salt", seq.request.input.cache_salt))
         parent = seq.block_hashes[-1] if index else root
         spans = seq.bidirectional_spans_between(start, end)
-        seen_end = max([end, *(span.end for span in spans)])
-        adapter = None  # blocks that see nothing an activated LoRA holds for are the base model's, and shared with it
-        if seq.adapter is not None and seen_end > seq.adapter_start:
+        attended_end = max([end, *(span.end for span in spans)])
+        adapter = None  # blocks before an activated LoRA starts are the base model's and shared with it
+        if seq.adapter is not None and attended_end > seq.adapter_start:
             adapter = ("adapter", seq.adapter.identity, max(0, seq.adapter_start - start))
         media = [
             ("media", item.encoder_key, item.start - start)
@@ -123,7 +124,7 @@ class BlockManager:
             ("tokens", seq.token_ids[start:end]),
             media,
             ("positions", [row[start:end] for row in seq.layout.positions or ()]),
-            # Tokens that see beyond the block depend on all that they see.
+            # Bidirectional tokens may attend beyond the block, so it depends on the whole span.
             ("two-way", [(span.start - start, _span_digest(seq, span)) for span in spans]),
         )
         return hashlib.sha256(repr(content).encode()).digest()

@@ -1,24 +1,24 @@
-"""`Detokenizer`: token ids to text, one token at a time.
+"""`Detokenizer`: incremental detokenization, with stop strings.
 
-It never gives out half a UTF-8 character, and holds back text that may turn out to be the start of a stop string.
+It never returns an incomplete UTF-8 character, and withholds text that may be the start of a stop string.
 """
 
 from typing import Any
 
 REPLACEMENT = "\ufffd"
-CONTEXT = 4
-MAX_WINDOW = 64  # tokens; more of them without a whole character are no text
+CONTEXT = 4  # tokens that the spelling of the next token may depend on
+MAX_WINDOW = 64  # tokens; after so many without a complete character, U+FFFD is accepted as text
 
 
 class Detokenizer:
-    """The growing text of one answer.
+    """Text of one completion.
 
     Args:
         tokenizer: a `transformers` tokenizer.
         prompt_token_ids: the prompt; its last tokens decide whether the first word starts with a space.
-        stop: strings that end the answer.
-        include_stop: keep the stop string in the text.
-        skip_special_tokens: leave special tokens out of the text.
+        stop: stop strings.
+        include_stop: whether the text includes the stop string.
+        skip_special_tokens: whether the text omits special tokens.
     """
 
     def __init__(
@@ -35,9 +35,9 @@ class Detokenizer:
         self._stop = stop
         self._include_stop = include_stop
         self._skip_special_tokens = skip_special_tokens
-        self._window = self._end_of(prompt_token_ids)  # tokens that may still change how the next ones are spelled
+        self._window = self._end_of(prompt_token_ids)  # tokens that the spelling of the next ones may depend on
         self._window_text = self._decode(self._window)
-        self._borders: list[int] = []  # lengths of the window after which no character was open
+        self._borders: list[int] = []  # lengths of the window that end at a character boundary
         self._num_returned = 0
 
     def append(self, token_id: int, *, can_stop: bool = True) -> str | None:
@@ -45,15 +45,15 @@ class Detokenizer:
 
         Args:
             token_id: the next token.
-            can_stop: whether a stop string counts yet (`min_tokens`).
+            can_stop: whether stop strings apply yet (`min_tokens`).
 
         Returns:
-            The stop string that the text now ends at, or None.
+            The stop string at which the text now ends, or None.
         """
         self._window.append(token_id)
         candidate = self._decode(self._window)
         if candidate.endswith(REPLACEMENT) and len(self._window) < MAX_WINDOW:
-            return None  # the bytes so far may be the start of a character
+            return None  # the last bytes may be the start of a character
         new_text = candidate[len(self._window_text) :]
         self._window_text = candidate
         self._borders.append(len(self._window))
@@ -61,18 +61,18 @@ class Detokenizer:
         return self._extend(new_text, can_stop)
 
     def finish(self) -> None:
-        """Add what was held back; bytes that never became a character appear as U+FFFD."""
+        """Add the pending bytes to the text; an incomplete character becomes U+FFFD."""
         self.text += self._decode(self._window)[len(self._window_text) :]
         self._window_text = self._decode(self._window)
 
     def take_new_text(self, *, is_finished: bool) -> str:
-        """Text since the last call that can no longer change."""
-        end = len(self.text) if is_finished else len(self.text) - self._num_held_back()
+        """Return the text that is new since the last call and can no longer change."""
+        end = len(self.text) if is_finished else len(self.text) - self._num_withheld()
         start, self._num_returned = self._num_returned, max(end, self._num_returned)
         return self.text[start : self._num_returned]
 
     def _end_of(self, token_ids: list[int]) -> list[int]:
-        """The last `CONTEXT` tokens, and those before them that their first character began with."""
+        """Return the last `CONTEXT` tokens, or a few more if the first character began earlier."""
         for length in range(CONTEXT, CONTEXT + 4):
             end = token_ids[-length:]
             if not self._decode(end).startswith(REPLACEMENT):
@@ -80,7 +80,7 @@ class Detokenizer:
         return end
 
     def _shorten_window(self) -> None:
-        """Cut the window where no character was open, and leave at least `CONTEXT` tokens."""
+        """Cut the window at a character boundary, keeping at least `CONTEXT` tokens."""
         cut = max((border for border in self._borders if border <= len(self._window) - CONTEXT), default=0)
         if cut:
             self._window = self._window[cut:]
@@ -107,8 +107,8 @@ class Detokenizer:
         self.text = self.text[: position + len(stop) if self._include_stop else position]
         return stop
 
-    def _num_held_back(self) -> int:
-        """Length of the longest end of the text that starts a stop string."""
+    def _num_withheld(self) -> int:
+        """Return the length of the longest suffix of the text that is a prefix of a stop string."""
         longest = max(map(len, self._stop), default=0)
         for length in range(min(longest - 1, len(self.text)), 0, -1):
             if any(stop.startswith(self.text[-length:]) for stop in self._stop):

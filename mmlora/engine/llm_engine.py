@@ -1,7 +1,7 @@
-"""`LLMEngine`: requests in, steps, outputs out.
+"""`LLMEngine`: queue requests, compute steps, return outputs.
 
-One step is: schedule, run, postprocess, collect, return. `LLM` drives it in the caller's thread, `AsyncLLM` in a
-thread of its own; only `process_input` may be called from other threads.
+One step is: schedule, run, append, collect. `LLM` steps in the caller's thread, `AsyncLLM` in a dedicated thread. Other
+threads may only call what says so, such as `process_input`.
 """
 
 import functools
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 def _lora_method(change: Callable[Concatenate[LoRAManager, P], T]) -> Callable[Concatenate["LoRAMethods", P], T]:
-    """Make a method that changes adapters by `LoRAManager`, then syncs the slots."""
+    """Wrap a method of `LoRAManager` so that the slots are synced after it."""
 
     @functools.wraps(change)
     def method(self: "LoRAMethods", /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -52,12 +52,12 @@ def _lora_method(change: Callable[Concatenate[LoRAManager, P], T]) -> Callable[C
 
 
 class LoRAMethods(ABC):
-    """The life cycle of adapters, for classes whose caller is the engine thread; documented in `LoRAManager`."""
+    """Life cycle of adapters, to be called from the engine thread; `LoRAManager` documents the methods."""
 
     @property
     @abstractmethod
     def lora(self) -> LoRAManager:
-        """The adapters of the engine.
+        """The adapters of the engine, on the host and in the slots.
 
         Raises:
             RequestError: the engine runs without LoRA.
@@ -90,10 +90,10 @@ class LLMEngine(LoRAMethods):
     """Serves requests on one base model with many adapters.
 
     Args:
-        args: every option.
+        args: all options.
 
     Raises:
-        ConfigError: the options, the model and its default adapters do not fit together.
+        ConfigError: options, model and default adapters are incompatible.
         AdapterError: a default adapter cannot be loaded.
     """
 
@@ -150,10 +150,10 @@ class LLMEngine(LoRAMethods):
 
     @property
     def metrics(self) -> EngineMetrics:
-        """A snapshot of everything that is counted; may be taken from any thread."""
+        """A snapshot of all metrics. Thread-safe."""
         return measure(
             self._counters,
-            list(self._requests.values()),  # copied in one step, in C
+            list(self._requests.values()),  # an atomic copy
             self.scheduler,
             self.runner.encoder,
             self._lora,
@@ -162,7 +162,7 @@ class LLMEngine(LoRAMethods):
         )
 
     def summary(self) -> EngineSummary:
-        """Return what was loaded."""
+        """Return what the engine has loaded."""
         model, cache = self.runner.model, self.runner.kv_cache
         towers = self.runner.encoder.towers if self.runner.encoder is not None else None
         num_parameters: Counter[str] = Counter()
@@ -181,7 +181,7 @@ class LLMEngine(LoRAMethods):
         )
 
     def default_sampling_params(self, **changes: Any) -> SamplingParams:
-        """Sampling parameters with the model's `generation_config.json` as defaults, then `changes`."""
+        """Return the sampling parameters of the model's `generation_config.json`, updated with `changes`."""
         return SamplingParams(**{**self.sampling_defaults, **changes})
 
     def process_input(
@@ -192,10 +192,10 @@ class LLMEngine(LoRAMethods):
         lora_request: LoRARequest | object | None = None,
         priority: int = 0,
     ) -> EngineInput:
-        """Make a request ready: tokens, media, adapter. Thread-safe; the slow part of `add_request`.
+        """Tokenize a prompt, process its media, and load its adapter: the slow part of `add_request`. Thread-safe.
 
         Raises:
-            RequestError: the request cannot be served; a subclass says whether media or adapter are at fault.
+            RequestError: the request cannot be served; `MediaError` and `AdapterError` are subclasses.
         """
         params = params or self.default_sampling_params()
         return self.input_processor.process(request_id, prompt, params, lora_request, priority)
@@ -214,7 +214,7 @@ class LLMEngine(LoRAMethods):
             request_id: unique among unfinished requests.
             prompt: text, token ids, or a mapping with `multi_modal_data`.
             params: by default the model's own.
-            lora_request: an adapter, `BASE`, or None to let the media decide.
+            lora_request: an adapter, `BASE`, or None to choose one by the media.
             priority: lower is served earlier; needs `scheduling_policy="priority"`.
 
         Raises:
@@ -223,7 +223,7 @@ class LLMEngine(LoRAMethods):
         self.add_input(self.process_input(request_id, prompt, params, lora_request, priority))
 
     def add_input(self, request_input: EngineInput) -> None:
-        """Queue a request that `process_input` made ready.
+        """Queue a request that `process_input` returned.
 
         Raises:
             RequestError: a request with this id is unfinished.
@@ -240,13 +240,13 @@ class LLMEngine(LoRAMethods):
         self._counters.add(request_input)
         if request_input.adapter is not None:
             self.lora.retain(request_input.adapter)
-        self.scheduler.add(request.sequences[0])  # the others follow once its prompt is in the prefix cache
+        self.scheduler.add(request.sequences[0])  # its siblings follow once the prompt is in the prefix cache
 
     def abort_request(self, request_id: str, *, is_delta: bool = False) -> RequestOutput | None:
-        """End a request; None when there is none of this id.
+        """Abort an unfinished request.
 
         Returns:
-            Its terminal output, with `finish_reason="abort"` for answers that were still running.
+            Its final output, with `finish_reason="abort"` for unfinished completions; None if the id is unknown.
         """
         request = self._requests.get(request_id)
         if request is None:
@@ -258,20 +258,20 @@ class LLMEngine(LoRAMethods):
         """Compute one step.
 
         Args:
-            is_delta: `outputs` hold only what is new since the last call, not everything so far.
+            is_delta: completions hold only what is new since the last call.
 
         Returns:
-            The state of every request that got tokens or ended; each request ends in exactly one finished output.
+            The state of every request that has new tokens or is finished; each request has exactly one finished output.
         """
         return self._collect(self._advance(), is_delta=is_delta)
 
     def prefetch_loras(self, lora_requests: Iterable[object]) -> None:
-        """Load the missing adapters of several requests in parallel; errors are left to `process_input`."""
+        """Load the missing adapters of several requests concurrently; `process_input` reports the errors."""
         if self._lora is not None:
             self._lora.prefetch(lora_requests)
 
     def must_load_lora(self, lora_request: object) -> bool:
-        """Return whether `process_input` has to load an adapter for this request; may be called from any thread."""
+        """Return whether `process_input` has to load an adapter for this request. Thread-safe."""
         is_default = any(lora_request is default for default, _ in self.default_adapters.values())
         return self._lora is not None and not is_default and self._lora.is_missing(lora_request)
 
@@ -287,39 +287,39 @@ class LLMEngine(LoRAMethods):
             skip_special_tokens=params.skip_special_tokens,
         )
         seq = Sequence(request, index, list(request.input.prompt_token_ids), detokenizer, generator)
-        seq.uses_long_rope_factors = self._is_too_long(seq)
+        seq.uses_long_rope_factors = self._needs_long_rope_factors(seq)
         if request.input.matchers:
             seq.matcher = request.input.matchers[index]
         return seq
 
     def _next_seed(self) -> int:
-        """Return a seed for a sequence whose request has none; the n-th is the same in every run."""
+        """Return the seed of a sequence whose request has none; deterministic for each `EngineArgs.seed`."""
         return (self.args.seed * 1_000_003 + next(self._num_seeds)) % 2**63
 
-    def _is_too_long(self, seq: Sequence) -> bool:
-        """Return whether a sequence exceeds the length from which longrope uses its long factors."""
+    def _needs_long_rope_factors(self, seq: Sequence) -> bool:
+        """Return whether a sequence is so long that longrope uses its long factors."""
         return self._long_length is not None and len(seq.token_ids) > self._long_length
 
     def _advance(self) -> list[Request]:
         scheduled = self.scheduler.schedule()
         touched = self._fail(self.scheduler.failed)
         self.scheduler.failed.clear()
-        scheduled = [item for item in scheduled if item.seq.status is Status.RUNNING]  # siblings of those that failed
+        scheduled = [item for item in scheduled if item.seq.status is Status.RUNNING]  # some failed with a sibling
         now = time.monotonic()
         for item in scheduled:
             if item.seq.request.scheduled_s is None:
                 item.seq.request.scheduled_s = now
-                is_prefix_sought = self.block_manager.is_prefix_sought(item.seq)
-                self._counters.begin(item.seq.request, is_prefix_sought=is_prefix_sought)
+                uses_prefix_cache = self.block_manager.uses_prefix_cache(item.seq)
+                self._counters.begin(item.seq.request, uses_prefix_cache=uses_prefix_cache)
         if scheduled:
             touched += self._run(scheduled)
         return list(dict.fromkeys(touched))
 
     def _run(self, scheduled: list[ScheduledSequence]) -> list[Request]:
-        """Run the model and process its results; a failure fails only the requests that it concerns."""
+        """Run the model and process its results; an error fails only the requests of this step."""
         try:
             result = self._compute(scheduled)
-        except Exception as error:  # the engine outlives any request; those of this step do not
+        except Exception as error:  # the engine must survive it
             logger.exception("a step failed")
             failure = MMLoRAError(f"the model failed on this step: {error}")
             return self._fail([(item.seq, failure) for item in scheduled])
@@ -353,12 +353,14 @@ class LLMEngine(LoRAMethods):
         return result
 
     def _encode_media(self, scheduled: list[ScheduledSequence], result: StepResult) -> list[ScheduledSequence]:
-        """Give each sequence the media embeddings that this step needs; return those that have them all."""
+        """Encode the media that this step needs; return the sequences whose media could be encoded."""
         if not any(item.seq.media for item in scheduled):
             return scheduled
         missing = [
             (item.seq, index) for item in scheduled for index, _ in item.media if index not in item.seq.media_embeds
         ]
+        if not missing:
+            return scheduled
         embeds = self.runner.encode_media([_encoder_job(seq, index) for seq, index in missing])
         errors: dict[Sequence, MMLoRAError] = {}
         for seq, index in missing:
@@ -397,10 +399,10 @@ class LLMEngine(LoRAMethods):
             self.scheduler.finish(seq, finish_reason)
             if not isinstance(seq.stop_reason, str):
                 seq.detokenizer.finish()
-        elif not seq.uses_long_rope_factors and self._is_too_long(seq):
+        elif not seq.uses_long_rope_factors and self._needs_long_rope_factors(seq):
             seq.uses_long_rope_factors = True
             seq.block_hashes.clear()
-            self.scheduler.recompute(seq)  # the keys of all its tokens change
+            self.scheduler.recompute(seq)  # the rotary factors of all its keys change
 
     def _process_token(self, seq: Sequence, token_id: int) -> str | None:
         """Advance the matcher and the text of a sequence by its last token; return its finish reason if it ended."""
@@ -427,11 +429,11 @@ class LLMEngine(LoRAMethods):
                 seq.detokenizer.finish()
 
     def _collect(self, requests: list[Request], *, is_delta: bool = False) -> list[RequestOutput]:
-        """Build outputs, forget requests that ended, and free what they held."""
+        """Build outputs, and drop finished requests with their adapters and media."""
         outputs = []
         for request in requests:
             if self._requests.get(request.request_id) is not request:
-                continue  # its terminal output was given before
+                continue  # its final output has been returned
             outputs.append(build_output(request, is_delta=is_delta))
             if request.is_finished:
                 self._forget(request)
@@ -444,7 +446,7 @@ class LLMEngine(LoRAMethods):
         self._counters.finish(request)
         if request.input.adapter is not None:
             self.lora.release(request.input.adapter)
-        request.sequences.clear()  # breaks the cycle, so that media and adapter go now and not when it is collected
+        request.sequences.clear()  # breaks a reference cycle, which would keep media and adapter alive
 
 
 def _divide(items: list[ScheduledSequence]) -> dict[int | None, list[ScheduledSequence]]:

@@ -1,4 +1,4 @@
-"""Everything an engine is made of, loaded in order: model, processor, towers, adapters, KV cache, scheduler."""
+"""Loading of an engine: model, processor, towers, adapters, KV cache and scheduler, in this order."""
 
 import json
 from dataclasses import dataclass, field
@@ -43,13 +43,13 @@ from mmlora.models.transcription import OWN_PROMPT, TranscriptionPrompt, read_ow
 from mmlora.structured_outputs import ConstraintCompiler
 from mmlora.towers.encoder import MediaEncoder
 
-DEFAULT_LORA_IDS = 2**62  # ids of default adapters start here, far from those that callers choose
+DEFAULT_LORA_IDS = 2**62  # ids of default adapters start here, far from ids that callers choose
 GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
 class EngineParts:
-    """Everything that `LLMEngine` consists of once its model is loaded."""
+    """Everything that `LLMEngine` is made of."""
 
     tokenizer: Any
     max_model_len: int
@@ -63,9 +63,9 @@ class EngineParts:
     default_adapters: dict[str, tuple[LoRARequest, Adapter]]
     default_load_s: dict[str, float]  # by adapter name
     stop_ids: frozenset[int]
-    long_length: int | None  # of a sequence, beyond which longrope changes its factors
+    long_length: int | None  # longer sequences use the long factors of longrope; None without longrope
     sampling_defaults: dict[str, Any]
-    transcription_prompt: TranscriptionPrompt | None  # None where it is not known how to ask the model
+    transcription_prompt: TranscriptionPrompt | None  # None if the model has none
 
 
 def load_engine_parts(args: EngineArgs) -> EngineParts:
@@ -73,7 +73,7 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
 
     Raises:
         ConfigError: an option does not fit the model.
-        AdapterError: a default adapter cannot be loaded. One of the registry that cannot be is listed as broken.
+        AdapterError: a default adapter cannot be loaded. An adapter of the registry that fails is listed as broken.
     """
     path = resolve_model_path(args.model, args.revision)
     config = load_config(path)
@@ -144,7 +144,7 @@ def _check_limits(args: EngineArgs, modalities: frozenset[str]) -> None:
 
 @dataclass(frozen=True)
 class _AdapterParts:
-    """The parts that deal with adapters; none where they are not allowed."""
+    """The parts for adapters; empty without LoRA."""
 
     host_cache: HostCache | None = None
     slots: LoRASlots | None = None
@@ -204,10 +204,10 @@ def _load_defaults(
 def _generation_config(
     args: EngineArgs, path: Path, config: PretrainedConfig, tokenizer: Any
 ) -> tuple[frozenset[int], dict[str, Any], TranscriptionPrompt | None]:
-    """End-of-text tokens, sampling defaults and the prompt of transcriptions, as `generation_config.json` has them.
+    """Read end-of-text tokens, sampling defaults and the transcription prompt from `generation_config.json`.
 
     Raises:
-        ConfigError: the file is no JSON, or holds a prompt of another form.
+        ConfigError: the file is not JSON, or its prompt is malformed.
     """
     file = path / "generation_config.json"
     try:

@@ -1,4 +1,7 @@
-"""`EngineMetrics`: what the engine counts, as plain numbers. How they are exported is the server's business."""
+"""Metrics as plain numbers: `EngineMetrics` of the engine, `RequestRecord` and `RequestHistograms` of requests.
+
+The server exports them. The engine thread counts; records and histograms are updated on event loops.
+"""
 
 import threading
 from bisect import bisect_left
@@ -22,10 +25,7 @@ from mmlora.towers.encoder import MediaEncoder
 
 @dataclass(frozen=True)
 class AdapterMetrics:
-    """One adapter: how many requests run and wait with any version of it, where it is, and its loads so far.
-
-    A `LoRAMix` is here, too, while requests ask for it.
-    """
+    """Metrics of one adapter, all versions together; or of one `LoRAMix`, while requests use it."""
 
     name: str
     is_default: bool
@@ -40,18 +40,18 @@ class AdapterMetrics:
 
 @dataclass(frozen=True)
 class EngineMetrics:
-    """The state of an engine at one moment; names that begin with `total` only ever grow.
+    """A snapshot of an engine; fields that start with `total` are counters, the others gauges.
 
     Attributes:
-        adapters: by name, defaults after those that were added.
-        total_requests: by the reason of the adapter choice, such as `explicit` or `default:audio`.
-        total_finished: answers by finish reason.
-        total_prompt_tokens: of requests that have begun.
-        total_prefix_queries: those of them that were looked for in the prefix cache.
-        total_cached_tokens: those of them that it held.
-        max_loras: slots; 0 without adapters.
-        total_encoder_hits, total_encoder_misses: media items found in the encoder cache, or encoded.
-        num_host_adapter_bytes: all adapter versions that anybody holds, defaults included.
+        adapters: those added first, then defaults.
+        total_requests: by the reason of the adapter choice, for example `explicit` or `default:audio`.
+        total_finished: completions by finish reason.
+        total_prompt_tokens: of requests that were scheduled.
+        total_prefix_queries: prompt tokens looked up in the prefix cache.
+        total_cached_tokens: prompt tokens found there.
+        max_loras: number of slots; 0 without LoRA.
+        total_encoder_hits, total_encoder_misses: media items found in the encoder cache, and encoded.
+        num_host_adapter_bytes: all adapter versions in host memory, defaults included.
     """
 
     adapters: tuple[AdapterMetrics, ...]
@@ -79,13 +79,13 @@ class EngineMetrics:
 
 @dataclass(frozen=True)
 class EngineSummary:
-    """What an engine loaded.
+    """What an engine has loaded.
 
     Attributes:
-        model_class: of `transformers`.
-        modalities: of media that the model takes, sorted.
-        num_parameters: by part of the model, adapters not counted.
-        num_lora_slots: adapters in one step; 0 without LoRA.
+        model_class: name of the `transformers` class.
+        modalities: media that the model accepts, sorted.
+        num_parameters: by part of the model.
+        num_lora_slots: most adapters in one step; 0 without LoRA.
         encoder_cache_bytes: limit of the encoder cache; 0 for a text-only model.
     """
 
@@ -102,7 +102,7 @@ class EngineSummary:
 
 @dataclass
 class RequestCounters:
-    """What is counted as requests come and go."""
+    """Counters of the engine thread."""
 
     reasons: Counter[str] = field(default_factory=Counter)
     finished: Counter[str] = field(default_factory=Counter)
@@ -112,18 +112,18 @@ class RequestCounters:
     num_output_tokens: int = 0
 
     def add(self, request: EngineInput) -> None:
-        """Count a request that was queued."""
+        """Count a queued request."""
         self.reasons[request.lora.reason] += 1
 
-    def begin(self, request: Request, *, is_prefix_sought: bool) -> None:
+    def begin(self, request: Request, *, uses_prefix_cache: bool) -> None:
         """Count a request that is scheduled for the first time."""
         num_tokens = len(request.input.prompt_token_ids)
         self.num_prompt_tokens += num_tokens
-        self.num_prefix_queries += num_tokens if is_prefix_sought else 0
+        self.num_prefix_queries += num_tokens if uses_prefix_cache else 0
         self.num_cached_tokens += request.num_cached_tokens or 0
 
     def finish(self, request: Request) -> None:
-        """Count a request that ended."""
+        """Count a finished request."""
         for seq in request.sequences:
             self.finished[seq.finish_reason or "none"] += 1
 
@@ -190,7 +190,7 @@ def _adapters(
     infos = {info.name: info for info in lora.list_infos()}
     asked = [(name, is_mix) for name, is_default, is_mix in num_running + num_waiting if not is_default]
     for name, is_mix in dict.fromkeys([*((name, False) for name in infos), *asked]):
-        key = (name, False, is_mix)  # what was removed and still runs is among them
+        key = (name, False, is_mix)  # also of a removed adapter that requests still use
         info = None if is_mix else infos.get(name)
         is_on_host, is_on_device = (info.is_on_host, info.is_on_device) if info else (False, False)
         num_loads, load_s = (info.num_loads, info.load_s) if info else (0, 0.0)
@@ -204,7 +204,7 @@ def _adapters(
 
 
 def _kinds_of(requests: list[Request], defaults: Container[AdapterIdentity]) -> Iterator[tuple[str, bool, bool]]:
-    """For each request with an adapter its name, whether it is a default, and whether it is a mix."""
+    """Yield the adapter's name, whether it is a default, and whether it is a mix, for each request with an adapter."""
     for request in requests:
         adapter = request.input.adapter
         if adapter is not None:
@@ -217,11 +217,11 @@ TOKENS: Final = tuple(2.0**power for power in range(18))
 
 @dataclass(frozen=True)
 class HistogramCounts:
-    """A histogram at one moment.
+    """A snapshot of a histogram.
 
     Attributes:
-        bounds: upper ends of the ranges, which they include; the last range has none.
-        cumulative: values up to each bound, then all values.
+        bounds: upper bounds of the buckets, inclusive; the last bucket has none.
+        cumulative: number of values up to each bound, then of all values.
         total: sum of all values.
     """
 
@@ -236,10 +236,10 @@ class HistogramCounts:
 
 
 class Histogram:
-    """Counts values by range. Safe to use from several threads.
+    """Histogram with fixed buckets. Thread-safe.
 
     Args:
-        bounds: upper ends of the ranges, ascending.
+        bounds: upper bounds of the buckets, ascending.
     """
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
@@ -249,20 +249,20 @@ class Histogram:
         self._lock = threading.Lock()
 
     def observe(self, value: float) -> None:
-        """Count a value."""
+        """Add a value."""
         with self._lock:
             self._counts[bisect_left(self._bounds, value)] += 1
             self._total += value
 
     def counts(self) -> HistogramCounts:
-        """The counts so far."""
+        """Return a snapshot."""
         with self._lock:
             return HistogramCounts(self._bounds, tuple(accumulate(self._counts)), self._total)
 
 
 @dataclass(frozen=True)
 class MediaRecord:
-    """One media item: its kind, the hash of its content and of how it was processed, and its sizes."""
+    """One media item of a request; the hash covers its content and processor options."""
 
     modality: str
     content_hash: str
@@ -272,15 +272,15 @@ class MediaRecord:
 
 @dataclass(eq=False)
 class RequestRecord:
-    """One request so far.
+    """What is known about one request of `AsyncLLM`, for logs, traces and histograms.
 
     Attributes:
-        request_id: the caller's.
-        start_s, queued_s: when it was made, and when it was ready for the engine (monotonic).
-        prompt: its text; None where only tokens were given, or before it was ready.
-        params: its sampling parameters, once it was ready.
-        times: what the last output told of its stages.
-        finish_reasons: by answer, of those that ended.
+        request_id: id given by the caller.
+        start_s, queued_s: when `AsyncLLM` was called, and when the processed request was queued (monotonic clock).
+        prompt: text of the prompt; None for a prompt of token ids, or before the request is queued.
+        params: sampling parameters; None before the request is queued.
+        times: metrics of the last output.
+        finish_reasons: by index of the completion, for finished ones.
     """
 
     request_id: str
@@ -295,20 +295,21 @@ class RequestRecord:
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
     finish_reasons: dict[int, str] = field(default_factory=dict)
-    last_token_s: dict[int, float] = field(default_factory=dict)  # by answer
-    num_answers: int = 1
-    is_aborted: bool = False  # before the engine knew the request
+    last_token_s: dict[int, float] = field(default_factory=dict)  # by index of the completion
+    num_completions: int = 1
+    is_aborted: bool = False  # before it was queued
 
     @property
     def all_finish_reasons(self) -> list[str]:
-        """Why each answer ended; those that did not will be aborted."""
-        return [self.finish_reasons.get(index, "abort") for index in range(self.num_answers)]
+        """Finish reason of each completion; unfinished ones count as aborted."""
+        return [self.finish_reasons.get(index, "abort") for index in range(self.num_completions)]
 
-    def queue(self, ready: EngineInput, now: float) -> None:
-        """Note what a request is, once it is ready for the engine. It keeps neither media nor adapter alive."""
-        self.queued_s, self.prompt, self.params, self.lora = now, ready.prompt, ready.params, ready.lora
-        self.num_prompt_tokens, self.num_answers = len(ready.prompt_token_ids), ready.params.n
-        items = [item.media for item in ready.media]
+    def queue(self, request_input: EngineInput, now: float) -> None:
+        """Record a processed request when it is queued, without keeping its media or adapter alive."""
+        self.queued_s = now
+        self.prompt, self.params, self.lora = request_input.prompt, request_input.params, request_input.lora
+        self.num_prompt_tokens, self.num_completions = len(request_input.prompt_token_ids), request_input.params.n
+        items = [item.media for item in request_input.media]
         self.media = tuple(
             MediaRecord(
                 item.modality,
@@ -321,17 +322,17 @@ class RequestRecord:
 
 
 OPEN_RECORDS: Final[ContextVar[list[RequestRecord] | None]] = ContextVar("mmlora_open_records", default=None)
-"""Where the requests that are made in this context are noted; a server sets a list for each of its own requests."""
+"""List to which the requests made in this context add their records; the server sets one per HTTP request."""
 
 
 class RequestHistograms:
-    """Latencies (s) and lengths (tokens) of requests.
+    """Histograms of the latencies (s) and lengths (tokens) of requests.
 
     Attributes:
-        first_token, inter_token: from the call to the first token, and from each token of an answer to its next.
-        queue: from the time that the engine could have begun to the time that it did, of requests that got a token.
-        end_to_end: from the call to the last output.
-        prompt_tokens, output_tokens: of requests that ended, all answers together.
+        first_token, inter_token: from the call to the first token, and between tokens of one completion.
+        queue: from queueing to the first step, for requests with at least one token.
+        end_to_end: from the call to the final output.
+        prompt_tokens, output_tokens: of finished requests, all completions together.
     """
 
     def __init__(self) -> None:
@@ -342,8 +343,8 @@ class RequestHistograms:
         self.prompt_tokens = Histogram(TOKENS)
         self.output_tokens = Histogram(TOKENS)
 
-    def take(self, record: RequestRecord, output: RequestOutput) -> None:
-        """Bring the record of a request up to date with an output (a delta), and count what it tells."""
+    def observe(self, record: RequestRecord, output: RequestOutput) -> None:
+        """Update the record of a request with an output, a delta, and add its values."""
         times = output.metrics
         now = times.end_s
         record.times, record.lora, record.num_cached_tokens = times, output.lora, output.num_cached_tokens
@@ -353,13 +354,13 @@ class RequestHistograms:
         for part in output.outputs:
             if part.finish_reason is not None:
                 record.finish_reasons[part.index] = part.finish_reason
-            self._take_tokens(record, part.index, part.token_ids, now)
+            self._observe_tokens(record, part.index, part.token_ids, now)
         if output.finished:
             self.end_to_end.observe(now - record.start_s)
             self.prompt_tokens.observe(len(output.prompt_token_ids))
             self.output_tokens.observe(record.num_output_tokens)
 
-    def _take_tokens(self, record: RequestRecord, index: int, token_ids: list[int], now: float) -> None:
+    def _observe_tokens(self, record: RequestRecord, index: int, token_ids: list[int], now: float) -> None:
         if not token_ids:
             return
         last_s = record.last_token_s.get(index)

@@ -18,7 +18,7 @@ from mmlora.sampling_params import SamplingParams
 
 @dataclass(frozen=True)
 class SampledToken:
-    """The next token of a sequence and, if asked for, the log probabilities around it."""
+    """The next token of a sequence, with log probabilities if they were requested."""
 
     seq: Sequence
     token_id: int
@@ -28,7 +28,7 @@ class SampledToken:
 
 @dataclass
 class StepResult:
-    """What a step yields: new tokens, and sequences that cannot continue."""
+    """Result of a step: new tokens, and sequences that cannot continue."""
 
     sampled: list[SampledToken] = field(default_factory=list)
     failed: list[tuple[Sequence, MMLoRAError]] = field(default_factory=list)
@@ -53,7 +53,7 @@ class Sampler:
         Args:
             items: what was computed.
             logits: `[num_logit_rows, vocab_size]` float32: the rows of `logit_positions` of each item.
-            result: takes the sampled tokens, and the sequences that have none to choose from.
+            result: collects the sampled tokens, and errors of sequences for which no token can be sampled.
         """
         seqs: list[Sequence] = []
         rows: list[int] = []
@@ -95,25 +95,25 @@ class Sampler:
 def sample(logits: torch.Tensor, seqs: list[Sequence], stop_ids: frozenset[int]) -> list[int | MMLoRAError]:
     """Choose one token per sequence.
 
-    Each random choice uses the sequence's own generator, so it does not depend on the rest of the batch.
+    Each sequence has its own random generator, so that its tokens do not depend on the rest of the batch.
 
     Args:
-        logits: `[num_seqs, vocab_size]` float32; changed in place.
-        seqs: in the order of the rows.
+        logits: `[num_seqs, vocab_size]` float32; modified in place.
+        seqs: one per row.
         stop_ids: end-of-text tokens, masked while `min_tokens` is not reached.
 
     Returns:
-        For each sequence its token, or why there is none to choose.
+        For each sequence its token, or the error if no token can be sampled.
     """
-    was_finite = logits.amax(-1).isfinite()  # a NaN anywhere in a row is also its maximum; read on failure only
+    was_finite = logits.amax(-1).isfinite()  # the maximum of a row with a NaN is NaN
     for row, seq in zip(logits, seqs, strict=True):
         _adjust_logits(row, seq, stop_ids)
     _mask_logits(logits, seqs)
-    highest, likeliest = logits.max(-1)
-    tokens: list[int | MMLoRAError] = [*likeliest.tolist()]
+    highest, argmax = logits.max(-1)
+    tokens: list[int | MMLoRAError] = [*argmax.tolist()]
     for index, (seq, is_finite) in enumerate(zip(seqs, highest.isfinite().tolist(), strict=True)):
         if seq.matcher is not None and seq.matcher.error is not None:
-            tokens[index] = RequestError(f"the answer cannot follow its constraint any further: {seq.matcher.error}")
+            tokens[index] = RequestError(f"the output cannot follow its constraint any further: {seq.matcher.error}")
         elif not is_finite:
             tokens[index] = _no_token(bool(was_finite[index]))
         elif not seq.params.is_greedy:
@@ -123,7 +123,7 @@ def sample(logits: torch.Tensor, seqs: list[Sequence], stop_ids: frozenset[int])
 
 
 def token_probabilities(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """The distribution that `temperature`, `min_p`, `top_k` and `top_p`, in this order, leave of one row of logits.
+    """Apply `temperature`, `min_p`, `top_k` and `top_p`, in this order, to one row of logits; return probabilities.
 
     Args:
         logits: `[vocab_size]` float32.
@@ -138,13 +138,13 @@ def token_probabilities(logits: torch.Tensor, params: SamplingParams) -> torch.T
     if params.top_p < 1:
         ordered, order = probs.sort(descending=True)
         is_dropped = ordered.cumsum(-1) - ordered >= params.top_p
-        is_dropped[0] = False  # top_p may be 0 in float32
+        is_dropped[0] = False  # top_p may underflow to 0 in float32
         probs = probs.index_fill(0, order[is_dropped], 0.0)
     return probs / probs.sum()
 
 
 def top_logprobs(logprobs: torch.Tensor, token: int, num_top: int, tokenizer: Any) -> TokenLogprobs:
-    """The `num_top` likeliest tokens of one row (-1: all), and the chosen one.
+    """Return the `num_top` most likely tokens of one row (-1: all), and the given token.
 
     Args:
         logprobs: `[vocab_size]` float32.
@@ -169,7 +169,7 @@ def _adjust_logits(row: torch.Tensor, seq: Sequence, stop_ids: frozenset[int]) -
 
 
 def _mask_logits(logits: torch.Tensor, seqs: list[Sequence]) -> None:
-    """Leave of constrained rows what may come next. An answer that must go on has no end among that."""
+    """Mask the tokens that the matchers do not allow; end-of-text is masked, too, while a sequence may not end."""
     rows = [index for index, seq in enumerate(seqs) if seq.matcher is not None]
     if not rows:
         return
@@ -194,7 +194,7 @@ def _no_token(was_finite: bool) -> MMLoRAError:
 def _apply_penalties(row: torch.Tensor, seq: Sequence) -> None:
     params = seq.params
     if params.repetition_penalty != 1:
-        known = {token for token in seq.token_ids if token < row.numel()}  # placeholders may lie outside
+        known = {token for token in seq.token_ids if token < row.numel()}  # placeholders may be outside the vocabulary
         seen = torch.tensor(sorted(known), device=row.device)
         scores = row[seen]
         row[seen] = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)

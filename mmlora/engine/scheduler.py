@@ -1,4 +1,4 @@
-"""`Scheduler`: which sequences run in the next step, and how many tokens of each."""
+"""`Scheduler`: chooses the sequences of the next step, and how many tokens of each are computed."""
 
 import heapq
 from bisect import bisect_left, insort
@@ -12,105 +12,105 @@ from mmlora.inputs.engine_input import MediaInput
 from mmlora.lora.adapter import Adapter, AdapterIdentity
 from mmlora.lora.layers.slots import LoRASlots
 
-MAX_WAIT_STEPS = 32  # that an adapter waits for a slot before the slots in use are drained
+MAX_WAIT_STEPS = 32  # an adapter that has waited longer for a slot makes the slots in use drain
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a sequence stands: `order` grows towards the back, and `step` is when it came.
+class QueuePosition:
+    """Position of a sequence in the waiting queue: by priority, lower first, then by `order`.
 
-    Lower priorities stand before higher ones, whatever their order.
+    `step` is the scheduler step in which the sequence was queued.
     """
 
     order: int
     step: int
     priority: int = 0
 
-    def __lt__(self, other: "Place") -> bool:
+    def __lt__(self, other: "QueuePosition") -> bool:
         return (self.priority, self.order) < (other.priority, other.order)
 
 
-Lane = list[tuple[Place, Sequence]]  # sorted
+Lane = list[tuple[QueuePosition, Sequence]]  # sorted
 
 
 class WaitingQueue:
-    """First come, first served among equal priorities in a lane; the heads of lanes compare by their places.
+    """Waiting sequences in one lane per adapter, and one for the base model; each lane is sorted by queue position.
 
-    Adding and removing take a binary search and a move of pointers, looking at a head takes constant time, and no step
-    of the scheduler has to look at more than one sequence of a lane that cannot start.
+    Adding and removing cost a binary search, and reading a head is O(1). A lane whose head cannot start costs the
+    scheduler one look per step.
     """
 
     def __init__(self) -> None:
         self._lanes: dict[AdapterIdentity | None, Lane] = {}
-        self._places: dict[Sequence, Place] = {}
+        self._positions: dict[Sequence, QueuePosition] = {}
         self._front = 0
         self._back = 0
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._positions)
 
     def __iter__(self) -> Iterator[Sequence]:
         return (seq for _, seq in heapq.merge(*self._lanes.values()))
 
     @property
     def num_base(self) -> int:
-        """How many wait without an adapter."""
+        """Number of waiting sequences without an adapter."""
         return len(self._lanes.get(None, ()))
 
     def append(self, seq: Sequence, step: int) -> None:
         """Add a sequence behind all others of its priority."""
         self._back += 1
-        self._insert(seq, Place(self._back, step, seq.priority))
+        self._insert(seq, QueuePosition(self._back, step, seq.priority))
 
     def appendleft(self, seq: Sequence, step: int) -> None:
         """Add a sequence before all others of its priority."""
         self._front -= 1
-        self._insert(seq, Place(self._front, step, seq.priority))
+        self._insert(seq, QueuePosition(self._front, step, seq.priority))
 
     def remove(self, seq: Sequence) -> None:
-        """Take a sequence out, wherever it stands; one that does not wait is ignored."""
-        place = self._places.pop(seq, None)
-        if place is None:
+        """Remove a sequence; one that is not waiting is ignored."""
+        position = self._positions.pop(seq, None)
+        if position is None:
             return
         key = _key(seq.adapter)
         lane = self._lanes[key]
-        del lane[bisect_left(lane, place, key=_place)]
+        del lane[bisect_left(lane, position, key=_position)]
         if not lane:
             del self._lanes[key]
 
-    def head(self, adapter: Adapter | None) -> tuple[Place, Sequence] | None:
-        """Return the first of an adapter's lane (None: the base model's) and its place, None if nobody waits there."""
+    def head(self, adapter: Adapter | None) -> tuple[QueuePosition, Sequence] | None:
+        """Return the first sequence of an adapter's lane (None: the base model's); None if the lane is empty."""
         lane = self._lanes.get(_key(adapter))
         return lane[0] if lane is not None else None
 
-    def heads(self) -> list[tuple[Place, Sequence]]:
-        """Return the first of every lane with its place, in no order."""
+    def heads(self) -> list[tuple[QueuePosition, Sequence]]:
+        """Return the first sequence of every lane, unordered."""
         return [lane[0] for lane in self._lanes.values()]
 
-    def adapter_heads(self) -> list[tuple[Place, Sequence]]:
-        """Return the first of every adapter's lane with its place, in no order."""
+    def adapter_heads(self) -> list[tuple[QueuePosition, Sequence]]:
+        """Return the first sequence of every adapter's lane, unordered."""
         return [lane[0] for key, lane in self._lanes.items() if key is not None]
 
     def last_order(self, adapter: Adapter, count: int) -> int:
-        """Return the greatest order among the first `count` sequences in a lane that is not empty."""
-        return max(place.order for place, _ in self._lanes[_key(adapter)][:count])
+        """Return the greatest order among the first `count` sequences of a non-empty lane."""
+        return max(position.order for position, _ in self._lanes[_key(adapter)][:count])
 
-    def _insert(self, seq: Sequence, place: Place) -> None:
-        self._places[seq] = place
-        insort(self._lanes.setdefault(_key(seq.adapter), []), (place, seq), key=_place)
+    def _insert(self, seq: Sequence, position: QueuePosition) -> None:
+        self._positions[seq] = position
+        insort(self._lanes.setdefault(_key(seq.adapter), []), (position, seq), key=_position)
 
 
 def _key(adapter: Adapter | None) -> AdapterIdentity | None:
     return adapter.identity if adapter is not None else None
 
 
-def _place(entry: tuple[Place, Sequence]) -> Place:
+def _position(entry: tuple[QueuePosition, Sequence]) -> QueuePosition:
     return entry[0]
 
 
 @dataclass(frozen=True)
 class ScheduledSequence:
-    """Compute the tokens `[start, start + num_tokens)` of a sequence."""
+    """Work of one step on one sequence: compute its tokens `[start, start + num_tokens)`."""
 
     seq: Sequence
     start: int
@@ -123,7 +123,7 @@ class ScheduledSequence:
 
     @property
     def is_sampled(self) -> bool:
-        """Whether the next token is known after this step: all tokens so far then have KV."""
+        """Whether this step computes the last known token, so that its logits give the next one."""
         return self.end == len(self.seq.token_ids)
 
     @property
@@ -135,22 +135,22 @@ class ScheduledSequence:
 
 @dataclass
 class _Step:
-    """A step in the making."""
+    """The step that is being scheduled."""
 
     budget: int  # tokens left
-    is_short: bool = False  # of blocks: nobody else starts
+    is_out_of_blocks: bool = False  # no further sequence starts
     items: dict[Sequence, ScheduledSequence] = field(default_factory=dict)
 
     @property
     def is_open(self) -> bool:
-        return self.budget > 0 and not self.is_short
+        return self.budget > 0 and not self.is_out_of_blocks
 
     def add(self, seq: Sequence, start: int, num_tokens: int) -> None:
         self.items[seq] = ScheduledSequence(seq, start, num_tokens)
         self.budget -= num_tokens
 
     def max_tokens(self, seq: Sequence, start: int) -> int:
-        """How many tokens from `start` on; more than are left where an image may not be split."""
+        """Return how many tokens from `start` on fit; a bidirectional span is never split, even beyond the budget."""
         if self.budget <= 0:
             return 0
         return seq.whole_chunk_end(start, min(len(seq.token_ids), start + self.budget)) - start
@@ -161,23 +161,24 @@ class _Step:
 
 
 class Scheduler:
-    """Continuous batching with chunked prefill, preemption by recompute, and fair shares for adapters and the base.
+    """Continuous batching with chunked prefill, preemption by recompute, and fairness between adapters and the base.
 
-    A step holds at most `max_num_seqs` sequences, `max_num_batched_tokens` tokens (more where an image may not be
-    split) and as many distinct adapters as there are slots. It decodes first. With the tokens that are left, prompts of
-    the base model and prompts of adapters take turns in coming first; the side whose turn it is keeps it until it could
-    use it, and while it lacks blocks nobody starts, so that neither starves. Up to three quarters of `max_num_seqs` are
-    the base model's whenever it asks: adapter sequences leave these places free for it, and the youngest one is
-    preempted if need be.
+    A step has at most `max_num_seqs` sequences, `max_num_batched_tokens` tokens (more where a bidirectional span may
+    not be split) and as many distinct adapters as there are slots. Decodes are scheduled first. The remaining tokens go
+    to prefills: base-model prompts and adapter prompts alternate in going first, and a side keeps its turn until it has
+    used it. While that side lacks blocks no other sequence starts, so that neither side starves. Up to three quarters
+    of `max_num_seqs` are reserved for base-model sequences while any are waiting: adapter sequences leave these places
+    free, and the youngest is preempted if necessary.
 
-    Adapter sequences start oldest first; one whose adapter finds no slot is passed over. After `MAX_WAIT_STEPS` steps
-    it is overdue, and a younger sequence then starts only if it waited already when its adapter got its slot, and was
-    among the first `max_num_seqs` to do so. The slots in use thereby drain, and the first that is empty goes to the
-    oldest. While all slots are asked for this is a gated round: every adapter is served in turn, with all that it has.
+    Adapter sequences start oldest first; one whose adapter gets no slot is skipped. After `MAX_WAIT_STEPS` steps it is
+    overdue. From then on a younger sequence starts only if it was already waiting when its adapter got its slot, among
+    the first `max_num_seqs` of that adapter. So the slots in use drain, and the first free slot goes to the oldest
+    sequence. While there are more adapters than slots this is gated round-robin: each adapter is served in turn, with
+    all sequences that were waiting when its turn began.
 
-    With `is_by_priority`, base and adapters take no turns and have no shares: what waits starts by (priority, arrival),
-    whatever it runs with, and what runs is preempted in the opposite order. While the first has no slot, nobody of a
-    worse priority starts with another adapter, so that a slot drains for it at once.
+    With `is_by_priority` there are no turns and no shares: waiting sequences start by (priority, arrival), with or
+    without an adapter, and running ones are preempted in the reverse order. While the first waiting sequence lacks a
+    slot, no sequence of a worse priority starts with an adapter that is not resident, so that a slot drains for it.
     """
 
     def __init__(
@@ -196,11 +197,11 @@ class Scheduler:
         self.is_by_priority = is_by_priority
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
-        self.failed: list[tuple[Sequence, AdapterError]] = []  # ended: their adapter could not be activated
+        self.failed: list[tuple[Sequence, AdapterError]] = []  # finished, because their adapter failed to activate
         self.num_steps = 0
         self.num_preemptions = 0
         self._is_base_turn = True
-        self._gates = [0] * (slots.max_loras if slots is not None else 0)  # by slot: last order of its round
+        self._gates = [0] * (slots.max_loras if slots is not None else 0)  # by slot: last order that its round admits
 
     @property
     def has_unfinished(self) -> bool:
@@ -212,7 +213,7 @@ class Scheduler:
         self.waiting.append(seq, self.num_steps)
 
     def schedule(self) -> list[ScheduledSequence]:
-        """Choose the next step's work; running sequences come before waiting ones."""
+        """Return the work of the next step; running sequences come before waiting ones."""
         self.num_steps += 1
         step = _Step(self.max_num_batched_tokens)
         self._continue(step, [seq for seq in self.running if len(seq.token_ids) - seq.num_computed_tokens == 1])
@@ -227,7 +228,7 @@ class Scheduler:
         return list(step.items.values())
 
     def finish(self, seq: Sequence, reason: str) -> None:
-        """End a sequence wherever it is, and free what it holds."""
+        """Finish a waiting or running sequence, and free its blocks, media and slot."""
         if seq.status is Status.FINISHED:
             return
         if seq.status is Status.RUNNING:
@@ -239,7 +240,7 @@ class Scheduler:
         seq.finish_reason = reason
 
     def _continue(self, step: _Step, seqs: Iterable[Sequence]) -> int:
-        """Schedule running sequences, those of one priority in the order in which they started; return how many."""
+        """Schedule running sequences by priority, then by start; return how many were scheduled."""
         num_scheduled = 0
         for seq in sorted(seqs, key=lambda seq: seq.priority):
             start = seq.num_computed_tokens
@@ -252,9 +253,10 @@ class Scheduler:
         return num_scheduled
 
     def _make_room(self, step: _Step, seq: Sequence, num_tokens: int) -> bool:
-        """Find blocks for a running sequence, at the cost of those that rank last; False if it was the last.
+        """Allocate blocks for a running sequence, preempting the worst priority first, then the latest start.
 
-        Among equal priorities, those rank last that started last.
+        Returns:
+            False if the sequence itself had to be preempted.
         """
         while not self.block_manager.can_allocate(seq, num_tokens):
             victim = max(reversed(self.running), key=lambda running: running.priority)
@@ -270,7 +272,7 @@ class Scheduler:
         self.num_preemptions += 1
 
     def recompute(self, seq: Sequence) -> None:
-        """Have a running sequence start over, before all others; its tokens stay."""
+        """Requeue a running sequence at the front, to recompute its KV from the start; it keeps its tokens."""
         self.running.remove(seq)
         self._release(seq)
         seq.num_computed_tokens = 0
@@ -285,60 +287,63 @@ class Scheduler:
             seq.slot = None
 
     def _prefill(self, step: _Step, *, is_base: bool) -> int:
-        """Go on with the prompts of one side, then start those that wait; return how many."""
-        begun = [seq for seq in self.running if seq not in step.items and (seq.adapter is None) is is_base]
-        num_continued = self._continue(step, begun)
+        """Continue the prefills of one side, then start its waiting sequences; return how many were scheduled."""
+        started = [seq for seq in self.running if seq not in step.items and (seq.adapter is None) is is_base]
+        num_continued = self._continue(step, started)
         return num_continued + (self._start_base(step) if is_base else self._start_adapters(step))
 
     def _start_base(self, step: _Step) -> int:
         num_started = 0
         while step.is_open and (head := self.waiting.head(None)) is not None:
-            if len(self.running) >= self.max_num_seqs and not self._vacate(step):
+            if len(self.running) >= self.max_num_seqs and not self._preempt_for_base(step):
                 break
             num_started += self._start(step, head[1])
         return num_started
 
     def _start_adapters(self, step: _Step) -> int:
-        max_num_running = self.max_num_seqs - min(self.waiting.num_base, self._num_base_places())
+        max_num_running = self.max_num_seqs - min(self.waiting.num_base, self._num_reserved_for_base())
         heads = self.waiting.adapter_heads() if len(self.running) < max_num_running else []
         return self._start_in_order(step, heads, max_num_running)
 
-    def _start_in_order(self, step: _Step, heads: list[tuple[Place, Sequence]], max_num_running: int) -> int:
-        """Start what waits in some lanes, passing over what has no slot; return how many."""
+    def _start_in_order(self, step: _Step, heads: list[tuple[QueuePosition, Sequence]], max_num_running: int) -> int:
+        """Start waiting sequences, given the heads of their lanes, skipping those without a slot; return how many."""
         num_started = 0
         heapq.heapify(heads)
-        first_passed: Place | None = None
+        first_skipped: QueuePosition | None = None
         is_draining = False
         while heads and step.is_open and len(self.running) < max_num_running:
-            place, seq = heapq.heappop(heads)
-            is_outranked = first_passed is not None and first_passed.priority < place.priority
-            if seq.adapter is None or self._has_slot(seq, place, is_draining, is_outranked):
+            position, seq = heapq.heappop(heads)
+            is_outranked = first_skipped is not None and first_skipped.priority < position.priority
+            if seq.adapter is None or self._has_slot(seq, position, is_draining, is_outranked):
                 num_started += self._start(step, seq)
                 head = self.waiting.head(seq.adapter)
                 if head is not None:
                     heapq.heappush(heads, head)
             else:
-                first_passed = first_passed or place
-                is_draining |= self.num_steps - place.step > MAX_WAIT_STEPS
+                first_skipped = first_skipped or position
+                is_draining |= self.num_steps - position.step > MAX_WAIT_STEPS
         return num_started
 
-    def _num_base_places(self) -> int:
-        """How many more of the running sequences may be the base model's by right."""
+    def _num_reserved_for_base(self) -> int:
+        """Return how many more running sequences are reserved for the base model."""
         num_for_adapters = max(1, self.max_num_seqs // 4)
         return max(0, self.max_num_seqs - num_for_adapters - sum(seq.adapter is None for seq in self.running))
 
-    def _vacate(self, step: _Step) -> bool:
-        """Preempt an adapter sequence for one of the base model, if that has less than its share."""
+    def _preempt_for_base(self, step: _Step) -> bool:
+        """Preempt the youngest adapter sequence, unless the base model already has its share."""
         victim = next((seq for seq in reversed(self.running) if seq.adapter is not None), None)
-        if victim is None or self._num_base_places() == 0:
+        if victim is None or self._num_reserved_for_base() == 0:
             return False
         self._preempt(step, victim)
         return True
 
-    def _has_slot(self, seq: Sequence, place: Place, is_draining: bool, is_outranked: bool) -> bool:
-        """Tell whether an adapter sequence can have a slot.
+    def _has_slot(self, seq: Sequence, position: QueuePosition, is_draining: bool, is_outranked: bool) -> bool:
+        """Return whether a slot is available for an adapter sequence.
 
-        When draining, an older one is overdue for it; when outranked, one of a better priority lacks it.
+        Args:
+            seq, position: the waiting sequence.
+            is_draining: an older sequence is overdue for a slot.
+            is_outranked: a sequence of a better priority lacks a slot.
         """
         assert self.slots is not None and seq.adapter is not None
         if not (is_draining or is_outranked):
@@ -346,22 +351,22 @@ class Scheduler:
         slot = self.slots.slot_of(seq.adapter.identity)
         if slot is None:
             return False
-        return self._is_held(slot) or (not is_outranked and place.order <= self._gates[slot])
+        return self._is_pinned(slot) or (not is_outranked and position.order <= self._gates[slot])
 
-    def _is_held(self, slot: int) -> bool:
-        """Tell whether a slot is in use beside what runs, by a pin: then it drains for nobody."""
+    def _is_pinned(self, slot: int) -> bool:
+        """Return whether a pin holds a slot; draining would not free it."""
         assert self.slots is not None
         return self.slots.num_users(slot) > sum(seq.slot == slot for seq in self.running)
 
     def _start(self, step: _Step, seq: Sequence) -> bool:
-        """Start a waiting sequence; without blocks it keeps waiting, and without its adapter it fails."""
+        """Start a waiting sequence; without free blocks it keeps waiting, without its adapter it fails."""
         start = self.block_manager.match_prefix(seq)
         num_tokens = step.max_tokens(seq, start)
         if not self.block_manager.can_allocate(seq, start + num_tokens):
             self.block_manager.free(seq)
-            step.is_short = True
+            step.is_out_of_blocks = True
             return False
-        if not self._take_slot(seq):
+        if not self._acquire_slot(seq):
             return False
         self.block_manager.allocate(seq, start + num_tokens)
         if seq.request.num_cached_tokens is None:
@@ -373,7 +378,7 @@ class Scheduler:
         step.add(seq, start, num_tokens)
         return True
 
-    def _take_slot(self, seq: Sequence) -> bool:
+    def _acquire_slot(self, seq: Sequence) -> bool:
         if seq.adapter is None or self.slots is None:
             return True
         is_resident = self.slots.slot_of(seq.adapter.identity) is not None

@@ -1,6 +1,6 @@
-"""`Request` and its `Sequence`s: everything the engine knows about work in progress.
+"""`Request` and its `Sequence`s: the state of unfinished work, and the outputs built from it.
 
-A request has `n` sequences, one per answer. The scheduler moves sequences; the model runner appends tokens.
+A request has `n` sequences, one per completion.
 """
 
 import time
@@ -20,7 +20,7 @@ from mmlora.towers.base import BidirectionalSpan, PromptLayout
 
 
 class Status(Enum):
-    """Where a sequence is."""
+    """State of a sequence in the scheduler."""
 
     WAITING = auto()
     RUNNING = auto()
@@ -29,32 +29,32 @@ class Status(Enum):
 
 @dataclass(eq=False)
 class Request:
-    """A request in the engine, with the times (s, monotonic) of its stages."""
+    """A request in the engine; times are in seconds of the monotonic clock."""
 
     input: EngineInput
     arrival_s: float
     sequences: list["Sequence"] = field(default_factory=list)
     scheduled_s: float | None = None
     first_token_s: float | None = None
-    num_cached_tokens: int | None = None  # set when its first sequence is first admitted
+    num_cached_tokens: int | None = None  # set when its first sequence starts for the first time
     partial_prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # set once the whole prompt is computed
     error: MMLoRAError | None = None
 
     @property
     def request_id(self) -> str:
-        """The caller's id."""
+        """Id given by the caller."""
         return self.input.request_id
 
     @property
     def is_finished(self) -> bool:
-        """Whether every answer has ended."""
+        """Whether every sequence is finished."""
         return all(seq.status is Status.FINISHED for seq in self.sequences)
 
 
 @dataclass(eq=False)
 class Sequence:
-    """One answer in the making: tokens, how many have KV, and the blocks that hold it."""
+    """One completion in progress: its tokens, how many of them have KV, and the blocks with that KV."""
 
     request: Request
     index: int
@@ -64,17 +64,17 @@ class Sequence:
     status: Status = Status.WAITING
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
-    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks, filled by the block manager
-    span_digests: dict[BidirectionalSpan, bytes] = field(default_factory=dict)  # likewise
-    media_embeds: dict[int, torch.Tensor] = field(default_factory=dict)  # media index: [num_tokens, hidden_size]
+    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks, set by the block manager
+    span_digests: dict[BidirectionalSpan, bytes] = field(default_factory=dict)  # set by the block manager
+    media_embeds: dict[int, torch.Tensor] = field(default_factory=dict)  # by media index: [num_embeds, hidden_size]
     slot: int | None = None  # LoRA slot held while running
-    uses_long_rope_factors: bool = False  # beyond the length at which longrope changes its factors
-    num_returned_tokens: int = 0  # tokens given out as deltas
+    uses_long_rope_factors: bool = False  # longer than the model's original context length
+    num_returned_tokens: int = 0  # tokens returned in deltas
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     cumulative_logprob: float = 0.0
-    matcher: Matcher | None = None  # after the tokens generated so far
+    matcher: Matcher | None = None  # advanced by every generated token
 
     @property
     def params(self) -> SamplingParams:
@@ -83,12 +83,12 @@ class Sequence:
 
     @property
     def adapter(self) -> Adapter | None:
-        """The adapter version that this sequence started with."""
+        """The adapter version that this sequence runs with."""
         return self.request.input.adapter
 
     @property
     def adapter_start(self) -> int:
-        """First token that the adapter changes; all before are the base model's."""
+        """First token that the adapter applies to; earlier ones are the base model's."""
         return self.request.input.adapter_start
 
     @property
@@ -103,11 +103,11 @@ class Sequence:
 
     @property
     def layout(self) -> PromptLayout:
-        """Positions of the prompt's tokens, and which of them see more than those before them."""
+        """Rotary positions and bidirectional spans of the prompt."""
         return self.request.input.layout
 
     def positions(self, start: int, end: int, row: int) -> list[int] | range:
-        """Rotary positions of the tokens `[start, end)`, one row of them."""
+        """Return one row of the rotary positions of the tokens `[start, end)`."""
         layout = self.layout
         if layout.positions is None:
             return range(start, end)
@@ -115,16 +115,16 @@ class Sequence:
         return [*prompt, *range(start + len(prompt) + layout.shift, end + layout.shift)]
 
     def bidirectional_spans_between(self, start: int, end: int) -> tuple[BidirectionalSpan, ...]:
-        """Spans that hold some of the tokens `[start, end)`."""
+        """Return the bidirectional spans that overlap `[start, end)`."""
         return tuple(span for span in self.layout.bidirectional_spans if span.start < end and start < span.end)
 
     def drop_media(self, end: int) -> None:
-        """Drop the embeddings of media items that lie before `end`: they are not needed any more."""
+        """Drop the embeddings of media items that end at or before `end`: their KV is computed."""
         for index in [index for index in self.media_embeds if self.media[index].end <= end]:
             del self.media_embeds[index]
 
     def whole_chunk_end(self, start: int, end: int) -> int:
-        """Where a chunk from `start` to about `end` may end: not inside a span whose tokens all see each other."""
+        """Return the end of a chunk `[start, end)`, moved so that it does not split a bidirectional span."""
         for span in self.bidirectional_spans_between(end - 1, end + 1):
             if span.start < end < span.end:
                 return span.start if span.start > start else span.end
@@ -132,7 +132,7 @@ class Sequence:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Tokens of the prompt, placeholders expanded."""
+        """Number of prompt tokens, with placeholders expanded."""
         return len(self.request.input.prompt_token_ids)
 
     @property
@@ -142,7 +142,7 @@ class Sequence:
 
     @property
     def num_output_tokens(self) -> int:
-        """How many tokens were generated so far."""
+        """Number of tokens generated so far."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
@@ -152,11 +152,11 @@ class Sequence:
 
 
 def build_output(request: Request, *, is_delta: bool) -> RequestOutput:
-    """State what a request has brought.
+    """Build the output of an unfinished or finished request.
 
     Args:
-        request: running or ended.
-        is_delta: only what is new since the last call, not everything so far.
+        request: its state.
+        is_delta: whether completions hold only what is new since the last call.
     """
     return RequestOutput(
         request_id=request.request_id,

@@ -169,7 +169,7 @@ def _request_attributes(record: RequestRecord) -> Attributes:
     lora = {"adapter": choice.adapter, "reason": choice.reason, "digest": choice.digest} if choice is not None else {}
     modalities = Counter(item.modality for item in record.media)
     attributes = {
-        "gen_ai.request.choice.count": record.num_answers,
+        "gen_ai.request.choice.count": record.num_completions,
         **options,
         **{f"mmlora.lora.{name}": value for name, value in lora.items()},
         **{f"mmlora.media.{modality}": count for modality, count in modalities.items()},

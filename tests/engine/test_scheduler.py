@@ -7,7 +7,7 @@ from torch import nn
 
 from mmlora import SamplingParams
 from mmlora.engine.block_manager import BlockManager
-from mmlora.engine.scheduler import MAX_WAIT_STEPS, Place, Scheduler, WaitingQueue
+from mmlora.engine.scheduler import MAX_WAIT_STEPS, QueuePosition, Scheduler, WaitingQueue
 from mmlora.engine.sequence import Status
 from mmlora.errors import AdapterError
 from mmlora.lora.layers.slots import LoRASlots
@@ -429,8 +429,8 @@ def test_sequences_stand_in_the_order_in_which_they_came_those_put_back_first():
     for seq in front:
         queue.appendleft(seq, step=5)
     assert list(queue) == [*reversed(front), *back] and len(queue) == 6 and queue.num_base == 1
-    assert queue.head(None) == (Place(2, 3), back[1])
-    assert sorted(queue.adapter_heads()) == [(Place(-2, 5), front[1]), (Place(-1, 5), front[0])]
+    assert queue.head(None) == (QueuePosition(2, 3), back[1])
+    assert sorted(queue.adapter_heads()) == [(QueuePosition(-2, 5), front[1]), (QueuePosition(-1, 5), front[0])]
     assert [queue.last_order(A, count) for count in (1, 2, 3, 9)] == [-2, 1, 4, 4]
 
 
