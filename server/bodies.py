@@ -34,13 +34,6 @@ class _HashableFailFast(FailFast):
 FirstOnly = Annotated[list[T], _HashableFailFast()]
 
 
-class FieldError(RequestError):
-    """A request field is invalid; `param` is its name."""
-
-    def __init__(self, message: str, param: str) -> None:
-        super().__init__(message, param)
-
-
 class Body(BaseModel):
     """Body of which every field is known; others are refused."""
 
@@ -63,7 +56,7 @@ def parse_body(model: type[M], body: bytes) -> M:
     """Parse and validate a JSON body.
 
     Raises:
-        FieldError: the body is not a JSON object, is too large, or does not fit the model.
+        RequestError: the body is not a JSON object, is too large, or does not fit the model.
     """
     return validate_fields(model, read_fields(body))
 
@@ -72,7 +65,7 @@ def validate_fields(model: type[M], fields: Mapping[str, Any]) -> M:
     """Validate the fields of a body or form.
 
     Raises:
-        FieldError: naming all missing and unknown fields, or the first field whose value has the wrong type.
+        RequestError: naming all missing and unknown fields, or the first field whose value has the wrong type.
     """
     try:
         return model.model_validate(fields)
@@ -84,13 +77,13 @@ def read_fields(body: bytes) -> dict[str, Any]:
     """Parse a JSON object.
 
     Raises:
-        FieldError: the body is not a JSON object, or is too large.
+        RequestError: the body is not a JSON object, or is too large.
     """
     content = read_json(body, "body")
     if not isinstance(content, dict):
-        raise FieldError(f"the body must be a JSON object; received {shorten(content, json.dumps)}", "body")
+        raise RequestError(f"the body must be a JSON object; received {shorten(content, json.dumps)}", "body")
     if len(content) > MAX_FIELDS:
-        raise FieldError(f"the body has {len(content)} fields; allowed are {MAX_FIELDS}", "body")
+        raise RequestError(f"the body has {len(content)} fields; allowed are {MAX_FIELDS}", "body")
     return content
 
 
@@ -102,16 +95,16 @@ def read_json(text: str | bytes, name: str) -> Any:
         name: field that holds it, for errors.
 
     Raises:
-        FieldError: the text is not JSON or holds too many values.
+        RequestError: the text is not JSON or holds too many values.
     """
     content = text.encode() if isinstance(text, str) else text
     num_values = sum(map(content.count, (b",", b"[", b"{")))  # an upper bound, as strings may hold them, too
     if num_values > MAX_VALUES:
-        raise FieldError(f"{name} has {num_values} commas and brackets; allowed are {MAX_VALUES}", name)
+        raise RequestError(f"{name} has {num_values} commas and brackets; allowed are {MAX_VALUES}", name)
     try:
         return from_json(content)
     except ValueError as error:
-        raise FieldError(f"{name} is not JSON: {error}", name) from None
+        raise RequestError(f"{name} is not JSON: {error}", name) from None
 
 
 def body_schema(model: type[BaseModel], media_type: str = "application/json") -> dict[str, Any]:
@@ -136,7 +129,7 @@ def json_schema(kind: Any) -> dict[str, Any]:
     return dict(inline(schema))
 
 
-def _field_error(model: type[BaseModel], problems: list[Any]) -> FieldError:
+def _field_error(model: type[BaseModel], problems: list[Any]) -> RequestError:
     own = [problem for problem in problems if len(problem["loc"]) == 1]  # not those of fields inside of fields
     missing = [str(problem["loc"][0]) for problem in own if problem["type"] == "missing"]
     unknown = [str(problem["loc"][0]) for problem in own if problem["type"] == "extra_forbidden"]
@@ -147,10 +140,10 @@ def _field_error(model: type[BaseModel], problems: list[Any]) -> FieldError:
         allowed = ", ".join(model.model_fields)
         messages.append(f"unknown field {', '.join(map(shorten, unknown))}; allowed are {allowed}")
     if messages:
-        return FieldError("; ".join(messages), (missing + unknown)[0][:80])
+        return RequestError("; ".join(messages), (missing + unknown)[0][:80])
     problem = problems[0]
     param, *place = problem["loc"] or ("body",)
     # Of the place, pydantic's names of union members (`list[str]`) are left out.
     path = ".".join(map(str, [param, *(part for part in place if isinstance(part, int))]))
     reason = JSON_REASONS.get(problem["type"].removesuffix("_type")) or problem["msg"]
-    return FieldError(f"{path}: {reason}; received {shorten(problem['input'], json.dumps)}", str(param))
+    return RequestError(f"{path}: {reason}; received {shorten(problem['input'], json.dumps)}", str(param))

@@ -6,7 +6,7 @@ from typing import Any, Final
 from starlette.responses import Response
 
 from mmlora.errors import AdapterNotFound, EngineDeadError, MMLoRAError, RequestError, ResolverError
-from mmlora.server.bodies import FieldError, UTF8JSONResponse
+from mmlora.server.bodies import UTF8JSONResponse
 
 ERROR_TYPES: Final = {
     401: "authentication_error",
@@ -77,5 +77,4 @@ def _code(error: Exception) -> str | None:
     """Return a code that clients can compare, such as `media_error` for `MediaError`."""
     if status_of(error) == 500 or isinstance(error, Refusal):
         return None
-    name = "RequestError" if isinstance(error, FieldError) else type(error).__name__
-    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in type(error).__name__).lstrip("_")

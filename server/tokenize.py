@@ -7,8 +7,9 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from mmlora.async_llm import AsyncLLM
+from mmlora.errors import RequestError
 from mmlora.processors.modalities import PART_MODALITIES
-from mmlora.server.bodies import Body, FieldError, FirstOnly, UTF8JSONResponse, body_schema, parse_body
+from mmlora.server.bodies import Body, FirstOnly, UTF8JSONResponse, body_schema, parse_body
 from mmlora.server.http.admission import read_body
 from mmlora.server.lora.served_models import ServedModels
 from mmlora.utils.text import shorten
@@ -103,7 +104,7 @@ class TokenService:
         """
         if (body.prompt is None) == (body.messages is None):
             received = "neither" if body.prompt is None else "both"
-            raise FieldError(f"one of prompt and messages is needed; received {received}", "prompt")
+            raise RequestError(f"one of prompt and messages is needed; received {received}", "prompt")
         ids = self._encode_prompt(body, body.prompt) if body.prompt is not None else self._encode_chat(body)
         return {
             "count": len(ids),
@@ -116,30 +117,30 @@ class TokenService:
         """Return the text of tokens, special tokens included.
 
         Raises:
-            FieldError: there are too many tokens, or one is outside the vocabulary.
+            RequestError: there are too many tokens, or one is outside the vocabulary.
         """
         limit = self._llm.max_model_len
         if len(body.tokens) > limit:
-            raise FieldError(f"tokens has {len(body.tokens)} ids; allowed are max_model_len={limit}", "tokens")
+            raise RequestError(f"tokens has {len(body.tokens)} ids; allowed are max_model_len={limit}", "tokens")
         for index, token in enumerate(body.tokens):
             if not 0 <= token < self._num_ids:
                 message = (
                     f"tokens[{index}]={shorten(token)} is outside the vocabulary; allowed are 0 to {self._num_ids - 1}"
                 )
-                raise FieldError(message, "tokens")
+                raise RequestError(message, "tokens")
         text = self._llm.tokenizer.decode(body.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return {"prompt": text}
 
     def _encode_prompt(self, body: TokenizeBody, prompt: str) -> list[int]:
         for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
             if getattr(body, name) is not None:
-                raise FieldError(f"{name} needs messages; received a prompt", name)
+                raise RequestError(f"{name} needs messages; received a prompt", name)
         return self._llm.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
 
     def _encode_chat(self, body: TokenizeBody) -> list[int]:
         if body.add_special_tokens:
             text = "add_special_tokens=true needs a prompt; the chat template adds the special tokens of messages"
-            raise FieldError(text, "add_special_tokens")
+            raise RequestError(text, "add_special_tokens")
         messages = body.messages or []
         for index, message in enumerate(messages):
             _check_text_only(message, f"messages[{index}]")
@@ -162,4 +163,4 @@ def _check_text_only(message: Mapping[str, Any], name: str) -> None:
                 f"{name}.content has a part of type {kind!r}; /tokenize takes text only "
                 "(the usage of a chat completion counts the tokens of media)"
             )
-            raise FieldError(text, "messages")
+            raise RequestError(text, "messages")

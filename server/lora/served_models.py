@@ -18,7 +18,6 @@ from mmlora.lora.adapter import AdapterReport
 from mmlora.lora.mix import MAX_MIX_PARTS, LoRAMix
 from mmlora.lora.request import BASE, LoRARequest
 from mmlora.lora.resolution import LoRAResolution
-from mmlora.server.bodies import FieldError
 from mmlora.server.errors import Refusal
 from mmlora.utils.text import is_finite_number, shorten
 
@@ -184,7 +183,7 @@ class ServedModels:
         """Ask the resolvers for each name that is not served, then select as `select_adapter` does.
 
         Raises:
-            Refusal, FieldError: see `select_adapter`.
+            Refusal, RequestError: see `select_adapter`.
             AdapterError: a resolver found an adapter that cannot be used.
             ResolverError: a resolver failed, and no other found the adapter.
         """
@@ -206,7 +205,7 @@ class ServedModels:
                 `[{"name": …, "scale": …}, …]`.
 
         Raises:
-            FieldError: the fields contradict each other, or `lora` has another form.
+            RequestError: the fields contradict each other, or `lora` has another form.
             Refusal: 404 for an unknown name.
         """
         parts = self._parse_fields(model, lora)
@@ -264,7 +263,7 @@ class ServedModels:
         if lora is not None and self._names_adapter(model) and [name for name, _ in parts] != [model]:
             asked = shorten(lora) if parts else "[], which is the base model,"
             message = f"model={shorten(model)} and lora={asked} contradict each other; set only one of them"
-            raise FieldError(message, "lora")
+            raise RequestError(message, "lora")
         return parts
 
     def _names_adapter(self, model: str | None) -> TypeGuard[str]:
@@ -324,25 +323,25 @@ def _parse_lora_field(lora: LoRAField) -> list[tuple[str, float]]:
     """Return the adapters of a `lora` field with their scales.
 
     Raises:
-        FieldError: there are too many entries, one has another form, or an adapter is named twice.
+        RequestError: there are too many entries, one has another form, or an adapter is named twice.
     """
     if lora is None or isinstance(lora, str):
         return [(lora, 1.0)] if lora is not None else []
     if len(lora) > MAX_MIX_PARTS:
-        raise FieldError(f"lora holds {len(lora)} adapters; allowed are {MAX_MIX_PARTS}", "lora")
+        raise RequestError(f"lora holds {len(lora)} adapters; allowed are {MAX_MIX_PARTS}", "lora")
     parts = [_parse_lora_entry(entry) for entry in lora]
     names = [name for name, _ in parts]
     if len(set(names)) != len(names):
-        raise FieldError(f"lora contains an adapter twice: {shorten(names)}; add up its scales", "lora")
+        raise RequestError(f"lora contains an adapter twice: {shorten(names)}; add up its scales", "lora")
     return parts
 
 
 def _parse_lora_entry(entry: dict[str, Any]) -> tuple[str, float]:
     unknown = sorted(set(entry) - {"name", "scale"})
     if unknown or not isinstance(entry.get("name"), str):
-        raise FieldError(f"lora: {shorten(entry)} must be {{'name': …}} or {{'name': …, 'scale': …}}", "lora")
+        raise RequestError(f"lora: {shorten(entry)} must be {{'name': …}} or {{'name': …, 'scale': …}}", "lora")
     scale = entry.get("scale", 1)
     if not is_finite_number(scale):
         message = f"lora: scale={shorten(scale)} for {shorten(entry['name'])}; it must be a finite number"
-        raise FieldError(message, "lora")
+        raise RequestError(message, "lora")
     return entry["name"], float(scale)

@@ -15,7 +15,7 @@ from mmlora.async_llm import AsyncLLM
 from mmlora.errors import AdapterNotFound, RequestError
 from mmlora.lora.request import MAX_INT_ID, MEMORY, LoRARequest
 from mmlora.lora.store.host_cache import HostCache
-from mmlora.server.bodies import Body, FieldError, body_schema, parse_body
+from mmlora.server.bodies import Body, body_schema, parse_body
 from mmlora.server.errors import Refusal
 from mmlora.server.http.admission import read_body
 from mmlora.server.lora.resolved import ALLOW_VARIABLE
@@ -102,10 +102,10 @@ class AdapterUpdates:
         """
         name = body.lora_name
         if not name.isprintable():
-            raise FieldError(f"lora_name is {shorten(name)}; it must contain only printable characters", "lora_name")
+            raise RequestError(f"lora_name is {shorten(name)}; it must contain only printable characters", "lora_name")
         if body.lora_path.startswith(MEMORY):
             message = f"lora_path is {shorten(body.lora_path)}; it must be a directory or a Hub id"
-            raise FieldError(message, "lora_path")
+            raise RequestError(message, "lora_path")
         await self._llm.change_loras(partial(self._load, body, self._host_cache()))
         logger.info("adapter %r was loaded from %r", name, body.lora_path)
         return f"Success: LoRA adapter '{name}' added successfully"
@@ -120,7 +120,7 @@ class AdapterUpdates:
             RequestError: there is no such adapter, or it cannot be unloaded.
         """
         if body.lora_name is None and body.lora_int_id is None:
-            raise FieldError("lora_name or lora_int_id is required", "lora_name")
+            raise RequestError("lora_name or lora_int_id is required", "lora_name")
         name = body.lora_name if body.lora_name is not None else self._name_of(body.lora_int_id)
         await self._llm.change_loras(partial(self._unload, name, body.lora_int_id, self._host_cache()))
         logger.info("adapter %r was unloaded", name)
@@ -153,25 +153,25 @@ class AdapterUpdates:
         """Return the adapter that is already served under the name.
 
         Raises:
-            FieldError: the name is not available.
+            RequestError: the name is not available.
         """
         if self._models.is_base(name):
-            raise FieldError(f"lora_name {shorten(name)} is the name of the base model; choose another", "lora_name")
+            raise RequestError(f"lora_name {shorten(name)} is the name of the base model; choose another", "lora_name")
         served = self._models.adapters.get(name)
         if served is not None and served.default_for is not None:
             message = f"lora_name {name!r} is the name of the default adapter for {served.default_for}; choose another"
-            raise FieldError(message, "lora_name")
+            raise RequestError(message, "lora_name")
         if served is not None and not may_replace:
             message = (
                 f"the adapter {shorten(name)} is already loaded from {shorten(served.request.lora_path)}; "
                 "load_inplace=true replaces it"
             )
-            raise FieldError(message, "lora_name")
+            raise RequestError(message, "lora_name")
         return served
 
     def _unload(self, name: str, lora_int_id: int | None, host_cache: HostCache) -> None:
         if self._models.is_base(name):
-            raise FieldError(f"{shorten(name)} is the base model, which cannot be unloaded", "lora_name")
+            raise RequestError(f"{shorten(name)} is the base model, which cannot be unloaded", "lora_name")
         with self._models.name_locks.hold(name):
             served = self._models.adapters.get(name)
             if served is not None and lora_int_id not in (None, served.request.lora_int_id):
@@ -179,7 +179,7 @@ class AdapterUpdates:
                     f"lora_name={shorten(name)} and lora_int_id={lora_int_id} contradict each other: "
                     f"the id of {shorten(name)} is {served.request.lora_int_id}"
                 )
-                raise FieldError(message, "lora_int_id")
+                raise RequestError(message, "lora_int_id")
             adapter = self._models.remove_adapter(name)  # before the host cache, so that no new request selects it
             try:
                 with suppress(AdapterNotFound):  # it was removed through the Python API

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from mmlora.engine.detokenizer import REPLACEMENT, Detokenizer
+from mmlora.errors import RequestError
 from mmlora.outputs import TokenLogprobs
-from mmlora.server.bodies import FieldError
 from mmlora.server.openai.output import Json, finite
 
 MAX_PROMPT_LOGPROBS = 500_000  # in one response
@@ -23,13 +23,13 @@ def check_prompt_logprobs(num_prompt_tokens: int, num_top: int | None, vocab_siz
         n: choices that repeat them.
 
     Raises:
-        FieldError: there would be too many.
+        RequestError: there would be too many.
     """
     if num_top is None:
         return
     num_entries = num_prompt_tokens * n * (1 + (num_top if num_top >= 0 else vocab_size))
     if num_entries > MAX_PROMPT_LOGPROBS:
-        raise FieldError(
+        raise RequestError(
             f"{num_entries} log probabilities of prompt tokens, in n={n} choices each, are too many; "
             f"allowed are {MAX_PROMPT_LOGPROBS}",
             "n" if n > 1 else "prompt_logprobs",

@@ -12,9 +12,9 @@ from typing import Annotated, Any, ClassVar, Final, Self, TypeVar, Union, get_ar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, create_model
 
-from mmlora.errors import ConstraintError
+from mmlora.errors import ConstraintError, RequestError
 from mmlora.sampling_params import SamplingParams
-from mmlora.server.bodies import MAX_FIELDS, FieldError, FirstOnly, parse_body
+from mmlora.server.bodies import MAX_FIELDS, FirstOnly, parse_body
 from mmlora.structured_outputs import CONSTRAINT_FIELDS, StructuredOutputsParams
 from mmlora.utils.text import shorten
 
@@ -133,12 +133,12 @@ class GenerationRequest(SamplingFields, BaseModel):  # type: ignore[valid-type, 
         """Parse and check a request body.
 
         Raises:
-            FieldError: the body is not JSON, or a field has the wrong type or is not supported.
+            RequestError: the body is not JSON, or a field has the wrong type or is not supported.
         """
         request = parse_body(cls, body)
         check_other_fields(request.model_extra or {}, {**NEUTRAL_EXTRAS, **cls.NEUTRAL_VALUES})
         if request.stream_options is not None and not request.stream:
-            raise FieldError("stream_options needs stream=true", "stream_options")
+            raise RequestError("stream_options needs stream=true", "stream_options")
         return request
 
     def given_sampling_options(self) -> dict[str, Any]:
@@ -151,11 +151,11 @@ def completion_limit(max_tokens: int | None, max_completion_tokens: int | None) 
     """Return the limit of a completion's tokens, which OpenAI gives two names.
 
     Raises:
-        FieldError: both are given and differ.
+        RequestError: both are given and differ.
     """
     limits = {limit for limit in (max_tokens, max_completion_tokens) if limit is not None}
     if len(limits) > 1:
-        raise FieldError(
+        raise RequestError(
             f"max_tokens={shorten(max_tokens)} and max_completion_tokens={shorten(max_completion_tokens)} differ; "
             "give one of them",
             "max_completion_tokens",
@@ -171,7 +171,7 @@ def check_other_fields(others: Mapping[str, Any], neutral_values: Mapping[str, t
         neutral_values: by field, the values without effect.
 
     Raises:
-        FieldError: naming the first such field.
+        RequestError: naming the first such field.
     """
     for name, value in others.items():
         if name in HARMLESS_FIELDS or value in neutral_values.get(name, ()):
@@ -180,9 +180,9 @@ def check_other_fields(others: Mapping[str, Any], neutral_values: Mapping[str, t
         if name in neutral_values:
             allowed = " or ".join(json.dumps(neutral) for neutral in neutral_values[name])
             instead = f"; use {REPLACED_FIELDS[name]}" if name in REPLACED_FIELDS else ", or leave it out"
-            raise FieldError(f"{name}={shown} is not supported; allowed: {allowed}{instead}", name)
+            raise RequestError(f"{name}={shown} is not supported; allowed: {allowed}{instead}", name)
         message = f"unknown field {shorten(name)} with value {shown}; this server does not support it"
-        raise FieldError(message, name[:80])
+        raise RequestError(message, name[:80])
 
 
 def read_constraint(

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, WithJsonSchema
 
-from mmlora.server.bodies import FieldError, FirstOnly
+from mmlora.errors import RequestError
+from mmlora.server.bodies import FirstOnly
 from mmlora.server.openai.protocol import GenerationRequest, completion_limit, read_constraint
 from mmlora.server.openai.schemas import MESSAGES
 from mmlora.server.openai.tools.choice import ToolChoice, read_tool_choice
@@ -49,7 +50,7 @@ class ChatCompletionRequest(GenerationRequest):
         """The tools and how they may be called; None where the request has neither tools nor a choice.
 
         Raises:
-            FieldError: a field is malformed.
+            RequestError: a field is malformed.
         """
         if self.tools is None and self.tool_choice is None:
             return None
@@ -59,7 +60,7 @@ class ChatCompletionRequest(GenerationRequest):
         """Return the fields of `SamplingParams` that the request sets.
 
         Raises:
-            FieldError: two fields contradict each other.
+            RequestError: two fields contradict each other.
         """
         constraint = read_constraint(self)
         return {
@@ -74,7 +75,7 @@ class ChatCompletionRequest(GenerationRequest):
         if self.logprobs:
             return self.top_logprobs or 0
         if self.top_logprobs:
-            raise FieldError(f"top_logprobs={self.top_logprobs} needs logprobs=true", "top_logprobs")
+            raise RequestError(f"top_logprobs={self.top_logprobs} needs logprobs=true", "top_logprobs")
         return None
 
 
@@ -82,10 +83,10 @@ def parse_chat_request(body: bytes) -> ChatCompletionRequest:
     """Parse a request body.
 
     Raises:
-        FieldError: the body is not JSON, or a field has the wrong type or is not supported.
+        RequestError: the body is not JSON, or a field has the wrong type or is not supported.
     """
     request = ChatCompletionRequest.parse(body)
     _ = request.tooling
     if request.prompt_logprobs is not None and request.stream:
-        raise FieldError(f"prompt_logprobs={request.prompt_logprobs} needs stream=false", "prompt_logprobs")
+        raise RequestError(f"prompt_logprobs={request.prompt_logprobs} needs stream=false", "prompt_logprobs")
     return request

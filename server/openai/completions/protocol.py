@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import WithJsonSchema
 
-from mmlora.server.bodies import FieldError, json_schema
+from mmlora.errors import RequestError
+from mmlora.server.bodies import json_schema
 from mmlora.server.openai.protocol import GenerationRequest, read_constraint
 from mmlora.utils.text import shorten
 
@@ -34,7 +35,7 @@ class CompletionRequest(GenerationRequest):
         """The validated prompts; `parse_completion_request` computes them, since long ones take a while.
 
         Raises:
-            FieldError: `prompt` is malformed.
+            RequestError: `prompt` is malformed.
         """
         return _as_prompts(self.prompt)
 
@@ -66,24 +67,24 @@ def parse_completion_request(body: bytes) -> CompletionRequest:
     """Parse and check a request body.
 
     Raises:
-        FieldError: the body is not JSON, a field has the wrong type or value, or is not supported.
+        RequestError: the body is not JSON, a field has the wrong type or value, or is not supported.
     """
     request = CompletionRequest.parse(body)
     num_prompts, n = len(request.prompts), 1 if request.n is None else request.n
     if num_prompts > MAX_PROMPTS:
-        raise FieldError(f"prompt holds {num_prompts} prompts; allowed are {MAX_PROMPTS}", "prompt")
+        raise RequestError(f"prompt holds {num_prompts} prompts; allowed are {MAX_PROMPTS}", "prompt")
     if num_prompts * n > MAX_CHOICES:
-        raise FieldError(f"n={shorten(n)} for {num_prompts} prompts; allowed are {MAX_CHOICES // num_prompts}", "n")
+        raise RequestError(f"n={shorten(n)} for {num_prompts} prompts; allowed are {MAX_CHOICES // num_prompts}", "n")
     for name in ("multi_modal_data", "multi_modal_uuids"):
         if num_prompts > 1 and getattr(request, name):
             message = f"{name} needs a single prompt, but prompt holds {num_prompts}; send one request per prompt"
-            raise FieldError(message, name)
+            raise RequestError(message, name)
     if request.best_of not in (None, n):
         message = f"best_of={request.best_of} is not supported; it must equal n, which is {n}, or be left out"
-        raise FieldError(message, "best_of")
+        raise RequestError(message, "best_of")
     if request.prompt_logprobs is not None and request.stream:
         message = f"prompt_logprobs={request.prompt_logprobs} needs stream=false; in streams use echo and logprobs"
-        raise FieldError(message, "prompt_logprobs")
+        raise RequestError(message, "prompt_logprobs")
     return request
 
 
@@ -91,12 +92,12 @@ def _as_prompts(prompt: Any) -> list[TextOrTokens]:
     if isinstance(prompt, str) or (prompt and _is_tokens(prompt)):
         return [prompt]
     if not isinstance(prompt, list) or not prompt:
-        raise FieldError(f"prompt={shorten(prompt, json.dumps)} must be {PROMPT_FORMS}, not empty", "prompt")
+        raise RequestError(f"prompt={shorten(prompt, json.dumps)} must be {PROMPT_FORMS}, not empty", "prompt")
     for index, part in enumerate(prompt):
         is_alike = type(part) is type(prompt[0])
         if not is_alike or not (isinstance(part, str) or _is_tokens(part)):
             shown = shorten(part, json.dumps)
-            raise FieldError(f"prompt[{index}] is {shown}; prompt must be {PROMPT_FORMS}", "prompt")
+            raise RequestError(f"prompt[{index}] is {shown}; prompt must be {PROMPT_FORMS}", "prompt")
     return list(prompt)
 
 

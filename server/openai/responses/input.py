@@ -5,7 +5,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from mmlora.server.bodies import FieldError
+from mmlora.errors import RequestError
 from mmlora.utils.text import shorten
 
 Json = dict[str, Any]
@@ -30,7 +30,7 @@ def as_messages(instructions: str | None, given: Any) -> list[Json]:
         given: text, or a list of messages, function calls and function call outputs.
 
     Raises:
-        FieldError: naming the malformed item or part.
+        RequestError: naming the malformed item or part.
     """
     before = [] if instructions is None else [{"role": "system", "content": instructions}]
     if isinstance(given, str):
@@ -135,7 +135,7 @@ def _part(part: Any, place: str) -> Json:
 def _check_fields(received: Mapping[str, Any], allowed: Collection[str], place: str) -> None:
     for field, value in received.items():
         if field not in allowed and value is not None:
-            raise FieldError(f"{place} has the field {shorten(field)}, which this server does not support", place)
+            raise RequestError(f"{place} has the field {shorten(field)}, which this server does not support", place)
 
 
 def _text(received: Mapping[str, Any], field: str, place: str) -> str:
@@ -145,5 +145,5 @@ def _text(received: Mapping[str, Any], field: str, place: str) -> str:
     return value
 
 
-def _must_be(place: str, received: Any, allowed: str) -> FieldError:
-    return FieldError(f"{place}={shorten(received, json.dumps)} must be {allowed}", place)
+def _must_be(place: str, received: Any, allowed: str) -> RequestError:
+    return RequestError(f"{place}={shorten(received, json.dumps)} must be {allowed}", place)

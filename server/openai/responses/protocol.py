@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue, WithJsonSchema
 
-from mmlora.server.bodies import FieldError, FirstOnly
+from mmlora.errors import RequestError
+from mmlora.server.bodies import FirstOnly
 from mmlora.server.openai.protocol import GenerationRequest, check_other_fields, read_constraint
 from mmlora.server.openai.schemas import INPUT
 from mmlora.server.openai.tools.choice import ToolChoice, read_tool_choice
@@ -81,40 +82,40 @@ class ResponsesRequest(GenerationRequest):
         """The tools and how they may be called; None where the request has neither tools nor a choice.
 
         Raises:
-            FieldError: a field is malformed.
+            RequestError: a field is malformed.
         """
         if self.tools is None and self.tool_choice is None:
             return None
         # With tool_choice="none" tools are not part of the prompt, so max_model_len does not bound their length.
         if (length := _length(self.tools, "tools")) > MAX_TOOLS_LENGTH:
-            raise FieldError(f"tools has {length} characters; allowed are {MAX_TOOLS_LENGTH}", "tools")
+            raise RequestError(f"tools has {length} characters; allowed are {MAX_TOOLS_LENGTH}", "tools")
         return read_tool_choice(self.tools, self.tool_choice, self.parallel_tool_calls, is_flat=True)
 
     def sampling_options(self) -> dict[str, Any]:
         """Return the fields of `SamplingParams` that the request sets.
 
         Raises:
-            FieldError: a field requires another one or is not supported.
+            RequestError: a field requires another one or is not supported.
         """
         if self.max_tokens is not None:
             message = f"max_tokens={self.max_tokens} is not supported here; use max_output_tokens"
-            raise FieldError(message, "max_tokens")
+            raise RequestError(message, "max_tokens")
         if self.top_logprobs and self.num_logprobs is None:
             message = f'top_logprobs={self.top_logprobs} needs include=["message.output_text.logprobs"]'
-            raise FieldError(message, "top_logprobs")
+            raise RequestError(message, "top_logprobs")
         limits = {"max_tokens": self.max_output_tokens, "logprobs": self.num_logprobs}
         return {**self.given_sampling_options(), **limits, **self._constraint()}
 
     def _constraint(self) -> dict[str, Any]:
         """Return the sampling options of `text` and `structured_outputs`."""
         if self.response_format is not None:
-            raise FieldError("response_format is not supported here; use text.format", "response_format")
+            raise RequestError("response_format is not supported here; use text.format", "response_format")
         _length(self.text, "text")
         text = dict(self.text or {})
         text_format = text.pop("format", None)
         check_other_fields({f"text.{name}": value for name, value in text.items()}, TEXT_VALUES)
         if not isinstance(text_format, dict | None):
-            raise FieldError(f"text.format={shorten(text_format, json.dumps)} must be an object", "text.format")
+            raise RequestError(f"text.format={shorten(text_format, json.dumps)} must be an object", "text.format")
         constraint = read_constraint(self, text_format)
         return {"structured_outputs": constraint if self.tooling is None else self.tooling.constrain(constraint)}
 
@@ -123,9 +124,9 @@ def _length(value: Any, name: str) -> int:
     """Return the length in characters of a field that the response repeats.
 
     Raises:
-        FieldError: it has a number that JSON cannot encode, such as 1e999, which is read as infinity.
+        RequestError: it has a number that JSON cannot encode, such as 1e999, which is read as infinity.
     """
     try:
         return len(json.dumps(value, allow_nan=False))
     except ValueError:
-        raise FieldError(f"{name} holds NaN or an infinite number; numbers must be finite", name) from None
+        raise RequestError(f"{name} holds NaN or an infinite number; numbers must be finite", name) from None

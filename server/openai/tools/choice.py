@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from mmlora.server.bodies import FieldError
+from mmlora.errors import RequestError
 from mmlora.server.openai.protocol import check_other_fields
 from mmlora.server.openai.tools.formats import REQUIRED_FORMAT, ToolCallFormat, find_format
 from mmlora.server.openai.tools.parser import NamedToolParser, TextParser, ToolCallParser
@@ -69,11 +69,11 @@ class ToolChoice:
         """Return the constraint of the output: that of another field, or that of a forced call.
 
         Raises:
-            FieldError: another field sets a constraint although tools may be called.
+            RequestError: another field sets a constraint although tools may be called.
         """
         if constraint is not None and self.tools:
             text = f"{constraint.name} cannot be combined with tools unless tool_choice is 'none'"
-            raise FieldError(text, constraint.name)
+            raise RequestError(text, constraint.name)
         return constraint or self.constraint
 
     def new_parser(self, format: ToolCallFormat | None) -> TextParser | None:
@@ -106,7 +106,7 @@ class ToolCalling:
         """Return the sampling options of a free choice, which keep call markers that are special tokens in the text.
 
         Raises:
-            FieldError: automatic choice is disabled, or the format is unknown.
+            RequestError: automatic choice is disabled, or the format is unknown.
         """
         if not choice.tools or choice.is_forced:
             return {}
@@ -115,7 +115,7 @@ class ToolCalling:
             if self._can_choose:
                 reason = "knows no parser for the tool calls of this model (--tool-call-parser names one)"
             text = f"tool_choice='auto' cannot be served: the server {reason}; allowed: none, required, or a named tool"
-            raise FieldError(text, "tool_choice")
+            raise RequestError(text, "tool_choice")
         return {"skip_special_tokens": False}
 
     def new_parser(self, choice: ToolChoice) -> TextParser | None:
@@ -139,14 +139,16 @@ def read_tool_choice(
         is_flat: tools have name and parameters at the top level, as in `/v1/responses`, not under `function`.
 
     Raises:
-        FieldError: a field is malformed, or `tool_choice` names an unknown tool.
+        RequestError: a field is malformed, or `tool_choice` names an unknown tool.
     """
     by_name = _by_name(tools or [], is_flat)
     name = _chosen_name(choice, is_flat)
     if name is not None and name not in by_name:
-        raise FieldError(f"tool_choice names {shorten(name)}; tools has {', '.join(by_name) or 'none'}", "tool_choice")
+        raise RequestError(
+            f"tool_choice names {shorten(name)}; tools has {', '.join(by_name) or 'none'}", "tool_choice"
+        )
     if choice == "required" and not by_name:
-        raise FieldError("tool_choice='required' needs tools; received none", "tool_choice")
+        raise RequestError("tool_choice='required' needs tools; received none", "tool_choice")
     if choice == "none":
         by_name = {}
     return ToolChoice(by_name, choice == "required", name, is_parallel is not False)
@@ -154,22 +156,22 @@ def read_tool_choice(
 
 def _by_name(tools: Tools, is_flat: bool) -> dict[str, Mapping[str, Any]]:
     if len(tools) > MAX_TOOLS:
-        raise FieldError(f"tools has {len(tools)} entries; allowed are {MAX_TOOLS}", "tools")
+        raise RequestError(f"tools has {len(tools)} entries; allowed are {MAX_TOOLS}", "tools")
     by_name: dict[str, Mapping[str, Any]] = {}
     for index, tool in enumerate(tools):
         function, place = _function(tool, is_flat), f"tools[{index}]{'' if is_flat else '.function'}"
         if function is None:
             form = "type 'function'" if is_flat else "type 'function' and a function"
-            raise FieldError(f"tools[{index}] must have {form}; received {shorten(tool)}", "tools")
+            raise RequestError(f"tools[{index}] must have {form}; received {shorten(tool)}", "tools")
         name, parameters = function.get("name"), function.get("parameters")
         if not isinstance(name, str) or not TOOL_NAME.fullmatch(name) or name in by_name:
-            raise FieldError(
+            raise RequestError(
                 f"{place}.name={shorten(name, json.dumps)} must be up to 128 letters, digits, dots, "
                 "dashes and underscores, and unique",
                 "tools",
             )
         if parameters is not None and not isinstance(parameters, Mapping):
-            raise FieldError(f"{place}.parameters must be a JSON schema", "tools")
+            raise RequestError(f"{place}.parameters must be a JSON schema", "tools")
         by_name[name] = _nested(tool, place) if is_flat else tool
     return by_name
 
@@ -186,12 +188,12 @@ def _nested(tool: Mapping[str, Any], place: str) -> dict[str, Any]:
     """Return a flat tool in the nested form that chat templates take.
 
     Raises:
-        FieldError: it has an unsupported field or value.
+        RequestError: it has an unsupported field or value.
     """
     for field, kind in {"description": str, "strict": bool}.items():
         if not isinstance(tool.get(field), kind | None):
             allowed = "a string" if kind is str else "true or false"
-            raise FieldError(f"{place}.{field}={shorten(tool[field], json.dumps)} must be {allowed}", "tools")
+            raise RequestError(f"{place}.{field}={shorten(tool[field], json.dumps)} must be {allowed}", "tools")
     given = {field: value for field, value in tool.items() if field != "type" and value is not None}
     others = {f"{place}.{field}": value for field, value in given.items() if field not in FUNCTION_FIELDS}
     check_other_fields(others, {f"{place}.{field}": values for field, values in NEUTRAL_VALUES.items()})
@@ -206,7 +208,7 @@ def _chosen_name(choice: Any, is_flat: bool) -> str | None:
     if not isinstance(name, str):
         form = '"name": …' if is_flat else '"function": {"name": …}'
         allowed = f'none, auto, required or {{"type": "function", {form}}}'
-        raise FieldError(f"tool_choice={shorten(choice, json.dumps)} must be {allowed}", "tool_choice")
+        raise RequestError(f"tool_choice={shorten(choice, json.dumps)} must be {allowed}", "tool_choice")
     return name
 
 

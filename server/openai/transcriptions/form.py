@@ -7,7 +7,7 @@ last boundary, and writes large files to disk.
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from mmlora.server.bodies import FieldError
+from mmlora.errors import RequestError
 from mmlora.utils.text import shorten
 
 MAX_FORM_FIELDS = 64
@@ -27,7 +27,7 @@ class _Parts:
 
     def on_part_begin(self) -> None:
         if len(self.found) == MAX_FORM_FIELDS:
-            raise FieldError(f"the form has more than {MAX_FORM_FIELDS} fields", "body")
+            raise RequestError(f"the form has more than {MAX_FORM_FIELDS} fields", "body")
         self._disposition, self._content = b"", []
 
     def on_header_field(self, data: bytes, start: int, end: int) -> None:
@@ -49,7 +49,7 @@ class _Parts:
         name = options.get(b"name", b"")
         if not 0 < len(name) <= MAX_FIELD_NAME_CHARS:
             shown = shorten(self._disposition.decode("latin-1"))
-            raise FieldError(f"a part of the form has no name, or its name is too long: {shown}", "body")
+            raise RequestError(f"a part of the form has no name, or its name is too long: {shown}", "body")
         # Some clients name list fields `include[]`.
         field = name.decode("utf-8", "replace").removesuffix("[]")
         self.found.append((field, self._content[0] if len(self._content) == 1 else b"".join(self._content)))
@@ -69,12 +69,14 @@ def parse_form(content_type: str | None, body: bytes) -> dict[str, list[bytes]]:
         The contents of all parts by name.
 
     Raises:
-        FieldError: the body is not such a form, is malformed, or has more than `MAX_FORM_FIELDS` parts.
+        RequestError: the body is not such a form, is malformed, or has more than `MAX_FORM_FIELDS` parts.
     """
     kind, options = parse_options_header(content_type)
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
-        raise FieldError(f"content-type is {shorten(content_type)}; it must be multipart/form-data; boundary=…", "body")
+        raise RequestError(
+            f"content-type is {shorten(content_type)}; it must be multipart/form-data; boundary=…", "body"
+        )
     parts = _Parts()
     callbacks = {name: getattr(parts, name) for name in dir(parts) if name.startswith("on_")}
     try:
@@ -82,9 +84,9 @@ def parse_form(content_type: str | None, body: bytes) -> dict[str, list[bytes]]:
         parser.write(body)
         parser.finalize()
     except FormParserError as error:
-        raise FieldError(f"the body is no valid multipart/form-data: {error}", "body") from None
+        raise RequestError(f"the body is no valid multipart/form-data: {error}", "body") from None
     if not parts.is_complete:
-        raise FieldError(f"the form ends without its last boundary, after {len(body)} bytes", "body")
+        raise RequestError(f"the form ends without its last boundary, after {len(body)} bytes", "body")
     fields: dict[str, list[bytes]] = {}
     for name, content in parts.found:
         fields.setdefault(name, []).append(content)

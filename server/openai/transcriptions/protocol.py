@@ -5,9 +5,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, WithJsonSchema
 
+from mmlora.errors import RequestError
 from mmlora.models.transcription import LANGUAGES
 from mmlora.sampling_params import SamplingParams
-from mmlora.server.bodies import FieldError, FirstOnly, read_json, validate_fields
+from mmlora.server.bodies import FirstOnly, read_json, validate_fields
 from mmlora.server.openai.protocol import check_other_fields, completion_limit, sampling_model
 from mmlora.server.openai.transcriptions.form import parse_form
 from mmlora.utils.text import shorten
@@ -63,7 +64,7 @@ class AudioRequest(FormSamplingFields, BaseModel):  # type: ignore[valid-type, m
         """Parse a form.
 
         Raises:
-            FieldError: the form is malformed, or a field has the wrong type or value, is repeated, or is not supported.
+            RequestError: the form is malformed, or a field is repeated, not supported, or has the wrong type or value.
         """
         fields = {name: _read_field(name, contents) for name, contents in parse_form(content_type, body).items()}
         request = validate_fields(cls, {name: value for name, value in fields.items() if value is not None})
@@ -75,11 +76,11 @@ class AudioRequest(FormSamplingFields, BaseModel):  # type: ignore[valid-type, m
         """Refuse invalid values and combinations.
 
         Raises:
-            FieldError: naming one field.
+            RequestError: naming one field.
         """
         if self.stream and self.response_format == "verbose_json":
             message = "response_format=verbose_json needs stream=false; a stream allows json and text"
-            raise FieldError(message, "response_format")
+            raise RequestError(message, "response_format")
         if self.language is not None:
             self.language = checked_language(self.language, "language")
 
@@ -87,7 +88,7 @@ class AudioRequest(FormSamplingFields, BaseModel):  # type: ignore[valid-type, m
         """Return the fields of `SamplingParams` that the request sets.
 
         Raises:
-            FieldError: two fields contradict each other.
+            RequestError: two fields contradict each other.
         """
         given = {name: getattr(self, name) for name in FormSamplingFields.model_fields}
         return {
@@ -114,12 +115,12 @@ class TranscriptionRequest(AudioRequest):
         """Refuse invalid values and combinations.
 
         Raises:
-            FieldError: naming one field.
+            RequestError: naming one field.
         """
         super().check()
         if self.has_logprobs and self.response_format != "json":
             message = f"include=logprobs needs response_format=json; received {self.response_format}"
-            raise FieldError(message, "include")
+            raise RequestError(message, "include")
 
 
 class TranslationRequest(AudioRequest):
@@ -131,7 +132,7 @@ class TranslationRequest(AudioRequest):
         """Refuse invalid values and combinations.
 
         Raises:
-            FieldError: naming one field.
+            RequestError: naming one field.
         """
         super().check()
         self.to_language = checked_language(self.to_language, "to_language")
@@ -141,22 +142,22 @@ def checked_language(code: str, field: str) -> str:
     """Return a language code in lowercase.
 
     Raises:
-        FieldError: the code is unknown.
+        RequestError: the code is unknown.
     """
     if code.lower() not in LANGUAGES:
         message = f"{field}={shorten(code)} must be an ISO 639-1 code, one of {', '.join(sorted(LANGUAGES))}"
-        raise FieldError(message, field)
+        raise RequestError(message, field)
     return code.lower()
 
 
 def _read_field(name: str, contents: list[bytes]) -> bytes | str | list[str] | None:
     """Return a field's value; None for an empty field, which counts as not given."""
     if name not in LISTS and len(contents) > 1:
-        raise FieldError(f"{shorten(name)} is given {len(contents)} times; it must be given once", name[:80])
+        raise RequestError(f"{shorten(name)} is given {len(contents)} times; it must be given once", name[:80])
     if name == "file":
         return contents[0]
     try:
         texts = [text for content in contents if (text := content.decode())]
     except UnicodeDecodeError as error:
-        raise FieldError(f"{shorten(name)} is not UTF-8: {error.reason} at byte {error.start}", name[:80]) from None
+        raise RequestError(f"{shorten(name)} is not UTF-8: {error.reason} at byte {error.start}", name[:80]) from None
     return texts if name in LISTS else next(iter(texts), None)

@@ -6,10 +6,10 @@ from typing import Any
 from starlette.requests import Request
 
 from mmlora.async_llm import AsyncLLM
+from mmlora.errors import RequestError
 from mmlora.models.transcription import LANGUAGES, TranscriptionPrompt
 from mmlora.processors.media.decoding import load_media
 from mmlora.processors.media.items import AudioItem
-from mmlora.server.bodies import FieldError
 from mmlora.server.errors import Refusal
 from mmlora.server.lora.served_models import ServedModels
 from mmlora.server.openai.generation import Generation, GenerationService
@@ -103,20 +103,20 @@ def _instruction(prompt: TranscriptionPrompt, form: AudioRequest) -> tuple[str, 
     """Return the text after the clip, and the English name of the output's language if it is known.
 
     Raises:
-        FieldError: the model does not support a field or its value.
+        RequestError: the model does not support a field or its value.
         Refusal: the model does not translate.
     """
     supported = prompt.languages or tuple(LANGUAGES)
     if form.language is not None and form.language not in supported:
         message = f"language={form.language!r} is not supported by this model; allowed are {', '.join(supported)}"
-        raise FieldError(message, "language")
+        raise RequestError(message, "language")
     if form.prompt and not prompt.takes_context:
-        raise FieldError("prompt is not supported: this model's transcription prompt is fixed", "prompt")
+        raise RequestError("prompt is not supported: this model's transcription prompt is fixed", "prompt")
     if isinstance(form, TranslationRequest):
         if prompt.translate is None:
             raise _no_model("this model was not trained to translate speech; use /v1/audio/transcriptions")
         if "{to_language}" not in prompt.translate and form.to_language != "en":
-            raise FieldError(f"to_language={form.to_language!r} is not supported; allowed is en", "to_language")
+            raise RequestError(f"to_language={form.to_language!r} is not supported; allowed is en", "to_language")
         name = LANGUAGES[form.to_language]
         return prompt.translate.replace("{to_language}", name.title()), name
     if form.language is None:

@@ -11,7 +11,7 @@ import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
-from mmlora.server.bodies import FieldError
+from mmlora.errors import RequestError
 from mmlora.server.openai.chat.protocol import ChatCompletionRequest, parse_chat_request
 from mmlora.server.openai.completions.protocol import CompletionRequest, parse_completion_request
 from mmlora.server.openai.protocol import HARMLESS_FIELDS, NEUTRAL_EXTRAS, GenerationRequest
@@ -52,14 +52,14 @@ def test_a_field_is_handled_in_one_way(body: type[GenerationRequest], params: tu
 
 @pytest.mark.parametrize("name", sorted({*ChatCompletionRequest.NEUTRAL_VALUES, *NEUTRAL_EXTRAS}))
 def test_an_unsupported_field_of_a_chat_is_refused_by_name(name: str) -> None:
-    with pytest.raises(FieldError, match=f"^{name}=.* is not supported; allowed: ") as caught:
+    with pytest.raises(RequestError, match=f"^{name}=.* is not supported; allowed: ") as caught:
         parse_chat_request(b'{"messages": [{"role": "user", "content": "x"}], "%s": {"odd": 1}}' % name.encode())
     assert caught.value.param == name
 
 
 @pytest.mark.parametrize("name", sorted({*CompletionRequest.NEUTRAL_VALUES, *NEUTRAL_EXTRAS}))
 def test_an_unsupported_field_of_a_completion_is_refused_by_name(name: str) -> None:
-    with pytest.raises(FieldError, match=f"^{name}=.* is not supported; allowed: ") as caught:
+    with pytest.raises(RequestError, match=f"^{name}=.* is not supported; allowed: ") as caught:
         parse_completion_request(b'{"prompt": "x", "%s": {"odd": 1}}' % name.encode())
     assert caught.value.param == name
 
