@@ -29,7 +29,7 @@ from mmlora.lora.store.registry import AdapterRegistry
 from mmlora.models.config import load_config
 from mmlora.models.decoder_check import check_decoder
 from mmlora.models.default_adapters import choose_default_adapters
-from mmlora.models.families import find_layout, get_key_mapping, get_processor, get_towers, get_transcription_prompt
+from mmlora.models.families import find_family, find_layout, get_key_mapping, get_processor, get_towers
 from mmlora.models.loader import (
     load_model,
     load_tokenizer,
@@ -39,7 +39,7 @@ from mmlora.models.loader import (
     resolve_model_path,
 )
 from mmlora.models.longrope import replace_longrope
-from mmlora.models.transcription import OWN_PROMPT, TranscriptionPrompt, read_own_prompt
+from mmlora.models.transcription import PROMPT_FIELD, TranscriptionPrompt, read_checkpoint_prompt
 from mmlora.structured_outputs import ConstraintCompiler
 from mmlora.towers.encoder import MediaEncoder
 
@@ -221,6 +221,8 @@ def _generation_config(
         defaults = {name: content[name] for name in GENERATION_DEFAULTS if content.get(name) is not None}
         if content.get("do_sample") is False:
             defaults["temperature"] = 0.0
-    own = content.get(OWN_PROMPT)
-    prompt = get_transcription_prompt(config) if own is None else read_own_prompt(own)
+    family, own_prompt = find_family(config), content.get(PROMPT_FIELD)
+    prompt = family.transcription if family is not None else None
+    if own_prompt is not None:
+        prompt = read_checkpoint_prompt(own_prompt)
     return frozenset(ids - {None}), defaults, prompt

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 from mmlora.config import AUTO, EngineArgs
 from mmlora.lora.loading.files import CONFIG_FILE
-from mmlora.models.families import find_layout, get_default_adapters
+from mmlora.models.families import find_family, find_layout
 from mmlora.utils.library_errors import LIBRARY_ERRORS
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,8 @@ def find_default_adapters(config: PretrainedConfig, path: Path) -> dict[str, str
     """
     if getattr(config, "has_lora_adapter", True) is False:  # in configurations of Granite Speech
         return {}
-    folders = {key: path / folder for key, folder in get_default_adapters(config).items()}
+    family = find_family(config)
+    folders = {key: path / folder for key, folder in family.default_adapters.items()} if family is not None else {}
     embedded = _embedded_adapters(path) if folders else set()
     return {
         key: str(folder)

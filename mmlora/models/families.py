@@ -158,13 +158,18 @@ def family_key(config: PretrainedConfig) -> str | None:
     return config.model_type if config.model_type in FAMILIES else None
 
 
+def find_family(config: PretrainedConfig) -> Family | None:
+    """Return a model's family; None if it is not listed."""
+    return FAMILIES.get(config.model_type)
+
+
 def check_modalities(config: PretrainedConfig, model_class: Any) -> None:
     """Refuse a model with towers whose family is not listed, instead of serving only its decoder.
 
     Raises:
         ConfigError: names the modalities of the model.
     """
-    family = FAMILIES.get(config.model_type)
+    family = find_family(config)
     takes = model_class.input_modalities
     media = sorted({takes} if isinstance(takes, str) else set(takes)) if config.sub_configs else []
     media = [modality for modality in media if modality != "text"]  # a text decoder may inherit them from its class
@@ -173,18 +178,6 @@ def check_modalities(config: PretrainedConfig, model_class: Any) -> None:
             f"{model_class.__name__} takes {' and '.join(media)} in addition to text, but {config.model_type} is not "
             "among the families with supported media (`mmlora models` lists them)"
         )
-
-
-def get_default_adapters(config: PretrainedConfig) -> Mapping[str, str]:
-    """Return the default adapters of a model's family, see `Family`."""
-    family = FAMILIES.get(config.model_type)
-    return family.default_adapters if family is not None else {}
-
-
-def get_transcription_prompt(config: PretrainedConfig) -> prompts.TranscriptionPrompt | None:
-    """Return the transcription prompts of a model's family; None if it has none."""
-    family = FAMILIES.get(config.model_type)
-    return family.transcription if family is not None else None
 
 
 def get_processor(config: PretrainedConfig, model_path: str | Path, tokenizer: Any) -> MultiModalProcessor | None:
@@ -198,7 +191,7 @@ def get_processor(config: PretrainedConfig, model_path: str | Path, tokenizer: A
     Raises:
         ConfigError: the preprocessor files or the tokenizer do not fit the model, or `transformers` is too old for it.
     """
-    family = FAMILIES.get(config.model_type)
+    family = find_family(config)
     if family is None or not family.modalities:
         return None
     if Version(transformers.__version__) < Version(family.transformers_since):
@@ -216,5 +209,5 @@ def get_processor(config: PretrainedConfig, model_path: str | Path, tokenizer: A
 
 def get_towers(model: Any) -> Towers | None:
     """Return the towers of a loaded `transformers` model; None for a text-only model."""
-    family = FAMILIES.get(model.config.model_type)
+    family = find_family(model.config)
     return family.towers(model) if family is not None and family.modalities else None

@@ -13,7 +13,7 @@ from transformers.models.whisper.tokenization_whisper import LANGUAGES as WHISPE
 from mmlora.errors import ConfigError
 
 LANGUAGES: Final[Mapping[str, str]] = WHISPER_LANGUAGES  # lowercase English names by ISO 639-1 code
-OWN_PROMPT: Final = "transcription_prompt"  # in a checkpoint's generation_config.json
+PROMPT_FIELD: Final = "transcription_prompt"  # in a checkpoint's generation_config.json
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TranscriptionPrompt:
     language_separator: str | None = None
 
 
-_OWN_FIELDS: Final = ("transcribe", "transcribe_in", "translate", "languages", "takes_context")
+PROMPT_KEYS: Final = ("transcribe", "transcribe_in", "translate", "languages", "takes_context")
 
 PHI4_MULTIMODAL: Final = TranscriptionPrompt(
     "Transcribe the audio clip into text.",
@@ -92,27 +92,27 @@ VOXTRAL: Final = TranscriptionPrompt(
 )
 
 
-def read_own_prompt(content: Any) -> TranscriptionPrompt:
+def read_checkpoint_prompt(content: Any) -> TranscriptionPrompt:
     """Read the `transcription_prompt` of a checkpoint's `generation_config.json`.
 
     Args:
-        content: the fields of `TranscriptionPrompt` in `_OWN_FIELDS`, by name.
+        content: the fields of `TranscriptionPrompt` in `PROMPT_KEYS`, by name.
 
     Raises:
         ConfigError: a field is unknown, missing or of the wrong type.
     """
     if not isinstance(content, dict) or "transcribe" not in content:
-        raise ConfigError(f"{OWN_PROMPT} is {content!r}; it must be an object with 'transcribe'")
+        raise ConfigError(f"{PROMPT_FIELD} is {content!r}; it must be an object with 'transcribe'")
     for name, value in content.items():
-        if name not in _OWN_FIELDS:
-            raise ConfigError(f"{OWN_PROMPT} has the unknown field {name!r}; allowed are {', '.join(_OWN_FIELDS)}")
+        if name not in PROMPT_KEYS:
+            raise ConfigError(f"{PROMPT_FIELD} has the unknown field {name!r}; allowed are {', '.join(PROMPT_KEYS)}")
         if name == "languages":
-            is_right = isinstance(value, list) and all(isinstance(code, str) and code in LANGUAGES for code in value)
+            is_valid = isinstance(value, list) and all(isinstance(code, str) and code in LANGUAGES for code in value)
             allowed = "a list of ISO 639-1 codes"
         elif name == "takes_context":
-            is_right, allowed = isinstance(value, bool), "true or false"
+            is_valid, allowed = isinstance(value, bool), "true or false"
         else:
-            is_right, allowed = isinstance(value, str) or (value is None and name != "transcribe"), "text"
-        if not is_right:
-            raise ConfigError(f"{OWN_PROMPT}: {name}={value!r} must be {allowed}")
+            is_valid, allowed = isinstance(value, str) or (value is None and name != "transcribe"), "text"
+        if not is_valid:
+            raise ConfigError(f"{PROMPT_FIELD}: {name}={value!r} must be {allowed}")
     return TranscriptionPrompt(**{**content, "languages": tuple(content.get("languages", ()))})

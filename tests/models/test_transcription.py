@@ -10,7 +10,7 @@ import pytest
 from mmlora import LLM
 from mmlora.errors import ConfigError
 from mmlora.models.families import FAMILIES
-from mmlora.models.transcription import LANGUAGES, PHI4_MULTIMODAL, TranscriptionPrompt, read_own_prompt
+from mmlora.models.transcription import LANGUAGES, PHI4_MULTIMODAL, TranscriptionPrompt, read_checkpoint_prompt
 
 
 def test_every_family_with_audio_has_prompts() -> None:
@@ -26,10 +26,10 @@ def test_every_family_with_audio_has_prompts() -> None:
 
 
 def test_a_checkpoint_may_have_prompts() -> None:
-    assert read_own_prompt({"transcribe": "write it down"}) == TranscriptionPrompt("write it down")
+    assert read_checkpoint_prompt({"transcribe": "write it down"}) == TranscriptionPrompt("write it down")
     content = {"transcribe": "a", "transcribe_in": "b {language}", "translate": "c", "languages": ["en"]}
     expected = TranscriptionPrompt("a", "b {language}", "c", ("en",), takes_context=False)
-    assert read_own_prompt({**content, "takes_context": False}) == expected
+    assert read_checkpoint_prompt({**content, "takes_context": False}) == expected
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_checkpoint_may_have_prompts() -> None:
 )
 def test_invalid_prompts_are_refused(content: Any, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        read_own_prompt(content)
+        read_checkpoint_prompt(content)
 
 
 def test_a_checkpoint_overrides_its_family(tiny_phi4: Path, tmp_path: Path) -> None:
