@@ -96,7 +96,7 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
-        for name, (types, bounds) in _numeric_fields(type(self)).items():  # type: ignore[arg-type]  # a class has a hash
+        for name, (types, bounds) in _numeric_fields(type(self)).items():  # type: ignore[arg-type]  # hashable
             self._check_number(name, types, bounds)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             received = f"min_tokens={shorten(self.min_tokens)}"

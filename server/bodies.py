@@ -30,7 +30,7 @@ class _HashableFailFast(FailFast):
         return hash(type(self))
 
 
-# A list of which only the first invalid entry is reported: a body may hold a million of them.
+# A list whose validation stops at the first invalid entry: a body may hold a million of them.
 FirstOnly = Annotated[list[T], _HashableFailFast()]
 
 
@@ -98,7 +98,7 @@ def read_json(text: str | bytes, name: str) -> Any:
         RequestError: the text is not JSON or holds too many values.
     """
     content = text.encode() if isinstance(text, str) else text
-    num_values = sum(map(content.count, (b",", b"[", b"{")))  # an upper bound, as strings may hold them, too
+    num_values = sum(map(content.count, (b",", b"[", b"{")))  # an upper bound: strings may hold these characters
     if num_values > MAX_VALUES:
         raise RequestError(f"{name} has {num_values} commas and brackets; allowed are {MAX_VALUES}", name)
     try:
@@ -108,12 +108,12 @@ def read_json(text: str | bytes, name: str) -> Any:
 
 
 def body_schema(model: type[BaseModel], media_type: str = "application/json") -> dict[str, Any]:
-    """Describe the body that a route parses itself, as the route's `openapi_extra`."""
+    """Return the `openapi_extra` of a route that parses its body itself."""
     return {"requestBody": {"required": True, "content": {media_type: {"schema": json_schema(model)}}}}
 
 
 def json_schema(kind: Any) -> dict[str, Any]:
-    """Return the JSON schema of a type without references, so that it can be part of any document."""
+    """Return the JSON schema of a type with its references inlined, so that it can be part of any document."""
     schema = TypeAdapter(kind).json_schema()
     definitions = schema.pop("$defs", {})
 
@@ -130,7 +130,7 @@ def json_schema(kind: Any) -> dict[str, Any]:
 
 
 def _field_error(model: type[BaseModel], problems: list[Any]) -> RequestError:
-    own = [problem for problem in problems if len(problem["loc"]) == 1]  # not those of fields inside of fields
+    own = [problem for problem in problems if len(problem["loc"]) == 1]  # without nested fields
     missing = [str(problem["loc"][0]) for problem in own if problem["type"] == "missing"]
     unknown = [str(problem["loc"][0]) for problem in own if problem["type"] == "extra_forbidden"]
     messages = []
@@ -143,7 +143,7 @@ def _field_error(model: type[BaseModel], problems: list[Any]) -> RequestError:
         return RequestError("; ".join(messages), (missing + unknown)[0][:80])
     problem = problems[0]
     param, *place = problem["loc"] or ("body",)
-    # Of the place, pydantic's names of union members (`list[str]`) are left out.
+    # Indices of lists only: pydantic also adds the names of union members, such as `list[str]`.
     path = ".".join(map(str, [param, *(part for part in place if isinstance(part, int))]))
     reason = JSON_REASONS.get(problem["type"].removesuffix("_type")) or problem["msg"]
     return RequestError(f"{path}: {reason}; received {shorten(problem['input'], json.dumps)}", str(param))

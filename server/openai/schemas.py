@@ -313,7 +313,7 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-# `responses` of routes: errors of any route, and other forms than JSON.
+# For `responses=` of routes: errors, and successful responses that are not JSON.
 Responses = dict[int | str, dict[str, Any]]
 ERROR: Final = {"content": {"application/json": {"schema": json_schema(ErrorResponse)}}}
 ERRORS: Final[Responses] = {"4XX": ERROR, "5XX": ERROR}
