@@ -359,7 +359,7 @@ def test_a_chat_goes_on_with_its_last_message(llm):
     (output,) = llm.chat(messages, GREEDY, use_tqdm=False, continue_final_message=True)
     assert output.prompt == "<|user|>hi<|end|><|assistant|>Well, I"
     assert ids([output]) == ids(llm.generate(output.prompt, GREEDY, use_tqdm=False))
-    with pytest.raises(RequestError, match="add_generation_prompt and continue_final_message exclude each other"):
+    with pytest.raises(RequestError, match="add_generation_prompt and continue_final_message are mutually exclusive"):
         llm.chat(messages, use_tqdm=False, continue_final_message=True, add_generation_prompt=True)
 
 

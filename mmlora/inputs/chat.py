@@ -1,4 +1,4 @@
-"""`ChatPrompt`: a validated conversation in OpenAI's format, with its media still to be loaded and decoded."""
+"""`ChatPrompt`: a validated conversation in OpenAI's format; its media are not fetched or decoded yet."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,14 +19,14 @@ PART_TYPES: Final = ("text", *PART_MODALITIES)
 
 @dataclass(frozen=True, eq=False)
 class ChatPrompt:
-    """A conversation that was validated; `InputProcessor.process` renders it.
+    """A validated conversation, which `InputProcessor.process` renders.
 
     Attributes:
-        turns: messages with the parts of their content, text and media references.
+        turns: the messages with the parts of their content: text and media references.
         media: the media of all turns; None without any.
         template: renders the turns.
-        template_kwargs: passed to the template.
-        tools: OpenAI's, passed to the template.
+        template_kwargs: variables of the template.
+        tools: OpenAI tools for the template.
         mm_processor_kwargs, cache_salt: as in other prompts.
     """
 
@@ -42,22 +42,22 @@ class ChatPrompt:
         """Return the text of the prompt.
 
         Raises:
-            RequestError: the template fails, or has no place for the tools or tool calls.
+            RequestError: the template fails, or does not support tools or tool calls.
         """
         return self.template.render(self.turns, self.tools, self.template_kwargs)
 
 
 def read_messages(messages: Sequence[Message], *, is_strict: bool = False) -> list[Turn]:
-    """Validate messages and take the parts out of their content.
+    """Validate messages and split their content into parts.
 
     Args:
         messages: with `role` and `content`, text or a list of parts: `text`, `image_url`, `input_audio`,
             `audio_url`, and from Python `image` (PIL) and `audio` (`(array, rate)`); a media part may have a `uuid`.
             Assistant messages may have `tool_calls`.
-        is_strict: allow OpenAI's roles and message fields only, and require content.
+        is_strict: allow only OpenAI's roles and message fields, and require content.
 
     Raises:
-        RequestError: a message has another form.
+        RequestError: a message is malformed.
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise RequestError("messages must be a list of at least one message")
@@ -70,10 +70,10 @@ def text_of(turn: Turn) -> str:
 
 
 def check_tools(tools: Any) -> None:
-    """Refuse tools that no template could render.
+    """Check that tools have a function with a name.
 
     Raises:
-        RequestError: naming the first of them.
+        RequestError: naming the first malformed tool.
     """
     if not isinstance(tools, Sequence) or isinstance(tools, str):
         raise RequestError(f"tools is a {type(tools).__name__}; it must be a list of tools")
@@ -118,10 +118,10 @@ def _unknown_role(role: Any, name: str) -> RequestError:
 
 
 def _with_parsed_calls(message: Message, name: str) -> Message:
-    """Return a message as templates take it: the arguments of its calls as mappings, no empty list of calls.
+    """Return a message as templates expect it: arguments of calls are mappings, an empty list of calls is removed.
 
     Raises:
-        RequestError: the calls have another form.
+        RequestError: the calls are malformed.
     """
     calls = message.get("tool_calls")
     message = {field_name: value for field_name, value in message.items() if field_name != "tool_calls"}
@@ -167,7 +167,7 @@ def _read_part(part: Any) -> Part:
 
 
 def _reference(kind: str, value: Any, uuid: Any) -> MediaReference:
-    """Return the reference of a media part; without a value it is to the cached item of that uuid."""
+    """Return the reference of a media part; without a value it refers to the cached item with the uuid."""
     modality, form = PART_MODALITIES[kind].name, PART_MODALITIES[kind].part_types[kind]
     if value is None or form == "object":
         return MediaReference(modality, value, "object", uuid)

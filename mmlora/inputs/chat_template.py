@@ -1,4 +1,4 @@
-"""`ChatTemplate`: a Jinja chat template, and what it can render."""
+"""`ChatTemplate`: a Jinja chat template whose capabilities are detected when it is loaded."""
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -17,9 +17,9 @@ Part = str | MediaReference
 Turn = tuple[Message, list[Part]]  # a message, and the parts of its content
 
 MAX_REASON_CHARS: Final = 400
-LIST_REPR: Final = "'type':"  # in the output of a template that wrote a list of parts as Python prints it
+LIST_REPR: Final = "'type':"  # in the output of a template that printed a list of parts with Python's repr
 PHI4_CALL_MARKS: Final = "<|tool_call|>", "<|/tool_call|>"
-# Of the messages that are rendered to find out what a template supports.
+# Contents of the conversations that detect the capabilities of a template.
 _PROBE_TEXTS: Final = "quartz", "basalt", "gneiss"
 _PROBE_TOOL: Final = {
     "type": "function",
@@ -29,14 +29,18 @@ _PROBE_TOOL: Final = {
         "parameters": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
     },
 }
-_CALL: Final = {"id": "abcdefghi", "type": "function", "function": {"name": "feldspar", "arguments": {"name": "mica"}}}
+_PROBE_CALL: Final = {
+    "id": "abcdefghi",
+    "type": "function",
+    "function": {"name": "feldspar", "arguments": {"name": "mica"}},
+}
 
 
 def load_chat_template(template: str | None) -> str | None:
     """Return the text of a `chat_template` option, which is Jinja text or the path of a file.
 
     Raises:
-        ConfigError: it looks like a path, and there is no such file.
+        ConfigError: it looks like the path of a file that does not exist or cannot be read.
     """
     if template is None or any(mark in template for mark in ("{{", "{%", "\n")):
         return template
@@ -52,19 +56,19 @@ def load_chat_template(template: str | None) -> str | None:
 class ChatTemplate:
     """A chat template of one model.
 
-    Its abilities are found by rendering a few short conversations when it is loaded: templates do not declare them.
+    Templates do not declare their capabilities. They are detected once, by rendering a few short conversations.
 
     Attributes:
-        source: its text; all texts where the tokenizer has several.
-        needs_parts: text content must be a list of parts; strings get lost.
-        media_parts: modalities for whose parts it writes the placeholder. For others, placeholders are written into
-            the text.
-        has_tools, has_tool_calls: it renders `tools`, and the `tool_calls` of assistant messages.
+        source: the template's text; all texts if the tokenizer has several templates.
+        needs_parts: content must be a list of parts; strings are not rendered.
+        media_parts: modalities whose parts are rendered as placeholders. For other modalities, placeholders are
+            written into the text.
+        has_tools, has_tool_calls: `tools`, and `tool_calls` of assistant messages, are rendered.
 
     Args:
-        tokenizer: renders it; its own template is used unless `template` is given.
+        tokenizer: the model's tokenizer, which renders the template.
         placeholders: placeholder text by modality.
-        template: Jinja text.
+        template: Jinja text; by default the tokenizer's template.
     """
 
     def __init__(self, tokenizer: Any, placeholders: Mapping[str, str], template: str | None = None) -> None:
@@ -77,18 +81,18 @@ class ChatTemplate:
         self.media_parts: Collection[str] = ()
         self.has_tools = self.has_tool_calls = False
         if self.source:
-            self._find_abilities()
+            self._detect_capabilities()
 
     def render(self, turns: list[Turn], tools: Tools, kwargs: Mapping[str, Any]) -> str:
         """Render a conversation.
 
         Args:
-            turns: with `tool_calls` whose arguments are mappings.
-            tools: OpenAI's; may be empty.
-            kwargs: passed to the template.
+            turns: the messages; arguments of `tool_calls` are mappings.
+            tools: OpenAI tools; may be empty.
+            kwargs: variables of the template.
 
         Raises:
-            RequestError: the template fails, or has no place for the tools or tool calls.
+            RequestError: the template fails, or does not support tools or tool calls.
         """
         if not self.has_tool_calls and any("tool_calls" in message for message, _ in turns):
             turns = [self._with_calls_as_text(*turn) for turn in turns]
@@ -122,7 +126,7 @@ class ChatTemplate:
                 messages, chat_template=self._template, tokenize=False, **kwargs
             )
         except (TemplateError, ValueError, TypeError) as error:
-            reason = shorten(str(error), str, MAX_REASON_CHARS)  # some repeat the whole conversation
+            reason = shorten(str(error), str, MAX_REASON_CHARS)  # some messages repeat the whole conversation
             raise RequestError(f"the chat template cannot render these messages: {reason}") from None
         return text
 
@@ -131,7 +135,7 @@ class ChatTemplate:
         return message, [part if isinstance(part, str) else self._placeholders[part.modality] for part in parts]
 
     def _has_placeholders(self, text: str, turns: list[Turn]) -> bool:
-        """Return whether the text has one placeholder per item, and no list as Python prints it."""
+        """Return whether the text has one placeholder per item, and no printed list of parts."""
         parts = [part for _, parts in turns for part in parts]
         written = "".join(part for part in parts if isinstance(part, str))
         for modality, placeholder in self._placeholders.items():
@@ -141,10 +145,10 @@ class ChatTemplate:
         return text.count(LIST_REPR) == written.count(LIST_REPR)
 
     def _with_calls_as_text(self, message: Message, parts: list[Part]) -> Turn:
-        """Write the calls of a message into its text, in Phi-4's notation.
+        """Append the calls of a message to its text, in Phi-4's format.
 
         Raises:
-            RequestError: the model has another notation.
+            RequestError: the tokenizer does not have that format's marker.
         """
         if "tool_calls" not in message:
             return message, parts
@@ -157,15 +161,16 @@ class ChatTemplate:
         text = f"{start}{json.dumps(calls, ensure_ascii=False)}{end}"
         return {field: value for field, value in message.items() if field != "tool_calls"}, [*parts, text]
 
-    def _find_abilities(self) -> None:
+    def _detect_capabilities(self) -> None:
         self.needs_parts = self._loses_strings()
         self.media_parts = frozenset(filter(self._writes_placeholder, self._placeholders))
-        user, called = _turn("user", _PROBE_TEXTS[0]), _turn("assistant", "")
+        user, assistant = _turn("user", _PROBE_TEXTS[0]), _turn("assistant", "")
+        caller: Turn = ({**assistant[0], "tool_calls": [_PROBE_CALL]}, assistant[1])
         self.has_tools = self._renders_more([user], [user], {"tools": [_PROBE_TOOL]})
-        self.has_tool_calls = self._renders_more([user, called], [user, ({**called[0], "tool_calls": [_CALL]}, [""])])
+        self.has_tool_calls = self._renders_more([user, assistant], [user, caller])
 
     def _loses_strings(self) -> bool:
-        """Return whether texts get lost as strings and are kept as parts."""
+        """Return whether string content is not rendered, while the same content as parts is."""
         for roles in (("user", "assistant", "user"), ("user",), ("system", "user")):
             turns = [_turn(role, text) for role, text in zip(roles, _PROBE_TEXTS, strict=False)]
             texts = _PROBE_TEXTS[: len(roles)]
@@ -198,7 +203,7 @@ class ChatTemplate:
     def _try(self, messages: list[dict[str, Any]], kwargs: Mapping[str, Any] | None = None) -> str | None:
         try:
             return self._apply(messages, {"add_generation_prompt": True, **(kwargs or {})})
-        except Exception:  # a template may do anything with a conversation that it was not written for
+        except Exception:  # a template may raise anything for a conversation that it does not support
             return None
 
 
@@ -207,7 +212,7 @@ def _turn(role: str, text: str) -> Turn:
 
 
 def _message(turn: tuple[Message, Sequence[Part]], *, as_parts: bool) -> dict[str, Any]:
-    """Return a turn as templates take it, its content a list of parts or one string."""
+    """Return a turn as a message for the template, with a list of parts or one string as content."""
     message, parts = turn
     if not as_parts:
         return {**message, "content": "".join(map(str, parts))}
@@ -223,5 +228,5 @@ def _with_system_tools(turns: list[Turn], tools: str) -> list[Turn]:
 
 
 def _has_all(text: str | None, contents: Iterable[str]) -> bool:
-    """Return whether a rendered text has all contents, and no list as Python prints it."""
+    """Return whether a rendered text has all contents, and no printed list of parts."""
     return text is not None and LIST_REPR not in text and all(content in text for content in contents)

@@ -1,7 +1,7 @@
 """`InputProcessor`: from a caller's prompt to an `EngineInput`.
 
 It renders chats, tokenizes, decodes and processes media, expands placeholders, and chooses and loads the adapter. It
-holds no request state and may be called from several threads at once; the engine thread never does this work.
+has no request state and is thread-safe; the engine thread never runs it.
 """
 
 import functools
@@ -34,7 +34,7 @@ from mmlora.utils.text import shorten
 PROMPT_KEYS: Final = ("prompt", "prompt_token_ids", "multi_modal_data", "mm_processor_kwargs", "cache_salt")
 MAX_SALT_CHARS: Final = 1024  # the engine thread hashes it, and caches keep it
 MAX_CHARS_PER_TOKEN: Final = 256  # more than the longest token of any vocabulary in use
-MAX_TEMPLATES: Final = 32  # chat templates of requests that are kept
+MAX_TEMPLATES: Final = 32  # cached chat templates
 Prompt = str | Sequence[int] | Mapping[str, Any] | ChatPrompt
 
 
@@ -119,17 +119,17 @@ class InputProcessor:
             add_generation_prompt: end with the start of an assistant message; by default unless the last message is
                 continued.
             continue_final_message: leave the last message open, so that the output continues it.
-            tools: OpenAI's, passed to the template.
+            tools: OpenAI tools, passed to the template.
             mm_processor_kwargs, cache_salt: as in other prompts.
-            caller: whose media uuids are meant.
+            caller: scope of the media uuids.
 
         Raises:
-            RequestError: a message or an option has the wrong form.
-            MediaError: there are too many media, or some that the model does not take.
-            ConfigError: `chat_template` is a path without a file.
+            RequestError: a message or an option is malformed.
+            MediaError: there are too many media items, or some of an unsupported modality.
+            ConfigError: `chat_template` is the path of a file that does not exist.
         """
         if add_generation_prompt and continue_final_message:
-            raise RequestError("add_generation_prompt and continue_final_message exclude each other; give one of them")
+            raise RequestError("add_generation_prompt and continue_final_message are mutually exclusive")
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
         check_tools(tools or ())
@@ -158,10 +158,10 @@ class InputProcessor:
         )
 
     def render(self, chat: ChatPrompt) -> tuple[str, list[int]]:
-        """Return a chat's prompt and its tokens; placeholders of media are not expanded.
+        """Return a chat's prompt text and its tokens; placeholders are not expanded.
 
         Raises:
-            RequestError: the template cannot render it, or the prompt is too long.
+            RequestError: the template cannot render the chat, or the prompt is too long.
         """
         text = chat.render()
         return text, encode_text(self.tokenizer, text, self.max_model_len, add_special_tokens=False)

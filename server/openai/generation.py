@@ -1,4 +1,4 @@
-"""`GenerationService`: from the body of a request to its response, for the endpoints that use the chat template."""
+"""`GenerationService`: serves a request, for the endpoints that use the chat template."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ class Generation:
 
     Attributes:
         request_id: also the id of the response.
-        model, lora: fields of the request, which name the adapter.
+        model, lora: fields of the request that select the adapter.
         prompt, params: what to generate from and how.
         builder: builds the response.
         is_stream: send server-sent events.
-        priority: lower is served earlier.
+        priority: lower runs earlier.
     """
 
     request_id: str
@@ -45,8 +45,8 @@ class GenerationService(ABC):
 
     Args:
         llm: the engine.
-        models: the names that clients may ask for.
-        max_request_bytes: the largest body.
+        models: served model and adapter names.
+        max_request_bytes: size limit of request bodies.
     """
 
     def __init__(self, llm: AsyncLLM, models: ServedModels, max_request_bytes: int) -> None:
@@ -60,23 +60,23 @@ class GenerationService(ABC):
         Raises:
             MMLoRAError: the request cannot be served, or failed before the response began.
         """
-        body = await read_body(request, self._max_request_bytes)
-        generation = await self._llm.run_in_pool(self._parse, request, body, CALLER.get())
-        return await respond_with(
-            request, generation.builder, self._generate(generation), is_stream=generation.is_stream
+        generation = await self._llm.run_in_pool(
+            self._parse, request, await read_body(request, self._max_request_bytes), CALLER.get()
         )
+        outputs = self._generate(generation)
+        return await respond_with(request, generation.builder, outputs, is_stream=generation.is_stream)
 
     @abstractmethod
     def _parse(self, request: Request, body: bytes, caller: str) -> Generation:
-        """Parse and validate a body, outside the event loop.
+        """Parse and validate a request in the thread pool.
 
         Args:
-            request: for its headers and path.
-            body: whole.
-            caller: whose media uuids are meant.
+            request: has the headers.
+            body: the whole body.
+            caller: scope of the media uuids.
 
         Raises:
-            RequestError: a field has the wrong form or value, or is not supported.
+            RequestError: a field is malformed, invalid or not supported.
         """
 
     async def _generate(self, generation: Generation) -> Outputs:

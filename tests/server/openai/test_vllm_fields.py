@@ -180,7 +180,7 @@ def test_a_stream_repeats_the_message_first(server: RunningServer) -> None:
 @pytest.mark.parametrize(
     ("messages", "fields", "named"),
     [
-        (DRAFT, {"continue_final_message": True, "add_generation_prompt": True}, "exclude each other"),
+        (DRAFT, {"continue_final_message": True, "add_generation_prompt": True}, "are mutually exclusive"),
         ("x", {"prompt_logprobs": 1, "stream": True}, "needs stream=false"),
         ("x", {"prompt_logprobs": -2}, "prompt_logprobs=-2"),
         ([*DRAFT[:1], {"role": "assistant", "content": [{"type": "text"}]}], {"echo": True}, "lacks its 'text' field"),
