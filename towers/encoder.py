@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from mmlora.errors import MediaError, MMLoRAError
-from mmlora.lora.layers.state import LoRAState
+from mmlora.lora.layers.base import LoRAState
 from mmlora.processors.base import ProcessedMedia
 from mmlora.towers.base import Towers
 

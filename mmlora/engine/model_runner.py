@@ -12,7 +12,7 @@ from mmlora.attention.kv_cache import KVCache
 from mmlora.attention.metadata import attention_context
 from mmlora.engine.model_input import ModelInput
 from mmlora.errors import MMLoRAError
-from mmlora.lora.layers.state import LoRAState
+from mmlora.lora.layers.base import LoRAState
 from mmlora.towers.encoder import EncoderJob, EncoderKey, MediaEncoder
 
 DeepFeatures = tuple[torch.Tensor, torch.Tensor]

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -62,7 +63,7 @@ class Adapter:
     invocation_tokens: tuple[int, ...] = ()
     needs_own_pass: bool = False
 
-    @property
+    @cached_property
     def identity(self) -> AdapterIdentity:
         return self.uid, self.digest, self.generation
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from mmlora import LLM, LoRAMix, LoRARequest
 from mmlora.errors import AdapterError, AdapterMismatch, RequestError
-from mmlora.lora.layers.base import LoRAWholeModule
+from mmlora.lora.layers.uniform import LoRAWholeModule
 from mmlora.lora.loading.files import read_adapter
 from mmlora.lora.loading.load import load_adapter
 from mmlora.lora.loading.module_index import ModuleIndex

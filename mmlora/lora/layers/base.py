@@ -1,15 +1,115 @@
-"""`LoRALayer`, base class of all LoRA layers, and `LoRAWholeModule`, the layer for modules of any class."""
+"""Shared by all LoRA layers: `LoRAState`, the slot of each row in the forward pass, and the base class `LoRALayer`."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
-from mmlora.kernels.ops import RowSegments
-from mmlora.lora.layers.state import LoRAState
-from mmlora.lora.weights import LoRAWeights, ModuleWeights
+from mmlora.kernels import ops
+from mmlora.kernels.ops import BASE_SLOT, RowSegments, Segment, max_tiles
+from mmlora.lora.weights import ModuleWeights
+
+
+class LoRAState:
+    """Row→slot assignment of the running forward pass. A pass without adapters need not open one.
+
+    Args:
+        device: of the model.
+        max_num_rows, max_num_segments: of the largest step; with both, the device metadata have a fixed address and
+            shape, so that CUDA graphs can be captured.
+    """
+
+    def __init__(self, device: torch.device, max_num_rows: int = 0, max_num_segments: int = 0) -> None:
+        self.device = device
+        self.is_active = False
+        self._is_open = False
+        self._rows: RowSegments | None = None
+        self._logit_rows: RowSegments | None = None
+        self._num_logit_rows: int | None = None
+        self._uniform_slot = BASE_SLOT
+        self._uniform_rows: dict[int, RowSegments | None] = {}
+        self._tile_buffer: torch.Tensor | None = None
+        if max_num_rows and ops.uses_triton(device):
+            shape = (max_tiles(max_num_rows, max_num_segments), 3)
+            self._tile_buffer = torch.full(shape, BASE_SLOT, dtype=torch.int32, device=device)
+
+    @property
+    def segments(self) -> tuple[Segment, ...] | None:
+        """Adapter segments of the running pass; None outside of one, in `uniform`, and when all rows are base rows."""
+        return self._rows.segments if self._rows is not None else None
+
+    @property
+    def uniform_slot(self) -> int | None:
+        """Slot of all rows inside `uniform`; None elsewhere."""
+        return self._uniform_slot if self._uniform_slot != BASE_SLOT else None
+
+    @contextmanager
+    def rows(
+        self, segments: Sequence[Segment] | None, logit_segments: Sequence[Segment] | None = None
+    ) -> Iterator[None]:
+        """Run a forward pass over flattened tokens, `[1, num_tokens, …]`, with these segments.
+
+        Args:
+            segments: `(start, end, slot)`, covering all rows in order; slot −1 for base rows. None: all are base rows.
+            logit_segments: the same for the rows of the output layer; by default it gets all tokens.
+
+        Raises:
+            RuntimeError: another pass is running.
+            ValueError: the segments have gaps or overlaps.
+        """
+        rows = ops.row_segments(segments, self.device, self._tile_buffer) if segments else None
+        with self._open():
+            self._rows = self._logit_rows = rows
+            self.is_active = rows is not None
+            if self.is_active and logit_segments is not None:
+                self._logit_rows = ops.row_segments(logit_segments, self.device)
+                self._num_logit_rows = logit_segments[-1][1] if logit_segments else 0
+            yield
+
+    @contextmanager
+    def uniform(self, slot: int | None) -> Iterator[None]:
+        """Run a forward pass with one slot for all rows, whose number may differ by layer (−1 or None: the base model).
+
+        Raises:
+            RuntimeError: another pass is running.
+        """
+        with self._open():
+            self._uniform_slot = BASE_SLOT if slot is None else slot
+            self.is_active = self._uniform_slot != BASE_SLOT
+            yield
+
+    def rows_of(self, num_rows: int, *, is_output_layer: bool = False) -> RowSegments | None:
+        """Return the assignment for a layer with `num_rows` rows; None when none of them has an adapter.
+
+        Raises:
+            RuntimeError: the segments describe another number of rows, so adapters would apply to wrong rows.
+        """
+        if self._rows is None:
+            if num_rows not in self._uniform_rows:
+                segment = (0, num_rows, self._uniform_slot)
+                self._uniform_rows[num_rows] = ops.row_segments([segment], self.device)
+            return self._uniform_rows[num_rows]
+        is_other = is_output_layer and self._num_logit_rows is not None
+        known = self._num_logit_rows if is_other else self._rows.num_rows
+        if known != num_rows:
+            raise RuntimeError(f"a LoRA layer got {num_rows} rows, but the segments describe {known}")
+        return self._logit_rows if is_other else self._rows
+
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        if self._is_open:
+            raise RuntimeError("a forward pass with LoRA is already running; passes do not nest")
+        self._is_open = True
+        try:
+            yield
+        finally:
+            self._is_open = self.is_active = False
+            self._rows = self._logit_rows = self._num_logit_rows = None
+            self._uniform_slot = BASE_SLOT
+            self._uniform_rows.clear()
 
 
 class LoRALayer(nn.Module, ABC):
@@ -54,47 +154,3 @@ class LoRALayer(nn.Module, ABC):
     def on_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor on the device of the wrapped module."""
         return tensor.to(self.state.device, non_blocking=True)
-
-
-class LoRAWholeModule(LoRALayer):
-    """Runs a module of any class with an adapter's parameters instead of its own: norms, experts, routers.
-
-    Such a module may permute or repeat rows (norms of heads get them transposed, experts several times), so one call
-    uses one adapter: an adapter that changes such a module in the language model runs in a separate forward pass
-    (`Adapter.needs_own_pass`), as every adapter does in towers. Low-rank changes of parameters (`target_parameters`,
-    such as fused experts) are merged into a copy of the parameter, so the slot takes as much memory as the parameter.
-    """
-
-    def __init__(self, base: nn.Module, state: LoRAState, max_loras: int, *, is_output_layer: bool = False) -> None:
-        super().__init__(base, state, max_loras, is_output_layer=is_output_layer)
-        self._parameters_of: dict[int, dict[str, torch.Tensor]] = {}
-
-    def set_slot(self, slot: int, weights: ModuleWeights) -> None:
-        parameters = {name: self.on_device(tensor) for name, tensor in weights.parameters.items()}
-        for name, lora in weights.parameter_loras.items():
-            old = parameters.get(name, getattr(self.base, name))
-            parameters[name] = old + self._delta(lora, old)
-        self._parameters_of[slot] = parameters
-
-    def clear_slot(self, slot: int) -> None:
-        self._parameters_of.pop(slot, None)
-
-    def forward(self, *arguments: Any, **options: Any) -> Any:
-        """Call the module with the parameters of the adapter of this pass, or unchanged."""
-        slot = self.state.uniform_slot
-        parameters = self._parameters_of.get(slot) if slot is not None else None
-        if parameters is None:
-            return self.base(*arguments, **options)
-        return functional_call(self.base, parameters, arguments, options)
-
-    def _delta(self, lora: LoRAWeights, parameter: torch.Tensor) -> torch.Tensor:
-        """Return the low-rank change of a parameter: one matrix, or one per expert."""
-        lora_A, lora_B = self.on_device(lora.lora_A).float(), self.on_device(lora.lora_B).float()
-        if parameter.ndim == 2:
-            return (lora.scaling * (lora_B @ lora_A)).to(parameter.dtype)
-        num_experts = parameter.shape[0]
-        by_expert_A = lora_A.view(num_experts, -1, lora_A.shape[-1])  # [num_experts, r, in]
-        by_expert_B = lora_B.view(lora_B.shape[0], -1, num_experts)  # [out, r, num_experts]
-        is_transposed = getattr(self.base, "is_transposed", False)
-        pattern = "ore,eri->eio" if is_transposed else "ore,eri->eoi"
-        return (lora.scaling * torch.einsum(pattern, by_expert_B, by_expert_A)).to(parameter.dtype)

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from mmlora.lora.layers.base import LoRALayer
-from mmlora.lora.layers.state import LoRAState
+from mmlora.lora.layers.base import LoRALayer, LoRAState
 from mmlora.lora.weights import ModuleWeights, TokenRows
 
 

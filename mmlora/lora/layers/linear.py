@@ -9,8 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mmlora.kernels import ops
 from mmlora.kernels.slot_weights import SlotWeights
-from mmlora.lora.layers.base import LoRALayer
-from mmlora.lora.layers.state import LoRAState
+from mmlora.lora.layers.base import LoRALayer, LoRAState
 from mmlora.lora.weights import LoRAWeights, ModuleWeights, TokenRows
 
 

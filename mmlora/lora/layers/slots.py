@@ -8,11 +8,10 @@ from torch import nn
 
 from mmlora.errors import AdapterError
 from mmlora.lora.adapter import Adapter, AdapterIdentity
-from mmlora.lora.layers.base import LoRALayer, LoRAWholeModule
-from mmlora.lora.layers.convolution import LoRAConvolution
+from mmlora.lora.layers.base import LoRALayer, LoRAState
 from mmlora.lora.layers.embedding import LoRAEmbedding
 from mmlora.lora.layers.linear import LoRALinear
-from mmlora.lora.layers.state import LoRAState
+from mmlora.lora.layers.uniform import LoRAConvolution, LoRAWholeModule
 from mmlora.lora.loading.module_index import kind_of, output_layer_of
 
 
@@ -27,6 +26,9 @@ class LoRASlots:
         max_loras: number of slots.
         device: of the model.
         max_num_rows, max_num_segments: see `LoRAState`.
+
+    Attributes:
+        num_changes: incremented whenever an adapter enters or leaves a slot.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class LoRASlots:
     ) -> None:
         self.model = model
         self.max_loras = max_loras
+        self.num_changes = 0
         self.state = LoRAState(torch.device(device), max_num_rows, max_num_segments)
         self._output_layer = output_layer_of(model)
         self._layers: dict[str, LoRALayer] = {}
@@ -113,10 +116,12 @@ class LoRASlots:
             raise
         self._adapters[slot] = adapter
         self._slots[adapter.identity] = slot
+        self.num_changes += 1
 
     def _clear(self, slot: int) -> None:
         adapter = self._adapters.pop(slot, None)
         if adapter is not None:
+            self.num_changes += 1
             del self._slots[adapter.identity]
             for name in adapter.modules:
                 self._layers[name].clear_slot(slot)

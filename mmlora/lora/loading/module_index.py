@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mmlora.lora.adapter import PARTS
-from mmlora.lora.layers.convolution import convolution_of
+from mmlora.lora.layers.uniform import convolution_of
 
 
 class ModuleIndex:

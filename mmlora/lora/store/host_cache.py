@@ -160,7 +160,8 @@ class HostCache:
         max_cpu_loras: see Args.
         num_loads, load_s: number of loads, and the seconds they took.
         num_evictions: number of adapters that were evicted.
-        num_changes: incremented whenever the current version of an adapter is replaced or removed, or a pin changes.
+        num_changes: incremented after the current version of an adapter was replaced or removed, or a pin changed.
+        draining: uid by name of removed adapters whose names are still refused.
     """
 
     def __init__(
@@ -176,6 +177,7 @@ class HostCache:
         self.load_s = 0.0
         self.num_evictions = 0
         self.num_changes = 0
+        self.draining: dict[str, int] = {}
         self._load_adapter = load_adapter
         self._max_pinned = max_pinned
         self._registry = registry
@@ -183,7 +185,6 @@ class HostCache:
         self._entries: dict[str, CacheEntry] = {}
         self._cached: OrderedDict[str, CacheEntry] = OrderedDict()  # with an adapter, least recently used first
         self._reserved: set[str] = set()  # adapters being loaded that will not be evictable
-        self._draining: dict[str, int] = {}  # uid by name: removed, but still used by requests
         self._live: WeakSet[Adapter] = WeakSet()
 
     @property
@@ -234,7 +235,7 @@ class HostCache:
     def is_draining(self, name: str) -> bool:
         """Return whether an adapter of this name was removed while requests still run with it."""
         with self._lock:
-            return name in self._draining and name not in self._entries
+            return name in self.draining and name not in self._entries
 
     def get(self, request: LoRARequest) -> Adapter:
         """Return the adapter of a request, loading it when it is not cached.
@@ -312,14 +313,13 @@ class HostCache:
             if self._registry is not None and entry.is_recorded:
                 self._registry.remove(entry.name)
             with self._lock:
+                self.draining[entry.name] = entry.uid
                 self._forget(entry)
-                self._draining[entry.name] = entry.uid
 
     def forget_drained(self, uids_in_use: Container[int]) -> None:
         """Free the names of removed adapters that no request uses any more."""
-        if self._draining:
-            with self._lock:
-                self._draining = {name: uid for name, uid in self._draining.items() if uid in uids_in_use}
+        with self._lock:
+            self.draining = {name: uid for name, uid in self.draining.items() if uid in uids_in_use}
 
     def restore(self, record: AdapterRecord) -> CacheEntry:
         """Load an adapter that the registry recorded; `problem` of the returned entry is the error of a failed load."""
@@ -365,7 +365,7 @@ class HostCache:
     def _new_entry(self, request: LoRARequest, is_added: bool) -> CacheEntry:
         """Register the name of a request; the caller holds the lock of the cache."""
         name = request.lora_name
-        if name in self._draining and not is_added:
+        if name in self.draining and not is_added:
             raise AdapterNotFound(f"adapter {name!r} is being unloaded; add_lora loads it again")
         if request.only_known:
             raise AdapterNotFound(f"adapter {name!r} is not loaded any more")
@@ -410,7 +410,7 @@ class HostCache:
                 self._insert(entry, source, adapter)
                 if is_added:
                     entry.is_added = True
-                    self._draining.pop(entry.name, None)
+                    self.draining.pop(entry.name, None)
         return adapter
 
     def _build(self, entry: CacheEntry, source: LoRARequest, files: AdapterFiles | None, is_reload: bool) -> Adapter:
@@ -425,9 +425,10 @@ class HostCache:
 
     def _insert(self, entry: CacheEntry, source: LoRARequest, adapter: Adapter) -> None:
         """Cache a version and make it the current one, evicting others; the caller holds the lock of the cache."""
-        self.num_changes += not entry.is_version(adapter)
+        is_replaced = not entry.is_version(adapter)
         self._live.add(adapter)
         entry.set_version(source, adapter)
+        self.num_changes += is_replaced
         self._cached[entry.name] = entry
         self._cached.move_to_end(entry.name)
         if self.max_cpu_loras is None:

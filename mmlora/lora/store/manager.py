@@ -83,8 +83,7 @@ class LoRAManager:
         self._num_requests: Counter[AdapterIdentity] = Counter()
         self._pins: dict[AdapterIdentity, int] = {}  # slots retained for pinned adapters
         self._resident: tuple[Adapter, ...] = ()  # as of the last `sync_slots`, for other threads
-        self._is_synced = True
-        self._num_changes = cache.num_changes  # as of the last `sync_slots`
+        self._synced: tuple[int, int] | None = None  # numbers of changes at the last `sync_slots`; None: sync again
         for adapter in defaults:
             cache.track(adapter)
         for record in registry.records() if registry is not None else ():
@@ -241,15 +240,16 @@ class LoRAManager:
 
     def retain(self, adapter: Adapter) -> None:
         """Count a request that runs with a version of an adapter, or with a mix."""
-        self._cache.track(adapter)
+        if adapter.uid == 0:  # a mix; other adapters are tracked since their load
+            self._cache.track(adapter)
         self._num_requests[adapter.identity] += 1
-        self._is_synced = False
 
     def release(self, adapter: Adapter) -> None:
         """Count a request that ended."""
         self._num_requests[adapter.identity] -= 1
         if self._num_requests[adapter.identity] == 0:
             del self._num_requests[adapter.identity]
+            self._synced = None
 
     def activate_pinned(self, adapter: Adapter) -> None:
         """Load a pinned adapter into a slot now; if all slots are in use, its next request gets it one to keep.
@@ -262,16 +262,15 @@ class LoRAManager:
                 self._slots.activate(adapter)
             except Exception as error:
                 raise AdapterError(f"adapter {adapter.name!r} could not be put into a slot: {error}") from error
-        self._is_synced = False
         self.sync_slots()
 
     def sync_slots(self) -> None:
         """Sync the slots with the host cache: retain pinned versions, and free versions that no request can get.
 
-        Does nothing while neither requests with adapters nor changes of the cache have come since the last call.
+        Returns at once if cache and slots have not changed since the last call and no adapter lost its last request.
         """
-        num_changes = self._cache.num_changes  # read first: a change during the sync makes the next call sync again
-        if self._is_synced and self._num_changes == num_changes:
+        changes = self._cache.num_changes, self._slots.num_changes
+        if self._synced == changes:
             return
         kept = {adapter.identity for adapter in self._slots.resident if self._is_pinned(adapter)}
         for identity in self._pins.keys() - kept:
@@ -283,16 +282,19 @@ class LoRAManager:
                 self._slots.retain(slot)
             elif identity not in self._num_requests and not self._is_known(adapter):
                 self._slots.evict(identity)
-        self._cache.forget_drained({uid for uid, _, _ in self._num_requests})
+        if self._cache.draining:
+            self._cache.forget_drained({uid for uid, _, _ in self._num_requests})
         self._resident = self._slots.resident
-        self._is_synced, self._num_changes = not self._num_requests, num_changes
+        self._synced = changes[0], self._slots.num_changes  # a change of the cache during the sync needs another one
 
     def _is_known(self, adapter: Adapter) -> bool:
         return adapter.identity in self._defaults or self._cache.entry_of(adapter) is not None
 
     def _is_pinned(self, adapter: Adapter) -> bool:
+        if self._slots.max_loras == 1 or adapter.identity in self._defaults:
+            return False
         entry = self._cache.entry_of(adapter)
-        return entry is not None and entry.is_pinned and self._slots.max_loras > 1
+        return entry is not None and entry.is_pinned
 
     def _id_of(self, name: str) -> int:
         """Return the id of a known name, else a random one, unique among all processes that share the registry."""

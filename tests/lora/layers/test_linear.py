@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from mmlora.kernels import ops
+from mmlora.lora.layers.base import LoRAState
 from mmlora.lora.layers.linear import LoRALinear
 from mmlora.lora.layers.slots import LoRASlots
-from mmlora.lora.layers.state import LoRAState
 from mmlora.lora.loading.files import read_adapter
 from mmlora.lora.loading.load import load_adapter
 from mmlora.lora.loading.module_index import ModuleIndex

@@ -11,11 +11,10 @@ from transformers.pytorch_utils import Conv1D
 
 from mmlora.errors import AdapterError
 from mmlora.lora.adapter import Adapter, AdapterReport
-from mmlora.lora.layers.base import LoRAWholeModule
-from mmlora.lora.layers.convolution import LoRAConvolution
 from mmlora.lora.layers.embedding import LoRAEmbedding
 from mmlora.lora.layers.linear import LoRALinear
 from mmlora.lora.layers.slots import LoRASlots
+from mmlora.lora.layers.uniform import LoRAConvolution, LoRAWholeModule
 from mmlora.lora.weights import LoRAWeights, ModuleWeights
 
 

@@ -1,15 +1,15 @@
-"""`LoRAConvolution`: adapters on the convolutions of towers."""
+"""Layers that apply one adapter per call: `LoRAConvolution`, and `LoRAWholeModule` for modules of any class."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from mmlora.lora.layers.base import LoRALayer
-from mmlora.lora.layers.state import LoRAState
+from mmlora.lora.layers.base import LoRALayer, LoRAState
 from mmlora.lora.weights import LoRAWeights, ModuleWeights
 
 CONVOLUTIONS: dict[type[nn.Module], Callable[..., torch.Tensor]] = {
@@ -83,3 +83,47 @@ class LoRAConvolution(LoRALayer):
         assert lora.magnitude is not None
         norm: torch.Tensor = changed.flatten(1).norm(dim=1).view(lora.magnitude.shape)
         return lora.magnitude.float() / norm
+
+
+class LoRAWholeModule(LoRALayer):
+    """Runs a module of any class with an adapter's parameters instead of its own: norms, experts, routers.
+
+    Such a module may permute or repeat rows (norms of heads get them transposed, experts several times), so one call
+    uses one adapter: an adapter that changes such a module in the language model runs in a separate forward pass
+    (`Adapter.needs_own_pass`), as every adapter does in towers. Low-rank changes of parameters (`target_parameters`,
+    such as fused experts) are merged into a copy of the parameter, so the slot takes as much memory as the parameter.
+    """
+
+    def __init__(self, base: nn.Module, state: LoRAState, max_loras: int, *, is_output_layer: bool = False) -> None:
+        super().__init__(base, state, max_loras, is_output_layer=is_output_layer)
+        self._parameters_of: dict[int, dict[str, torch.Tensor]] = {}
+
+    def set_slot(self, slot: int, weights: ModuleWeights) -> None:
+        parameters = {name: self.on_device(tensor) for name, tensor in weights.parameters.items()}
+        for name, lora in weights.parameter_loras.items():
+            old = parameters.get(name, getattr(self.base, name))
+            parameters[name] = old + self._delta(lora, old)
+        self._parameters_of[slot] = parameters
+
+    def clear_slot(self, slot: int) -> None:
+        self._parameters_of.pop(slot, None)
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        """Call the module with the parameters of the adapter of this pass, or unchanged."""
+        slot = self.state.uniform_slot
+        parameters = self._parameters_of.get(slot) if slot is not None else None
+        if parameters is None:
+            return self.base(*arguments, **options)
+        return functional_call(self.base, parameters, arguments, options)
+
+    def _delta(self, lora: LoRAWeights, parameter: torch.Tensor) -> torch.Tensor:
+        """Return the low-rank change of a parameter: one matrix, or one per expert."""
+        lora_A, lora_B = self.on_device(lora.lora_A).float(), self.on_device(lora.lora_B).float()
+        if parameter.ndim == 2:
+            return (lora.scaling * (lora_B @ lora_A)).to(parameter.dtype)
+        num_experts = parameter.shape[0]
+        by_expert_A = lora_A.view(num_experts, -1, lora_A.shape[-1])  # [num_experts, r, in]
+        by_expert_B = lora_B.view(lora_B.shape[0], -1, num_experts)  # [out, r, num_experts]
+        is_transposed = getattr(self.base, "is_transposed", False)
+        pattern = "ore,eri->eio" if is_transposed else "ore,eri->eoi"
+        return (lora.scaling * torch.einsum(pattern, by_expert_B, by_expert_A)).to(parameter.dtype)
