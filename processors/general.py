@@ -16,8 +16,9 @@ from transformers import PretrainedConfig
 
 from mmlora.errors import MediaError, RequestError
 from mmlora.processors.base import ProcessedMedia
-from mmlora.processors.media.audio import RESAMPLER, resample
-from mmlora.processors.media.items import AudioItem, ImageItem, MediaItem
+from mmlora.processors.media.audio import RESAMPLER, AudioItem, resample
+from mmlora.processors.media.image import ImageItem
+from mmlora.processors.media.items import MediaItem
 from mmlora.processors.modalities import IMAGE, MODALITIES
 from mmlora.processors.placeholders import Placeholders, placeholder_id
 from mmlora.processors.pretrained import load_processor

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from mmlora.processors.media import audio, image
-from mmlora.processors.media.items import AudioItem, ImageItem, MediaItem, MediaLimits
+from mmlora.processors.media.audio import AudioItem
+from mmlora.processors.media.image import ImageItem
+from mmlora.processors.media.items import MediaItem, MediaLimits
 
 ContentForm = Literal["url", "base64", "object"]
 

@@ -16,8 +16,8 @@ from transformers.audio_utils import mel_filter_bank
 
 from mmlora.errors import ConfigError, MediaError, RequestError
 from mmlora.processors.base import ProcessedMedia
-from mmlora.processors.media.audio import RESAMPLER, resample
-from mmlora.processors.media.items import AudioItem, MediaItem
+from mmlora.processors.media.audio import RESAMPLER, AudioItem, resample
+from mmlora.processors.media.items import MediaItem
 from mmlora.processors.placeholders import Placeholders, placeholder_id
 
 FEATURE_SETTINGS_FILES = ("preprocessor_config.json", "processor_config.json")

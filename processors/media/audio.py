@@ -4,23 +4,26 @@ The libraries (soundfile, PyAV, librosa) are imported where they are used: the e
 """
 
 import errno
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from mmlora.errors import MediaError
 from mmlora.processors.media.containers import check_container, claimed_mp3_frames, container_format, skip_id3
-from mmlora.processors.media.items import DEFAULT_LIMITS, AudioItem, MediaLimits, is_array, to_numpy
+from mmlora.processors.media.items import DEFAULT_LIMITS, MediaItem, MediaLimits, is_array, to_numpy
 from mmlora.utils.text import shorten
 
 MIN_RATE, MAX_RATE = 1_000, 384_000  # Hz
 MAX_CHANNELS = 32
 MAX_PEAK = 16.0  # float samples above full scale occur (resampling, mixing); far above it they are unscaled integers
 RESAMPLER = "soxr_hq"
+
+Samples = npt.NDArray[np.float32]
 
 _BLOCK_FRAMES = 1 << 16
 _UNKNOWN_FRAMES = 1 << 62
@@ -30,6 +33,38 @@ _INTEGER_SCALE = {"uint8": 2.0**7, "int8": 2.0**7, "int16": 2.0**15, "int32": 2.
 _FORM = (
     "audio arrays are given as (array, sample_rate), the array of shape [num_samples], [n, channels] or [channels, n]"
 )
+
+
+@dataclass(frozen=True, eq=False)
+class AudioItem(MediaItem):
+    """A mono clip.
+
+    Attributes:
+        content_hash: of the samples and the rate.
+        samples: `[num_samples] float32`, full scale −1…1, read-only.
+        sample_rate: Hz.
+    """
+
+    modality: ClassVar[str] = "audio"
+    samples: Samples
+    sample_rate: int
+
+    @classmethod
+    def from_samples(cls, samples: Samples, sample_rate: int) -> "AudioItem":
+        """Take ownership of checked mono samples, freeze them and hash them."""
+        samples = np.ascontiguousarray(samples, dtype=np.float32)
+        samples.setflags(write=False)
+        digest = hashlib.sha256(f"audio:{sample_rate}:".encode())
+        digest.update(samples.data)
+        return cls(digest.hexdigest(), samples, sample_rate)
+
+    @property
+    def duration_s(self) -> float:
+        return len(self.samples) / self.sample_rate
+
+    @property
+    def num_bytes(self) -> int:
+        return self.samples.nbytes
 
 
 @dataclass(frozen=True)
@@ -56,8 +91,6 @@ DEMUXERS: Final[Mapping[str, Demuxer]] = {  # by `container_format`; libsndfile 
     "matroska": Demuxer("matroska", "matroska,webm", ("opus", "vorbis", "aac", "mp3float", "flac")),
 }
 _FFMPEG_OPTIONS: Final = {"protocol_whitelist": "none", "max_streams": str(_MAX_STREAMS + 1)}
-
-Samples = npt.NDArray[np.float32]
 
 
 def decode_audio(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> AudioItem:

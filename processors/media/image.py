@@ -1,16 +1,44 @@
 """Turn encoded pictures, PIL images or arrays into `ImageItem`: decoding, EXIF orientation, alpha on white, RGB."""
 
+import hashlib
 import io
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from mmlora.errors import MediaError
-from mmlora.processors.media.items import DEFAULT_LIMITS, ImageItem, MediaLimits, is_array, strips, to_numpy
+from mmlora.processors.media.items import DEFAULT_LIMITS, MediaItem, MediaLimits, is_array, to_numpy
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageItem(MediaItem):
+    """An RGB image, EXIF-oriented, composited on white where it is transparent.
+
+    Attributes:
+        content_hash: of the size and the pixels.
+        image: mode `RGB`; treat as read-only.
+    """
+
+    modality: ClassVar[str] = "image"
+    image: Image.Image
+
+    @classmethod
+    def from_rgb(cls, image: Image.Image) -> "ImageItem":
+        """Take ownership of a finished RGB image and hash it."""
+        digest = hashlib.sha256(f"image:{image.width}x{image.height}:".encode())
+        for box in strips(*image.size):
+            digest.update(image.crop(box).tobytes())
+        return cls(digest.hexdigest(), image)
+
+    @property
+    def num_bytes(self) -> int:
+        return 3 * self.image.width * self.image.height
 
 
 def decode_image(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> ImageItem:
@@ -80,6 +108,13 @@ def image_from_array(array: Any, limits: MediaLimits = DEFAULT_LIMITS) -> ImageI
     if values.size == 0:
         raise MediaError(f"image array of shape {tuple(values.shape)} holds no pixels")
     return image_from_pil(Image.fromarray(np.ascontiguousarray(values)), limits)
+
+
+def strips(width: int, height: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield boxes of whole rows, about a million pixels each, that cover an image."""
+    rows = max(1, 2**20 // width)
+    for top in range(0, height, rows):
+        yield 0, top, width, min(top + rows, height)
 
 
 def _check_complete(data: bytes) -> None:

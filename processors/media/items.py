@@ -1,15 +1,12 @@
-"""Decoded media items and their limits; `audio.py` and `image.py` decode them."""
+"""Base of decoded media items, and their limits; the modules of the modalities have the items."""
 
-import hashlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from mmlora.errors import ConfigError
 
@@ -30,70 +27,6 @@ class MediaItem(ABC):
     @abstractmethod
     def num_bytes(self) -> int:
         """Size of the decoded content."""
-
-
-@dataclass(frozen=True, eq=False)
-class AudioItem(MediaItem):
-    """A mono clip.
-
-    Attributes:
-        content_hash: of the samples and the rate.
-        samples: `[num_samples] float32`, full scale −1…1, read-only.
-        sample_rate: Hz.
-    """
-
-    modality: ClassVar[str] = "audio"
-    samples: npt.NDArray[np.float32]
-    sample_rate: int
-
-    @classmethod
-    def from_samples(cls, samples: npt.NDArray[np.float32], sample_rate: int) -> "AudioItem":
-        """Take ownership of checked mono samples, freeze them and hash them."""
-        samples = np.ascontiguousarray(samples, dtype=np.float32)
-        samples.setflags(write=False)
-        digest = hashlib.sha256(f"audio:{sample_rate}:".encode())
-        digest.update(samples.data)
-        return cls(digest.hexdigest(), samples, sample_rate)
-
-    @property
-    def duration_s(self) -> float:
-        return len(self.samples) / self.sample_rate
-
-    @property
-    def num_bytes(self) -> int:
-        return self.samples.nbytes
-
-
-@dataclass(frozen=True, eq=False)
-class ImageItem(MediaItem):
-    """An RGB image, EXIF-oriented, composited on white where it is transparent.
-
-    Attributes:
-        content_hash: of the size and the pixels.
-        image: mode `RGB`; treat as read-only.
-    """
-
-    modality: ClassVar[str] = "image"
-    image: Image.Image
-
-    @classmethod
-    def from_rgb(cls, image: Image.Image) -> "ImageItem":
-        """Take ownership of a finished RGB image and hash it."""
-        digest = hashlib.sha256(f"image:{image.width}x{image.height}:".encode())
-        for box in strips(*image.size):
-            digest.update(image.crop(box).tobytes())
-        return cls(digest.hexdigest(), image)
-
-    @property
-    def num_bytes(self) -> int:
-        return 3 * self.image.width * self.image.height
-
-
-def strips(width: int, height: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yield boxes of whole rows, about a million pixels each, that cover an image."""
-    rows = max(1, 2**20 // width)
-    for top in range(0, height, rows):
-        yield 0, top, width, min(top + rows, height)
 
 
 def is_array(content: object) -> TypeGuard[Any]:

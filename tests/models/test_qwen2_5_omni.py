@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from mmlora import BASE, LLM, LoRARequest
 from mmlora.errors import ConfigError, MediaError
-from mmlora.processors.media.items import AudioItem
+from mmlora.processors.media.audio import AudioItem
 from tests.checkpoints import save_adapter
 from tests.equality import greedy
 from tests.families.table import adapter_of, save_family

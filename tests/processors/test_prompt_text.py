@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from mmlora.models.families import get_processor
-from mmlora.processors.media.items import ImageItem
+from mmlora.processors.media.image import ImageItem
 from mmlora.processors.placeholders import expand_placeholders
 from tests.families.table import FAMILIES, save_family
 from tests.media import picture

@@ -22,8 +22,8 @@ from mmlora.assets.image import ImageAsset
 from mmlora.assets.models import assistant_adapters, assistant_default_mm_loras, assistant_path
 from mmlora.async_llm import AsyncLLM
 from mmlora.config import EngineArgs
+from mmlora.processors.media.audio import AudioItem
 from mmlora.processors.media.decoding import load_media
-from mmlora.processors.media.items import AudioItem
 from mmlora.server.api import build_app
 from mmlora.server.args import LoRAModule
 from mmlora.server.launch import load_served_models

@@ -8,8 +8,8 @@ from starlette.requests import Request
 from mmlora.async_llm import AsyncLLM
 from mmlora.errors import RequestError
 from mmlora.models.transcription import LANGUAGES, TranscriptionPrompt
+from mmlora.processors.media.audio import AudioItem
 from mmlora.processors.media.decoding import load_media
-from mmlora.processors.media.items import AudioItem
 from mmlora.server.errors import Refusal
 from mmlora.server.lora.served_models import ServedModels
 from mmlora.server.openai.generation import Generation, GenerationService

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from mmlora.errors import MediaError, RequestError
 from mmlora.processors.families.granite_speech import GraniteSpeechProcessor
-from mmlora.processors.media.items import AudioItem
+from mmlora.processors.media.audio import AudioItem
 from tests.families.table import save_family
 from tests.processors.families import granite_features
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from mmlora.errors import ConfigError
 from mmlora.models.families import get_processor
-from mmlora.processors.media.items import ImageItem
+from mmlora.processors.media.image import ImageItem
 from tests.families.table import FAMILIES, save_family
 from tests.media import picture
 

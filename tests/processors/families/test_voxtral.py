@@ -16,7 +16,7 @@ from mmlora.config import EngineArgs
 from mmlora.errors import ConfigError
 from mmlora.models.loader import load_tokenizer
 from mmlora.processors.families.voxtral import VoxtralProcessor
-from mmlora.processors.media.items import AudioItem
+from mmlora.processors.media.audio import AudioItem
 from tests.checkpoints import AUDIO_ID
 from tests.families.audio import AUDIO_FAMILIES, VOXTRAL_FRAMES
 from tests.families.table import save_family

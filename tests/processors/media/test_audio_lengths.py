@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from mmlora.errors import MediaError
 from mmlora.models.families import get_processor
-from mmlora.processors.media.items import AudioItem
+from mmlora.processors.media.audio import AudioItem
 from tests.families.audio import AUDIO_FAMILIES
 from tests.families.table import save_family
 

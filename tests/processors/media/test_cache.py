@@ -4,8 +4,8 @@ import pytest
 
 from mmlora.errors import MediaError, MediaNotFound
 from mmlora.processors.fetch.loader import MAX_UUID_CHARS, MediaLoader, MediaReference
+from mmlora.processors.media.audio import AudioItem
 from mmlora.processors.media.cache import ENTRY_BYTES, CachedMedia, MediaCache
-from mmlora.processors.media.items import AudioItem
 
 
 def entry(tone, num_samples=250, url=None):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mmlora.errors import MediaError
 from mmlora.processors.media.decoding import MediaLimits, load_media
-from mmlora.processors.media.items import strips
+from mmlora.processors.media.image import strips
 
 
 def pixel(item, at=(0, 0)):
