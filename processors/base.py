@@ -1,4 +1,4 @@
-"""What a model's processor offers to the engine, and what it returns for one media item."""
+"""Interface between a model's processor and the engine: `MultiModalProcessor` and its result, `ProcessedMedia`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from mmlora.processors.media.items import MediaItem
 
 @dataclass(frozen=True, eq=False)
 class ProcessedMedia:
-    """Hold what the tower needs for one item.
+    """Input of the tower for one item, and the tokens of the item in the prompt.
 
     Attributes:
-        modality: `"audio"` or `"image"`.
-        content_hash: sha256 hex over content and effective processor options; equal hash means equal tensors.
-        tensors: this item alone and unpadded, under the names of the model's forward.
-        num_tokens: of the prompt that stand for it.
-        token_ids: these tokens; None where all of them are the placeholder.
-        places: which of them take an embedding; None for all.
-        text_before, text_after: that the model's processor writes around them; it belongs to the prompt's own text.
+        modality: of the item.
+        content_hash: sha256 hex over content and effective processor options; equal hashes mean equal tensors.
+        tensors: of this item alone, unpadded, under the argument names of the model's forward.
+        num_tokens: of the item in the prompt.
+        token_ids: these tokens; None if all of them are the placeholder.
+        embed_positions: indices of the tokens that an embedding replaces; None for all.
+        text_before, text_after: text that the model's processor writes around the item; part of the prompt's text.
     """
 
     modality: str
@@ -28,18 +28,18 @@ class ProcessedMedia:
     tensors: dict[str, torch.Tensor]
     num_tokens: int
     token_ids: tuple[int, ...] | None = None
-    places: tuple[int, ...] | None = None
+    embed_positions: tuple[int, ...] | None = None
     text_before: str = ""
     text_after: str = ""
 
     @property
     def num_embeds(self) -> int:
-        """Embeddings that its tower gives."""
-        return self.num_tokens if self.places is None else len(self.places)
+        """Number of embeddings that the tower returns for the item."""
+        return self.num_tokens if self.embed_positions is None else len(self.embed_positions)
 
 
 class MultiModalProcessor(Protocol):
-    """Turn media items into tensors for one model; thread-safe, called from a pool."""
+    """Converts media items to tensors for one model; thread-safe, called from a pool."""
 
     @property
     def modalities(self) -> frozenset[str]:
@@ -47,30 +47,30 @@ class MultiModalProcessor(Protocol):
         ...
 
     def placeholder_token(self, modality: str) -> str:
-        """Text that stands for one item of `modality` in a prompt."""
+        """Return the placeholder of one item in the text of a prompt."""
         ...
 
     def placeholder_token_id(self, modality: str) -> int:
-        """Token id of `placeholder_token(modality)`."""
+        """Return the token id of `placeholder_token(modality)`."""
         ...
 
-    def arrange(self, token_ids: Sequence[int], media: Sequence[ProcessedMedia]) -> list[int]:
-        """Order a prompt's tokens as the model's own processor does, before its media are put in."""
+    def arrange_tokens(self, token_ids: Sequence[int], media: Sequence[ProcessedMedia]) -> list[int]:
+        """Order the tokens of a prompt as the model's own processor does, before placeholders are expanded."""
         ...
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a part of a prompt, special tokens included."""
+        """Return the token ids of a part of a prompt; special tokens in the text are recognized."""
         ...
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
-        """Text of a part of a prompt, special tokens included."""
+        """Return the text of a part of a prompt, special tokens included."""
         ...
 
-    def normalize(self, prompt: str) -> str:
-        """Write the placeholders of a prompt as `placeholder_token` does, where the model knows other spellings.
+    def normalize_placeholders(self, prompt: str) -> str:
+        """Replace other spellings of placeholders that the model knows by `placeholder_token`.
 
         Raises:
-            MediaError: another spelling stands for an item out of turn.
+            MediaError: a numbered placeholder is out of order.
         """
         ...
 

@@ -1,7 +1,7 @@
 """`GeneralProcessor`: any family whose own `transformers` processor runs without torchvision and torchaudio.
 
-The processor is asked for one item at a time, with the placeholder as its text: it answers with the tensors of the item
-and with the tokens that stand for it in a prompt, whatever these are (rows, separators, newlines).
+The processor is called for one item at a time, with the placeholder as the text. It returns the tensors of the item and
+its tokens in a prompt, including row separators and newlines where the family has them.
 """
 
 import hashlib
@@ -24,23 +24,23 @@ from mmlora.processors.placeholders import Placeholders, placeholder_id
 from mmlora.processors.pretrained import load_processor
 
 TEXT_KEYS: Final = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
-MAX_REST_S: Final = 0.1  # of a clip, that fills no frame of its own
+MAX_REMAINDER_S: Final = 0.1  # the end of a clip, which does not fill a frame
 INPUT_ERRORS: Final = (
     *(ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AttributeError, AssertionError, OSError),
     StrictDataclassError,
 )
-SIZES: Final = ("size", "pixels", "patches", "crops", "pinpoints")  # in names of options that set how much is computed
+SIZES: Final = ("size", "pixels", "patches", "crops", "pinpoints")  # parts of the names of options that scale the cost
 MAX_FACTOR, MAX_PIXELS = 2, 2**24
 
 
 class GeneralProcessor(Placeholders):
-    """Implement `MultiModalProcessor` over a model's own processor.
+    """`MultiModalProcessor` on top of a model's own processor.
 
     Args:
-        config: the model's; it names the placeholder ids (`image_token_id` or `image_token_index`).
+        config: of the model, with the placeholder ids (`image_token_id` or `image_token_index`).
         model_path: its directory, with the processor's files.
-        tokenizer: must know the placeholder tokens.
-        load: makes the model's own processor of these three.
+        tokenizer: must have the placeholder tokens.
+        load: builds the model's own processor from these three.
 
     Raises:
         ConfigError: there is no processor, or the tokenizer does not fit the model.
@@ -62,22 +62,22 @@ class GeneralProcessor(Placeholders):
         }
         modalities = list(self._parts)
         self._embed_ids = {modality: placeholder_id(config, modality) for modality in modalities}
-        super().__init__({modality: self.written_id(modality, tokenizer) for modality in modalities}, tokenizer)
-        # Blanks may be added tokens, too (Gemma has line breaks); they belong to the text around an item.
+        super().__init__({modality: self.prompt_token_id(modality, tokenizer) for modality in modalities}, tokenizer)
+        # Whitespace may be added tokens, too (Gemma has line breaks); it belongs to the text around an item.
         added = {i: str(token).replace("▁", " ") for i, token in tokenizer.added_tokens_decoder.items()}
         self._own_ids = {i for i, text in added.items() if text.strip()} | set(self._embed_ids.values())
 
-    def written_id(self, modality: str, tokenizer: Any) -> int:
-        """Return the token that prompts hold for an item; for most families the one that takes its embeddings."""
+    def prompt_token_id(self, modality: str, tokenizer: Any) -> int:
+        """Return the placeholder token of prompts; in most families it is the one that embeddings replace."""
         token = getattr(self._processor, f"{modality}_token", None)
         return self._embed_ids[modality] if token is None else int(tokenizer.convert_tokens_to_ids(str(token)))
 
     def process(self, item: MediaItem, options: Mapping[str, Any] | None = None) -> ProcessedMedia:
-        """Compute the tensors of one clip or picture, and the tokens that stand for it.
+        """Compute the tensors and the prompt tokens of one item.
 
         Args:
             item: decoded media.
-            options: of the model's image processor; audio takes none.
+            options: of the model's image processor; audio has none.
 
         Raises:
             RequestError: an unknown option or a value that is not allowed.
@@ -85,7 +85,7 @@ class GeneralProcessor(Placeholders):
         """
         modality, chosen = item.modality, self._checked_options(item.modality, options or {})
         try:
-            output = self.model_inputs(item, chosen)
+            output = self.compute_inputs(item, chosen)
         except INPUT_ERRORS as error:
             kind = RequestError if chosen else MediaError
             raise kind(f"the {modality} cannot be processed: {error}") from error
@@ -93,12 +93,12 @@ class GeneralProcessor(Placeholders):
         own = [i for i, token in enumerate(all_ids) if token in self._own_ids]
         start, end = (own[0], own[-1] + 1) if own else (0, 0)
         token_ids = all_ids[start:end]
-        places = tuple(i for i, token in enumerate(token_ids) if token == self._embed_ids[modality])
-        if not places:
-            raise MediaError(f"the {modality} gives no embeddings: it is too small or too short")
+        embed_positions = tuple(i for i, token in enumerate(token_ids) if token == self._embed_ids[modality])
+        if not embed_positions:
+            raise MediaError(f"the {modality} is too small or too short for a single embedding")
         tensors = {name: value for name, value in output.items() if name not in TEXT_KEYS and torch.is_tensor(value)}
         if isinstance(item, AudioItem) and "input_features" in tensors:
-            self._check_heard(item, tensors["input_features"])
+            self._check_complete(item, tensors["input_features"])
         settings = json.dumps({"options": chosen, "resampler": RESAMPLER}, sort_keys=True, default=str)
         digest = hashlib.sha256(f"{item.content_hash}\n{settings}".encode()).hexdigest()
         return ProcessedMedia(
@@ -107,13 +107,13 @@ class GeneralProcessor(Placeholders):
             tensors,
             len(token_ids),
             tuple(token_ids),
-            places,
+            embed_positions,
             text_before=self.detokenize(all_ids[:start]),
             text_after=self.detokenize(all_ids[end:]),
         )
 
-    def model_inputs(self, item: MediaItem, options: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return an item's tensors under the names of the model's forward, and its tokens as `input_ids [1, n]`."""
+    def compute_inputs(self, item: MediaItem, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return an item's tensors under the argument names of the model's forward, and `input_ids [1, num_tokens]`."""
         output: Mapping[str, Any] = self._processor(
             text=self.placeholder_token(item.modality),
             **self._media_arguments(item),
@@ -130,12 +130,12 @@ class GeneralProcessor(Placeholders):
         rate = self._parts[item.modality].sampling_rate
         return {"audio": [resample(item, rate)], "sampling_rate": rate}
 
-    def _check_heard(self, item: AudioItem, features: torch.Tensor) -> None:
-        """Refuse a clip of which transformers' class would drop the end; features have mel bins first, or frames."""
+    def _check_complete(self, item: AudioItem, features: torch.Tensor) -> None:
+        """Refuse a clip whose end transformers' extractor has cut off; the order of the dimensions varies."""
         extractor = self._parts[item.modality]
-        heard_s = features.numel() / extractor.feature_size * extractor.hop_length / extractor.sampling_rate
-        if item.duration_s > heard_s + MAX_REST_S:
-            raise MediaError(f"audio of {item.duration_s:.1f} s is too long: this model hears {heard_s:.0f} s at most")
+        covered_s = features.numel() / extractor.feature_size * extractor.hop_length / extractor.sampling_rate
+        if item.duration_s > covered_s + MAX_REMAINDER_S:
+            raise MediaError(f"audio is {item.duration_s:.1f} s long; this model accepts at most {covered_s:.0f} s")
 
     def _checked_options(self, modality: str, options: Mapping[str, Any]) -> dict[str, Any]:
         kwargs = getattr(self._parts.get(IMAGE.name), "valid_kwargs", None)
@@ -151,7 +151,7 @@ class GeneralProcessor(Placeholders):
         return dict(options)
 
     def _check_size(self, name: str, value: Any) -> None:
-        """Refuse an option that makes far more of a picture than the checkpoint's own settings."""
+        """Refuse an option that costs far more than the checkpoint's own settings."""
         if not any(part in name for part in SIZES):
             return
         own = list(_numbers(getattr(self._parts[IMAGE.name], name, None)))
@@ -162,13 +162,13 @@ class GeneralProcessor(Placeholders):
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    """Yield the numbers in an option, however they are nested."""
+    """Yield the numbers in the nested value of an option."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         yield value
     elif isinstance(value, str):
         return
     elif isinstance(value, Mapping) or hasattr(value, "keys"):
-        for key in value.keys():  # noqa: SIM118  SizeDict is no mapping
+        for key in value.keys():  # noqa: SIM118  SizeDict is not iterable
             yield from _numbers(value[key])
     elif isinstance(value, Iterable):
         for entry in value:

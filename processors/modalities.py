@@ -1,4 +1,4 @@
-"""Registry of the modalities that requests may hold beside text. Everything else reads from it.
+"""Registry of the modalities that requests may hold besides text. Other code reads from it.
 
 A new modality is one entry here, its module in `processors/media`, and a tower.
 """

@@ -1,4 +1,4 @@
-"""Widen the one placeholder token of each media item to the number of embeddings that the item fills."""
+"""Placeholders of media items in prompts: their tokens, and their expansion to one token for each embedding."""
 
 import re
 from collections import Counter
@@ -16,14 +16,14 @@ _NUMBERED = re.compile(rf"<\|({'|'.join(MODALITIES)})_(\d{{1,9}})\|>", re.ASCII)
 
 
 class Placeholders:
-    """What stands for an item of each modality in a prompt; the part that all processors share.
+    """Base class of all processors: the placeholder token of each modality.
 
     Args:
-        token_ids: by modality, the token id whose places take its embeddings.
-        tokenizer: must know these tokens.
+        token_ids: of the placeholders, by modality.
+        tokenizer: must have these tokens.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: it does not have them.
     """
 
     def __init__(self, token_ids: Mapping[str, int], tokenizer: Any) -> None:
@@ -33,33 +33,33 @@ class Placeholders:
         self._tokens = {modality: placeholder_text(tokenizer, modality, i) for modality, i in token_ids.items()}
 
     def placeholder_token(self, modality: str) -> str:
-        """Return the text that stands for one item of `modality`."""
+        """Return the placeholder of one item in the text of a prompt."""
         return self._tokens[self._checked(modality)]
 
     def placeholder_token_id(self, modality: str) -> int:
-        """Return the token id whose places take embeddings of `modality`."""
+        """Return the token id of `placeholder_token(modality)`."""
         return self._token_ids[self._checked(modality)]
 
-    def arrange(self, token_ids: Sequence[int], media: Sequence[ProcessedMedia]) -> list[int]:
-        """Leave a prompt as it is."""
+    def arrange_tokens(self, token_ids: Sequence[int], media: Sequence[ProcessedMedia]) -> list[int]:
+        """Return the prompt unchanged."""
         return list(token_ids)
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the token ids of a part of a prompt, special tokens included."""
+        """See `MultiModalProcessor.tokenize`."""
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
-        """Return the text of a part of a prompt, special tokens included."""
+        """See `MultiModalProcessor.detokenize`."""
         text: str = self._tokenizer.decode(
             list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         return text
 
-    def normalize(self, prompt: str) -> str:
-        """Replace the numbered spelling, `<|image_1|>` and `<|audio_1|>`, by the model's own placeholders.
+    def normalize_placeholders(self, prompt: str) -> str:
+        """Replace numbered placeholders, `<|image_1|>` and `<|audio_1|>`, by the model's own.
 
         Raises:
-            MediaError: the numbers of a modality are not 1, 2 and so on, in this order.
+            MediaError: the numbers of a modality are not 1, 2, 3… in this order.
         """
         counts: Counter[str] = Counter()
 
@@ -69,7 +69,7 @@ class Placeholders:
             counts[match[1]] += 1
             if int(match[2]) != counts[match[1]]:
                 raise MediaError(
-                    f"the prompt has {match[0]!r} where {match[1]} {counts[match[1]]} is due: items fill their "
+                    f"the prompt has {match[0]!r} where {match[1]} {counts[match[1]]} is expected: items fill their "
                     "placeholders in order"
                 )
             return self.placeholder_token(match[1])
@@ -84,7 +84,7 @@ class Placeholders:
 
 @dataclass(frozen=True)
 class PlaceholderRange:
-    """Say where one item's embeddings go: `token_ids[start : start + length]`, item `media[media_index]`."""
+    """Tokens of one item in an expanded prompt: `token_ids[start : start + length]` of `media[media_index]`."""
 
     start: int
     length: int
@@ -92,10 +92,10 @@ class PlaceholderRange:
 
 
 def placeholder_id(config: PretrainedConfig, modality: str) -> int:
-    """Return the token id whose places take embeddings of a modality.
+    """Return the token id that embeddings of a modality replace.
 
     Raises:
-        ConfigError: the configuration names none.
+        ConfigError: the configuration does not name it.
     """
     tower = getattr(config, MODALITIES[modality].config_name, None)
     for owner in (config, tower):
@@ -121,10 +121,10 @@ def placeholder_text(tokenizer: Any, modality: str, token_id: int) -> str:
 def expand_placeholders(
     token_ids: list[int], media: Sequence[ProcessedMedia], processor: MultiModalProcessor
 ) -> tuple[list[int], list[PlaceholderRange]]:
-    """Replace each placeholder by the tokens that stand for the next item of its modality, in order.
+    """Replace each placeholder by the tokens of the next item of its modality.
 
     Returns:
-        The widened token ids and one range per item, sorted by start.
+        The expanded token ids and one range per item, sorted by start.
 
     Raises:
         MediaError: the prompt has more or fewer placeholders of a modality than there are items.
@@ -154,7 +154,7 @@ def expand_placeholders(
 
 
 def _with_text(before: str, token_ids: list[int], after: str, processor: MultiModalProcessor) -> list[int]:
-    """Put text around some tokens; at the seams it may make other tokens of them."""
+    """Add text around tokens and tokenize them again, since tokens may merge across the boundaries."""
     if not before and not after:
         return token_ids
     return processor.tokenize(before + processor.detokenize(token_ids) + after)

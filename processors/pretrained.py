@@ -1,4 +1,4 @@
-"""A model's own `transformers` processor, built from its parts: without the video part, which needs torchvision."""
+"""Load a model's own `transformers` processor from its parts, without the video part, which needs torchvision."""
 
 import json
 from functools import partial
@@ -15,7 +15,7 @@ SETTINGS_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 def load_processor(config: PretrainedConfig, path: Path, tokenizer: Any) -> Any:
-    """Load the processor that a checkpoint comes with.
+    """Load the processor of a checkpoint.
 
     Args:
         config: the model's.
@@ -23,7 +23,7 @@ def load_processor(config: PretrainedConfig, path: Path, tokenizer: Any) -> Any:
         tokenizer: the model's.
 
     Raises:
-        ConfigError: there is none, or it does not run here.
+        ConfigError: there is none, or it cannot be loaded in this environment.
     """
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
@@ -31,11 +31,11 @@ def load_processor(config: PretrainedConfig, path: Path, tokenizer: Any) -> Any:
         named = getattr(transformers, named_class(path) or "none", None)
         return _build(named if named is not None else PROCESSOR_MAPPING[type(config)], path, tokenizer)
     except LIBRARY_ERRORS as error:
-        raise ConfigError(f"{path} has no processor that runs here: {error}") from error
+        raise ConfigError(f"{path} has no processor that can be loaded here: {error}") from error
 
 
 def named_class(path: Path) -> str:
-    """Return the processor class that a checkpoint's files name; empty when they name none."""
+    """Return the processor class named in a checkpoint's files, or an empty string."""
     for file in (path / name for name in SETTINGS_FILES):
         try:
             found = json.loads(file.read_text(encoding="utf-8")).get("processor_class")
@@ -47,15 +47,15 @@ def named_class(path: Path) -> str:
 
 
 def load_part(name: str, path: Path) -> Any:
-    """Load a part of a processor: the one for Pillow where there is one, so that no answer depends on torchvision.
+    """Load a part of a processor; images use the Pillow backend, so that results do not depend on torchvision.
 
     Args:
-        name: `image_processor` or `feature_extractor`; any other is None.
+        name: `image_processor` or `feature_extractor`; None is returned for other parts.
 
     Raises:
-        ConfigError: it does not run here.
+        ConfigError: it cannot be loaded in this environment.
     """
-    # By their modules: in transformers 5.17 the package shows a stand-in without torchvision, though Pillow suffices.
+    # From their modules: without torchvision, transformers 5.17 itself exports a dummy class that Pillow does not need.
     from transformers.models.auto.feature_extraction_auto import AutoFeatureExtractor
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -66,7 +66,7 @@ def load_part(name: str, path: Path) -> Any:
     try:
         return loaders[name](path) if name in loaders else None
     except LIBRARY_ERRORS as error:
-        raise ConfigError(f"{path} has no {name} that runs here: {error}") from error
+        raise ConfigError(f"{path} has no {name} that can be loaded here: {error}") from error
 
 
 def _build(processor_class: Any, path: Path, tokenizer: Any) -> Any:
@@ -74,7 +74,7 @@ def _build(processor_class: Any, path: Path, tokenizer: Any) -> Any:
     parts = [tokenizer if name == "tokenizer" else load_part(name, path) for name in names]
 
     class WithoutVideo(processor_class):  # type: ignore[misc]
-        """Takes None for the video part."""
+        """Processor that accepts None as its video part."""
 
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
             return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)

@@ -76,7 +76,7 @@ class GeneralTowers:
             return ()
         if self._bidirectional == "prompt":
             return (BidirectionalSpan(0, num_tokens, ignores_window=True),)
-        places = [start + place for start, item in media for place in places_of(item)]
+        places = [start + place for start, item in media for place in embed_positions_of(item)]
         return tuple(BidirectionalSpan(start, end) for start, end in _join_runs(places))
 
     def rope_arguments(
@@ -85,7 +85,7 @@ class GeneralTowers:
         """Return the arguments of `get_rope_index` other than the token ids."""
         is_media = torch.zeros(1, len(token_ids), dtype=torch.int)
         for start, item in media:
-            is_media[0, torch.tensor(places_of(item)) + start] = 1
+            is_media[0, torch.tensor(embed_positions_of(item)) + start] = 1
         grids = [item.tensors["image_grid_thw"] for _, item in media if "image_grid_thw" in item.tensors]
         return {"mm_token_type_ids": is_media, **({"image_grid_thw": torch.cat(grids)} if grids else {})}
 
@@ -185,9 +185,9 @@ def flatten_features(features: Any) -> torch.Tensor:
     return torch.cat([part.flatten(0, -2) for part in parts])
 
 
-def places_of(item: ProcessedMedia) -> Sequence[int]:
+def embed_positions_of(item: ProcessedMedia) -> Sequence[int]:
     """Return which of an item's tokens take an embedding."""
-    return item.places if item.places is not None else range(item.num_tokens)
+    return item.embed_positions if item.embed_positions is not None else range(item.num_tokens)
 
 
 def _join_runs(places: Sequence[int]) -> list[tuple[int, int]]:

@@ -124,10 +124,10 @@ def _media_rows(item: ScheduledSequence, offset: int) -> list[MediaRows]:
 
 def _embeds_between(embeds: torch.Tensor, media: MediaInput, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the embeddings of a media item for positions `start … end − 1` of the prompt, and these positions."""
-    if media.media.places is None:
+    if media.media.embed_positions is None:
         start, end = max(media.start, start), min(media.end, end)
         return embeds[start - media.start : end - media.start], torch.arange(start, end)
-    positions = torch.tensor(media.media.places) + media.start
+    positions = torch.tensor(media.media.embed_positions) + media.start
     is_inside = (positions >= start) & (positions < end)
     return embeds[is_inside.to(embeds.device)], positions[is_inside]
 

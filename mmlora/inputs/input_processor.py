@@ -244,7 +244,7 @@ class InputProcessor:
             RequestError: the prompt is too long, or is not valid text.
             MediaError: numbered placeholders are out of order.
         """
-        normalized = self.processor.normalize(text) if self.processor is not None else text
+        normalized = self.processor.normalize_placeholders(text) if self.processor is not None else text
         return encode_text(self.tokenizer, normalized, self.max_model_len, add_special_tokens=add_special_tokens)
 
     def _load_media(self, data: object) -> dict[str, list[MediaItem]]:
@@ -290,7 +290,7 @@ class InputProcessor:
         if not processed and self._placeholder_ids.isdisjoint(token_ids):
             return token_ids, []
         assert self.processor is not None
-        return expand_placeholders(self.processor.arrange(token_ids, processed), processed, self.processor)
+        return expand_placeholders(self.processor.arrange_tokens(token_ids, processed), processed, self.processor)
 
     def _place_media(
         self, processed: list[ProcessedMedia], ranges: list[PlaceholderRange], adapter: Adapter | None, salt: str | None

@@ -1,4 +1,4 @@
-"""Log-mel features for Granite Speech, since transformers' own class needs torchaudio.
+"""`GraniteSpeechProcessor`: log-mel features; transformers' own class needs torchaudio.
 
 Source: `GraniteSpeechFeatureExtractor` and https://huggingface.co/ibm-granite/granite-speech-3.3-2b.
 """
@@ -25,12 +25,12 @@ MELSPEC = {"sample_rate": 16000, "n_fft": 512, "win_length": 400, "hop_length": 
 
 
 class GraniteSpeechProcessor(Placeholders):
-    """Implement `MultiModalProcessor` for `GraniteSpeechForConditionalGeneration`.
+    """`MultiModalProcessor` of `GraniteSpeechForConditionalGeneration`.
 
     Args:
-        config: the model's.
-        model_path: its directory; what `preprocessor_config.json` leaves out follows from `config`.
-        tokenizer: must know the placeholder token.
+        config: of the model.
+        model_path: its directory; settings missing from `preprocessor_config.json` have the defaults of `MELSPEC`.
+        tokenizer: must have the placeholder token.
 
     Raises:
         ConfigError: the files or the tokenizer do not fit the model.
@@ -55,7 +55,7 @@ class GraniteSpeechProcessor(Placeholders):
 
         Raises:
             RequestError: there are options; this model has none.
-            MediaError: the clip is shorter than a window.
+            MediaError: the clip is shorter than one window.
         """
         if options:
             raise RequestError(f"unknown processor option {', '.join(map(str, options))}: this model takes none")
@@ -71,7 +71,7 @@ class GraniteSpeechProcessor(Placeholders):
         return ProcessedMedia("audio", digest, {"input_features": features}, num_tokens)
 
     def features(self, samples: torch.Tensor) -> torch.Tensor:
-        """Return `[1, num_frames / 2, 2 * n_mels]` for `samples [num_samples] fp32`: two frames in one, scaled logs."""
+        """Return scaled log-mel frames of `samples [num_samples]`, two in one: `[1, num_frames / 2, 2 * n_mels]`."""
         mel = self._melspec
         spectrum = torch.stft(
             samples,

@@ -1,4 +1,4 @@
-"""Prompts of PaliGemma: pictures, the start of the text, the text, a line break.
+"""`PaliGemmaProcessor`: prompts of PaliGemma are images, the BOS token, the text and a line break.
 
 Source: https://github.com/google-research/big_vision/blob/main/big_vision/configs/proj/paligemma/README.md
 """
@@ -13,15 +13,15 @@ from mmlora.processors.media.items import MediaItem
 
 
 class PaliGemmaProcessor(GeneralProcessor):
-    """Pictures are the general path's; a prompt without placeholders has them in front."""
+    """`GeneralProcessor` that puts images in front of a prompt without placeholders."""
 
     def process(self, item: MediaItem, options: Mapping[str, Any] | None = None) -> ProcessedMedia:
-        """See `GeneralProcessor.process`; what follows the picture is left to `arrange`."""
+        """See `GeneralProcessor.process`; `arrange_tokens` adds the text after the image."""
         found = super().process(item, options)
-        return replace(found, num_tokens=found.num_embeds, token_ids=None, places=None, text_after="")
+        return replace(found, num_tokens=found.num_embeds, token_ids=None, embed_positions=None, text_after="")
 
-    def arrange(self, token_ids: Sequence[int], media: Sequence[ProcessedMedia]) -> list[int]:
-        """See `MultiModalProcessor.arrange`."""
+    def arrange_tokens(self, token_ids: Sequence[int], media: Sequence[ProcessedMedia]) -> list[int]:
+        """See `MultiModalProcessor.arrange_tokens`."""
         if not media:
             return list(token_ids)
         image_id, bos_id = self.placeholder_token_id("image"), self._tokenizer.bos_token_id

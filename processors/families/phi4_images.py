@@ -1,9 +1,9 @@
-"""Dynamic-HD pictures of Phi-4-multimodal: one global view and a grid of crops, for any crop and patch size.
+"""Dynamic-HD images of Phi-4-multimodal: one global view and a grid of crops, for any crop and patch size.
 
-After "Phi-4-Mini Technical Report" (arXiv 2503.01743), section 2.2. A picture is scaled to fit a grid of square crops,
-filled up with white to the right and below, and cut; the global view is the filled picture squeezed to one crop.
-The tower pools 2 x 2 patches, so a crop gives `side²` tokens with `side = ceil(crop_size // patch_size / 2)`; the
-model keeps the rows and columns that hold picture and adds one separator to each row and one between the views.
+Source: "Phi-4-Mini Technical Report" (arXiv 2503.01743), section 2.2. An image is scaled to fit a grid of square crops,
+padded with white on the right and below, and cut; the global view is the padded image resized to one crop.
+The tower pools 2 x 2 patches, so a crop becomes `side²` tokens with `side = ceil(crop_size // patch_size / 2)`. The
+model keeps the rows and columns with image content, and adds a separator to each row and one between the views.
 """
 
 import math
@@ -18,26 +18,26 @@ from torch.nn.functional import interpolate, pad
 
 from mmlora.errors import MediaError
 
-MIN_SIDE = 10  # px; the model was not trained on thinner pictures and its reference refuses them
+MIN_SIDE = 10  # px; the model was not trained on thinner images, and its reference code refuses them
 WHITE = 255
 
 
 class ImageOptions(TypedDict, total=False):
-    """Options of a request."""
+    """Processor options that a request may set."""
 
     dynamic_hd: int
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """Hold everything that, besides the pixels, decides the tensors of a picture.
+    """Settings that determine the tensors of an image, together with its pixels.
 
     Attributes:
         crop_size: side of a crop in px.
         patch_size: side of a vision patch in px.
-        dynamic_hd: most crops of one picture, the global view not counted.
+        dynamic_hd: maximum number of crops of one image, without the global view.
         image_mean, image_std: per channel, of pixels scaled by `rescale_factor`.
-        global_mode: how the global view is interpolated, `"bicubic"` or `"bilinear"`.
+        global_mode: interpolation of the global view, `"bicubic"` or `"bilinear"`.
     """
 
     valid_kwargs: ClassVar[type] = ImageOptions
@@ -51,25 +51,25 @@ class ImageSettings:
 
     @property
     def patches(self) -> int:
-        """Patches along a side of a crop."""
+        """Number of patches along one side of a crop."""
         return self.crop_size // self.patch_size
 
     @property
     def side(self) -> int:
-        """Tokens along a side of a crop."""
+        """Number of tokens along one side of a crop."""
         return -(-self.patches // 2)
 
 
 def process_image(image: Image.Image, settings: ImageSettings) -> tuple[dict[str, torch.Tensor], int]:
-    """Cut an RGB picture into crops.
+    """Cut an RGB image into crops.
 
     Returns:
         The tensors `image_pixel_values [1 + crops, 3, crop_size, crop_size] float32` (global view first, then rows of
         crops), `image_attention_mask [1 + crops, patches, patches] bool`, `image_sizes [2] int64` (height and width
-        in px of the filled picture), and the number of tokens that the model makes of them.
+        in px of the padded image), and the number of tokens of the image.
 
     Raises:
-        MediaError: the picture is too long and thin for this crop size.
+        MediaError: the image is too long and thin for this crop size.
     """
     columns, rows = crop_grid(image.width, image.height, settings.crop_size, settings.dynamic_hd)
     width, height = columns * settings.crop_size, rows * settings.crop_size
@@ -85,9 +85,9 @@ def process_image(image: Image.Image, settings: ImageSettings) -> tuple[dict[str
 
 
 def crop_grid(width: int, height: int, crop_size: int, max_crops: int) -> tuple[int, int]:
-    """Choose `(columns, rows)`: enough crops for every pixel, or, if that is too many, the closest aspect ratio.
+    """Return `(columns, rows)`: enough crops for every pixel, or, if that is too many, the closest aspect ratio.
 
-    Of grids with one ratio the larger is taken while the picture would fill more than half of it.
+    Of grids with the same ratio, the largest one is taken of which the image fills more than half.
     """
     columns, rows = math.ceil(width / crop_size), math.ceil(height / crop_size)
     if columns * rows <= max_crops:
@@ -103,13 +103,13 @@ def crop_grid(width: int, height: int, crop_size: int, max_crops: int) -> tuple[
 
 @lru_cache(maxsize=32)
 def _grids(max_crops: int) -> tuple[tuple[int, int], ...]:
-    """All grids of at most `max_crops` crops, smallest first."""
+    """Return all grids of at most `max_crops` crops, smallest first."""
     grids = [(c, r) for c in range(1, max_crops + 1) for r in range(1, max_crops // c + 1)]
     return tuple(sorted(grids, key=lambda grid: (grid[0] * grid[1], grid)))
 
 
 def _fit(image: Image.Image, width: int, height: int) -> tuple[torch.Tensor, int, int]:
-    """Scale a picture into `width` x `height` and fill up with white; return it with its own width and height."""
+    """Scale an image into `width` x `height` and pad it with white; return it, and its width and height unpadded."""
     by_width, by_height = width / image.width, height / image.height
     if by_width < by_height:
         kept = (width, int(image.height * by_width))
@@ -122,14 +122,14 @@ def _fit(image: Image.Image, width: int, height: int) -> tuple[torch.Tensor, int
         )
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # [3, height, width] uint8
     if kept != image.size:
-        # uint8 in, uint8 out: torch's integer kernel is what torchvision uses for such a resize.
+        # uint8 in, uint8 out: torchvision uses torch's integer kernel for such a resize, too.
         resized = interpolate(pixels[None], size=(kept[1], kept[0]), mode="bilinear", antialias=True)
         pixels = resized[0]
     return pad(pixels, (0, width - kept[0], 0, height - kept[1]), value=WHITE), *kept
 
 
 def _patch_mask(rows: int, columns: int, fill_width: int, fill_height: int, settings: ImageSettings) -> torch.Tensor:
-    """Mark the patches that hold picture: `[rows * columns, patches, patches] bool`, fill-only patches False."""
+    """Return which patches have image content, not only padding: `[rows * columns, patches, patches] bool`."""
     n = settings.patches
     mask = torch.ones(rows * n, columns * n, dtype=torch.bool)
     mask[:, max(columns * n - fill_width // settings.patch_size, 0) :] = False
@@ -138,7 +138,7 @@ def _patch_mask(rows: int, columns: int, fill_width: int, fill_height: int, sett
 
 
 def _normalize(pixels: torch.Tensor, settings: ImageSettings) -> torch.Tensor:
-    # Mean and deviation are scaled up instead of the pixels scaled down: one rounding less, and as the reference does.
+    # As in the reference: scaling up mean and deviation rounds once less than scaling down the pixels.
     scale = 1.0 / settings.rescale_factor
     mean = torch.tensor(settings.image_mean) * scale
     std = torch.tensor(settings.image_std) * scale
@@ -146,7 +146,7 @@ def _normalize(pixels: torch.Tensor, settings: ImageSettings) -> torch.Tensor:
 
 
 def _global_view(pixels: torch.Tensor, settings: ImageSettings) -> torch.Tensor:
-    """Squeeze the filled picture, ratio and all, to one crop: `[1, 3, crop_size, crop_size]`."""
+    """Resize the padded image to one crop, without keeping its ratio: `[1, 3, crop_size, crop_size]`."""
     size = (settings.crop_size, settings.crop_size)
     if tuple(pixels.shape[-2:]) == size:
         return pixels[None]
@@ -154,16 +154,18 @@ def _global_view(pixels: torch.Tensor, settings: ImageSettings) -> torch.Tensor:
 
 
 def _cut(pixels: torch.Tensor, crop_size: int) -> torch.Tensor:
-    """`[3, rows * crop_size, columns * crop_size]` -> `[rows * columns, 3, crop_size, crop_size]`, row by row."""
+    """Cut `[3, rows * crop_size, columns * crop_size]` to `[rows * columns, 3, crop_size, crop_size]`, row by row."""
     crops = pixels.unfold(1, crop_size, crop_size).unfold(2, crop_size, crop_size)  # [3, rows, columns, c, c]
     return crops.permute(1, 2, 0, 3, 4).reshape(-1, 3, crop_size, crop_size)
 
 
 def _count_tokens(mask: torch.Tensor, rows: int, columns: int, side: int, image: Image.Image) -> int:
-    """Count as the model does: of every second patch of each crop, in the first column and the first row."""
+    """Count tokens as the model does: of every second patch of each crop, in the first column and the first row."""
     pooled = mask[:, ::2, ::2].reshape(rows, columns, side, side)
     kept_rows, kept_columns = int(pooled[:, 0, :, 0].sum()), int(pooled[0, :, 0, :].sum())
     if kept_rows == 0 or kept_columns == 0:
-        raise MediaError(f"image of {image.width}x{image.height} px is too long and thin: no patch would hold picture")
+        raise MediaError(
+            f"image of {image.width}x{image.height} px is too long and thin: no patch would have image content"
+        )
     crops, separator, global_view = kept_rows * (kept_columns + 1), 1, side * (side + 1)
     return crops + separator + global_view

@@ -23,17 +23,17 @@ _EXTRACTOR_FIELDS = (
     *("audio_compression_rate", "audio_downsample_rate", "audio_feat_stride"),
     *("mel_min_frequency", "mel_max_frequency"),
 )
-MAX_DYNAMIC_HD = 144  # 12 x 12 crops; at 448 px about 350 MB of float32 for one picture
+MAX_DYNAMIC_HD = 144  # 12 x 12 crops; at 448 px about 350 MB of float32 for one image
 _GLOBAL_MODES = {2: "bilinear", 3: "bicubic"}  # numbers of PIL.Image.Resampling
 
 
 class Phi4MultimodalProcessor:
-    """Stand in for `transformers.Phi4MultimodalProcessor`, for the use that `GeneralProcessor` makes of it.
+    """Replacement of `transformers.Phi4MultimodalProcessor` with the interface that `GeneralProcessor` uses.
 
     Args:
         config: the model's `Phi4MultimodalConfig`.
-        path: its directory, for `processor_config.json` or `preprocessor_config.json`; without them the settings follow
-            from `config`.
+        path: its directory, with `processor_config.json` or `preprocessor_config.json`; without them, the settings are
+            derived from `config`.
         tokenizer: not used.
 
     Raises:
@@ -48,7 +48,7 @@ class Phi4MultimodalProcessor:
     def __call__(
         self, images: Sequence[Image.Image] = (), audio: Sequence[np.ndarray] = (), **options: Any
     ) -> dict[str, torch.Tensor]:
-        """Return the tensors of one clip or picture, and `input_ids [1, num_tokens]`."""
+        """Return the tensors of one clip or image, and `input_ids [1, num_tokens]`."""
         if images:
             tensors, num_tokens = process_image(images[0], with_options(self.image_processor, options))
         else:
@@ -58,10 +58,10 @@ class Phi4MultimodalProcessor:
 
 
 def load_feature_extractor(config: PretrainedConfig, model_path: Path) -> Any:
-    """Build transformers' feature extractor; what the files leave out follows from the audio configuration.
+    """Build transformers' feature extractor; settings missing from the files are derived from the configuration.
 
     Raises:
-        ConfigError: it would announce another number of embeddings than the audio tower makes.
+        ConfigError: its number of embeddings would differ from the audio tower's.
     """
     audio = config.audio_config
     found = _read_settings(model_path, ("audio_processor", "feature_extractor"))
@@ -75,7 +75,7 @@ def load_feature_extractor(config: PretrainedConfig, model_path: Path) -> Any:
     rate = extractor.audio_compression_rate * extractor.audio_downsample_rate
     if rate != audio.time_reduction or extractor.audio_feat_stride != 1:
         raise ConfigError(
-            f"the preprocessor makes one audio embedding of {rate} frames (audio_compression_rate x "
+            f"the preprocessor counts one audio embedding per {rate} frames (audio_compression_rate x "
             f"audio_downsample_rate) with audio_feat_stride {extractor.audio_feat_stride}; "
             f"the audio tower has time_reduction {audio.time_reduction} and needs stride 1"
         )
@@ -107,10 +107,10 @@ def process_audio(samples: np.ndarray, extractor: Any) -> tuple[dict[str, torch.
 
 
 def with_options(settings: ImageSettings, options: Mapping[str, Any]) -> ImageSettings:
-    """Return the settings of one picture.
+    """Return the settings of one image.
 
     Raises:
-        RequestError: `dynamic_hd`, the most crops, has a value that is not allowed.
+        RequestError: `dynamic_hd`, the maximum number of crops, has a value that is not allowed.
     """
     value = options.get("dynamic_hd", settings.dynamic_hd)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_DYNAMIC_HD:
@@ -119,10 +119,10 @@ def with_options(settings: ImageSettings, options: Mapping[str, Any]) -> ImageSe
 
 
 def load_image_settings(config: PretrainedConfig, model_path: Path) -> ImageSettings:
-    """Read the image settings; what the files leave out follows from the vision configuration.
+    """Read the image settings; settings missing from the files are derived from the vision configuration.
 
     Raises:
-        ConfigError: crop or patch size differ from the model's, or a setting that is not supported.
+        ConfigError: crop or patch size differ from the model's, or a setting is not supported.
     """
     vision = config.vision_config
     crop_size, patch_size = vision.crop_size, vision.patch_size
@@ -152,7 +152,7 @@ def load_image_settings(config: PretrainedConfig, model_path: Path) -> ImageSett
 
 
 def _check_pooling(settings: ImageSettings, image_size: Any) -> None:
-    """The tower pads an odd number of patches only if `image_size`, not `crop_size`, has an odd number of them."""
+    """Check that the tower can pool the crops: it pads an odd number of patches only if `image_size` has one, too."""
     if settings.patches < 1:
         raise ConfigError(f"crop_size {settings.crop_size} is smaller than patch_size {settings.patch_size}")
     if settings.patches % 2 == 1 and image_size // settings.patch_size % 2 == 0:
@@ -173,7 +173,7 @@ def _per_channel(found: dict[str, Any], name: str, default: tuple[float, ...]) -
 
 
 def _read_settings(model_path: Path, parts: tuple[str, ...]) -> dict[str, Any]:
-    """Return one part of `processor_config.json`, else the flat `preprocessor_config.json`, else nothing."""
+    """Return the part of `processor_config.json`, or the flat `preprocessor_config.json`, or an empty dict."""
     if not model_path.is_dir():
         raise ConfigError(f"model_path {str(model_path)!r} is not a directory: give the local folder or Hub snapshot")
     nested = _read_json(model_path / "processor_config.json")

@@ -1,4 +1,4 @@
-"""Clips for Qwen2.5-Omni: its processor pads each to five minutes, 15 MB."""
+"""`Qwen25OmniProcessor`: drops the padding that Qwen2.5-Omni's own processor adds up to five minutes (15 MB)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,11 +8,11 @@ from mmlora.processors.media.items import MediaItem
 
 
 class Qwen25OmniProcessor(GeneralProcessor):
-    """The general path, without the frames that the model would not look at."""
+    """`GeneralProcessor` whose audio features have no masked frames."""
 
-    def model_inputs(self, item: MediaItem, options: Mapping[str, Any]) -> Mapping[str, Any]:
-        """See `GeneralProcessor.model_inputs`."""
-        output = dict(super().model_inputs(item, options))
+    def compute_inputs(self, item: MediaItem, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See `GeneralProcessor.compute_inputs`."""
+        output = dict(super().compute_inputs(item, options))
         if item.modality == "audio":
             num_frames = int(output["feature_attention_mask"].sum())
             for name in ("feature_attention_mask", "input_features"):

@@ -1,4 +1,4 @@
-"""Features for Voxtral: its `transformers` processor takes audio only together with the templates of mistral-common.
+"""`VoxtralProcessor`: audio features; Voxtral's own processor takes audio only with templates of mistral-common.
 
 Source: https://arxiv.org/abs/2507.13264.
 """
@@ -15,12 +15,12 @@ from mmlora.processors.media.items import MediaItem
 
 
 class VoxtralProcessor(GeneralProcessor):
-    """Pad a clip to whole chunks of the tower (30 s), each of which fills as many placeholders.
+    """Pads clips to whole chunks of the tower (30 s), each with the same number of placeholders.
 
     Args:
-        config: the model's.
+        config: of the model.
         model_path: its directory, with `preprocessor_config.json`.
-        tokenizer: must know the placeholder token.
+        tokenizer: must have the placeholder token.
 
     Raises:
         ConfigError: there is no feature extractor, or the tokenizer does not fit the model.
@@ -30,15 +30,15 @@ class VoxtralProcessor(GeneralProcessor):
         super().__init__(config, model_path, tokenizer)
         audio = config.audio_config
         self._num_frames = 2 * audio.max_source_positions  # of a chunk; the tower's convolutions halve them
-        # The projector takes as many positions at once as fit into the width of the tower's inner layers.
+        # The projector joins as many positions as fit into the width of the tower's inner layers.
         self._num_embeds = audio.max_source_positions * audio.hidden_size // audio.intermediate_size
 
-    def written_id(self, modality: str, tokenizer: Any) -> int:
-        """See `GeneralProcessor.written_id`; transformers' class fixes the id of the published models."""
+    def prompt_token_id(self, modality: str, tokenizer: Any) -> int:
+        """See `GeneralProcessor.prompt_token_id`; transformers' class fixes the id of the published models."""
         return self._embed_ids[modality]
 
-    def model_inputs(self, item: MediaItem, options: Mapping[str, Any]) -> Mapping[str, Any]:
-        """See `GeneralProcessor.model_inputs`; `input_features` are `[num_chunks, num_mel_bins, num_frames]`."""
+    def compute_inputs(self, item: MediaItem, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See `GeneralProcessor.compute_inputs`; `input_features` are `[num_chunks, num_mel_bins, num_frames]`."""
         arguments, extractor = self._media_arguments(item), self._processor.feature_extractor
         features = extractor(
             arguments["audio"],

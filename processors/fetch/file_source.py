@@ -1,4 +1,4 @@
-"""`FileSource`: the bytes behind `file:` URLs, of regular files under one directory."""
+"""`FileSource`: contents of `file:` URLs, of regular files under one directory."""
 
 import os
 import stat
@@ -10,20 +10,20 @@ from mmlora.errors import ConfigError, MediaError
 from mmlora.processors.media.items import MediaLimits
 from mmlora.utils.text import shorten
 
-MAX_FILE_URL_CHARS: Final = 3 * 4096  # of the longest path, each byte of it encoded; each of its parts is looked at
+MAX_FILE_URL_CHARS: Final = 3 * 4096  # of the longest path, percent-encoded; its parts are opened one by one
 
 _NOT_FOLLOWED: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class FileSource:
-    """Reads files of a directory.
+    """Reads files under one directory.
 
     Args:
-        root: the directory; links in it may only lead to places in it.
+        root: the directory; symbolic links must not lead out of it.
         limits: of the media.
 
     Raises:
-        ConfigError: it is no directory.
+        ConfigError: it is not a directory.
     """
 
     def __init__(self, root: str, limits: MediaLimits) -> None:
@@ -36,13 +36,13 @@ class FileSource:
         """Read a `file:` URL.
 
         Raises:
-            MediaError: it leads to no regular file under the directory (whether there is a file elsewhere is not
-                told), or to one that is too large.
+            MediaError: it does not lead to a regular file under the directory (the error does not reveal whether a
+                file exists elsewhere), or the file is too large.
         """
         try:
             with open(self._open(_path_of(url)), "rb") as file:
                 content = file.read(self._limits.max_bytes + 1)
-        except (OSError, ValueError):  # ValueError: a NUL in the path, a host, or a place outside
+        except (OSError, ValueError):  # ValueError: a NUL in the path, a host, or a path outside
             message = f"media URL {shorten(url)} leads to no regular file under --allowed-local-media-path"
             raise MediaError(message) from None
         if len(content) > self._limits.max_bytes:
@@ -50,7 +50,7 @@ class FileSource:
         return content
 
     def _open(self, path: str) -> int:
-        """Open a file by its real path, part by part, so that a link put there meanwhile is not followed."""
+        """Open a file by its real path, part by part, so that links created after the check are not followed."""
         parts = Path(os.path.realpath(path)).relative_to(self._root).parts
         folder = os.open(self._root, _NOT_FOLLOWED | os.O_DIRECTORY)
         try:
@@ -58,7 +58,7 @@ class FileSource:
                 inner = os.open(part, _NOT_FOLLOWED | os.O_DIRECTORY, dir_fd=folder)
                 os.close(folder)
                 folder = inner
-            # Not blocking: to open a named pipe would wait for somebody who writes to it.
+            # Non-blocking, since opening a named pipe waits for a writer.
             file = os.open(parts[-1] if parts else ".", _NOT_FOLLOWED | os.O_NONBLOCK, dir_fd=folder)
         finally:
             os.close(folder)
@@ -69,10 +69,10 @@ class FileSource:
 
 
 def _path_of(url: str) -> str:
-    """The path of a `file:` URL.
+    """Return the path of a `file:` URL.
 
     Raises:
-        ValueError: it names another machine, or no absolute path, or is too long for one.
+        ValueError: it has a host or a query, its path is not absolute, or it is too long.
     """
     if len(url) > MAX_FILE_URL_CHARS:
         raise ValueError("too long")

@@ -100,10 +100,10 @@ class HTTPSource:
         raise MediaError(f"media URL {shown} is redirected more than {MAX_REDIRECTS} times")
 
     def _check(self, url: str, shown: str) -> httpx.URL:
-        """Read a URL and check all of it but the addresses of its host, which the connection checks.
+        """Parse a URL and check everything but the addresses of its host, which `CheckedNetwork` checks.
 
         Raises:
-            MediaError: what is wrong with it. User names and passwords are not repeated.
+            MediaError: it is malformed or not allowed; user names and passwords in it are not repeated.
         """
         if len(url) > MAX_HTTP_URL_CHARS:
             raise MediaError(f"media URL of {len(url)} characters; allowed are {MAX_HTTP_URL_CHARS}")
@@ -124,7 +124,7 @@ class HTTPSource:
         return target
 
     def _is_allowed(self, *hosts: str) -> bool:
-        """Whether a host, in either of its spellings, is one of those that are allowed."""
+        """Return whether one of the spellings of a host is allowed."""
         if self._domains is None:
             return True
         return any(
@@ -135,13 +135,13 @@ class HTTPSource:
 
     @asynccontextmanager
     async def _get(self, target: httpx.URL) -> AsyncIterator[httpcore.Response]:
-        """Ask for a URL over a connection of its own."""
+        """Request a URL over a new connection."""
         url = httpcore.URL(scheme=target.raw_scheme, host=target.raw_host, port=target.port, target=target.raw_path)
         headers: list[tuple[bytes | str, bytes | str]] = [
             ("Host", target.netloc),
             ("User-Agent", "mmlora"),
             ("Accept", "*/*"),
-            ("Accept-Encoding", "identity"),  # what unpacks to gigabytes is not unpacked at all
+            ("Accept-Encoding", "identity"),  # against decompression bombs
             ("Connection", "close"),
         ]
         silence_s = min(MAX_SILENCE_S, self._timeout_s)
@@ -194,19 +194,19 @@ def _plain(host: str) -> str:
 
 
 def _header(response: httpcore.Response, name: bytes) -> str:
-    """The value of a header, or an empty text."""
+    """Return the value of a header, or an empty string."""
     return next((value.decode("latin-1").strip() for key, value in response.headers if key.lower() == name), "")
 
 
 def _join(target: httpx.URL, location: str, shown: str) -> str:
-    """Where a redirect leads.
+    """Return the target of a redirect.
 
     Raises:
-        MediaError: nowhere.
+        MediaError: it has no valid target.
     """
     try:
         if location:
             return str(target.join(location))
     except (httpx.InvalidURL, ValueError):
         pass
-    raise MediaError(f"media URL {shown} is redirected to {shorten(location)}, which is no URL")
+    raise MediaError(f"media URL {shown} is redirected to {shorten(location)}, which is not a URL")

@@ -25,12 +25,22 @@ RESAMPLER = "soxr_hq"
 
 Samples = npt.NDArray[np.float32]
 
-_BLOCK_FRAMES = 1 << 16
-_UNKNOWN_FRAMES = 1 << 62
-_DISPOSITION_DEFAULT = 1  # AV_DISPOSITION_DEFAULT
-_MAX_STREAMS = 32  # of one container
-_INTEGER_SCALE = {"uint8": 2.0**7, "int8": 2.0**7, "int16": 2.0**15, "int32": 2.0**31}
-_FORM = (
+# Decoders that FFmpeg may use, by `container_format`, which is also FFmpeg's name; libsndfile reads the other formats.
+DECODERS: Final[Mapping[str, tuple[str, ...]]] = {
+    "mp3": ("mp3float",),
+    "aac": ("aac",),
+    "mp4": ("aac", "alac", "mp3float", "opus", "flac"),
+    "matroska": ("opus", "vorbis", "aac", "mp3float", "flac"),
+}
+_RAW_STREAMS: Final = ("mp3", "aac")  # packets without a container, of which the first and last may be incomplete
+_MAX_STREAMS: Final = 32  # of one container
+_FFMPEG_OPTIONS: Final = {"protocol_whitelist": "none", "max_streams": str(_MAX_STREAMS + 1)}
+_DISPOSITION_DEFAULT: Final = 1  # AV_DISPOSITION_DEFAULT
+
+_BLOCK_FRAMES: Final = 1 << 16
+_UNKNOWN_FRAMES: Final = 1 << 62
+_INTEGER_SCALE: Final = {"uint8": 2.0**7, "int8": 2.0**7, "int16": 2.0**15, "int32": 2.0**31}
+_FORM: Final = (
     "audio arrays are given as (array, sample_rate), the array of shape [num_samples], [n, channels] or [channels, n]"
 )
 
@@ -67,48 +77,23 @@ class AudioItem(MediaItem):
         return self.samples.nbytes
 
 
-@dataclass(frozen=True)
-class Demuxer:
-    """How FFmpeg reads one container.
-
-    Attributes:
-        name: FFmpeg's, or one of its names.
-        formats: all of its names.
-        decoders: FFmpeg's names of the codecs that are allowed in it.
-        is_raw: packets follow each other without a container, and may be damaged at both ends.
-    """
-
-    name: str
-    formats: str
-    decoders: tuple[str, ...]
-    is_raw: bool = False
-
-
-DEMUXERS: Final[Mapping[str, Demuxer]] = {  # by `container_format`; libsndfile reads what is not here
-    "mp3": Demuxer("mp3", "mp3", ("mp3float",), is_raw=True),
-    "aac": Demuxer("aac", "aac", ("aac",), is_raw=True),
-    "mp4": Demuxer("mp4", "mov,mp4,m4a,3gp,3g2,mj2", ("aac", "alac", "mp3float", "opus", "flac")),
-    "matroska": Demuxer("matroska", "matroska,webm", ("opus", "vorbis", "aac", "mp3float", "flac")),
-}
-_FFMPEG_OPTIONS: Final = {"protocol_whitelist": "none", "max_streams": str(_MAX_STREAMS + 1)}
-
-
 def decode_audio(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> AudioItem:
     """Decode encoded bytes to mono float32; the declared length is checked first, the real one while decoding.
 
-    libsndfile reads WAV, FLAC and Ogg; FFmpeg reads MP3, raw AAC (ADTS), MP4 (M4A, QuickTime) and WebM (Matroska), of
-    which the default audio track is taken.
+    libsndfile reads WAV, FLAC and Ogg. FFmpeg reads MP3, raw AAC (ADTS), MP4 (M4A, QuickTime) and WebM (Matroska); the
+    default audio track is decoded.
 
     Raises:
         MediaError: undecodable, truncated, too long, no audio track, no samples, not finite.
     """
-    check_container(data)
-    demuxer = DEMUXERS.get(container_format(data) or "")
+    data = skip_id3(data)
+    name = container_format(data) or "mp3"  # behind an ID3 tag; frames may follow padding
+    check_container(data, name)
     try:
-        samples, rate = _read_soundfile(data, limits) if demuxer is None else _read_ffmpeg(data, demuxer, limits)
+        samples, rate = _read_ffmpeg(data, name, limits) if name in DECODERS else _read_soundfile(data, limits)
     except ImportError as error:
         raise MediaError(
-            f"{error.name} is needed to decode such files; (array, sample_rate) needs no package"
+            f"decoding this audio needs the package {error.name}; (array, sample_rate) needs none"
         ) from error
     return _checked_item(samples, rate)
 
@@ -132,13 +117,13 @@ def audio_from_pair(pair: tuple[Any, ...] | list[Any], limits: MediaLimits = DEF
 
 
 def audio_from_array(array: Any, sample_rate: Any, limits: MediaLimits = DEFAULT_LIMITS) -> AudioItem:
-    """Take an array of samples (numpy, torch or a list of floats), integer or float, mono or not.
+    """Convert samples (numpy, torch or a list of floats), integer or float, with one or more channels.
 
-    Integers are scaled by the full scale of their type; of two dimensions the shorter one is the channels
-    (`[n, channels]` if they are equal) and is averaged. The array is copied.
+    Integers are scaled by the full scale of their type. Of two dimensions, the shorter one is the channels
+    (`[n, channels]` if both are equal), which are averaged. The array is copied.
 
     Raises:
-        MediaError: wrong type or shape, empty, too long, a rate that is not sane, samples not finite.
+        MediaError: wrong type or shape, empty, too long, an invalid rate, samples not finite.
     """
     rate = checked_rate(sample_rate)
     values = _sample_array(array)
@@ -157,10 +142,10 @@ def audio_from_array(array: Any, sample_rate: Any, limits: MediaLimits = DEFAULT
 
 
 def resample(item: AudioItem, rate: int) -> Samples:
-    """Return `[num_samples] float32` at `rate` Hz; the item's own samples if it has that rate already.
+    """Return `[num_samples] float32` at `rate` Hz; the item's own samples if it already has that rate.
 
     Raises:
-        MediaError: there are none, or librosa is missing.
+        MediaError: the item has no samples, or librosa is not installed.
     """
     if len(item.samples) == 0:
         raise MediaError("the audio holds no samples")
@@ -170,7 +155,7 @@ def resample(item: AudioItem, rate: int) -> Samples:
         import librosa
     except ImportError as error:
         raise MediaError(
-            f"resampling audio from {item.sample_rate} to {rate} Hz needs the package librosa; give it at {rate} Hz"
+            f"resampling audio from {item.sample_rate} to {rate} Hz needs the package librosa; send it at {rate} Hz"
         ) from error
     samples = librosa.resample(item.samples, orig_sr=item.sample_rate, target_sr=rate, res_type=RESAMPLER)
     return np.asarray(samples, dtype=np.float32)
@@ -198,7 +183,7 @@ def _read_soundfile(data: bytes, limits: MediaLimits) -> tuple[Samples, int]:
             _check_duration(claimed, rate, limits)
             samples = _read_mono(file, min(int(limits.max_duration_s * rate), limits.max_samples) + 1)
     except (soundfile.SoundFileError, RuntimeError, ValueError, OSError) as error:
-        # `error_string` lacks the address of our buffer, which the exception's own text holds.
+        # Unlike the exception's text, `error_string` has no address of our buffer.
         raise _undecodable(data, getattr(error, "error_string", error)) from error
     _check_duration(len(samples), rate, limits)
     if len(samples) < claimed:
@@ -207,7 +192,7 @@ def _read_soundfile(data: bytes, limits: MediaLimits) -> tuple[Samples, int]:
 
 
 def _read_mono(file: Any, max_frames: int) -> Samples:
-    """Read in blocks, so that memory follows what is really decoded and not what a header claims."""
+    """Read in blocks, so that memory use depends on the decoded samples and not on the header."""
     blocks, num_frames = [], 0
     while num_frames < max_frames:
         block = file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)  # [frames, channels]
@@ -218,43 +203,42 @@ def _read_mono(file: Any, max_frames: int) -> Samples:
     return np.concatenate(blocks) if blocks else np.empty(0, np.float32)
 
 
-def _read_ffmpeg(data: bytes, demuxer: Demuxer, limits: MediaLimits) -> tuple[Samples, int]:
-    """Read with the one named demuxer and its few decoders: FFmpeg probes nothing and opens nothing else."""
+def _read_ffmpeg(data: bytes, name: str, limits: MediaLimits) -> tuple[Samples, int]:
+    """Read one container format with its allowed decoders; FFmpeg probes no other format and opens no other file."""
     import av
 
-    data = skip_id3(data)
-    options = {**_FFMPEG_OPTIONS, "format_whitelist": demuxer.formats, "codec_whitelist": ",".join(demuxer.decoders)}
+    options = {**_FFMPEG_OPTIONS, "format_whitelist": name, "codec_whitelist": ",".join(DECODERS[name])}
+    claimed = claimed_mp3_frames(data) if name == "mp3" else None
     try:
         with av.open(
-            io.BytesIO(data), format=demuxer.name, options=options, io_open=_refuse_to_open, metadata_errors="ignore"
+            io.BytesIO(data), format=name, options=options, io_open=_refuse_to_open, metadata_errors="ignore"
         ) as container:
             if len(container.streams) > _MAX_STREAMS:
                 raise _undecodable(data, f"it has more than {_MAX_STREAMS} streams")
-            stream = _audio_track(container.streams.audio, demuxer)
-            claimed = claimed_mp3_frames(data) if demuxer.name == "mp3" else None
-            if stream.duration is not None and (claimed is not None or demuxer.name == "mp4"):  # else it is an estimate
-                rate = checked_rate(stream.codec_context.rate)
-                _check_duration(int(stream.duration * stream.time_base * rate), rate, limits)
-            samples, rate, num_packets = _decode_track(container, stream, limits, skips_damage=demuxer.is_raw)
+            track = _audio_track(container.streams.audio, name)
+            if track.duration is not None and (claimed is not None or name == "mp4"):  # otherwise it is an estimate
+                rate = checked_rate(track.codec_context.rate)
+                _check_duration(int(track.duration * track.time_base * rate), rate, limits)
+            samples, rate, num_packets = _decode_track(container, track, limits, skips_damage=name in _RAW_STREAMS)
     except av.FFmpegError as error:
-        # FFmpeg's MP4 demuxer reports the stream after the last allowed one as a lack of memory.
-        reason = f"it has more than {_MAX_STREAMS} streams" if error.errno == errno.ENOMEM else error.strerror
+        # FFmpeg's MP4 demuxer reports a stream beyond the limit as ENOMEM.
+        is_limit = error.errno == errno.ENOMEM
+        reason = f"it has more than {_MAX_STREAMS} streams, or needs too much memory" if is_limit else error.strerror
         raise _undecodable(data, reason) from error
     if claimed is not None and num_packets + 1 < claimed:
         raise MediaError(f"truncated MP3: its header claims {claimed} frames, {num_packets} are there")
     return samples, rate
 
 
-def _audio_track(tracks: Sequence[Any], demuxer: Demuxer) -> Any:
-    """Return the audio track that is marked as the default one, else the first."""
+def _audio_track(tracks: Sequence[Any], name: str) -> Any:
+    """Return the audio track that is marked as the default, or the first one."""
     if not tracks:
-        raise MediaError(f"the {demuxer.name} container has no audio track")
+        raise MediaError(f"the {name} file has no audio track")
     track = next((track for track in tracks if track.disposition & _DISPOSITION_DEFAULT), tracks[0])
-    codec = track.codec_context
-    if codec is None or codec.name not in demuxer.decoders:
-        name = codec.name if codec is not None else "unknown"
-        raise MediaError(f"the audio codec is {name}; allowed in {demuxer.name} are {', '.join(demuxer.decoders)}")
-    codec.thread_count = 1
+    codec = track.codec_context.name if track.codec_context is not None else "unknown"
+    if codec not in DECODERS[name]:
+        raise MediaError(f"the audio codec is {codec}; allowed in {name} files are {', '.join(DECODERS[name])}")
+    track.codec_context.thread_count = 1
     return track
 
 
@@ -262,8 +246,7 @@ def _decode_track(container: Any, track: Any, limits: MediaLimits, *, skips_dama
     """Return mono samples, their rate and the number of packets.
 
     Args:
-        skips_damage: continue behind a packet that cannot be decoded, as streams without a container may begin and end
-            anywhere.
+        skips_damage: skip packets that cannot be decoded instead of raising.
     """
     import av
 

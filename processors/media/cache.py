@@ -1,4 +1,4 @@
-"""`MediaCache`: decoded media by the uuids that clients gave them, so that they need not be sent or fetched again."""
+"""`MediaCache`: decoded media under the uuids of clients, which need not send or fetch them again."""
 
 import threading
 from collections import OrderedDict
@@ -7,12 +7,12 @@ from typing import Final
 
 from mmlora.processors.media.items import MediaItem
 
-ENTRY_BYTES: Final = 1024  # beside the item itself; small pictures must not become too many
+ENTRY_BYTES: Final = 1024  # overhead of an entry, which also limits the number of small images
 
 
 @dataclass(frozen=True)
 class CachedMedia:
-    """An item, and the http(s) URL that it was read from, if it was."""
+    """An item, and the http(s) URL that it was downloaded from, if any."""
 
     item: MediaItem
     url: str | None
@@ -23,27 +23,27 @@ class CachedMedia:
 
 
 class MediaCache:
-    """Keeps the items that were used last, up to a number of bytes. Safe to use from several threads.
+    """LRU cache with a capacity in bytes; thread-safe.
 
-    A uuid is only a way to find an item: what the engine knows it by is the hash of its content.
+    A uuid only finds an item: all other caches identify it by the hash of its content.
 
     Args:
-        max_bytes: of all items; 0 keeps none.
+        max_bytes: of all items; 0 disables the cache.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._num_bytes = 0
-        self._entries: OrderedDict[tuple[str, str], CachedMedia] = OrderedDict()  # the last used one is the last
+        self._entries: OrderedDict[tuple[str, str], CachedMedia] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
 
     @property
     def num_bytes(self) -> int:
-        """What it holds."""
+        """Size of the cached items and their overhead."""
         return self._num_bytes
 
     def get(self, caller: str, uuid: str) -> CachedMedia | None:
-        """Return what a caller gave this uuid last, if it is still held; others' uuids are not seen."""
+        """Return the item that a caller (tenant) stored under a uuid, None if it was evicted or never stored."""
         with self._lock:
             entry = self._entries.get((caller, uuid))
             if entry is not None:
@@ -51,7 +51,7 @@ class MediaCache:
             return entry
 
     def put(self, caller: str, uuid: str, entry: CachedMedia) -> None:
-        """Keep an item in the place of what the uuid stood for; the least recently used ones leave."""
+        """Store an item under a uuid, replacing the former one, and evict the least recently used items."""
         with self._lock:
             former = self._entries.pop((caller, uuid), None)
             self._num_bytes -= former.num_bytes if former is not None else 0

@@ -1,6 +1,6 @@
-"""Recognize containers by their magic bytes, and check what they claim before a decoder reads them.
+"""Recognize file formats by their magic bytes, and check audio containers before a decoder reads them.
 
-File names and MIME types are never looked at.
+File names and MIME types are ignored.
 """
 
 import re
@@ -9,13 +9,13 @@ from typing import Final
 
 from mmlora.errors import MediaError
 
-MAX_MP4_SAMPLES: Final = 4_000_000  # packets of all tracks; the decoder's index takes 24 bytes for each
-MAX_MP4_TAGS: Final = 1_000  # the decoder compares each tag with all others
-MAX_METADATA_BYTES: Final = 1 << 18  # of a Matroska file, likewise
+MAX_MP4_SAMPLES: Final = 4_000_000  # packets of all tracks; FFmpeg's index has 24 bytes for each
+MAX_MP4_TAGS: Final = 1_000  # FFmpeg compares each tag with all others
+MAX_METADATA_BYTES: Final = 1 << 18  # of a Matroska file, for the same reason
 MAX_EBML_ELEMENTS: Final = 1_000_000
-MAX_INNER_ID3_BYTES: Final = 1 << 16  # of a tag inside a stream of raw AAC, likewise
+MAX_INNER_ID3_BYTES: Final = 1 << 16  # of a tag within raw AAC, for the same reason
 
-_BMP_HEADER_BYTES = frozenset({12, 40, 52, 56, 64, 108, 124})  # sizes of the known DIB headers
+_BMP_HEADER_BYTES = frozenset({12, 40, 52, 56, 64, 108, 124})  # of the known DIB headers
 _IMAGE_BRANDS = frozenset(
     (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"mif2", b"msf1", b"avif", b"avis", b"crx ")
 )
@@ -58,10 +58,7 @@ _XING_WINDOW = 64  # bytes from the start of a frame; the tag begins at 36 at th
 
 
 def container_format(data: bytes) -> str | None:
-    """Return the format of encoded content by its magic bytes, None if it is not a supported one.
-
-    The names are those of `Modality.formats`.
-    """
+    """Return the format of encoded content, a key of `Modality.formats`, or None if it is not supported."""
     head = data[:64]
     if head.startswith(b"RIFF"):
         return {b"WAVE": "wav", b"WEBP": "webp"}.get(head[8:12])
@@ -85,16 +82,20 @@ def describe_content(data: bytes) -> str:
     return f"unknown bytes beginning with {head[:12].hex(' ')}"
 
 
-def check_container(data: bytes) -> None:
-    """Refuse audio containers that are cut off, or whose tables would cost a decoder far more than their size.
+def check_container(data: bytes, name: str) -> None:
+    """Refuse truncated audio containers, and tables that would cost a decoder far more than their size.
 
-    libsndfile and FFmpeg silently shorten a truncated file to what is there. FLAC and MP3 are checked after decoding,
-    against the number of samples or frames that their header claims; raw AAC claims nothing.
+    libsndfile and FFmpeg decode a truncated file as a shorter one. FLAC and MP3 are checked after decoding, against
+    the number of samples or frames in their header; raw AAC declares no length.
+
+    Args:
+        data: the file.
+        name: its `container_format`.
 
     Raises:
-        MediaError: names the claim and what is there or allowed.
+        MediaError: names the claim, and what is there or allowed.
     """
-    match container_format(data):
+    match name:
         case "wav":
             _check_wav(data)
         case "ogg":
@@ -108,14 +109,16 @@ def check_container(data: bytes) -> None:
 
 
 def skip_id3(data: bytes) -> bytes:
-    """Return an MPEG audio stream without the ID3v2 tag in front of it, which may hold pictures."""
-    if data[:3] != b"ID3" or len(data) < 10:
-        return data
-    return data[10 + _synchsafe(data[6:10]) + (10 if data[5] & 0x10 else 0) :]
+    """Return audio without the ID3v2 tags in front of it, which may contain images and thousands of tags."""
+    position = 0
+    while data[position : position + 3] == b"ID3" and len(data) >= position + 10:
+        has_footer = data[position + 5] & 0x10
+        position += 10 + _synchsafe(data[position + 6 : position + 10]) + (10 if has_footer else 0)
+    return data[position:]
 
 
 def claimed_mp3_frames(data: bytes) -> int | None:
-    """Return the number of frames that the Xing, Info or VBRI tag of an MP3 without ID3 claims, None without a tag."""
+    """Return the number of frames in the Xing, Info or VBRI tag of an MP3 stream, None without such a tag."""
     start = max(data.find(b"\xff"), 0)
     tag = _XING.search(data, start, start + _XING_WINDOW)
     if tag is None:
@@ -132,13 +135,13 @@ def _synchsafe(four: bytes) -> int:
 
 
 def _mpeg_audio(head: bytes) -> str | None:
-    """Recognize an MPEG audio layer III frame or an ADTS header; layer bits 10 and 11 are not supported."""
+    """Recognize the header of an MPEG audio layer III frame or of an ADTS frame."""
     if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
         return None
     version, layer, bitrate, rate = head[1] >> 3 & 3, head[1] >> 1 & 3, head[2] >> 4, head[2] >> 2 & 3
-    if layer == 0 and version >= 2:  # the twelve bits of ADTS's sync word
+    if layer == 0 and version >= 2:
         return "aac" if head[2] >> 2 & 15 < 13 else None
-    # The reserved values keep out the UTF-16 byte-order mark, among others.
+    # Excluding the reserved values also excludes the UTF-16 byte-order mark.
     return "mp3" if layer == 1 and version != 1 and bitrate != 15 and rate != 3 else None
 
 
@@ -183,7 +186,7 @@ def _check_ogg(data: bytes) -> None:
 
 
 def _check_mp4(data: bytes) -> None:
-    """Walk the outermost boxes; a table without entries of its own may claim billions of samples."""
+    """Check the top-level boxes. Tables of constant-size samples have no entries, so they can claim billions."""
     num_samples, position = 0, 0
     while position + 8 <= len(data):
         size, kind = int.from_bytes(data[position : position + 4], "big"), data[position + 4 : position + 8]
@@ -220,7 +223,7 @@ def _check_adts(data: bytes) -> None:
 
 
 def _check_matroska(data: bytes) -> None:
-    """Walk the elements of the segment, which a cut file or one of endless metadata fails."""
+    """Check the elements of the segment for truncation and excessive metadata."""
     metadata_bytes = 0
     for count, (position, element_id, start, end) in enumerate(_ebml_elements(data)):
         if end is not None and end > len(data):
@@ -238,9 +241,9 @@ def _check_matroska(data: bytes) -> None:
 
 
 def _ebml_elements(data: bytes) -> Iterator[tuple[int, bytes, int, int | None]]:
-    """Yield position, id, start and end of the outermost elements and of those in the segment.
+    """Yield the position, id, and start and end of the content of top-level elements and those in the segment.
 
-    Live recordings have segments and clusters of unknown size: their end is None, and their content is walked, too.
+    Live recordings have segments and clusters of unknown size: their end is None, and their children follow.
     """
     position = 0
     while position + 1 < len(data) and data[position]:

@@ -1,4 +1,4 @@
-"""Turn encoded pictures, PIL images or arrays into `ImageItem`: decoding, EXIF orientation, alpha on white, RGB."""
+"""Images: encoded bytes, PIL images or arrays to `ImageItem` (EXIF orientation, alpha on white, RGB)."""
 
 import hashlib
 import io
@@ -42,7 +42,7 @@ class ImageItem(MediaItem):
 
 
 def decode_image(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> ImageItem:
-    """Decode the first frame of PNG, JPEG, WebP, GIF or BMP bytes; the size is checked in the header first.
+    """Decode the first frame of PNG, JPEG, WebP, GIF or BMP bytes; the size in the header is checked first.
 
     Raises:
         MediaError: undecodable, truncated, or more than `limits.max_pixels`.
@@ -52,7 +52,7 @@ def decode_image(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> ImageItem
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except _BOMB as error:
         raise MediaError(f"image is larger than the allowed {limits.max_pixels} px: {error}") from error
-    except UnidentifiedImageError as error:  # its text tells the address of our buffer
+    except UnidentifiedImageError as error:  # its text has the address of our buffer
         raise MediaError(f"cannot decode the image content ({len(data)} bytes): its header is damaged") from error
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged headers
         raise MediaError(f"cannot decode the image content ({len(data)} bytes): {error}") from error
@@ -94,7 +94,7 @@ def image_from_pil(image: Image.Image, limits: MediaLimits = DEFAULT_LIMITS) -> 
 
 
 def image_from_array(array: Any, limits: MediaLimits = DEFAULT_LIMITS) -> ImageItem:
-    """Take `[height, width, 3] uint8`, numpy or torch.
+    """Convert a `[height, width, 3] uint8` array or tensor.
 
     Raises:
         MediaError: another shape or type, empty or too large.
@@ -118,7 +118,7 @@ def strips(width: int, height: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _check_complete(data: bytes) -> None:
-    """Refuse what Pillow would accept: a WebP shorter than its RIFF header claims."""
+    """Refuse a WebP that is shorter than its RIFF header claims, which Pillow accepts."""
     if data.startswith(b"RIFF"):
         claimed = int.from_bytes(data[4:8], "little") + 8
         if claimed > len(data):
@@ -130,7 +130,7 @@ def _oriented(image: Image.Image) -> Image.Image:
         if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
             return image  # which `exif_transpose` would copy
         return ImageOps.exif_transpose(image)
-    except Exception:  # a damaged EXIF block must not make a good picture unusable
+    except Exception:  # a damaged EXIF block does not make an image unusable
         return image
 
 
@@ -145,7 +145,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Lay a picture on white, in strips: each step of it would need memory for the whole picture."""
+    """Composite an image on white, in strips, since each step needs memory for all pixels that it works on."""
     rgb = Image.new("RGB", image.size)
     for box in strips(*image.size):
         strip = image.crop(box).convert("RGBA")

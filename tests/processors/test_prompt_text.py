@@ -31,7 +31,7 @@ def test_random_prompts_equal_transformers(family: str, mark: str, is_marked: bo
         texts = ["".join(rng.choice(PIECES, rng.integers(0, 5))) for _ in range(num_images + 1)]
         prompt = (mark if is_marked else "").join(texts)
         expected = reference(text=[prompt], images=[[picture(30, 40, 0)] * num_images], return_tensors="np")
-        token_ids = ours.arrange(tokenizer(prompt).input_ids, [item] * num_images)
+        token_ids = ours.arrange_tokens(tokenizer(prompt).input_ids, [item] * num_images)
         found, ranges = expand_placeholders(token_ids, [item] * num_images, ours)
         assert found == expected["input_ids"][0].tolist(), repr(prompt)
         assert len(ranges) == num_images

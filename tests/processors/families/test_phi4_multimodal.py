@@ -170,9 +170,9 @@ def test_a_tokenizer_without_the_placeholder_is_refused(build):
 def test_numbered_placeholders_are_replaced_in_turn(processor):
     prompt = "<|image_1|> and <|audio_1|>, <|image_2|> <|audio|> <|image_|> <|video_1|>"
     expected = "<|image|> and <|audio|>, <|image|> <|audio|> <|image_|> <|video_1|>"
-    assert processor.normalize(prompt) == expected
-    with pytest.raises(MediaError, match=r"'<\|image_3\|>' where image 2 is due"):
-        processor.normalize("<|image_1|><|image_3|>")
+    assert processor.normalize_placeholders(prompt) == expected
+    with pytest.raises(MediaError, match=r"'<\|image_3\|>' where image 2 is expected"):
+        processor.normalize_placeholders("<|image_1|><|image_3|>")
 
 
 def test_the_registry_goes_by_model_type(tmp_path, make_config, tokenizer):

@@ -131,8 +131,8 @@ def test_a_public_address_of_this_machine_is_refused(monkeypatch, png):
         ("gopher://127.0.0.1:{port}/", "must be an http(s) URL"),
         ("http://user:secret@127.0.0.1:{port}/a", "user name or password"),
         ("http://127.0.0.1:22/", "port 22"),
-        ("", "which is no URL"),
-        ("http://127.0.0.1:x/", "which is no URL"),
+        ("", "which is not a URL"),
+        ("http://127.0.0.1:x/", "which is not a URL"),
     ],
 )
 def test_everything_is_checked_again_where_a_redirect_leads(names, png, location, named):

@@ -40,7 +40,7 @@ def test_no_end_is_dropped(family: str, tmp_path: Path) -> None:
     shorter = AudioItem.from_samples(item.samples[:12000], 8000)
     fewer = processor.process(shorter).num_embeds
     if family in LIMITS_S:
-        with pytest.raises(MediaError, match=f"33.0 s is too long: this model hears {LIMITS_S[family]} s at most"):
+        with pytest.raises(MediaError, match=f"audio is 33.0 s long; this model accepts at most {LIMITS_S[family]} s"):
             processor.process(item)
     else:
         assert processor.process(item).num_embeds > fewer

@@ -272,7 +272,7 @@ def test_other_codecs_are_refused_by_name():
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="matroska") as container:
         add_audio(container, "pcm_s16le", RATE, clip())()
-    with pytest.raises(MediaError, match="codec is pcm_s16le; allowed in matroska are opus, vorbis"):
+    with pytest.raises(MediaError, match="codec is pcm_s16le; allowed in matroska files are opus, vorbis"):
         load_media(buffer.getvalue())
 
 
@@ -315,3 +315,11 @@ def test_nothing_is_imported_before_it_is_needed_and_nothing_is_logged():
 def test_limits_of_tables_leave_room_for_what_is_allowed():
     """Ten minutes of AAC at 96 kHz next to a video of 120 pictures a second."""
     assert containers.MAX_MP4_SAMPLES / 10 > 600 * 96_000 / 1024 + 600 * 120
+
+
+@pytest.mark.parametrize("name", ["mp3", "adts"])
+def test_id3_tags_in_front_are_skipped(name):
+    data = encode(name)
+    tag = b"ID3\4\0\0" + bytes((0, 0, 1, 0)) + bytes(128)
+    assert sniff_modality(tag + data) == MODALITIES["audio"]
+    assert load_media(tag + tag + data).content_hash == load_media(data).content_hash

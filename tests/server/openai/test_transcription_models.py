@@ -95,7 +95,7 @@ def test_a_clip_that_is_too_long_is_refused(tmp_path: Path, wav: bytes, monkeypa
     with ExitStack() as stack:
         server = ServerFactory(path, stack)()
         assert "Transcribe the speech into text." in rendered(server, wav, monkeypatch)
-        with pytest.raises(BadRequestError, match="this model hears 2 s at most"):
+        with pytest.raises(BadRequestError, match="this model accepts at most 2 s"):
             rendered(server, long, monkeypatch)
 
 
