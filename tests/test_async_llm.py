@@ -1,4 +1,4 @@
-"""`AsyncLLM`: deltas add up, whoever leaves is aborted, and a dead engine says so instead of hanging."""
+"""`AsyncLLM`: deltas, aborts of abandoned requests, and errors instead of hangs when the engine dies."""
 
 import asyncio
 import time
@@ -26,7 +26,7 @@ def llm(tiny_phi4):
 
 
 def run(coroutine):
-    """Run in an event loop; whatever hangs fails."""
+    """Run in an event loop, with a timeout."""
     return asyncio.run(asyncio.wait_for(coroutine, TIMEOUT_S))
 
 
@@ -46,7 +46,7 @@ async def until_idle(llm):
     assert llm.engine.slots.num_users(0) == 0
 
 
-def test_deltas_add_up_to_what_the_engine_says_at_once(llm):
+def test_deltas_add_up_to_the_output_of_the_engine(llm):
     async def check():
         for params in (SHORT, SamplingParams(n=3, seed=5, max_tokens=20, logprobs=1, stop=["e", "th"])):
             outputs = await collect(llm, params=params)
@@ -79,7 +79,7 @@ def test_concurrent_requests_get_their_own_answers(llm, tiny_adapters):
     run(check())
 
 
-def test_priorities_decide_who_is_next(tiny_phi4):
+def test_requests_run_by_priority(tiny_phi4):
     llm, ended = start(tiny_phi4, max_num_seqs=1, scheduling_policy="priority"), []
 
     async def ask(name, priority, params=SHORT):
@@ -117,14 +117,14 @@ def test_abort_ends_the_iterator_with_one_terminal_output(llm):
         assert outputs[-1].finished and outputs[-1].outputs[0].finish_reason == "abort"
         assert sum(output.finished for output in outputs) == 1
         assert 3 <= len(tokens_of(outputs)) < 200
-        await llm.abort("mine")  # ended: nothing to do
+        await llm.abort("mine")  # finished: nothing to do
         await llm.abort("never seen")
         await until_idle(llm)
 
     run(check())
 
 
-def test_abort_counts_while_the_request_is_still_being_prepared(llm, monkeypatch):
+def test_a_request_can_be_aborted_while_it_is_being_processed(llm, monkeypatch):
     async def check():
         process_input = llm.engine.process_input
 
@@ -147,13 +147,13 @@ def test_abort_counts_while_the_request_is_still_being_prepared(llm, monkeypatch
 
 @pytest.fixture
 def aborted(llm, monkeypatch):
-    """Finish reasons of the requests that the engine aborts."""
+    """Collect the finish reasons of aborted requests."""
     reasons = []
     abort = llm.engine.abort_request
 
     def spy(request_id, **arguments):
         output = abort(request_id, **arguments)
-        if output is not None:  # None answers an abort that came too late, of the test before this one for instance
+        if output is not None:  # None after a late abort, for example of the previous test
             reasons.extend(completion.finish_reason for completion in output.outputs)
         return output
 
@@ -186,7 +186,7 @@ def test_cancelling_the_task_aborts(llm, aborted):
     assert aborted == ["abort"]
 
 
-def test_a_bad_request_fails_alone_and_the_engine_lives(llm):
+def test_a_bad_request_fails_alone(llm):
     bad = [
         ({"prompt": ""}, RequestError, "empty"),
         ({"prompt": {"prompt": "x", "multi_modal_data": {"image": b""}}}, MediaError, "0 bytes"),
@@ -207,7 +207,7 @@ def test_a_bad_request_fails_alone_and_the_engine_lives(llm):
     run(check())
 
 
-def test_an_id_in_use_is_refused_and_its_owner_goes_on(llm):
+def test_an_id_in_use_is_refused_and_its_owner_continues(llm):
     async def check():
         owner = asyncio.create_task(collect(llm, params=LONG, request_id="same"))
         while not llm.engine.has_unfinished_requests:
@@ -220,7 +220,7 @@ def test_an_id_in_use_is_refused_and_its_owner_goes_on(llm):
     run(check())
 
 
-def test_a_failed_step_ends_its_requests_and_the_engine_lives(llm, monkeypatch):
+def test_a_failed_step_fails_only_its_requests(llm, monkeypatch):
     async def check():
         def fail(_):
             raise RuntimeError("device lost")
@@ -236,7 +236,7 @@ def test_a_failed_step_ends_its_requests_and_the_engine_lives(llm, monkeypatch):
     run(check())
 
 
-def test_shutdown_ends_every_request_and_refuses_new_ones(tiny_phi4):
+def test_shutdown_finishes_every_request_and_refuses_new_ones(tiny_phi4):
     async def check():
         llm = start(tiny_phi4)
         tasks = [asyncio.create_task(collect(llm, params=LONG)) for _ in range(3)]
@@ -244,7 +244,7 @@ def test_shutdown_ends_every_request_and_refuses_new_ones(tiny_phi4):
             await asyncio.sleep(0.005)
         await asyncio.to_thread(llm.shutdown)
         for result in await asyncio.gather(*tasks, return_exceptions=True):
-            if not isinstance(result, EngineDeadError):  # it came before it was queued
+            if not isinstance(result, EngineDeadError):  # shut down before it was queued
                 assert result[-1].finished and result[-1].outputs[0].finish_reason == "abort"
         assert not llm.is_alive
         with pytest.raises(EngineDeadError, match="stopped"):
@@ -255,11 +255,11 @@ def test_shutdown_ends_every_request_and_refuses_new_ones(tiny_phi4):
 
 
 class Panic(BaseException):
-    """What a library in Rust raises when it panics; no Exception."""
+    """Like the panic of a Rust library, which is not an Exception."""
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, Panic])
-def test_a_dead_engine_tells_everyone_and_never_hangs(tiny_phi4, monkeypatch, kind):
+def test_a_dead_engine_fails_every_request_and_never_hangs(tiny_phi4, monkeypatch, kind):
     async def check():
         llm = start(tiny_phi4)
         schedule, first_s = llm.engine.scheduler.schedule, time.monotonic()

@@ -1,4 +1,4 @@
-"""`LLM`: what callers may pass, what comes back, and that every sampling option reaches the tokens."""
+"""`LLM`: its arguments, its outputs, and the effect of every sampling option."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def ids(outputs):
 
 
 def answer(llm, prompt="hello", **params):
-    """The only answer to one prompt, greedy unless said otherwise."""
+    """Return the completion of one prompt, greedy by default."""
     params = SamplingParams(**{"temperature": 0, "max_tokens": 8, "ignore_eos": True, **params})
     return llm.generate(prompt, params, use_tqdm=False)[0].outputs[0]
 
@@ -81,7 +81,7 @@ def test_params_are_one_for_all_or_one_per_prompt(llm):
 
 def test_adapters_are_one_for_all_or_one_per_prompt(llm, adapter_a, adapter_b):
     alone = {lora: llm.generate("hello", GREEDY, lora, use_tqdm=False)[0] for lora in (None, adapter_a, adapter_b)}
-    assert len({tuple(output.outputs[0].token_ids) for output in alone.values()}) == 3, "adapters change the answer"
+    assert len({tuple(output.outputs[0].token_ids) for output in alone.values()}) == 3, "adapters change the output"
     loras = [adapter_a, None, BASE, adapter_b]
     outputs = llm.generate(["hello"] * 4, GREEDY, loras, use_tqdm=False)
     assert [o.outputs[0].token_ids for o in outputs] == [
@@ -125,7 +125,7 @@ def test_adapters_are_one_for_all_or_one_per_prompt(llm, adapter_a, adapter_b):
         ({"prompts": ["x", "y"], "priority": [0]}, "priority has 1 entries for 2 prompts"),
     ],
 )
-def test_a_wrong_argument_is_refused_and_named(llm, arguments, message):
+def test_a_wrong_argument_is_refused_by_name(llm, arguments, message):
     with pytest.raises(RequestError, match=message):
         llm.generate(**arguments, use_tqdm=False)
     assert len(answer(llm).token_ids) == 8
@@ -160,7 +160,7 @@ def engine_of(path, **options) -> LLMEngine:
     return LLM(str(path), **options).llm_engine
 
 
-def test_n_answers_differ_and_the_first_is_that_of_n_1(llm):
+def test_n_completions_differ_and_the_first_equals_that_of_n_1(llm):
     params = {"temperature": 1.0, "seed": 7, "max_tokens": 12, "ignore_eos": True}
     several = llm.generate("hello", SamplingParams(n=3, **params), use_tqdm=False)[0].outputs
     assert [completion.index for completion in several] == [0, 1, 2]
@@ -170,7 +170,7 @@ def test_n_answers_differ_and_the_first_is_that_of_n_1(llm):
         assert completion.token_ids == alone.token_ids
 
 
-def test_a_seed_repeats_and_its_absence_does_not(llm):
+def test_outputs_repeat_with_a_seed_only(llm):
     def draw(**params):
         return tuple(answer(llm, temperature=1.0, max_tokens=12, **params).token_ids)
 
@@ -188,7 +188,7 @@ def test_the_engine_seed_makes_a_whole_run_repeatable(tiny_phi4):
     assert first[0] != first[1]
 
 
-def test_end_of_text_ends_the_answer_unless_ignored(llm):
+def test_end_of_text_finishes_unless_ignored(llm):
     bias = {END_ID: 100}
     stopped = answer(llm, ignore_eos=False, logit_bias=bias)
     assert (stopped.token_ids, stopped.text, stopped.finish_reason) == ([END_ID], "", "stop")
@@ -197,20 +197,20 @@ def test_end_of_text_ends_the_answer_unless_ignored(llm):
     assert answer(llm, ignore_eos=False, logit_bias={END_OF_TEXT_ID: 100}).finish_reason == "stop"
 
 
-def test_min_tokens_holds_off_every_stop(llm):
+def test_min_tokens_delays_every_stop(llm):
     completion = answer(llm, ignore_eos=False, logit_bias={END_ID: 100}, min_tokens=3)
     assert len(completion.token_ids) == 4 and completion.token_ids[3] == END_ID
     assert END_ID not in completion.token_ids[:3]
 
 
-def test_a_stop_token_ends_the_answer_and_is_named(llm):
+def test_a_stop_token_is_the_stop_reason(llm):
     third = answer(llm).token_ids[2]
     completion = answer(llm, stop_token_ids=[third])
     assert completion.token_ids[-1] == third and completion.finish_reason == "stop"
     assert completion.stop_reason == third and len(completion.token_ids) <= 3
 
 
-def test_a_stop_string_is_cut_off_or_kept(llm):
+def test_a_stop_string_is_excluded_or_included(llm):
     bias = dict.fromkeys(llm.get_tokenizer()("ab").input_ids, 50)
     full = answer(llm, logit_bias=bias, max_tokens=12)
     assert set(full.text) <= set("ab") and len(full.text) == 12
@@ -222,7 +222,7 @@ def test_a_stop_string_is_cut_off_or_kept(llm):
     assert kept.text == cut.text + stop and kept.token_ids == cut.token_ids
 
 
-def test_the_text_of_a_stop_token_is_cut_off_or_kept(llm):
+def test_the_text_of_a_stop_token_is_excluded_or_included(llm):
     plain = answer(llm)
     stop = plain.token_ids[2]
     first = plain.token_ids.index(stop)
@@ -246,7 +246,7 @@ def test_text_that_cannot_fit_is_refused_before_it_is_tokenized(llm):
             ask()
 
 
-def test_cached_tokens_are_those_of_the_first_answer(tiny_phi4):
+def test_cached_tokens_are_those_of_the_first_completion(tiny_phi4):
     llm = LLM(str(tiny_phi4), max_model_len=256, block_size=4)
     params = SamplingParams(n=3, seed=1, max_tokens=2, ignore_eos=True)
     fresh, again = (llm.generate("one two three four", params, use_tqdm=False)[0] for _ in range(2))
@@ -294,7 +294,7 @@ def test_logprobs_are_those_of_the_model(llm):
     completion = answer(llm, logprobs=3, max_tokens=4)
     assert len(completion.logprobs) == 4
     for token, entries in zip(completion.token_ids, completion.logprobs, strict=True):
-        assert len(entries) == 3 and entries[token].rank == 1, "greedy takes the likeliest"
+        assert len(entries) == 3 and entries[token].rank == 1, "greedy takes the most likely"
         assert sorted(entries.values(), key=lambda e: e.rank) == sorted(entries.values(), key=lambda e: -e.logprob)
     chosen = sum(e[t].logprob for t, e in zip(completion.token_ids, completion.logprobs, strict=True))
     assert completion.cumulative_logprob == pytest.approx(chosen)
@@ -354,7 +354,7 @@ def test_chat_equals_generate_on_the_rendered_prompt(llm, adapter_a):
     assert [output.prompt for output in two][1] == "<|user|>hi<|end|><|assistant|>"
 
 
-def test_a_chat_goes_on_with_its_last_message(llm):
+def test_a_chat_continues_its_final_message(llm):
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well, I"}]
     (output,) = llm.chat(messages, GREEDY, use_tqdm=False, continue_final_message=True)
     assert output.prompt == "<|user|>hi<|end|><|assistant|>Well, I"
@@ -399,10 +399,8 @@ def test_defaults_come_from_generation_config(tiny_phi4, tmp_path):
     assert (plain.temperature, plain.top_k) == (1.0, 0)
 
 
-def test_siblings_of_an_answer_that_fails_take_nobody_with_them(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The first of two siblings cannot activate its adapter, the second could: both end, the base request does not."""
+def test_siblings_of_a_failed_sequence_affect_no_other_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The first of two siblings fails to activate its adapter: both fail, and the base request continues."""
     path = save_text_model(tmp_path / "llama", "llama")
     adapters = {
         name: save_adapter(path, tmp_path / name, AdapterSpec(("q_proj",), seed)) for seed, name in enumerate("ab", 1)

@@ -1,8 +1,11 @@
-"""What commands on adapters do to the sets of adapters and to bytes; knows nothing of files, threads and tensors."""
+"""A small model of the adapter life cycle: sets and bytes only, without files, threads and tensors."""
 
 
 class LifecycleModel:
-    """Sources are paths, or numbers for contents from memory; `sizes` are bytes by content, `disk` content by path."""
+    """State of the adapters after commands. A source is a path, or a number for an adapter from memory.
+
+    `sizes` are bytes by content, `disk` is the content by path.
+    """
 
     def __init__(self, num_slots: int, num_host: int, sizes: list[int], disk: dict[str, int]) -> None:
         self.num_slots, self.num_host, self.sizes, self.disk = num_slots, num_host, sizes, disk
@@ -14,7 +17,7 @@ class LifecycleModel:
         self.pinned: set[str] = set()
 
     def run(self, command: str, name: str, source: str | int | None = None) -> int | str:
-        """Return the content that the name has afterwards, or the error's name."""
+        """Run a command; return the resulting content of the name, or the name of the error."""
         known, is_first = self.sources.get(name), command in ("LOAD", "GENERATE") and name not in self.sources
         if known is None and not is_first:
             return "AdapterNotFound"

@@ -1,4 +1,4 @@
-"""Sequences for tests of the engine's parts: built without a model, tokenizer or files."""
+"""Sequences for unit tests of the engine, built without a model, a tokenizer or files."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -17,7 +17,7 @@ from mmlora.towers.encoder import encoder_key
 
 
 class SpellingTokenizer:
-    """Decodes a token id to a letter; enough for parts that never look at text."""
+    """Decodes a token id to a letter; enough for tests that ignore text."""
 
     def decode(self, token_ids: list[int], **_: object) -> str:
         return "".join(chr(97 + token % 26) for token in token_ids)
@@ -35,7 +35,7 @@ def make_sequence(
     adapter_start: int = 0,
     **others: Any,
 ) -> Sequence:
-    """A sequence of a request of its own, as the engine makes it, with some tokens already generated.
+    """Return a sequence of a new request, with `output` as the tokens generated so far.
 
     `others` are fields of its `EngineInput`.
     """
@@ -54,11 +54,11 @@ def make_sequence(
 
 
 def make_adapter(name: str, uid: int = 1, generation: int = 0) -> Adapter:
-    """An adapter without matrices."""
+    """Return an adapter without matrices."""
     return Adapter(name, f"digest of {name}", None, Path("/nowhere"), {}, AdapterReport(0, {}), uid, generation)
 
 
 def make_media(content: str, start: int, num_tokens: int, *, mode: str = "speech", digest: str | None = None):
-    """A media item at a place in the prompt, without tensors."""
+    """Return a media item without tensors, whose placeholders start at `start`."""
     processed = ProcessedMedia("audio", content, {}, num_tokens)
     return MediaInput(processed, start, mode, encoder_key(processed, mode, digest))

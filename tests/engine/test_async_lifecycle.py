@@ -1,4 +1,4 @@
-"""Adapters come, change and go while `AsyncLLM` serves: loads run beside the steps, and nothing is left at the end."""
+"""Life cycle of adapters in `AsyncLLM`: loads do not block steps, and all memory is freed at the end."""
 
 import asyncio
 import threading
@@ -58,7 +58,7 @@ def bytes_of(llm: AsyncLLM) -> tuple[int, int]:
     return metrics.num_host_adapter_bytes, metrics.num_device_adapter_bytes
 
 
-def test_an_adapter_loads_beside_the_steps(llm: AsyncLLM, contents: Contents, monkeypatch: Any) -> None:
+def test_loading_an_adapter_does_not_block_steps(llm: AsyncLLM, contents: Contents, monkeypatch: Any) -> None:
     host_cache, may_go_on = llm.engine.host_cache, threading.Event()
     load = host_cache._load_adapter
     monkeypatch.setattr(host_cache, "_load_adapter", lambda *args: (may_go_on.wait(TIMEOUT_S), load(*args))[1])
@@ -92,7 +92,7 @@ def test_removal_drains_and_frees(llm: AsyncLLM, contents: Contents) -> None:
         await until(lambda: bytes_of(llm) == (0, 0))
         idle = await llm.add_lora("idle", str(contents.paths[1]))
         assert await tokens(llm, idle) == contents.answers[1]
-        await llm.remove_lora("idle")  # nothing runs that would bring the next step
+        await llm.remove_lora("idle")  # idle: no request triggers the next step
         assert bytes_of(llm) == (0, 0)
 
     run(check())
@@ -119,7 +119,7 @@ def test_reloads_and_tensors_swap_between_steps(llm: AsyncLLM, contents: Content
     run(check())
 
 
-def test_pins_come_and_go(llm: AsyncLLM, contents: Contents) -> None:
+def test_pinning_and_unpinning(llm: AsyncLLM, contents: Contents) -> None:
     async def check() -> None:
         a, b = [await llm.add_lora(name, str(contents.paths[i])) for i, name in enumerate("ab")]
         await llm.pin_lora("a")
@@ -137,17 +137,17 @@ def test_pins_come_and_go(llm: AsyncLLM, contents: Contents) -> None:
     run(check())
 
 
-def test_an_idle_engine_holds_nothing_of_its_last_request(llm: AsyncLLM, contents: Contents) -> None:
+def test_an_idle_engine_keeps_nothing_of_its_last_request(llm: AsyncLLM, contents: Contents) -> None:
     async def check() -> None:
         a, b = [await llm.add_lora(name, str(contents.paths[i])) for i, name in enumerate("ab")]
-        mix = LoRAMix([(a, 1.0), (b, 1.0)])  # its matrices live as long as its requests
+        mix = LoRAMix([(a, 1.0), (b, 1.0)])  # its matrices are freed with its requests
         assert len([output async for output in llm.generate(PROMPT, GREEDY, lora_request=mix)]) > 0
         await asyncio.wait_for(until(lambda: bytes_of(llm) == (sum(contents.sizes[:2]), 0)), 10)
 
     run(check())
 
 
-def test_a_change_that_is_not_waited_for_hurts_nobody(llm: AsyncLLM, contents: Contents) -> None:
+def test_a_cancelled_change_completes_and_affects_no_other_request(llm: AsyncLLM, contents: Contents) -> None:
     async def check() -> None:
         a = await llm.add_lora("a", str(contents.paths[0]))
         for _ in range(20):
@@ -159,7 +159,7 @@ def test_a_change_that_is_not_waited_for_hurts_nobody(llm: AsyncLLM, contents: C
     run(check())
 
 
-def test_a_removal_that_is_not_waited_for_frees_the_name(llm: AsyncLLM, contents: Contents, monkeypatch: Any) -> None:
+def test_a_cancelled_removal_frees_the_name(llm: AsyncLLM, contents: Contents, monkeypatch: Any) -> None:
     host_cache, has_begun, may_go_on = llm.engine.host_cache, threading.Event(), threading.Event()
     remove = host_cache.remove
     monkeypatch.setattr(
@@ -174,14 +174,14 @@ def test_a_removal_that_is_not_waited_for_frees_the_name(llm: AsyncLLM, contents
         removing.cancel()
         await asyncio.wait({removing})
         may_go_on.set()
-        await asyncio.wait_for(until(lambda: bytes_of(llm) == (0, 0)), 10)  # no request brings the next step
+        await asyncio.wait_for(until(lambda: bytes_of(llm) == (0, 0)), 10)  # no request triggers the next step
         assert await tokens(llm, a) == contents.answers[0]
 
     run(check())
 
 
-def test_a_pin_that_fails_does_not_stop_the_steps(llm: AsyncLLM, contents: Contents, monkeypatch: Any) -> None:
-    """Its slot cannot be filled while the adapter is being reloaded, so that the pin is taken back only after that."""
+def test_a_failing_pin_does_not_block_steps(llm: AsyncLLM, contents: Contents, monkeypatch: Any) -> None:
+    """The slot fails to load while the adapter is being reloaded, so the pin is reverted only after the reload."""
     host_cache, slots, may_go_on = llm.engine.host_cache, llm.engine.slots, threading.Event()
     load, pin = host_cache._load_adapter, host_cache.pin
     reloading = threading.Thread(target=lambda: host_cache.reload("a"))
@@ -217,7 +217,7 @@ def test_a_pin_that_fails_does_not_stop_the_steps(llm: AsyncLLM, contents: Conte
     run(check())
 
 
-def test_errors_reach_who_asked(llm: AsyncLLM, contents: Contents) -> None:
+def test_errors_reach_the_caller(llm: AsyncLLM, contents: Contents) -> None:
     async def check() -> None:
         with pytest.raises(AdapterNotFound, match="/no/such/adapter"):
             await llm.add_lora("a", "/no/such/adapter")
@@ -236,8 +236,8 @@ def test_errors_reach_who_asked(llm: AsyncLLM, contents: Contents) -> None:
         run(llm.remove_lora("a"))
 
 
-def test_many_clients_change_adapters_while_others_ask(llm: AsyncLLM, contents: Contents) -> None:
-    """Each answer is that of a content which the name had, each error is named, and all bytes are gone at the end."""
+def test_many_clients_change_adapters_while_others_generate(llm: AsyncLLM, contents: Contents) -> None:
+    """Each output belongs to a version of the name, each error is an `AdapterError`, and all bytes are freed."""
 
     async def client(name: str, index: int) -> int:
         num_answers = 0

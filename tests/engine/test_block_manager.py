@@ -21,7 +21,7 @@ def run(manager, seq):
 
 
 def num_shared(first, second, num_blocks=16):
-    """How many tokens of `second` are found after `first` ran."""
+    """Return how many tokens of `second` are cached after `first` has run."""
     manager = BlockManager(num_blocks, BLOCK)
     assert run(manager, first) == 0
     return run(manager, second)
@@ -40,7 +40,7 @@ def test_one_token_is_left_to_compute():
     assert num_shared(make_sequence(range(4)), make_sequence(range(4))) == 0
 
 
-def test_generated_tokens_are_found_as_well():
+def test_generated_tokens_are_cached_too():
     assert num_shared(make_sequence(range(5), output=[7, 8, 9, 10]), make_sequence([*range(5), 7, 8, 9, 10])) == 8
 
 
@@ -55,7 +55,7 @@ def test_generated_tokens_are_found_as_well():
         (make_adapter("a", generation=0), make_adapter("a", generation=1), False),
     ],
 )
-def test_the_identity_of_the_adapter_is_part_of_the_name(first, second, is_shared):
+def test_the_adapter_identity_is_part_of_the_hash(first, second, is_shared):
     found = num_shared(make_sequence(range(10), adapter=first), make_sequence(range(10), adapter=second))
     assert found == (8 if is_shared else 0)
 
@@ -70,7 +70,7 @@ def test_the_identity_of_the_adapter_is_part_of_the_name(first, second, is_share
         (make_media("x", 5, 6), make_media("x", 5, 6, digest="tower"), 4),
     ],
 )
-def test_the_media_behind_placeholders_are_part_of_the_name(first, second, num_cached):
+def test_the_media_behind_placeholders_are_part_of_the_hash(first, second, num_cached):
     ids = [0] * 14
     assert num_shared(make_sequence(ids, media=(first,)), make_sequence(ids, media=(second,))) == num_cached
 
@@ -79,12 +79,12 @@ def test_the_media_behind_placeholders_are_part_of_the_name(first, second, num_c
     ("first", "second", "num_cached"),
     [("a", "a", 8), ("a", "b", 0), ("a", None, 0), (None, "a", 0), (None, "None", 0), (None, None, 8)],
 )
-def test_the_salt_is_part_of_the_name(first, second, num_cached):
+def test_the_salt_is_part_of_the_hash(first, second, num_cached):
     sequences = (make_sequence(range(10), cache_salt=salt) for salt in (first, second))
     assert num_shared(*sequences) == num_cached
 
 
-def test_two_sequences_hold_one_block_and_it_is_free_only_after_both():
+def test_a_shared_block_is_free_after_both_sequences_are():
     manager = BlockManager(8, BLOCK)
     first, second = make_sequence(range(9)), make_sequence(range(9))
     run(manager, first)
@@ -97,7 +97,7 @@ def test_two_sequences_hold_one_block_and_it_is_free_only_after_both():
     assert manager.num_free_blocks == 8
 
 
-def test_freed_blocks_serve_as_cache_until_they_are_reused():
+def test_freed_blocks_stay_cached_until_they_are_reused():
     manager = BlockManager(4, BLOCK)
     first = make_sequence(range(9))
     run(manager, first)
@@ -109,27 +109,27 @@ def test_freed_blocks_serve_as_cache_until_they_are_reused():
     assert run(manager, make_sequence(range(9))) == 0
 
 
-def test_the_start_of_a_prefix_outlives_its_end():
+def test_the_end_of_a_prefix_is_evicted_before_its_start():
     manager = BlockManager(4, BLOCK)
     first = make_sequence(range(12))
     run(manager, first)
     manager.free(first)
-    run(manager, other := make_sequence(range(100, 107)))  # two blocks: the unused one, and the end of the prefix
+    run(manager, other := make_sequence(range(100, 107)))  # two blocks: the unused one, and the last of the prefix
     manager.free(other)
     assert run(manager, make_sequence(range(13))) == 8
 
 
-def test_allocation_says_no_before_it_happens():
+def test_can_allocate_counts_the_blocks_that_a_sequence_has():
     manager = BlockManager(2, BLOCK)
     seq = make_sequence(range(20))
     assert manager.can_allocate(seq, 8)
     assert not manager.can_allocate(seq, 9)
     manager.allocate(seq, 5)
     assert len(seq.block_table) == 2 and manager.num_free_blocks == 0
-    assert manager.can_allocate(seq, 8)  # room in the block that it has
+    assert manager.can_allocate(seq, 8)  # fits into the block that it has
 
 
-def test_blocks_are_not_named_before_they_are_computed():
+def test_blocks_are_not_cached_before_they_are_computed():
     manager = BlockManager(8, BLOCK)
     seq = make_sequence(range(12))
     manager.allocate(seq, 12)
@@ -138,7 +138,7 @@ def test_blocks_are_not_named_before_they_are_computed():
     assert manager.match_prefix(make_sequence(range(12))) == 4
 
 
-def test_prompt_logprobs_need_every_token_computed():
+def test_prompt_logprobs_skip_the_prefix_cache():
     manager = BlockManager(8, BLOCK)
     run(manager, make_sequence(range(9)))
     assert manager.match_prefix(make_sequence(range(9), params=SamplingParams(prompt_logprobs=1))) == 0
@@ -150,7 +150,7 @@ def test_without_prefix_caching_nothing_is_shared():
     assert run(manager, make_sequence(range(9))) == 0
 
 
-def test_tokens_that_see_ahead_depend_on_all_that_they_see():
+def test_bidirectional_tokens_depend_on_the_whole_span():
     def shared(second, layout, other_layout=None):
         return num_shared(make_sequence(range(12), layout=layout), make_sequence(second, layout=other_layout or layout))
 
@@ -163,7 +163,7 @@ def test_tokens_that_see_ahead_depend_on_all_that_they_see():
     assert shared(range(12), PromptLayout(bidirectional_spans=(BidirectionalSpan(4, 9),)), PromptLayout()) == 4
 
 
-def test_media_further_on_in_a_span_count():
+def test_media_later_in_a_span_are_part_of_the_hash():
     def shared(content, start):
         layout = PromptLayout(bidirectional_spans=(BidirectionalSpan(0, 12),))
         first = make_sequence(range(12), layout=layout, media=(make_media("x", 9, 2),))
@@ -172,7 +172,7 @@ def test_media_further_on_in_a_span_count():
     assert (shared("x", 9), shared("y", 9), shared("x", 8)) == (8, 0, 0)
 
 
-def test_an_activated_lora_reaches_back_through_a_span():
+def test_an_activated_lora_affects_earlier_tokens_of_a_span():
     def shared(layout):
         base = [make_sequence(range(12), layout=layout) for _ in range(2)]
         adapter = make_adapter("a")
@@ -183,7 +183,7 @@ def test_an_activated_lora_reaches_back_through_a_span():
     assert shared(PromptLayout(bidirectional_spans=(BidirectionalSpan(0, 10),))) == (0, 0)
 
 
-def test_positions_are_part_of_the_name():
+def test_positions_are_part_of_the_hash():
     plain, shifted = tuple(range(12)), (*range(6), *range(7, 13))
 
     def shared(*rows):

@@ -1,4 +1,4 @@
-"""Prefix cache and encoder cache never mix adapters: every answer equals that of an engine that has seen nothing."""
+"""Prefix cache and encoder cache never mix adapters: every output equals that of a fresh engine."""
 
 import shutil
 from pathlib import Path
@@ -24,7 +24,7 @@ def load(checkpoint: Checkpoint, **options: Any) -> LLM:
 
 
 def ask(llm: LLM, lora: object, media: Media = MEDIA, prompt: str = PROMPT) -> tuple[RequestOutput, Logits]:
-    """One request; the logits are those of the positions that predict the answer."""
+    """Run one request; return its output, and the logits that predict its tokens."""
     with recorded_logits(llm) as logits:
         (output,) = llm.generate([{"prompt": prompt, "multi_modal_data": media.as_prompt_data}], greedy(), lora, False)
     return output, logits[output.request_id]
@@ -38,7 +38,7 @@ def num_encoded(llm: LLM) -> int:
 
 @pytest.mark.parametrize("name", ["text", "connector", "everything"])
 def test_reload_with_other_bytes(phi4_checkpoint: Checkpoint, tmp_path: Path, name: str) -> None:
-    """A, B, base, each twice, then A with other tensors: never an answer of another version."""
+    """Run A, B and base twice each, then A with other tensors: no output is of another version."""
     path = Path(shutil.copytree(phi4_checkpoint.adapters[name], tmp_path / "a"))
     other = "rslora" if name == "text" else "audio"
     reference = phi4_checkpoint.reference
@@ -59,7 +59,7 @@ def test_reload_with_other_bytes(phi4_checkpoint: Checkpoint, tmp_path: Path, na
 
     randomize_adapter(path, seed=99)
     reload = LoRARequest("a", 1, str(path), load_inplace=True)
-    expected = Reference(phi4_checkpoint.path).generate(PROMPT, MEDIA, path)  # knows nothing of the old tensors
+    expected = Reference(phi4_checkpoint.path).generate(PROMPT, MEDIA, path)  # not affected by the old tensors
     for is_hit in (False, True):
         output, logits = ask(llm, reload)
         check_equal(output, logits, expected, "reloaded")
@@ -84,7 +84,7 @@ def test_same_bytes_under_another_name_share_media_only(phi4_checkpoint: Checkpo
 
 
 def test_encoder_cache_by_tower_part(phi4_checkpoint: Checkpoint) -> None:
-    """Adapters of the language model alone share the base's embeddings; tower and connector parts have their own."""
+    """Adapters of only the language model share the base's embeddings; those with tower or connector parts do not."""
     llm = load(phi4_checkpoint, enable_prefix_caching=False)
     counts = {}
     for name in (None, "text", "rslora", "connector", "vision", "audio", "everything", None, "text", "vision"):
@@ -99,7 +99,7 @@ def test_encoder_cache_by_tower_part(phi4_checkpoint: Checkpoint) -> None:
 
 
 def test_encoder_cache_reload(phi4_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """With the prefix cache off, a reload encodes anew where towers changed, and not where they did not."""
+    """With the prefix cache off, a reload encodes media again only if the tower part changed."""
     llm = load(phi4_checkpoint, enable_prefix_caching=False)
     for number, (name, num_new) in enumerate((("text", 0), ("everything", 2)), start=1):
         path = Path(shutil.copytree(phi4_checkpoint.adapters[name], tmp_path / name))
@@ -112,7 +112,7 @@ def test_encoder_cache_reload(phi4_checkpoint: Checkpoint, tmp_path: Path) -> No
 
 
 def test_projection_mode(phi4_checkpoint: Checkpoint) -> None:
-    """The same clip alone and beside an image goes through different projections, also from the cache."""
+    """The same clip uses different projections alone and together with an image, also from the cache."""
     llm = load(phi4_checkpoint)
     alone = Media(audios=MEDIA.audios)
     for prompt, media in ((PROMPT, MEDIA), ("<|user|><|audio|><|assistant|>", alone), (PROMPT, MEDIA)):
@@ -123,7 +123,7 @@ def test_projection_mode(phi4_checkpoint: Checkpoint) -> None:
 
 @pytest.mark.parametrize("name", [None, "text", "everything"])
 def test_other_media_behind_equal_tokens(phi4_checkpoint: Checkpoint, name: str | None) -> None:
-    """Placeholders look alike whatever they stand for; one changed item changes everything from there on."""
+    """Placeholder tokens are equal for all media, so a changed item must change all blocks from there on."""
     llm = load(phi4_checkpoint)
     adapter = phi4_checkpoint.adapters[name] if name is not None else None
     mixed = Media(audios=OTHER_MEDIA.audios, images=MEDIA.images)

@@ -1,4 +1,4 @@
-"""`Detokenizer`: deltas never split a character and never show a piece of a stop string."""
+"""`Detokenizer`: deltas never split a character and never contain part of a stop string."""
 
 import random
 
@@ -33,7 +33,7 @@ def stream(detokenizer, token_ids, *, can_stop=True):
 
 
 def fallback_tokenizer():
-    """Spell like Llama-2 and Gemma: words with a marked space, bytes for what is not in the vocabulary."""
+    """Return a tokenizer like Llama-2's and Gemma's: words with a marked space, and byte fallback."""
     words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghijklmnopqrstuvwxyz", "▁a", "an", "▁an"]
     vocabulary = {word: index for index, word in enumerate(words)}
     merges = [("▁", "a"), ("a", "n"), ("▁a", "n")]
@@ -61,7 +61,7 @@ def test_bytes_between_words_become_characters_as_soon_as_they_can(text, prompt)
         assert deltas[-1] == "" and not any("�" in delta for delta in deltas)
 
 
-def test_bytes_that_are_no_text_are_not_held_back_for_ever():
+def test_invalid_bytes_are_not_withheld_forever():
     detokenizer = Detokenizer(FALLBACK, [])
     deltas, _ = stream(detokenizer, [FALLBACK.convert_tokens_to_ids("<0x80>")] * 200)
     assert len("".join(deltas)) == 200 and sum(map(len, deltas[:100])) >= 60
@@ -85,14 +85,14 @@ def test_a_character_appears_with_its_last_byte():
     assert deltas == ["", "", "", "👍", "", "é", ""]
 
 
-def test_bytes_that_never_become_a_character_come_at_the_end():
+def test_incomplete_bytes_are_flushed_at_the_end():
     detokenizer = Detokenizer(TOKENIZER, [])
     deltas, _ = stream(detokenizer, encode("ok👍")[:-1])
     assert deltas[:2] == ["o", "k"] and deltas[2:-1] == ["", "", ""]
     assert "".join(deltas) == detokenizer.text == "ok�"
 
 
-def test_a_broken_character_does_not_swallow_what_follows():
+def test_a_broken_character_does_not_swallow_later_text():
     ids = [*encode("👍")[:2], *encode("abc👍")]
     detokenizer = Detokenizer(TOKENIZER, [])
     deltas, _ = stream(detokenizer, ids)
@@ -100,13 +100,13 @@ def test_a_broken_character_does_not_swallow_what_follows():
     assert detokenizer.text.endswith("abc👍")
 
 
-def test_a_prompt_that_ends_within_a_character_leaves_the_answer_whole():
+def test_a_prompt_that_ends_within_a_character_does_not_affect_the_output():
     detokenizer = Detokenizer(TOKENIZER, encode("x👍")[:-1])
     stream(detokenizer, [*encode("👍")[-1:], *encode("then é")])
     assert detokenizer.text.endswith("then é")
 
 
-def test_special_tokens_are_left_out_unless_asked_for():
+def test_special_tokens_are_skipped_by_default():
     ids = [*encode("a"), END_ID, *encode("b")]
     for skip, text in ((True, "ab"), (False, "a<|end|>b")):
         detokenizer = Detokenizer(TOKENIZER, encode("x"), skip_special_tokens=skip)
@@ -137,19 +137,19 @@ def test_a_stop_string_ends_the_text_across_token_borders(stops, text, expected,
     assert "".join(deltas) == detokenizer.text == expected
 
 
-def test_what_may_become_a_stop_string_is_held_back():
+def test_a_possible_start_of_a_stop_string_is_withheld():
     deltas, _ = stream(Detokenizer(TOKENIZER, encode("p"), stop=("END",)), encode("aEbENx"))
     assert deltas == ["a", "", "Eb", "", "", "ENx", ""]
 
 
-def test_no_delta_ever_shows_a_piece_of_a_stop_string_that_came():
+def test_no_delta_contains_part_of_a_found_stop_string():
     generator = random.Random(0)
     for _ in range(300):
         text = "".join(generator.choice("abé") for _ in range(12))
         stops = tuple("".join(generator.choice("abé") for _ in range(generator.randint(1, 4))) for _ in range(2))
         detokenizer = Detokenizer(TOKENIZER, encode("p"), stop=stops)
         deltas, stop = stream(detokenizer, encode(text))
-        # Token by token, the first stop string to be complete counts; of those, the one that starts first.
+        # The stop string completed first wins; among several in one token, the one that starts first.
         ends = [text.find(s) + len(s) for s in stops if s in text]
         cut = text
         if ends:
@@ -159,7 +159,7 @@ def test_no_delta_ever_shows_a_piece_of_a_stop_string_that_came():
         assert (stop is not None) == bool(ends)
 
 
-def test_a_stop_string_before_min_tokens_does_not_count():
+def test_a_stop_string_before_min_tokens_is_ignored():
     detokenizer = Detokenizer(TOKENIZER, encode("p"), stop=("ab",))
     assert detokenizer.append(encode("a")[0], can_stop=False) is None
     assert detokenizer.append(encode("b")[0], can_stop=False) is None

@@ -1,7 +1,7 @@
-"""Fair shares: 64 adapters over 4 slots with base traffic. The clock is the number of scheduler steps.
+"""Fairness: 64 adapters over 4 slots with base-model traffic; time is measured in scheduler steps.
 
-Waits are compared where slots are contended. Where hardly anybody waits the mean is near zero and says nothing; there
-the longest wait itself is bounded.
+The longest wait is compared with the mean under contention. Under light load the mean is near zero, so the longest wait
+itself is bounded.
 """
 
 import random
@@ -38,11 +38,11 @@ class Job:
 
 @dataclass
 class Figures:
-    """What a run took, in steps."""
+    """Waits and latencies of a run, in steps."""
 
     adapter_waits: list[int] = field(default_factory=list)  # until a request runs
     base_waits: list[int] = field(default_factory=list)
-    base_latencies: list[int] = field(default_factory=list)  # until it ends
+    base_latencies: list[int] = field(default_factory=list)  # until it is finished
 
     @property
     def mean_wait(self) -> float:
@@ -50,7 +50,7 @@ class Figures:
 
     @property
     def ratio(self) -> float:
-        """Longest wait of an adapter request over the mean."""
+        """Return the longest wait of an adapter request relative to the mean."""
         return max(self.adapter_waits) / self.mean_wait
 
     @property
@@ -70,7 +70,7 @@ def p99(values):
 
 
 def make_traffic(seed, num_steps, adapter_rate, base_rate=0.2, weights=ZIPF, max_tokens=MAX_TOKENS):
-    """Poisson arrivals at so many requests a step, answers of 1 to `max_tokens` tokens."""
+    """Poisson arrivals with a given rate per step, and outputs of 1 to `max_tokens` tokens."""
     rng, jobs = random.Random(seed), []
     for rate, adapters, shares in ((adapter_rate, range(NUM_ADAPTERS), weights), (base_rate, (None,), (1,))):
         time = rng.expovariate(rate)
@@ -82,7 +82,7 @@ def make_traffic(seed, num_steps, adapter_rate, base_rate=0.2, weights=ZIPF, max
 
 
 class Simulation:
-    """The scheduler alone; every step takes the place of the model."""
+    """The scheduler alone, without a model."""
 
     def __init__(self, *, num_blocks=4096, max_num_seqs=64, budget=256):
         blocks = BlockManager(num_blocks, 16, enable_prefix_caching=False)
@@ -102,7 +102,7 @@ class Simulation:
         self.scheduler.add(seq)
 
     def step(self):
-        """Return the requests that ran, and those that ended."""
+        """Run a step; return the requests that ran and those that finished."""
         items, ended = self.scheduler.schedule(), []
         assert len({item.seq.adapter.identity for item in items if item.seq.adapter}) <= NUM_SLOTS
         for item in items:
@@ -117,7 +117,7 @@ class Simulation:
 
 
 def measure(system, jobs):
-    """Let the jobs arrive, and run until all have ended."""
+    """Run all jobs to the end."""
     figures, seen, num_arrived, num_ended, step = Figures(), set(), 0, 0, 0
     while num_arrived < len(jobs) or system.is_busy:
         while num_arrived < len(jobs) and jobs[num_arrived].step <= step:
@@ -154,7 +154,7 @@ LOADS = {
 
 
 @pytest.mark.parametrize("load", ["busy", "four hot"])
-def test_no_adapter_waits_long_and_the_base_does_not_notice(load):
+def test_no_adapter_waits_long_and_the_base_is_not_slowed(load):
     jobs = make_traffic(0, 600, **LOADS[load])
     check(measure(Simulation(), jobs), measure(Simulation(), base_only(jobs)))
 
@@ -176,7 +176,7 @@ def test_fairness_holds_for_other_loads_and_seeds(load, capsys):
     [{"max_num_seqs": 8}, {"max_num_seqs": 256, "budget": 2048}, {"num_blocks": 60}],
     ids=["few places", "many places", "few blocks"],
 )
-def test_fairness_holds_whatever_is_scarce(limits):
+def test_fairness_holds_for_each_scarce_resource(limits):
     jobs = make_traffic(1, 3000, adapter_rate=0.5, base_rate=0.05)
     check(measure(Simulation(**limits), jobs), measure(Simulation(**limits), base_only(jobs)))
 
@@ -189,7 +189,7 @@ def test_under_light_load_the_longest_wait_is_bounded(rate):
     assert max(figures.base_waits) <= 1
 
 
-def test_base_requests_start_at_once_while_adapters_ask_for_everything():
+def test_base_requests_start_at_once_under_adapter_overload():
     jobs = make_traffic(4, 400, adapter_rate=6)
     assert max(measure(Simulation(max_num_seqs=32), jobs).base_waits) <= 1
 

@@ -1,4 +1,4 @@
-"""The life cycle of adapters while requests run: draining, reloads, pins, memory, and what is left at the end."""
+"""Life cycle of adapters while requests run: draining, reloads, pins, and memory."""
 
 import gc
 import threading
@@ -27,7 +27,7 @@ def engine(contents: Contents) -> LLMEngine:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(request: pytest.FixtureRequest) -> Any:
-    """After each test on the shared engine, its adapters are removed; then no byte of them may be left."""
+    """Remove all adapters after each test on the shared engine, and check that their bytes are freed."""
     yield
     if "engine" in request.fixturenames:
         engine: LLMEngine = request.getfixturevalue("engine")
@@ -40,7 +40,7 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Any:
 def test_unloading_refuses_at_once_and_frees_with_the_last_request(engine: LLMEngine, contents: Contents) -> None:
     a = engine.add_lora("a", str(contents.paths[0]))
     gc.collect()
-    gc.disable()  # the bytes go without the cyclic collector
+    gc.disable()  # the bytes are freed without the cyclic collector
     try:
         engine.add_request("one", PROMPT, LONG, a)
         engine.add_request("two", PROMPT, LONG, a)
@@ -57,7 +57,7 @@ def test_unloading_refuses_at_once_and_frees_with_the_last_request(engine: LLMEn
         assert (engine.lora.num_host_bytes, engine.lora.num_device_bytes) == (0, 0)
     finally:
         gc.enable()
-    engine.add_request("again", PROMPT, LONG, a)  # drained: a request that brings its path loads it, as any would
+    engine.add_request("again", PROMPT, LONG, a)  # drained: a request with a path loads it again
     assert finish(engine) == {"again": contents.answers[0]}
 
 
@@ -75,7 +75,7 @@ def test_a_version_keeps_its_slot_while_requests_for_it_wait(contents: Contents,
     assert loads == ["a"] and engine.lora.num_device_bytes == 0
 
 
-def test_a_name_may_be_added_again_while_its_old_self_drains(engine: LLMEngine, contents: Contents) -> None:
+def test_a_name_can_be_added_again_while_its_old_version_drains(engine: LLMEngine, contents: Contents) -> None:
     old = engine.add_lora("a", str(contents.paths[0]))
     engine.add_request("old", PROMPT, LONG, old)
     engine.step()
@@ -116,7 +116,7 @@ def test_pinned_adapters_keep_their_slots_and_leave_one(contents: Contents) -> N
         assert {info.name for info in llm.list_loras() if info.is_on_device} >= {"a0", "a1"}
     assert {info.name for info in llm.list_loras() if info.is_on_host} == {"a0", "a1", "a3", "extra"}
     llm.reload_lora("a0", str(contents.paths[5]))
-    assert tokens(llm, llm.list_loras()[0].request) == contents.answers[5], "the pin goes over to the new version"
+    assert tokens(llm, llm.list_loras()[0].request) == contents.answers[5], "the new version is pinned, too"
     tokens(llm, requests[2])
     tokens(llm, requests[3])
     assert {info.name for info in llm.list_loras() if info.is_on_device} == {"a0", "a1", "a3"}
@@ -151,14 +151,14 @@ def test_with_one_slot_pins_hold_the_host_only(contents: Contents) -> None:
         llm.pin_lora("b")
 
 
-def test_tensors_in_memory_answer_as_files_do_and_are_copied(contents: Contents) -> None:
+def test_tensors_in_memory_act_like_files_and_are_copied(contents: Contents) -> None:
     llm = start(contents.model, max_cpu_loras=2)
     given = contents.tensors(0)
     given["tensors"] = {key: tensor.requires_grad_() for key, tensor in given["tensors"].items()}
     policy = llm.add_lora("policy", **given)
     with torch.no_grad():
         for tensor in given["tensors"].values():
-            tensor.zero_()  # the trainer goes on
+            tensor.zero_()  # as a training loop does
     assert tokens(llm, policy) == contents.answers[0]
     for i in (1, 2, 3):
         tokens(llm, LoRARequest(f"other{i}", i, str(contents.paths[i])))
@@ -180,8 +180,8 @@ def test_tensors_are_swapped_in_between_two_steps(engine: LLMEngine, contents: C
     assert engine.lora.num_host_bytes == contents.sizes[2] and engine.lora.num_device_bytes == 0
 
 
-def test_the_digest_of_a_mix_is_of_its_contents_alone(engine: LLMEngine, contents: Contents) -> None:
-    """Whatever was loaded before, here or in another process, clients are told the same."""
+def test_the_digest_of_a_mix_depends_only_on_its_contents(engine: LLMEngine, contents: Contents) -> None:
+    """It does not depend on earlier loads, so it is the same in every process."""
     digests = []
     for names in (("a", "b"), ("other", "another")):
         a, b = (engine.add_lora(name, str(path)) for name, path in zip(names, contents.paths, strict=False))
@@ -221,13 +221,13 @@ def test_wrong_arguments_are_named(engine: LLMEngine, arguments: Any, message: s
             change("a")
 
 
-def test_an_engine_without_adapters_says_so(contents: Contents) -> None:
+def test_an_engine_without_lora_refuses_life_cycle_calls(contents: Contents) -> None:
     llm = LLM(str(contents.model), max_model_len=64)
     with pytest.raises(RequestError, match="adapters cannot be managed: the engine has enable_lora=False"):
         llm.add_lora("a", str(contents.paths[0]))
 
 
-def test_a_batch_loads_its_adapters_side_by_side(contents: Contents, monkeypatch: Any) -> None:
+def test_a_batch_loads_its_adapters_concurrently(contents: Contents, monkeypatch: Any) -> None:
     llm = start(contents.model)
     meeting = threading.Barrier(3, timeout=30)
     load = llm.llm_engine.host_cache._load_adapter

@@ -1,4 +1,4 @@
-"""What fails leaves the previous state and a named error; what the registry keeps comes back, or is reported."""
+"""Failures keep the previous state and raise a named error; the registry restores adapters or reports why not."""
 
 import shutil
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_a_failed_load_leaves_the_previous_state(
 
 
 @pytest.mark.parametrize("failure", [torch.OutOfMemoryError("CUDA out of memory"), ValueError("no format")], ids=repr)
-def test_no_room_on_the_device_fails_who_asked_and_nobody_else(
+def test_out_of_memory_on_the_device_fails_only_the_request(
     contents: Contents, monkeypatch: Any, failure: Exception
 ) -> None:
     llm = start(contents.model)
@@ -88,7 +88,7 @@ def test_no_room_on_the_device_fails_who_asked_and_nobody_else(
     assert tokens(llm, b) == contents.answers[1]
 
 
-def test_the_registry_brings_adapters_back(contents: Contents, tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_registry_restores_adapters(contents: Contents, tmp_path: Path, monkeypatch: Any) -> None:
     options = {"lora_registry": str(tmp_path / "registry.sqlite"), "max_loras": 3}
     monkeypatch.chdir(contents.write(tmp_path / "a", 0).parent)
     llm = start(contents.model, **options)
@@ -100,7 +100,7 @@ def test_the_registry_brings_adapters_back(contents: Contents, tmp_path: Path, m
     llm.reload_lora("a", str(contents.write(tmp_path / "a2", 4)))
     llm.pin_lora("b")
     llm.remove_lora("gone")
-    tokens(llm, LoRARequest("passing", 5, str(contents.paths[5])))  # a request keeps nothing
+    tokens(llm, LoRARequest("passing", 5, str(contents.paths[5])))  # adapters of requests are not registered
     monkeypatch.chdir("/")
     again = start(contents.model, **options)
     infos = {info.name: info for info in again.list_loras()}
@@ -113,7 +113,7 @@ def test_the_registry_brings_adapters_back(contents: Contents, tmp_path: Path, m
     }
 
 
-def test_engines_that_share_a_registry_give_out_different_ids(contents: Contents, tmp_path: Path) -> None:
+def test_engines_that_share_a_registry_assign_different_ids(contents: Contents, tmp_path: Path) -> None:
     options = {"lora_registry": str(tmp_path / "registry.sqlite")}
     llms = [start(contents.model, **options) for _ in range(2)]
     x, y = (llm.add_lora(name, str(contents.paths[i])) for i, (llm, name) in enumerate(zip(llms, "xy", strict=True)))
@@ -122,7 +122,7 @@ def test_engines_that_share_a_registry_give_out_different_ids(contents: Contents
     assert [info.request for info in again.list_loras()] == [x]
 
 
-def test_what_changed_behind_a_restart_is_reported_and_not_used(
+def test_files_changed_before_a_restart_are_reported_and_not_used(
     contents: Contents, tmp_path: Path, caplog: Any
 ) -> None:
     options = {"lora_registry": str(tmp_path / "registry.sqlite")}

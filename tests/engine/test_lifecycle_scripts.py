@@ -1,4 +1,4 @@
-"""Random scripts of commands on adapters: engine and a model of 60 lines, compared after every command."""
+"""Random sequences of adapter commands: the engine is compared with `LifecycleModel` after every command."""
 
 import random
 from pathlib import Path
@@ -23,7 +23,7 @@ def contents(text_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def random_script(seed: int, num_contents: int) -> list[Command]:
-    """Commands over few names and places, so that they meet; a number is a content given in memory."""
+    """Return random commands over few names and paths, so that they collide; a number is an adapter from memory."""
     rng = random.Random(seed)
     script: list[Command] = []
     for command in rng.choices(list(WEIGHTS), WEIGHTS.values(), k=25):
@@ -40,13 +40,13 @@ def random_script(seed: int, num_contents: int) -> list[Command]:
 
 
 class Engine:
-    """Runs the same commands with `LLM`."""
+    """Runs the commands with `LLM`."""
 
     def __init__(self, llm: LLM, contents: Contents, folder: Path) -> None:
         self.llm, self.contents, self.folder = llm, contents, folder
 
     def run(self, command: str, name: str, source: str | int | None) -> Any:
-        """Return the answer to GENERATE, True after another command, or the error's name."""
+        """Run a command; return the output of GENERATE, True for the others, or the name of the error."""
         place: dict[str, Any] = {}
         if isinstance(source, int):
             place = self.contents.tensors(source)
@@ -82,7 +82,7 @@ def state_of(model: LifecycleModel) -> tuple[object, ...]:
 
 
 def run_scripts(contents: Contents, folder: Path, seeds: range) -> tuple[int, int]:
-    """Compare engine and model over scripts; return the number of commands and of errors among them."""
+    """Compare engine and model over several scripts; return the number of commands, and of errors among them."""
     num_commands = num_errors = 0
     for index, (max_loras, max_cpu_loras) in enumerate(LIMITS):
         llm = start(contents.model, max_loras=max_loras, max_cpu_loras=max_cpu_loras)
@@ -111,13 +111,13 @@ def run_scripts(contents: Contents, folder: Path, seeds: range) -> tuple[int, in
     return num_commands, num_errors
 
 
-def test_random_scripts_do_what_the_model_says(contents: Contents, tmp_path: Path) -> None:
+def test_random_scripts_match_the_model(contents: Contents, tmp_path: Path) -> None:
     num_commands, num_errors = run_scripts(contents, tmp_path, range(30))
     assert num_commands > 600 and 0.05 < num_errors / num_commands < 0.7
 
 
 @pytest.mark.slow
-def test_500_random_scripts_do_what_the_model_says(contents: Contents, tmp_path: Path) -> None:
+def test_500_random_scripts_match_the_model(contents: Contents, tmp_path: Path) -> None:
     num_commands, num_errors = run_scripts(contents, tmp_path, range(1000, 1500))
     print(f"500 scripts: {num_commands} commands, {num_errors} of them refused, no difference")
     assert num_commands > 10_000

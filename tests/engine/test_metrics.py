@@ -1,4 +1,4 @@
-"""`engine.metrics`: each number after a scenario that determines it, and that a snapshot stays as it was taken."""
+"""`engine.metrics`: each number after a scenario that determines it; snapshots do not change afterwards."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -29,7 +29,7 @@ def adapters_of(metrics: EngineMetrics) -> dict[str, AdapterMetrics]:
     return {adapter.name: adapter for adapter in metrics.adapters}
 
 
-def test_requests_adapters_and_blocks_are_counted_as_they_run(make_llm: Any, tiny_adapters: dict[str, Path]) -> None:
+def test_running_requests_adapters_and_blocks_are_counted(make_llm: Any, tiny_adapters: dict[str, Path]) -> None:
     engine = make_llm().llm_engine
     a, b = (engine.add_lora(name, str(tiny_adapters[name])) for name in "ab")
     start = engine.metrics
@@ -95,7 +95,7 @@ def test_the_reasons_of_choices_and_both_caches_are_counted(make_llm: Any) -> No
     assert after.total_prompt_tokens > metrics.total_prompt_tokens
 
 
-def test_encoder_hits_are_counted_where_the_prefix_cache_is_off(make_llm: Any) -> None:
+def test_encoder_hits_are_counted_without_the_prefix_cache(make_llm: Any) -> None:
     llm = make_llm(enable_prefix_caching=False)
     prompt = {"prompt": "<|audio|>what is said?", "multi_modal_data": {"audio": AUDIO}}
     for _ in range(3):
@@ -124,14 +124,14 @@ def test_preemptions_evictions_and_failures_are_counted(
     assert llm.llm_engine.metrics.total_finished["error"] == 1
 
 
-def test_an_engine_without_adapters_counts_too(tiny_phi4: Path) -> None:
+def test_an_engine_without_lora_has_metrics(tiny_phi4: Path) -> None:
     llm = LLM(str(tiny_phi4), max_model_len=64)
     llm.generate("x", GREEDY, use_tqdm=False)
     metrics = llm.llm_engine.metrics
     assert metrics.adapters == () and metrics.total_requests == {"none": 1} and metrics.num_host_adapter_bytes == 0
 
 
-def test_a_histogram_counts_a_bound_in_its_own_range() -> None:
+def test_histogram_bounds_are_inclusive() -> None:
     histogram = Histogram((1, 2.5))
     for value in (0, 1, 1.1, 2.5, 7):
         histogram.observe(value)

@@ -1,4 +1,4 @@
-"""`ModelInput` is plain data: a forward over an unpickled copy gives the same tokens, and it holds nothing alive."""
+"""`ModelInput` is plain data: an unpickled copy gives the same tokens, and it refers to no live objects."""
 
 import pickle
 import pickletools
@@ -24,7 +24,7 @@ PLAIN_MODULES = (
 
 
 def generate(llm: LLM, adapters: dict[str, Path]) -> list[list[tuple[int, ...]]]:
-    """Token ids of a step's worth of everything: media, two adapters, samples, logprobs, chunked and whole prompts."""
+    """Return token ids of a varied batch: media, adapters, sampling, log probabilities, penalties and a constraint."""
     media = {"audio": [clip(0.6, 1)], "image": [picture(50, 42, 2)]}
     prompts: list[Any] = ["one two three", {"prompt": "see<|image|>hear<|audio|>!", "multi_modal_data": media}] * 2
     loras = [LoRARequest("everything", 1, str(adapters["everything"])), None, LoRARequest("a", 2, str(adapters["a"]))]

@@ -1,7 +1,7 @@
-"""Poison: adapters of large opposite deltas, reloaded under their names while requests run, through every cache.
+"""Cache poisoning: adapters with large opposite deltas are reloaded under their names while requests run.
 
-Each answer is compared with the one that transformers + PEFT give for the version and the prompt of the request; a
-stale block, embedding or mix would give another one.
+Each output is compared with that of transformers + PEFT for the version and prompt of the request. A stale KV block,
+media embedding or mix would change it.
 """
 
 import itertools
@@ -37,12 +37,12 @@ PROMPTS = [
     (f"{START}<|image|>and <|audio|><|end|><|assistant|>", Media(audios=[CLIP], images=[PICTURE])),
 ]
 State = tuple[tuple[str, str, float], ...]
-"""What a request runs with: `(name, sign, scale)` of each adapter; empty for the base model."""
+"""Adapters of a request as `(name, sign, scale)`; empty for the base model."""
 
 
 @dataclass
 class World:
-    """The checkpoint, both versions of every adapter, and the answers that are right."""
+    """The checkpoint, both versions of every adapter, and the expected outputs."""
 
     model: Path
     versions: dict[tuple[str, str], Path]
@@ -50,7 +50,7 @@ class World:
     answers: dict[tuple[State, int], list[int]] = field(default_factory=dict)
 
     def expected(self, state: State, prompt: int) -> list[int]:
-        """The answer of transformers + PEFT, computed once."""
+        """Return the output of transformers + PEFT, computed once."""
         if (state, prompt) not in self.answers:
             text, media = PROMPTS[prompt]
             adapter = self._saved_mix(state) if len(state) > 1 else self.versions[state[0][:2]] if state else None
@@ -58,7 +58,7 @@ class World:
         return self.answers[state, prompt]
 
     def _saved_mix(self, state: State) -> Path:
-        """PEFT's own combination of adapters, saved as one."""
+        """Combine adapters by PEFT, and save the result as one."""
         path = self.model.parent / "-".join(f"{name}{sign}" for name, sign, _ in state)
         if not path.exists():
             paths = {f"{name}": self.versions[name, sign] for name, sign, _ in state}
@@ -89,7 +89,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 class Poisoner:
-    """Sends requests and reloads to one engine, and checks every answer."""
+    """Sends requests and reloads to one engine, and checks every output."""
 
     def __init__(self, world: World, folder: Path, seed: int) -> None:
         self.world = world
@@ -159,7 +159,7 @@ class Poisoner:
 
 
 @pytest.mark.parametrize("num_requests", [400, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_no_answer_is_stale(world: World, tmp_path: Path, num_requests: int, capsys: pytest.CaptureFixture) -> None:
+def test_no_output_is_stale(world: World, tmp_path: Path, num_requests: int, capsys: pytest.CaptureFixture) -> None:
     poisoner = Poisoner(world, tmp_path, num_requests)
     with torch.inference_mode():
         poisoner.run(num_requests)
@@ -174,8 +174,8 @@ def test_no_answer_is_stale(world: World, tmp_path: Path, num_requests: int, cap
     assert len({digest for found in poisoner.digests.values() for digest in found}) == 6
 
 
-def test_the_answers_can_tell(world: World) -> None:
-    """Versions differ in most prompts; where they do not, a stale answer could not be seen."""
+def test_versions_have_different_outputs(world: World) -> None:
+    """Where two versions have equal outputs, a stale cache could not be detected."""
     states = [(), *(((name, sign, 1.0),) for name in NAMES for sign in SIGNS)]
     pairs = list(itertools.combinations(states, 2))
     num_told = sum(

@@ -27,7 +27,7 @@ def keep(probs, is_kept):
 
 
 def expected_probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """Temperature, then min-p, then top-k, then top-p, by their definitions."""
+    """Apply temperature, min-p, top-k and top-p, in this order, by their definitions."""
     probs = softmax([score / temperature for score in logits])
     probs = keep(probs, [p >= min_p * max(probs) for p in probs])
     order = sorted(range(len(probs)), key=lambda i: -probs[i])
@@ -73,7 +73,7 @@ def next_token(logits, stop_ids=frozenset(), **sequence):
     return sample(torch.tensor([logits]), [make_sequence(**sequence)], stop_ids)[0]
 
 
-def test_greedy_takes_the_likeliest_token():
+def test_greedy_takes_the_most_likely_token():
     assert next_token(LOGITS, params=GREEDY) == 3
 
 
@@ -99,7 +99,7 @@ def penalized(logits, prompt, output, presence=0.0, frequency=0.0, repetition=1.
 )
 @pytest.mark.parametrize("output", [(), (3,), (3, 3, 6), (1, 5, 3, 1)], ids=str)
 def test_penalties_change_the_logits_as_defined(presence, frequency, repetition, output):
-    prompt = (0, 5, 900)  # 900: a placeholder outside of the vocabulary
+    prompt = (0, 5, 900)  # 900: a placeholder outside the vocabulary
     params = SamplingParams(
         temperature=1, seed=3, presence_penalty=presence, frequency_penalty=frequency, repetition_penalty=repetition
     )
@@ -129,7 +129,7 @@ def draw(seqs, num_steps=30):
     return tokens
 
 
-def test_a_seed_repeats_whatever_else_is_in_the_batch():
+def test_a_seeded_sequence_does_not_depend_on_the_batch():
     def seeded():
         return make_sequence(params=SamplingParams(seed=11))
 
@@ -161,7 +161,7 @@ def test_top_logprobs_are_ranked_and_hold_the_chosen_token():
 
 
 @pytest.mark.parametrize(("num_top", "count"), [(0, 1), (1, 1), (3, 3), (100, 8), (-1, 8)])
-def test_as_many_logprobs_come_as_are_asked_for(num_top, count):
+def test_the_requested_number_of_logprobs_is_returned(num_top, count):
     assert len(top_logprobs(torch.tensor(LOGITS).log_softmax(-1), 3, num_top, SpellingTokenizer())) == count
 
 
@@ -187,12 +187,12 @@ def test_a_row_without_a_finite_maximum_fails_alone(bad, temperature):
     [{"repetition_penalty": 1e-40}, {"min_tokens": 2, "stop_token_ids": list(range(8))}],
     ids=["penalty", "all-blocked"],
 )
-def test_options_that_leave_nothing_are_the_requests_fault(options):
+def test_options_that_leave_no_token_are_a_request_error(options):
     seqs = [make_sequence(params=SamplingParams(temperature=0, **options)), make_sequence(params=GREEDY)]
     failed, other = sample(torch.tensor([LOGITS, LOGITS]), seqs, frozenset())
     assert isinstance(failed, RequestError) and "repetition_penalty" in str(failed)
     assert other == 3
 
 
-def test_stop_ids_outside_the_logits_are_never_chosen_anyway():
+def test_stop_ids_outside_the_logits_are_ignored():
     assert next_token(LOGITS, frozenset({3, 99}), params=SamplingParams(temperature=0, min_tokens=1)) == 6

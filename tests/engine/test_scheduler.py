@@ -1,4 +1,4 @@
-"""`Scheduler` and its `WaitingQueue`: which sequences run, in sentences. The loop below stands in for the model."""
+"""`Scheduler` and its `WaitingQueue`; `step` below replaces the model."""
 
 import random
 
@@ -30,7 +30,7 @@ def add(scheduler, length=3, adapter=None, max_tokens=4, **params):
 
 
 def step(scheduler):
-    """Schedule, check what must always hold, and take the place of the model."""
+    """Schedule, check the invariants, and append a token to each sequence as the model would."""
     items = scheduler.schedule()
     assert sum(item.num_tokens for item in items) <= scheduler.max_num_batched_tokens
     assert len(items) <= len(scheduler.running) <= scheduler.max_num_seqs
@@ -68,7 +68,7 @@ def test_prompts_share_a_step_up_to_the_token_budget():
     run_to_end(scheduler)
 
 
-def test_a_long_prompt_is_prefilled_in_chunks_beside_decodes():
+def test_a_long_prompt_is_prefilled_in_chunks_together_with_decodes():
     scheduler = make_scheduler(budget=8)
     short = add(scheduler, 3, max_tokens=9)
     long = add(scheduler, 20)
@@ -91,7 +91,7 @@ def test_at_most_max_num_seqs_run_and_the_next_starts_when_one_ends():
     run_to_end(scheduler)
 
 
-def test_the_last_to_start_is_preempted_and_computed_again():
+def test_the_last_to_start_is_preempted_and_recomputed():
     scheduler = make_scheduler(num_blocks=4)
     first, second = add(scheduler, 7, max_tokens=8), add(scheduler, 7, max_tokens=8)
     step(scheduler)
@@ -106,7 +106,7 @@ def test_the_last_to_start_is_preempted_and_computed_again():
     run_to_end(scheduler)
 
 
-def test_a_preempted_sequence_comes_before_those_that_wait():
+def test_a_preempted_sequence_starts_before_waiting_ones():
     scheduler = make_scheduler(num_blocks=4)
     first, second = add(scheduler, 7, max_tokens=8), add(scheduler, 7, max_tokens=8)
     third = add(scheduler, 7, max_tokens=8)
@@ -118,7 +118,7 @@ def test_a_preempted_sequence_comes_before_those_that_wait():
     run_to_end(scheduler)
 
 
-def test_everything_ends_under_constant_preemption():
+def test_all_sequences_finish_under_constant_preemption():
     scheduler = make_scheduler(num_blocks=8, max_loras=2, prefix_caching=True)
     for index in range(20):
         add(scheduler, 5 + index % 9, (None, A, B, C)[index % 4], max_tokens=12)
@@ -126,7 +126,7 @@ def test_everything_ends_under_constant_preemption():
     assert scheduler.num_preemptions > 10
 
 
-def test_everything_ends_when_long_prompts_preempt_decodes_that_are_scheduled_already():
+def test_all_sequences_finish_when_long_prompts_preempt_scheduled_decodes():
     scheduler = make_scheduler(num_blocks=16, max_loras=2, max_num_seqs=6, budget=9)
     for index in range(60):
         add(scheduler, (3, 40)[index % 3 == 0], (None, A, B)[index % 7 % 3], max_tokens=5 + index % 11)
@@ -134,7 +134,7 @@ def test_everything_ends_when_long_prompts_preempt_decodes_that_are_scheduled_al
     assert scheduler.num_preemptions > 10
 
 
-def test_no_more_adapters_run_than_there_are_slots():
+def test_at_most_max_loras_adapters_run():
     scheduler = make_scheduler(max_loras=2)
     first, second, third, again = (add(scheduler, adapter=adapter) for adapter in (A, B, C, A))
     assert set(step(scheduler)) == {first, second, again}
@@ -143,7 +143,7 @@ def test_no_more_adapters_run_than_there_are_slots():
     assert third.status is Status.FINISHED
 
 
-def test_base_requests_take_no_slot_and_pass_a_waiting_adapter():
+def test_base_requests_take_no_slot_and_overtake_a_waiting_adapter():
     scheduler = make_scheduler(max_loras=1)
     holder, waiting, base = add(scheduler, adapter=A), add(scheduler, adapter=B), add(scheduler)
     assert set(step(scheduler)) == {holder, base}
@@ -159,7 +159,7 @@ def test_skipping_keeps_the_order_of_the_queue():
     assert list(scheduler.waiting) == skipped
 
 
-def test_an_adapter_that_never_runs_dry_is_drained_for_one_that_is_overdue():
+def test_a_busy_adapter_is_drained_for_an_overdue_one():
     scheduler = make_scheduler(max_loras=1, max_num_seqs=4)
     add(scheduler, adapter=A, max_tokens=20)
     overdue = add(scheduler, adapter=B)
@@ -169,7 +169,7 @@ def test_an_adapter_that_never_runs_dry_is_drained_for_one_that_is_overdue():
             add(scheduler, adapter=A, max_tokens=10 + 7 * len(scheduler.waiting))
         step(scheduler)
         num_steps += 1
-    assert MAX_WAIT_STEPS < num_steps <= MAX_WAIT_STEPS + 10 + 7 * 5, "what ran when it became overdue, and no more"
+    assert MAX_WAIT_STEPS < num_steps <= MAX_WAIT_STEPS + 10 + 7 * 5, "only what ran when it became overdue"
     run_to_end(scheduler)
 
 
@@ -178,7 +178,7 @@ def wait(scheduler, num_steps=MAX_WAIT_STEPS):
         step(scheduler)
 
 
-def test_until_an_adapter_is_overdue_younger_ones_pass_it():
+def test_younger_adapters_overtake_one_that_is_not_overdue():
     scheduler = make_scheduler(max_loras=1)
     add(scheduler, adapter=A, max_tokens=90)
     wait(scheduler, 40)
@@ -191,7 +191,7 @@ def test_until_an_adapter_is_overdue_younger_ones_pass_it():
     run_to_end(scheduler)
 
 
-def test_the_slot_that_empties_first_goes_to_the_overdue_and_the_others_go_on():
+def test_the_first_free_slot_goes_to_the_overdue_adapter_and_draining_ends():
     scheduler = make_scheduler(max_loras=2)
     long, short = add(scheduler, adapter=A, max_tokens=60), add(scheduler, adapter=B, max_tokens=40)
     overdue = add(scheduler, adapter=C)
@@ -199,7 +199,7 @@ def test_the_slot_that_empties_first_goes_to_the_overdue_and_the_others_go_on():
     younger = [add(scheduler, adapter=adapter) for adapter in (A, B)]
     while short.status is Status.RUNNING:
         assert not set(younger) & set(step(scheduler))
-    assert set(step(scheduler)) == {long, overdue, younger[0]}, "B has no slot, and A need not drain any more"
+    assert set(step(scheduler)) == {long, overdue, younger[0]}, "B has no slot, and A stops draining"
     run_to_end(scheduler)
 
 
@@ -209,12 +209,12 @@ def test_an_overdue_adapter_never_blocks_the_base():
     add(scheduler, adapter=B)
     wait(scheduler)
     base, same_adapter = add(scheduler), add(scheduler, adapter=A)
-    assert set(step(scheduler)) == {holder, base}, "no other adapter before it, but the base"
+    assert set(step(scheduler)) == {holder, base}, "only the base overtakes it"
     assert same_adapter.status is Status.WAITING
     run_to_end(scheduler)
 
 
-def test_an_adapter_takes_all_its_sequences_into_its_round_however_long_their_prompts_take():
+def test_all_waiting_sequences_of_an_adapter_join_its_round_despite_long_prompts():
     scheduler = make_scheduler(max_loras=1, budget=20, num_blocks=256)
     add(scheduler, adapter=A, max_tokens=80)
     waiting = [add(scheduler, 16, adapter=adapter, max_tokens=9) for adapter in (B, C, B, B)]
@@ -222,11 +222,11 @@ def test_an_adapter_takes_all_its_sequences_into_its_round_however_long_their_pr
     late = add(scheduler, adapter=B)
     wait(scheduler, 3)
     assert [seq.status for seq in waiting] == [Status.RUNNING, Status.WAITING, Status.RUNNING, Status.RUNNING]
-    assert late.status is Status.WAITING, "C has waited too long for that"
+    assert late.status is Status.WAITING, "C is overdue"
     run_to_end(scheduler)
 
 
-def test_a_round_ends_after_as_many_sequences_as_can_run():
+def test_a_round_admits_at_most_max_num_seqs_sequences():
     scheduler = make_scheduler(max_loras=1, max_num_seqs=2)
     add(scheduler, adapter=A, max_tokens=40)
     jobs = ((B, 4), (C, 4), (B, 20), (B, 4))
@@ -240,7 +240,7 @@ def test_a_round_ends_after_as_many_sequences_as_can_run():
     run_to_end(scheduler)
 
 
-def test_a_preempted_sequence_goes_on_before_an_overdue_adapter():
+def test_a_preempted_sequence_continues_before_an_overdue_adapter():
     scheduler = make_scheduler(num_blocks=8, max_loras=1)
     first, second = add(scheduler, 7, adapter=A, max_tokens=12), add(scheduler, 7, adapter=A, max_tokens=12)
     overdue = add(scheduler, adapter=B)
@@ -254,7 +254,7 @@ def test_a_preempted_sequence_goes_on_before_an_overdue_adapter():
     run_to_end(scheduler)
 
 
-def test_a_step_looks_at_one_sequence_of_each_adapter_however_many_wait(monkeypatch):
+def test_a_step_examines_one_waiting_sequence_per_adapter(monkeypatch):
     scheduler = make_scheduler(max_loras=1)
     add(scheduler, adapter=A, max_tokens=60)
     step(scheduler)
@@ -280,7 +280,7 @@ def test_decodes_do_not_wait_for_a_long_prompt():
 
 
 @pytest.mark.parametrize(("long_adapter", "short_adapter"), [(A, None), (None, A)], ids=["adapter", "base"])
-def test_long_prompts_on_one_side_do_not_hold_up_the_other(long_adapter, short_adapter):
+def test_long_prompts_of_one_side_do_not_delay_the_other(long_adapter, short_adapter):
     scheduler = make_scheduler(budget=8, num_blocks=256)
     for _ in range(3):
         add(scheduler, 80, adapter=long_adapter)
@@ -291,7 +291,7 @@ def test_long_prompts_on_one_side_do_not_hold_up_the_other(long_adapter, short_a
     run_to_end(scheduler)
 
 
-def test_base_sequences_take_three_quarters_of_the_places_from_the_youngest_adapter_sequences():
+def test_base_sequences_preempt_the_youngest_adapter_sequences_up_to_three_quarters():
     scheduler = make_scheduler(max_num_seqs=4)
     tuned = [add(scheduler, adapter=A, max_tokens=20) for _ in range(6)]
     step(scheduler)
@@ -299,11 +299,11 @@ def test_base_sequences_take_three_quarters_of_the_places_from_the_youngest_adap
     assert set(step(scheduler)) == {tuned[0], *base[:3]}
     assert list(scheduler.waiting) == [*tuned[1:], base[3]]
     wait(scheduler, 5)
-    assert scheduler.num_preemptions == 3, "the last place is the adapters'"
+    assert scheduler.num_preemptions == 3, "the last quarter is kept for adapters"
     run_to_end(scheduler)
 
 
-def test_a_sequence_that_is_preempted_gives_its_tokens_of_the_step_back():
+def test_a_preempted_sequence_returns_its_tokens_to_the_budget():
     scheduler = make_scheduler(max_num_seqs=4, budget=5)
     for _ in range(4):
         add(scheduler, 1, adapter=A)
@@ -313,7 +313,7 @@ def test_a_sequence_that_is_preempted_gives_its_tokens_of_the_step_back():
     run_to_end(scheduler)
 
 
-def test_adapter_sequences_leave_free_the_places_that_waiting_base_sequences_may_claim():
+def test_adapter_sequences_do_not_take_places_reserved_for_waiting_base_sequences():
     scheduler = make_scheduler(max_num_seqs=4, budget=8)
     blocker = add(scheduler, 30, max_tokens=1)  # its prompt takes the whole budget of the first steps
     base = add(scheduler, 3, max_tokens=20)
@@ -327,7 +327,7 @@ def test_adapter_sequences_leave_free_the_places_that_waiting_base_sequences_may
 
 @pytest.mark.parametrize("max_num_seqs", [1, 2])
 @pytest.mark.parametrize(("many", "one"), [(A, None), (None, A)], ids=["adapters", "base"])
-def test_neither_side_starves_when_the_other_fills_every_place(max_num_seqs, many, one):
+def test_neither_side_starves_when_the_other_saturates(max_num_seqs, many, one):
     scheduler = make_scheduler(max_num_seqs=max_num_seqs)
     for _ in range(30):
         add(scheduler, adapter=many, max_tokens=2)
@@ -339,7 +339,7 @@ def test_neither_side_starves_when_the_other_fills_every_place(max_num_seqs, man
 
 
 @pytest.mark.parametrize(("large_adapter", "small_adapter"), [(A, None), (None, A)], ids=["adapter", "base"])
-def test_small_prompts_do_not_take_every_block_from_a_large_one(large_adapter, small_adapter):
+def test_small_prompts_do_not_starve_a_large_one_of_blocks(large_adapter, small_adapter):
     scheduler = make_scheduler(num_blocks=8)
     for _ in range(5):
         add(scheduler, 4, adapter=small_adapter, max_tokens=3)
@@ -352,7 +352,7 @@ def test_small_prompts_do_not_take_every_block_from_a_large_one(large_adapter, s
     run_to_end(scheduler)
 
 
-def test_a_sequence_of_any_status_can_be_ended_twice():
+def test_finishing_is_idempotent_in_every_status():
     scheduler = make_scheduler(max_loras=1)
     running, waiting, late = add(scheduler, adapter=A), add(scheduler, adapter=B), make_sequence()
     step(scheduler)
@@ -393,8 +393,8 @@ def test_a_cached_prefix_is_not_computed_again(num_cached):
     assert second.request.num_cached_tokens == num_cached
 
 
-def test_an_adapter_with_a_slot_that_cannot_drain_is_never_held_back():
-    """A pin holds the slot: keeping its sequences out would help nobody."""
+def test_an_adapter_in_a_pinned_slot_is_not_held_back():
+    """The slot cannot drain, so holding its sequences back would be useless."""
     scheduler = make_scheduler(max_loras=2)
     scheduler.slots.retain(scheduler.slots.activate(A))
     add(scheduler, adapter=B, max_tokens=400)
@@ -407,7 +407,7 @@ def test_an_adapter_with_a_slot_that_cannot_drain_is_never_held_back():
 
 
 @pytest.mark.parametrize("error", [MemoryError("no memory"), ValueError("odd"), KeyError("gone")])
-def test_whatever_an_activation_raises_is_named(monkeypatch, error):
+def test_any_error_of_an_activation_is_reported(monkeypatch, error):
     scheduler = make_scheduler()
     failing = add(scheduler, adapter=A)
 
@@ -420,7 +420,7 @@ def test_whatever_an_activation_raises_is_named(monkeypatch, error):
     assert failed is failing and isinstance(named, AdapterError) and "'A'" in str(named)
 
 
-def test_sequences_stand_in_the_order_in_which_they_came_those_put_back_first():
+def test_the_queue_is_first_in_first_out_with_requeued_sequences_in_front():
     queue = WaitingQueue()
     back = [make_sequence(adapter=adapter) for adapter in (A, None, B, A)]
     front = [make_sequence(adapter=adapter) for adapter in (B, A)]
@@ -434,7 +434,7 @@ def test_sequences_stand_in_the_order_in_which_they_came_those_put_back_first():
     assert [queue.last_order(A, count) for count in (1, 2, 3, 9)] == [-2, 1, 4, 4]
 
 
-def test_a_removed_sequence_leaves_no_trace():
+def test_removing_a_sequence():
     queue = WaitingQueue()
     seqs = [make_sequence(adapter=adapter) for adapter in (A, B, A, None, A)]
     for seq in seqs:
@@ -448,7 +448,7 @@ def test_a_removed_sequence_leaves_no_trace():
     assert not queue and queue.head(A) is None and queue.head(None) is None and queue.adapter_heads() == []
 
 
-def test_random_changes_agree_with_a_list():
+def test_random_changes_match_a_list():
     rng, queue, model = random.Random(0), WaitingQueue(), []
     for step in range(2000):
         if model and rng.random() < 0.45:

@@ -1,4 +1,4 @@
-"""`Scheduler` by priority: lower first, whatever runs beside it; `tests.engine.test_scheduler` has the loop."""
+"""`Scheduler` by priority, lower first; see `tests.engine.test_scheduler` for `step`."""
 
 import random
 
@@ -34,7 +34,7 @@ def run_and_list_starts(scheduler):
     return starts
 
 
-def test_lower_priorities_start_first_and_equal_ones_as_they_came_whatever_their_adapters():
+def test_sequences_start_by_priority_then_arrival_regardless_of_adapters():
     scheduler = by_priority(max_num_seqs=1, max_loras=2)
     jobs = [(2, A), (1, None), (0, B), (1, A), (-7, None), (0, None), (0, B)]
     seqs = [add(scheduler, priority, adapter=adapter) for priority, adapter in jobs]
@@ -42,7 +42,7 @@ def test_lower_priorities_start_first_and_equal_ones_as_they_came_whatever_their
     assert run_and_list_starts(scheduler) == list(dict.fromkeys(seqs[index] for index in (4, 2, 5, 6, 1, 3, 0)))
 
 
-def test_of_those_that_run_the_youngest_of_the_worst_priority_is_preempted():
+def test_the_youngest_of_the_worst_priority_is_preempted():
     scheduler = by_priority(num_blocks=6)
     worst = [add(scheduler, 5, length=7, max_tokens=8) for _ in range(2)]
     step(scheduler)
@@ -65,7 +65,7 @@ def test_a_slot_drains_at_once_for_a_better_priority():
     run_to_end(scheduler)
 
 
-def test_a_slot_that_is_pinned_drains_for_nobody():
+def test_a_pinned_slot_does_not_drain():
     scheduler = by_priority(max_loras=2)
     scheduler.slots.retain(scheduler.slots.activate(A))
     add(scheduler, 5, adapter=B, max_tokens=9)
@@ -88,7 +88,7 @@ def test_among_equal_priorities_an_overdue_adapter_gets_its_slot():
 
 
 def check_order(scheduler, places, started):
-    """Nobody starts before one of a better place, unless a slot lacks; then nobody of a worse priority needs a slot."""
+    """Check that a sequence starts before a better-ranked one only if that lacks a slot, and without a new slot."""
     rank = {seq: (seq.priority, places[seq]) for seq in places}
     lacking = [rank[seq] for seq in scheduler.waiting if seq.adapter and not scheduler.slots.can_activate(seq.adapter)]
     for seq in started:
@@ -99,7 +99,7 @@ def check_order(scheduler, places, started):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_random_arrivals_run_in_their_order_and_all_end(seed, monkeypatch):
+def test_random_arrivals_start_in_order_and_all_finish(seed, monkeypatch):
     rng = random.Random(seed)
     scheduler = by_priority(
         num_blocks=rng.choice([10, 16, 64]),
@@ -118,7 +118,7 @@ def test_random_arrivals_run_in_their_order_and_all_end(seed, monkeypatch):
         return items
 
     def checked_preempt(in_step, victim):
-        places[victim] = -1 - scheduler.num_preemptions  # before all of its priority
+        places[victim] = -1 - scheduler.num_preemptions  # at the front of its priority
         assert victim.priority == max(seq.priority for seq in scheduler.running)
         younger = scheduler.running[scheduler.running.index(victim) + 1 :]
         assert all(seq.priority < victim.priority for seq in younger)
@@ -140,7 +140,7 @@ def test_random_arrivals_run_in_their_order_and_all_end(seed, monkeypatch):
     assert all(seq.status is Status.FINISHED for seq in seqs)
 
 
-def test_constant_preemption_across_priorities_comes_to_an_end():
+def test_all_sequences_finish_under_preemption_across_priorities():
     scheduler = by_priority(num_blocks=8, max_loras=2, prefix_caching=True)
     for index in range(40):
         add(scheduler, index % 3, length=5 + index % 9, adapter=(None, A, B, C)[index % 4], max_tokens=12)

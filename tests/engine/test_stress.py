@@ -1,4 +1,4 @@
-"""200 random requests through a tiny KV cache: each ends once, with the tokens that it has when it runs alone."""
+"""200 random requests with a tiny KV cache: each finishes once, with the same tokens as when it runs alone."""
 
 import random
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ NEAR_TIE = 1e-3  # DESIGN.md "Equality": between the top two logits of the refer
 
 @dataclass
 class Job:
-    """A request, and how long it is left alone."""
+    """A request, when it arrives, and when it is aborted."""
 
     prompt: Any
     params: SamplingParams
@@ -69,7 +69,7 @@ def kv_bytes(engine, num_blocks):
 
 
 def run_all(engine, jobs):
-    """Feed jobs as they arrive, abort some on the way, and gather every output that comes."""
+    """Add jobs as they arrive, abort some, and collect every output."""
     step = 0
     while step <= max(job.arrival_step for job in jobs) or engine.has_unfinished_requests:
         for index, job in enumerate(jobs):
@@ -93,7 +93,7 @@ def assert_nothing_leaked(engine):
 
 
 def alone(engine, job, **changes):
-    """The final output of a job that has the engine for itself."""
+    """Return the final output of a job that runs alone."""
     params = SamplingParams(**{**vars(job.params), **changes})
     engine.add_request("alone", job.prompt, params, job.lora)
     while True:
@@ -103,10 +103,10 @@ def alone(engine, job, **changes):
 
 
 def is_near(job, entries, before, token, other):
-    """Whether rounding may turn the choice of one token into the other.
+    """Return whether rounding may explain a different token.
 
-    Greedy: their scores are closer than `NEAR_TIE`. Random: both must be candidates (top_k is 20); a draw compares
-    probabilities with random numbers, so rounding of 5e-5 tips about one token in 10,000: the caller bounds the count.
+    Greedy: the scores differ by less than `NEAR_TIE`. Random: both tokens are candidates (top_k is 20). Rounding of
+    5e-5 changes about one random draw in 10,000; the caller bounds the count.
     """
     if not job.params.is_greedy:
         return other in entries
@@ -146,7 +146,7 @@ def tiny_kv_bytes(tiny_phi4):
     return kv_bytes(make_engine(tiny_phi4), 34)
 
 
-def test_200_requests_end_once_each_as_if_alone(tiny_phi4, tiny_adapters, tiny_kv_bytes, capsys):
+def test_200_requests_finish_once_with_the_tokens_they_have_alone(tiny_phi4, tiny_adapters, tiny_kv_bytes, capsys):
     engine = make_engine(tiny_phi4, kv_cache_memory_bytes=tiny_kv_bytes, max_num_seqs=12, max_num_batched_tokens=48)
     jobs = make_jobs(tiny_adapters, NUM_REQUESTS)
     run_all(engine, jobs)
@@ -178,7 +178,7 @@ def test_200_requests_end_once_each_as_if_alone(tiny_phi4, tiny_adapters, tiny_k
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 6))
-def test_other_seeds_end_the_same_way(tiny_phi4, tiny_adapters, tiny_kv_bytes, seed):
+def test_other_seeds(tiny_phi4, tiny_adapters, tiny_kv_bytes, seed):
     engine = make_engine(tiny_phi4, kv_cache_memory_bytes=tiny_kv_bytes, max_num_seqs=12, max_num_batched_tokens=32)
     jobs = make_jobs(tiny_adapters, NUM_REQUESTS, seed)
     run_all(engine, jobs)
@@ -189,7 +189,7 @@ def test_other_seeds_end_the_same_way(tiny_phi4, tiny_adapters, tiny_kv_bytes, s
         compare(reference, job, job.outputs[-1])
 
 
-def test_everything_aborted_at_once_leaves_nothing(tiny_phi4, tiny_adapters, tiny_kv_bytes):
+def test_aborting_everything_frees_everything(tiny_phi4, tiny_adapters, tiny_kv_bytes):
     engine = make_engine(tiny_phi4, kv_cache_memory_bytes=tiny_kv_bytes, max_num_batched_tokens=32)
     jobs = make_jobs(tiny_adapters, 30, seed=9)
     for index, job in enumerate(jobs):

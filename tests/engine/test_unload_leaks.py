@@ -1,4 +1,4 @@
-"""Adapters that are loaded and unloaded under load leave no byte behind: neither counted ones nor resident memory."""
+"""Loading and unloading adapters under load leaks neither counted bytes nor resident memory."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from mmlora.lora.loading.files import read_adapter
 from tests.checkpoints import AdapterSpec, save_adapter
 from tests.engine.lifecycle import PROMPT, TARGETS, start
 
-RANK = 64  # so that one adapter left behind is much larger than the noise
+RANK = 64  # one leaked adapter is much larger than the noise
 PARAMS = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
 
 
@@ -27,7 +27,7 @@ def resident_bytes() -> int:
 
 
 def slope(values: list[int]) -> float:
-    """Least squares, per round."""
+    """Return the least-squares slope per round."""
     return float(np.polyfit(np.arange(len(values)), np.array(values, dtype=float), 1)[0])
 
 
@@ -35,8 +35,8 @@ def run_rounds(model: Path, path: Path, num_warm_up: int, num_rounds: int) -> tu
     """Load three adapters from a path and from memory, use, reload and abort some, and unload all while they run.
 
     Returns:
-        Bytes of one adapter, and the slopes of resident memory and of the counted host and device bytes per round,
-        taken while nothing runs.
+        Bytes of one adapter, and the slopes per round of resident memory and of the counted host and device bytes,
+        measured while no request runs.
     """
     engine, files = start(model).llm_engine, read_adapter(path)
     one_request = LoRARequest("stays", 1, str(path))
@@ -61,19 +61,19 @@ def run_rounds(model: Path, path: Path, num_warm_up: int, num_rounds: int) -> tu
             resident.append(resident_bytes())
             host.append(engine.lora.num_host_bytes)
             device.append(engine.lora.num_device_bytes)
-    assert set(host) == {num_bytes}, "the one that stays"
+    assert set(host) == {num_bytes}, "only the permanent adapter"
     assert max(device) <= num_bytes
     return num_bytes, slope(resident), slope(host), slope(device)
 
 
-def test_60_rounds_leave_nothing(adapter: Any) -> None:
+def test_60_rounds_leak_nothing(adapter: Any) -> None:
     num_bytes, resident, host, _ = run_rounds(*adapter, num_warm_up=20, num_rounds=60)
     assert host == pytest.approx(0, abs=1e-6)
     assert resident < num_bytes / 5, f"resident memory grows by {resident:.0f} bytes a round"
 
 
 @pytest.mark.slow
-def test_1000_rounds_leave_nothing(adapter: Any) -> None:
+def test_1000_rounds_leak_nothing(adapter: Any) -> None:
     num_bytes, resident, host, device = run_rounds(*adapter, num_warm_up=100, num_rounds=1000)
     print(
         f"1,000 rounds of 3 adapters of {num_bytes} bytes: slope of resident memory {resident:.1f} bytes a round, of "
