@@ -99,11 +99,12 @@ class ChatTemplate:
         if not tools:
             return self._render_turns(turns, kwargs)
         if self.has_tools:
-            return self._render_turns(turns, {**kwargs, "tools": tools})
-        # Phi-4's template takes tools as a field of the system message.
-        spelled = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
-        text = self._render_turns(_with_system_tools(turns, spelled), kwargs)
-        if spelled not in text:
+            text = self._render_turns(turns, {**kwargs, "tools": tools})
+            required = [tool["function"]["name"] for tool in tools]  # a template may skip tools in some conversations
+        else:  # Phi-4's template takes tools as a field of the system message
+            required = [json.dumps([tool["function"] for tool in tools], ensure_ascii=False)]
+            text = self._render_turns(_with_system_tools(turns, required[0]), kwargs)
+        if not all(string in text for string in required):
             raise RequestError(
                 "the chat template does not support tools; send none, or start the engine with another chat_template"
             )
@@ -196,8 +197,8 @@ class ChatTemplate:
                 self._try([_message(turn, as_parts=self.needs_parts) for turn in [*before, *turns]], given)
                 for turns, given in ((more, kwargs), (fewer, None))
             )
-            if with_more is not None:
-                return with_more != without
+            if with_more is not None and with_more != without:
+                return True
         return False
 
     def _try(self, messages: list[dict[str, Any]], kwargs: Mapping[str, Any] | None = None) -> str | None:

@@ -237,6 +237,21 @@ def test_a_template_is_rendered_once_for_each_conversation(monkeypatch):
     assert time.monotonic() - start_s < 15
 
 
+SYSTEM_TOOLS = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% if m.role == 'system' and tools %}{{ tools | tojson }}{% endif %}{% endfor %}"
+)
+
+
+def test_tools_that_a_template_skips_in_a_conversation_are_refused():
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    user = {"role": "user", "content": "go"}
+    prompt = render_chat([{"role": "system", "content": "be kind"}, user], chat_template=SYSTEM_TOOLS, tools=tools)
+    assert '"name": "add"' in prompt["prompt"]
+    with pytest.raises(RequestError, match="does not support tools"):
+        render_chat([user], chat_template=SYSTEM_TOOLS, tools=tools)
+
+
 def test_media_are_counted_before_any_is_decoded(monkeypatch):
     monkeypatch.setattr(loader, "load_data_url", lambda *_, **__: pytest.fail("decoded before it was counted"))
     image = {"type": "image_url", "image_url": {"url": url_of(png(), "image/png")}}
