@@ -197,10 +197,10 @@ def test_a_bad_request_fails_alone(llm):
     async def check():
         good = tokens_of(await collect(llm))
         for arguments, error, message in bad:
-            beside = asyncio.create_task(collect(llm))
+            concurrent = asyncio.create_task(collect(llm))
             with pytest.raises(error, match=message):
                 await collect(llm, **arguments)
-            assert tokens_of(await beside) == good
+            assert tokens_of(await concurrent) == good
         assert llm.is_alive
         await until_idle(llm)
 

@@ -12,8 +12,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
+from mmlora.attention.backend import AttentionMetadata, Span
 from mmlora.attention.kv_cache import KVCache, KVLayout
-from mmlora.attention.metadata import AttentionMetadata, Span
 from mmlora.towers.base import BidirectionalSpan
 
 

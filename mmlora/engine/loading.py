@@ -48,6 +48,17 @@ GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_pen
 
 
 @dataclass(frozen=True)
+class LoadedAdapters:
+    """The parts of an engine for adapters; empty without LoRA. Defaults are by modality key, load times by name."""
+
+    host_cache: HostCache | None = None
+    slots: LoRASlots | None = None
+    lora: LoRAManager | None = None
+    defaults: dict[str, tuple[LoRARequest, Adapter]] = field(default_factory=dict)
+    default_load_s: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class EngineParts:
     """Everything that `LLMEngine` is made of."""
 
@@ -57,11 +68,7 @@ class EngineParts:
     runner: ModelRunner
     block_manager: BlockManager
     scheduler: Scheduler
-    host_cache: HostCache | None
-    slots: LoRASlots | None
-    lora: LoRAManager | None
-    default_adapters: dict[str, tuple[LoRARequest, Adapter]]
-    default_load_s: dict[str, float]  # by adapter name
+    adapters: LoadedAdapters
     stop_ids: frozenset[int]
     long_length: int | None  # longer sequences use the long factors of longrope; None without longrope
     sampling_defaults: dict[str, Any]
@@ -90,10 +97,10 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
     backend, layout = choose_backend(device), KVLayout.from_config(config, args.block_size, dtype)
     check_decoder(model, towers, backend, layout, max_model_len)
     long_length = replace_longrope(model)
-    adapters = _AdapterParts()
+    adapters = LoadedAdapters()
     if args.enable_lora:
         index = ModuleIndex(model, towers.part_of if towers is not None else None, get_key_mapping(path))
-        adapters = _load_adapter_parts(args, model, _adapter_loader(args, index, dtype), device, default_paths, path)
+        adapters = _load_adapters(args, model, _adapter_loader(args, index, dtype), device, default_paths, path)
     num_blocks = num_kv_blocks(args, backend.block_bytes(layout), kv_cache_bytes(args, device), max_model_len)
     kv_cache = backend.allocate(layout, num_blocks, device)
     block_manager = BlockManager(num_blocks, args.block_size, enable_prefix_caching=args.enable_prefix_caching)
@@ -123,11 +130,7 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
             args.max_num_batched_tokens,
             is_by_priority=args.scheduling_policy == PRIORITY,
         ),
-        host_cache=adapters.host_cache,
-        slots=adapters.slots,
-        lora=adapters.lora,
-        default_adapters=adapters.defaults,
-        default_load_s=adapters.default_load_s,
+        adapters=adapters,
         stop_ids=stop_ids,
         long_length=long_length,
         sampling_defaults=sampling_defaults,
@@ -142,25 +145,14 @@ def _check_limits(args: EngineArgs, modalities: frozenset[str]) -> None:
         raise ConfigError(f"limit_mm_per_prompt names {', '.join(unknown)}; the model takes {takes}")
 
 
-@dataclass(frozen=True)
-class _AdapterParts:
-    """The parts for adapters; empty without LoRA."""
-
-    host_cache: HostCache | None = None
-    slots: LoRASlots | None = None
-    lora: LoRAManager | None = None
-    defaults: dict[str, tuple[LoRARequest, Adapter]] = field(default_factory=dict)
-    default_load_s: dict[str, float] = field(default_factory=dict)
-
-
-def _load_adapter_parts(
+def _load_adapters(
     args: EngineArgs,
     model: Any,
     load: LoadAdapter,
     device: torch.device,
     default_paths: dict[str, str],
     model_path: Path,
-) -> _AdapterParts:
+) -> LoadedAdapters:
     registry = AdapterRegistry(args.lora_registry) if args.lora_registry is not None else None
     default_cache = HostCache(load)
     defaults = _load_defaults(default_paths, default_cache, model_path)
@@ -168,7 +160,7 @@ def _load_adapter_parts(
     host_cache = HostCache(load, max_cpu_loras=args.num_host_loras, max_pinned=args.max_pinned_loras, registry=registry)
     slots = LoRASlots(model, args.max_loras, device)
     lora = LoRAManager(host_cache, slots, [adapter for _, adapter in defaults.values()], registry)
-    return _AdapterParts(host_cache, slots, lora, defaults, default_load_s)
+    return LoadedAdapters(host_cache, slots, lora, defaults, default_load_s)
 
 
 def _adapter_loader(args: EngineArgs, index: ModuleIndex, dtype: torch.dtype) -> LoadAdapter:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mmlora.attention.metadata import Span
+from mmlora.attention.backend import Span
 from mmlora.engine.scheduler import ScheduledSequence
 from mmlora.inputs.engine_input import MediaInput
 from mmlora.kernels.ops import BASE_SLOT, Segment

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from mmlora.attention.backend import AttentionBackend
+from mmlora.attention.backend import AttentionBackend, attention_context
 from mmlora.attention.kv_cache import KVCache
-from mmlora.attention.metadata import attention_context
 from mmlora.engine.model_input import ModelInput
 from mmlora.errors import MMLoRAError
 from mmlora.lora.layers.base import LoRAState

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from mmlora.attention.backend import ATTENTION_NAME, AttentionBackend
+from mmlora.attention.backend import ATTENTION_NAME, AttentionBackend, Span, attention_context
 from mmlora.attention.kv_cache import KVLayout
-from mmlora.attention.metadata import Span, attention_context
 from mmlora.errors import ConfigError
 from mmlora.towers.base import Towers
 from mmlora.towers.general import decoder_inputs

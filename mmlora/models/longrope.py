@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from mmlora.attention.metadata import current_attention
+from mmlora.attention.backend import current_attention
 
 
 class LongRope(nn.Module):

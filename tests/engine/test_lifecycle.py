@@ -196,7 +196,7 @@ def test_an_adapter_of_a_mix_may_be_removed_while_the_mix_runs(engine: LLMEngine
     engine.add_request("mix", PROMPT, LONG, LoRAMix([(a, 1.0), (b, 0.5)]))
     engine.step()
     assert engine.lora.num_device_bytes == sum(contents.sizes[:2])
-    assert engine.lora.num_host_bytes == 2 * sum(contents.sizes[:2]), "the mix holds matrices of its own"
+    assert engine.lora.num_host_bytes == 2 * sum(contents.sizes[:2]), "the mix has its own matrices"
     engine.remove_lora("a")
     engine.remove_lora("b")
     assert len(finish(engine)) == 1

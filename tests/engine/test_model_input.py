@@ -15,7 +15,7 @@ from tests.media import clip, picture
 
 PLAIN_MODULES = (
     "mmlora.engine.model_input",
-    "mmlora.attention.metadata",
+    "mmlora.attention.backend",
     "mmlora.towers.base",
     "torch",
     "collections",

@@ -6,9 +6,8 @@ import pytest
 import torch
 from transformers import BloomConfig, LlamaConfig
 
-from mmlora.attention.backend import paged_attention
+from mmlora.attention.backend import Span, attention_context, paged_attention
 from mmlora.attention.kv_cache import KVLayout
-from mmlora.attention.metadata import Span, attention_context
 from mmlora.attention.paged import SDPABackend
 from mmlora.config import EngineArgs
 from mmlora.errors import ConfigError
