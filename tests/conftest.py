@@ -34,8 +34,9 @@ def device_of_engines(pytestconfig: pytest.Config) -> Iterator[None]:
         yield
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: "soak" not in item.path.parts)  # the longest test first: other workers have work, too
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # of pytest-xdist: start the longest test first, so that no worker ends late
+        items.sort(key=lambda item: "soak" not in item.path.parts)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return
