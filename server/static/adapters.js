@@ -1,10 +1,10 @@
-// The choice of adapters: automatic, none, or some with their weights.
+// The adapter selection: automatic, none, or chosen adapters with weights.
 
 import { byId, element } from "./elements.js";
 
 let cards = [];
 
-// Offers the adapters of the cards of /v1/models.
+// Lists the adapters among the model cards of /v1/models.
 export function offerAdapters(found) {
   cards = found.filter((card) => card.adapter);
   byId("adapters").append(...cards.map(row));
@@ -16,13 +16,13 @@ export function offerAdapters(found) {
   update();
 }
 
-// What people call an adapter: a default is served under its key, such as "audio", but has a folder of its own.
+// The display name of an adapter: its folder for a default, which is served under its key, such as "audio".
 export function adapterLabel(name) {
   const card = cards.find(({ id }) => id === name);
   return card?.adapter.default_for ? card.root.split("/").filter(Boolean).pop() : name;
 }
 
-// The `lora` field of a request; undefined leaves the choice to the server.
+// The `lora` field of a request; undefined for the automatic choice of the server.
 export function chosenLora() {
   const mode = document.querySelector("input[name=mode]:checked").value;
   if (mode === "automatic") return undefined;

@@ -1,10 +1,10 @@
-// The server's API: requests with the key, streams of chat chunks, failures in words.
+// Client of the server's API: requests with the API key, streamed chat chunks, readable errors.
 
 const KEY = "mmlora-api-key";
 
 let askForKey;
 
-// `ask(isWrong)` shows the user a question and gives the key, or null when the user does not want to.
+// `ask(isWrong)` asks the user for the key; it resolves to null when the user cancels.
 export function onKeyNeeded(ask) {
   askForKey = ask;
 }
@@ -19,16 +19,16 @@ export async function* chat(body, signal) {
   const response = await request("v1/chat/completions", { ...body, ...options }, signal);
   let isComplete = false;
   for await (const data of events(response.body)) {
-    isComplete = data === "[DONE]"; // the last event; whoever read no further would hang up on the server
+    isComplete = data === "[DONE]"; // the last event; the rest is still read, so that the connection ends normally
     if (isComplete) continue;
     const chunk = JSON.parse(data);
     if (chunk.error) throw new Error(chunk.error.message);
     yield chunk;
   }
-  if (!isComplete) throw new Error("The connection ended before the answer was complete.");
+  if (!isComplete) throw new Error("The connection ended before the response was complete.");
 }
 
-// Paths are relative to the page, so that they hold behind a proxy that serves it under a prefix.
+// Paths are relative to the page, so that they work behind a proxy with a path prefix.
 async function request(path, body, signal) {
   for (;;) {
     const response = await send(path, body, signal);
@@ -43,7 +43,7 @@ async function request(path, body, signal) {
 async function send(path, body, signal) {
   const headers = {};
   const key = sessionStorage.getItem(KEY);
-  // Headers are bytes, and the server compares those of UTF-8.
+  // Headers are byte strings, and the server compares the UTF-8 bytes of the key.
   if (key !== null) headers.Authorization = `Bearer ${String.fromCharCode(...new TextEncoder().encode(key))}`;
   if (body) headers["Content-Type"] = "application/json";
   try {
@@ -60,13 +60,13 @@ async function failure(response) {
   try {
     message = JSON.parse(text).error.message;
   } catch {
-    // Not from this server but from a proxy before it; the status must do.
+    // The response of a proxy in front of the server: only the status is shown.
   }
   const wait = response.headers.get("Retry-After");
   return new Error(wait === null ? message : `${message} Try again in ${wait} s.`);
 }
 
-// Yields the data of server-sent events.
+// Yields the data fields of server-sent events.
 async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let pending = "";
@@ -82,6 +82,6 @@ async function* events(body) {
       }
     }
   } finally {
-    reader.cancel().catch(() => {}); // it has failed already when the user stopped the answer
+    reader.cancel().catch(() => {}); // it has already failed if the user stopped the response
   }
 }

@@ -1,31 +1,31 @@
-// Starts the playground: what the server serves, the controls of the page, the key.
+// Entry point of the playground: loads the served models, connects the controls and asks for the API key.
 
 import { offerAdapters } from "./adapters.js";
 import { models, onKeyNeeded } from "./api.js";
-import { clearComposer, discardRecording, say, setUpComposer } from "./composer.js";
+import { clearComposer, discardRecording, setUpComposer, showNotice } from "./composer.js";
 import { ask, clear, isRunning, stop } from "./conversation.js";
 import { byId, element, icon } from "./elements.js";
 import { loadAttachment } from "./media.js";
 
-const BUNDLED = /\/assets\/assistant$/; // where the assistant that comes with the server lies
+const BUNDLED = /\/assets\/assistant$/; // path of the bundled assistant
 const SAMPLES = [
   { kind: "a question", glyph: "type", text: "what is two plus three?" },
   { kind: "a spoken question", glyph: "record", text: "answer the question", file: "two_plus_three.flac" },
-  { kind: "a picture", text: "describe the picture", file: "shapes.png" },
+  { kind: "an image", text: "describe the picture", file: "shapes.png" },
 ];
 
-const wide = matchMedia("(min-width: 60rem)"); // as in the style sheet: the panel is a column, which cannot be closed
+const wide = matchMedia("(min-width: 60rem)"); // as in the style sheet: the panel is a column that cannot be closed
 
 let model; // the base model's name, once it is known
-let finding; // the answer that tells it, once it was asked for
+let loading; // the promise of `readModels`, once it was requested
 
-// Finds out what is served: once, though the page and a quick first question both want to know.
-function findModels() {
-  finding ??= readModels().catch((error) => {
-    finding = undefined;
+// Loads the served models once, also if the first question is sent before the page has loaded them.
+function loadModels() {
+  loading ??= readModels().catch((error) => {
+    loading = undefined;
     throw error;
   });
-  return finding;
+  return loading;
 }
 
 async function readModels() {
@@ -39,14 +39,14 @@ async function readModels() {
 
 async function send(text, attachments) {
   try {
-    if (!model) await findModels();
+    if (!model) await loadModels();
   } catch {
-    // The answer will say what is wrong.
+    // The chat request fails with the same error, and shows it.
   }
   await ask(model, text, attachments);
 }
 
-// The bundled assistant is tiny: it answers best without chance, and one question at a time.
+// The bundled assistant is tiny: it answers best at temperature 0 and without earlier turns.
 function offerSamples() {
   byId("temperature").value = "0";
   byId("memory").checked = false;
@@ -55,8 +55,8 @@ function offerSamples() {
 }
 
 function sampleButton({ kind, glyph, text, file }) {
-  const isPicture = file?.endsWith(".png");
-  const preview = isPicture ? element("img", { src: `playground/${file}`, alt: "a picture of shapes" }) : icon(glyph);
+  const isImage = file?.endsWith(".png");
+  const preview = isImage ? element("img", { src: `playground/${file}`, alt: "an image of shapes" }) : icon(glyph);
   const button = element("button", { type: "button" }, preview, element("small", {}, kind), element("span", {}, text));
   button.onclick = async () => {
     byId("text").focus();
@@ -64,7 +64,7 @@ function sampleButton({ kind, glyph, text, file }) {
       const media = file ? [await loadSample(file)] : [];
       if (!isRunning()) send(text, media);
     } catch (error) {
-      say(error.message);
+      showNotice(error.message);
     }
   };
   return button;
@@ -77,7 +77,7 @@ async function loadSample(name) {
 
 function askForKey(isWrong) {
   const dialog = byId("key-dialog");
-  if (isWrong) byId("key-text").textContent = "The server does not take this key.";
+  if (isWrong) byId("key-text").textContent = "The server rejected this key.";
   dialog.showModal();
   return new Promise((resolve) => {
     dialog.querySelector("form").onsubmit = (event) => {
@@ -87,7 +87,7 @@ function askForKey(isWrong) {
       dialog.close();
     };
     byId("key-cancel").onclick = () => dialog.close();
-    dialog.onclose = () => resolve(null); // changes nothing after a key was given
+    dialog.onclose = () => resolve(null); // no effect once a key was entered
   });
 }
 
@@ -105,4 +105,4 @@ wide.onchange();
 onKeyNeeded(askForKey);
 setUpComposer(send, () => !isRunning());
 byId("text").focus();
-findModels().catch((error) => say(error.message));
+loadModels().catch((error) => showNotice(error.message));

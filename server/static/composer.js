@@ -1,19 +1,19 @@
-// The message that is being written: text, files that were picked, dropped or pasted, and recordings.
+// The message composer: text, files that are picked, dropped or pasted, and recordings.
 
 import { byId, clock } from "./elements.js";
 import { loadAttachment, release, tile } from "./media.js";
 import { startRecording } from "./recorder.js";
 
 let attachments = [];
-let loading = Promise.resolve(); // files are added in the order they came in, and before the message is sent
+let loading = Promise.resolve(); // files are added in order, and before the message is sent
 let recording = null;
 
-// `send(text, attachments)` takes a finished message; `maySend()` says whether there is to be one now.
+// Calls `send(text, attachments)` with each message while `maySend()` returns true.
 export function setUpComposer(send, maySend) {
   const text = byId("text");
   byId("composer").addEventListener("submit", async (event) => {
     event.preventDefault();
-    await keepRecording();
+    await attachRecording();
     await loading;
     if (!maySend() || !(text.value.trim() || attachments.length)) return;
     const message = [text.value.trim(), attachments];
@@ -21,7 +21,7 @@ export function setUpComposer(send, maySend) {
     empty();
     send(...message);
   });
-  text.addEventListener("input", grow);
+  text.addEventListener("input", resizeInput);
   text.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
@@ -29,8 +29,8 @@ export function setUpComposer(send, maySend) {
   });
   setUpFiles();
   setUpDrop();
-  byId("record-button").onclick = () => (recording ? keepRecording() : record());
-  byId("keep").onclick = keepRecording;
+  byId("record-button").onclick = () => (recording ? attachRecording() : record());
+  byId("keep").onclick = attachRecording;
   byId("discard").onclick = discardRecording;
 }
 
@@ -43,17 +43,17 @@ export function clearComposer() {
 function empty() {
   attachments = [];
   byId("attachments").replaceChildren();
-  say("");
-  grow();
+  showNotice("");
+  resizeInput();
 }
 
-// Tells what went wrong with the message; an empty text takes that back.
-export function say(problem) {
+// Shows a problem with the message; an empty text hides it.
+export function showNotice(problem) {
   byId("notice").textContent = problem;
   byId("notice").hidden = !problem;
 }
 
-// Returns whether there was a recording to throw away.
+// Returns whether there was a recording.
 export function discardRecording() {
   if (!recording) return false;
   recording.cancel();
@@ -66,7 +66,7 @@ function setUpFiles() {
   byId("attach-button").onclick = () => picker.click();
   picker.onchange = () => {
     addFiles([...picker.files]);
-    picker.value = ""; // so that the same file can be picked again
+    picker.value = ""; // allows picking the same file again
   };
   document.addEventListener("paste", (event) => {
     const files = [...(event.clipboardData?.files ?? [])];
@@ -94,13 +94,13 @@ function setUpDrop() {
 }
 
 function addFiles(files) {
-  say("");
+  showNotice("");
   for (const file of files) {
     loading = loading.then(async () => {
       try {
         add(await loadAttachment(file));
       } catch (error) {
-        say(error.message);
+        showNotice(error.message);
       }
     });
   }
@@ -119,17 +119,17 @@ function add(item) {
 }
 
 async function record() {
-  say("");
-  byId("record-button").disabled = true; // the browser may ask first
+  showNotice("");
+  byId("record-button").disabled = true; // the browser may ask for permission first
   try {
     setRecording(await startRecording(showLevel));
   } catch (error) {
-    say(error.message);
+    showNotice(error.message);
   }
   byId("record-button").disabled = false;
 }
 
-async function keepRecording() {
+async function attachRecording() {
   if (!recording) return;
   const { finish } = recording;
   setRecording(null);
@@ -137,7 +137,7 @@ async function keepRecording() {
     const blob = await finish();
     addFiles([new File([blob], "recording", { type: blob.type })]);
   } catch (error) {
-    say(error.message);
+    showNotice(error.message);
   }
 }
 
@@ -149,12 +149,12 @@ function setRecording(now) {
 }
 
 function showLevel(peak, seconds) {
-  byId("level").value = Math.sqrt(peak); // speech is quiet on a linear scale
+  byId("level").value = Math.sqrt(peak); // speech would be barely visible on a linear scale
   byId("recorded-time").textContent = clock(seconds);
 }
 
-// As high as its text.
-function grow() {
+// Fits the height of the input to its text.
+function resizeInput() {
   const { style } = byId("text");
   style.height = "auto";
   style.height = `${byId("text").scrollHeight}px`;

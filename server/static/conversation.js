@@ -1,4 +1,4 @@
-// The conversation: what was said, what is sent of it, and the answer that comes in.
+// The conversation: its exchanges, the requests, and the streamed responses.
 
 import { chosenLora } from "./adapters.js";
 import { chat } from "./api.js";
@@ -6,8 +6,8 @@ import { byId } from "./elements.js";
 import { ExchangeView } from "./exchange.js";
 import { release } from "./media.js";
 
-let exchanges = []; // { content, attachments, view }, the oldest first
-let running = null; // the AbortController of the answer that comes in
+let exchanges = []; // { content, attachments, view }, oldest first
+let running = null; // the AbortController of the running request
 
 export const isRunning = () => running !== null;
 
@@ -21,7 +21,7 @@ export function clear() {
   byId("welcome").hidden = false;
 }
 
-// Sends a message to the model of this name and shows the answer.
+// Sends a message to a model and shows the response.
 export function ask(model, text, attachments) {
   const content = attachments.map(({ part }) => part);
   if (text) content.push({ type: "text", text });
@@ -39,12 +39,12 @@ async function answer(model, exchange) {
   setRunning(new AbortController());
   view.begin();
   view.node.scrollIntoView({ block: "end" });
-  const told = await receive({ model, ...options(), messages: messages(exchange) }, view);
+  const announcement = await receive({ model, ...options(), messages: messages(exchange) }, view);
   setRunning(null);
-  byId("status").textContent = told;
+  byId("status").textContent = announcement;
 }
 
-// Shows an answer as it comes, and returns what is to be told of it to those who do not see it.
+// Shows a response as it is streamed, and returns the announcement for screen readers.
 async function receive(body, view) {
   const speed = new Speed();
   try {
@@ -67,7 +67,7 @@ async function receive(body, view) {
   return `Answer: ${view.answer || "empty"}`;
 }
 
-// Changes what is shown and keeps its end in view, unless the reader has scrolled away from it.
+// Applies a change to the page and scrolls to the end, unless the user has scrolled up.
 function follow(change) {
   const transcript = byId("transcript");
   const isAtEnd = transcript.scrollHeight - transcript.scrollTop - transcript.clientHeight < 80;
@@ -79,13 +79,13 @@ function messages(exchange) {
   const system = byId("system").value.trim();
   const earlier = byId("memory").checked ? exchanges.slice(0, exchanges.indexOf(exchange)) : [];
   const turns = earlier
-    .filter(({ view }) => view.answer) // not what brought nothing
+    .filter(({ view }) => view.answer) // without failed requests
     .flatMap(({ content, view }) => [{ role: "user", content }, { role: "assistant", content: view.answer }]);
   const start = system ? [{ role: "system", content: system }] : [];
   return [...start, ...turns, { role: "user", content: exchange.content }];
 }
 
-// What is left empty is left to the server: JSON has no `undefined`.
+// Empty fields use the server's defaults: JSON omits `undefined`.
 function options() {
   const number = (id) => (byId(id).value === "" ? undefined : byId(id).valueAsNumber);
   return { lora: chosenLora(), temperature: number("temperature"), max_tokens: number("max-tokens") };
@@ -98,7 +98,7 @@ function setRunning(controller) {
   if (running) byId("status").textContent = "Answering…";
 }
 
-// How fast an answer came, as the page saw it.
+// Latency and throughput of a response, measured in the browser.
 class Speed {
   #start = performance.now();
   #first;
@@ -116,12 +116,12 @@ class Speed {
 
   figures() {
     const figures = [this.#numTokens === 1 ? "1 token" : `${this.#numTokens} tokens`];
-    if (this.#numTokens > 2 && this.#last > this.#first) { // one step between two tokens says nothing
+    if (this.#numTokens > 2 && this.#last > this.#first) { // two tokens are too few for a rate
       const rate = (1000 * (this.#numTokens - 1)) / (this.#last - this.#first);
-      figures.push(`${Number(rate.toPrecision(3))} tokens/s`); // not 1.36e+3
+      figures.push(`${Number(rate.toPrecision(3))} tokens/s`); // without an exponent
     }
     const wait = this.#first - this.#start;
     figures.push(`first token ${wait < 1000 ? `${Math.round(wait)} ms` : `${(wait / 1000).toFixed(1)} s`}`);
-    return this.#isCut ? [...figures, "cut at the limit"] : figures;
+    return this.#isCut ? [...figures, "token limit reached"] : figures;
   }
 }

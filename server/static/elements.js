@@ -1,4 +1,4 @@
-// Small helpers for the DOM. Text always becomes a text node: nothing that a model or a file says is read as HTML.
+// DOM helpers. Text always becomes a text node, so that output of models and file names are never parsed as HTML.
 
 export const byId = (id) => document.getElementById(id);
 

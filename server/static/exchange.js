@@ -1,4 +1,4 @@
-// One exchange as the page shows it: the message, the answer as it comes, and how it came about.
+// The view of one exchange: the message, the streamed response, and the adapter and figures of the response.
 
 import { adapterLabel } from "./adapters.js";
 import { element, iconButton } from "./elements.js";
@@ -14,7 +14,7 @@ export class ExchangeView {
     const message = element("div", { className: "message" }, tiles);
     if (text) message.append(element("p", {}, text));
     const answer = element("p", { className: "answer" }, this.#text);
-    this.#retry = iconButton("retry", "Ask again, with the adapters chosen now", onRetry);
+    this.#retry = iconButton("retry", "Regenerate with the adapters selected now", onRetry);
     this.node = element("article", { className: "exchange" }, message, answer, this.#facts);
   }
 

@@ -16,7 +16,7 @@ export async function loadAttachment(file) {
   const samples = await decode(file);
   const isSentUnchanged = READ_BY_SERVER.test(file.type) || AUDIO_NAME.test(file.name);
   const blob = isSentUnchanged ? file : samples && encodeWav(samples, RATE_HZ);
-  if (!blob) throw new Error(`This browser cannot read ${file.name}.`);
+  if (!blob) throw new Error(`This browser cannot decode ${file.name}.`);
   return { ...(await attachment(kind, blob, file.name)), samples };
 }
 
@@ -29,7 +29,7 @@ export function release(attachments) {
   attachments.forEach(({ url }) => URL.revokeObjectURL(url));
 }
 
-// The tile of an attachment; with a button that removes it when `onRemove` is given.
+// The tile of an attachment, with a remove button if `onRemove` is given.
 export function tile(attachment, onRemove) {
   const { kind, name, url, samples } = attachment;
   const node = element("div", { className: `tile ${kind}`, title: name });
@@ -44,7 +44,7 @@ export function tile(attachment, onRemove) {
   return node;
 }
 
-// The clip is in the page, unseen, so that it falls silent when its tile goes.
+// The audio element is part of the page (hidden), so that playback stops when the tile is removed.
 function player(url, name) {
   const audio = element("audio", { src: url });
   const button = iconButton("play", `Play ${name}`, () => (audio.paused ? audio.play() : audio.pause()));
@@ -70,7 +70,7 @@ function waveform(samples) {
   return drawing("svg", attributes, drawing("path", { d: bars.join("") }));
 }
 
-// Mono samples at RATE_HZ, or null where the browser cannot read the clip.
+// Mono samples at RATE_HZ, or null if the browser cannot decode the clip.
 async function decode(blob) {
   try {
     const context = new OfflineAudioContext(1, 1, RATE_HZ);
@@ -86,7 +86,7 @@ function dataUrl(blob) {
   return new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result);
-    reader.onerror = () => reject(new Error(`A file cannot be read: ${reader.error.message}`));
+    reader.onerror = () => reject(new Error(`The file cannot be read: ${reader.error.message}`));
     reader.readAsDataURL(blob);
   });
 }

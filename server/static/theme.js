@@ -1,4 +1,4 @@
-// Light, dark, or as the system has it. No module, so that it runs before the first paint and nothing flashes.
+// The theme: light, dark, or the system's. Not a module, so that it runs before the first paint and nothing flashes.
 "use strict";
 
 const THEMES = ["system", "light", "dark"];
@@ -8,7 +8,7 @@ root.dataset.theme = localStorage.getItem("mmlora-theme") ?? "system";
 document.addEventListener("DOMContentLoaded", () => {
   const toggle = document.getElementById("theme-toggle");
 
-  function tell() {
+  function updateLabel() {
     toggle.title = `Theme: ${root.dataset.theme}`;
     toggle.setAttribute("aria-label", toggle.title);
   }
@@ -16,7 +16,7 @@ document.addEventListener("DOMContentLoaded", () => {
   toggle.addEventListener("click", () => {
     root.dataset.theme = THEMES[(THEMES.indexOf(root.dataset.theme) + 1) % THEMES.length];
     localStorage.setItem("mmlora-theme", root.dataset.theme);
-    tell();
+    updateLabel();
   });
-  tell();
+  updateLabel();
 });

@@ -305,7 +305,7 @@ def test_settings_and_earlier_turns_are_sent(visit: Open) -> None:
     page.fill("#max-tokens", "2")
     page.fill("#system", "be brief")
     first, facts = seen.ask("count to five")
-    assert facts.find("cut at the limit") > 0
+    assert facts.find("token limit reached") > 0
     page.check("#memory")
     seen.ask("hello")
     system = {"role": "system", "content": "be brief"}
@@ -368,7 +368,7 @@ def test_failures_are_shown_as_text(visit: Open) -> None:
     seen.fulfil(200, begun + 'data: {"error": {"message": "The engine died."}}\n\ndata: [DONE]\n\n')
     assert seen.ask("hello") == ("so", "The engine died.")
     seen.fulfil(200, begun)
-    assert seen.ask("hello") == ("so", "The connection ended before the answer was complete.")
+    assert seen.ask("hello") == ("so", "The connection ended before the response was complete.")
     seen.page.unroute_all()
     seen.page.route("**/chat/completions", lambda route: route.abort())
     assert seen.ask("hello")[1] == "The server cannot be reached."
@@ -408,7 +408,7 @@ def test_the_api_key_is_requested_and_kept_for_the_session(
         page.wait_for_selector("#key-dialog[open]")
         page.keyboard.type("wrong")
         page.keyboard.press("Enter")
-        page.wait_for_selector("text=The server does not take this key.")
+        page.wait_for_selector("text=The server rejected this key.")
         page.keyboard.type("sécret")
         page.keyboard.press("Enter")
         assert seen.ask("what is two plus three?")[0] == "five"
