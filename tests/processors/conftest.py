@@ -1,4 +1,4 @@
-"""Encoded audio and pictures for the processor tests, made on the spot."""
+"""Generated audio and images for the processor tests, and tiny Phi-4-multimodal configurations."""
 
 import io
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def encode_audio() -> Callable[..., bytes]:
 
 @pytest.fixture
 def picture() -> Callable[..., Image.Image]:
-    """A smooth picture with some noise, from a seed."""
+    """A smooth image with some noise, from a seed."""
 
     def draw(width: int = 60, height: int = 40, seed: int = 0) -> Image.Image:
         rng = np.random.default_rng(seed)
@@ -98,5 +98,5 @@ def make_config() -> Callable[..., Phi4MultimodalConfig]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> _Tokenizer:
-    """Knows the two placeholder tokens and nothing else."""
+    """A tokenizer with only the two placeholder tokens."""
     return _Tokenizer()

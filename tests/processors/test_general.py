@@ -1,4 +1,4 @@
-"""`mm_processor_kwargs` of the general path: what the model's own processor makes of them."""
+"""`mm_processor_kwargs` with `GeneralProcessor`: the options of each model's own processor, and their limits."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +25,7 @@ OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("family", "mark", "options"), OPTIONS, ids=[family for family, *_ in OPTIONS])
-def test_options_are_the_processors_own(family: str, mark: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_options_reach_the_models_processor(family: str, mark: str, options: dict[str, Any], tmp_path: Path) -> None:
     path = save_family(tmp_path / "model", family)
     tokenizer = AutoTokenizer.from_pretrained(path)
     ours, theirs = get_processor(AutoConfig.from_pretrained(path), path, tokenizer), FAMILIES[family].processor
@@ -54,7 +54,7 @@ def test_options_are_the_processors_own(family: str, mark: str, options: dict[st
         ("internvl", {"max_patches": 1000}),
     ],
 )
-def test_a_small_picture_cannot_be_made_huge(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_options_cannot_scale_a_small_image_up(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     processor = build(family, tmp_path)
     with pytest.raises(RequestError, match="allowed are numbers up to"):
         processor.process(ImageItem.from_rgb(picture(30, 40, 1)), options)
@@ -73,8 +73,8 @@ def test_a_small_picture_cannot_be_made_huge(family: str, options: dict[str, Any
     ],
     ids=str,
 )
-def test_options_of_wrong_types_end_in_words(family: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """Whether a value is taken is up to transformers."""
+def test_options_of_wrong_types_raise_request_errors(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Some of these values are accepted by transformers."""
     processor = build(family, tmp_path)
     with suppress(RequestError):
         assert processor.process(ImageItem.from_rgb(picture(30, 40, 1)), options).num_tokens > 0

@@ -1,4 +1,4 @@
-"""One placeholder an item, widened in order; any other count is an error that says both."""
+"""Expansion of placeholders: one per item, in order; other counts are errors that name both."""
 
 import pytest
 
@@ -23,14 +23,14 @@ def media(*sizes):
     return [ProcessedMedia(modality, "", {}, num_tokens) for modality, num_tokens in sizes]
 
 
-def test_each_placeholder_is_widened_in_order():
+def test_placeholders_are_expanded_in_order():
     items = media(("image", 2), ("audio", 3), ("image", 1))
     ids, ranges = expand_placeholders([1, AUDIO, 2, IMAGE, IMAGE, 3], items, Processor())
     assert ids == [1, AUDIO, AUDIO, AUDIO, 2, IMAGE, IMAGE, IMAGE, 3]
     assert ranges == [PlaceholderRange(1, 3, 1), PlaceholderRange(5, 2, 0), PlaceholderRange(7, 1, 2)]
 
 
-def test_text_stays_as_it_is():
+def test_text_is_unchanged():
     assert expand_placeholders([1, 2, 3], [], Processor()) == ([1, 2, 3], [])
 
 
@@ -44,6 +44,6 @@ def test_text_stays_as_it_is():
         ([1], media(("video", 4)), r"1 video item.*audio, image"),
     ],
 )
-def test_other_counts_are_errors_with_both_counts(ids, items, named):
+def test_mismatched_counts_are_errors_with_both_counts(ids, items, named):
     with pytest.raises(MediaError, match=named):
         expand_placeholders(ids, items, Processor())

@@ -1,4 +1,4 @@
-"""The parts of a model's own processor."""
+"""Loading the parts of a model's own processor."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ print(type(load_part("image_processor", sys.argv[2])).__name__)
 """
 
 
-def test_pillow_prepares_pictures_where_torchvision_is_installed_too(tmp_path: Path) -> None:
+def test_images_use_pillow_even_if_torchvision_is_installed(tmp_path: Path) -> None:
     CLIPImageProcessorPil().save_pretrained(tmp_path)
     command = [sys.executable, "-c", LOAD, str(Path(__file__).parent), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

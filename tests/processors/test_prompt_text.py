@@ -1,4 +1,4 @@
-"""Prompts whose processor writes text of its own around pictures, against `transformers`, token by token."""
+"""Prompts of processors that add text around images, compared with `transformers` token by token."""
 
 from pathlib import Path
 

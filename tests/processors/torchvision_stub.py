@@ -1,8 +1,8 @@
-"""Stand-in for the few torchvision names that transformers' Phi-4-multimodal image class touches.
+"""Stub of the few torchvision names that transformers' Phi-4-multimodal image class uses.
 
-To be installed only in a process of its own (`phi4_image_reference.py`). Behaviour after torchvision's documentation
-and sources: `v2.functional.resize` of a tensor is `torch.nn.functional.interpolate` with `align_corners=False`, on
-uint8 itself for bilinear on AVX2 or AVX512 processors, elsewhere on float32 with the result rounded.
+Install it only in a separate process (`phi4_image_reference.py`). It behaves like torchvision's documentation and
+sources say: `v2.functional.resize` of a tensor is `torch.nn.functional.interpolate` with `align_corners=False`, on
+uint8 for bilinear on AVX2 or AVX512 processors, otherwise on float32 with a rounded result.
 """
 
 import sys
@@ -57,7 +57,7 @@ def normalize(image, mean, std, inplace=False):
 
 
 def install() -> None:
-    """Put the stand-in into `sys.modules`; call before importing transformers."""
+    """Install the stub in `sys.modules`; call this before importing transformers."""
     functional = {
         "resize": resize,
         "pad": pad,

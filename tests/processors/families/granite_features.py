@@ -1,4 +1,4 @@
-"""Granite Speech's features in numpy, written from the definition of a mel spectrogram: the independent reference."""
+"""Independent reference of Granite Speech's features in numpy, from the definition of a mel spectrogram."""
 
 import math
 
@@ -10,7 +10,7 @@ PROJECTOR_WINDOW, DOWNSAMPLE = 15, 5
 
 
 def features(samples: np.ndarray) -> torch.Tensor:
-    """`[1, num_frames / 2, 160]` for `[num_samples]`."""
+    """Return the features `[1, num_frames / 2, 160]` of `[num_samples]`."""
     window = np.zeros(N_FFT)
     first = (N_FFT - WINDOW) // 2
     window[first : first + WINDOW] = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW) / WINDOW)
@@ -23,13 +23,13 @@ def features(samples: np.ndarray) -> torch.Tensor:
 
 
 def num_embeds(num_samples: int) -> int:
-    """Embeddings of a clip: three for each window of fifteen frames."""
+    """Return the number of embeddings: three for each window of fifteen frames."""
     num_frames = (num_samples // HOP + 1) // 2
     return math.ceil(num_frames / PROJECTOR_WINDOW) * (PROJECTOR_WINDOW // DOWNSAMPLE)
 
 
 def _filters() -> np.ndarray:
-    """Triangles over frequencies whose corners are evenly spaced on the HTK mel scale, `[257, 80]`."""
+    """Return triangular filters with corners evenly spaced on the HTK mel scale, `[257, 80]`."""
     top = 2595 * math.log10(1 + RATE / 2 / 700)
     corners = 700 * (10 ** (np.linspace(0, top, NUM_MELS + 2) / 2595) - 1)
     frequencies = np.linspace(0, RATE / 2, N_FFT // 2 + 1)[:, None]

@@ -1,6 +1,6 @@
 """Compare `phi4_images.process_image` with transformers' own image class; run as a script, prints JSON.
 
-Usage: phi4_image_reference.py NUM_PICTURES. One object a picture: its size and settings, and how the two differ.
+Usage: phi4_image_reference.py NUM_IMAGES. Prints one object per image: its size and settings, and the differences.
 """
 
 import importlib.util

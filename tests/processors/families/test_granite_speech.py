@@ -1,4 +1,4 @@
-"""Granite Speech's features against a computation of our own in numpy."""
+"""Granite Speech's features compared with an independent computation in numpy."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def test_fifty_clips_equal_the_definition(processor: GraniteSpeechProcessor) -> 
         assert found.num_tokens == granite_features.num_embeds(len(samples))
 
 
-def test_silence_and_what_is_too_short(processor: GraniteSpeechProcessor) -> None:
+def test_silence_and_clips_that_are_too_short(processor: GraniteSpeechProcessor) -> None:
     silence = processor.process(AudioItem.from_samples(np.zeros(8000, np.float32), 16_000))
     assert torch.isfinite(silence.tensors["input_features"]).all()
     with pytest.raises(MediaError, match="shorter than one window"):
@@ -39,7 +39,7 @@ def test_silence_and_what_is_too_short(processor: GraniteSpeechProcessor) -> Non
         processor.process(AudioItem.from_samples(np.zeros(8000, np.float32), 16_000), {"x": 1})
 
 
-def test_the_model_files_may_change_the_settings(processor: GraniteSpeechProcessor, tmp_path: Path) -> None:
+def test_settings_are_read_from_the_model_files(processor: GraniteSpeechProcessor, tmp_path: Path) -> None:
     path = save_family(tmp_path / "model", "granite_speech")
     (path / "preprocessor_config.json").write_text('{"melspec_kwargs": {"hop_length": 320}}')
     other = GraniteSpeechProcessor(AutoConfig.from_pretrained(path), path, AutoTokenizer.from_pretrained(path))

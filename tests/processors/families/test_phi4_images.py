@@ -1,4 +1,4 @@
-"""Dynamic-HD crops against transformers' own image class, token counts against the model's own code."""
+"""Dynamic-HD crops compared with transformers' own image class, and token counts with the model's own code."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ def comparison():
     return json.loads(run.stdout)
 
 
-def test_fifty_pictures_equal_transformers_own_class(comparison):
+def test_fifty_images_equal_transformers_own_class(comparison):
     """Tolerance: 0 where torchvision resizes uint8 natively (AVX2, AVX512), else one of 255 levels (1 / 127.5)."""
     tolerance = 0.0 if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else 1.01 / 127.5
     compared = [case for case in comparison["cases"] if "shapes" in case]
@@ -38,29 +38,29 @@ def test_fifty_pictures_equal_transformers_own_class(comparison):
     assert sum(case["tokens"] is not None for case in compared) >= 5
 
 
-def test_the_same_pictures_are_refused_as_too_thin(comparison):
+def test_the_same_images_are_refused_as_too_thin(comparison):
     refused = [case for case in comparison["cases"] if "shapes" not in case]
     assert len(refused) >= 3
     assert all("error" in case and "reference_error" in case for case in refused), refused
 
 
-def test_the_stand_in_for_torchvision_stays_in_its_process(comparison):
+def test_the_torchvision_stub_stays_in_its_process(comparison):
     assert comparison["real_torchvision"] == (importlib.util.find_spec("torchvision") is not None)
 
 
 @pytest.mark.parametrize("size", [(112, 112), (50, 300), (333, 77), (1000, 90), (640, 480), (113, 112)], ids=str)
 @pytest.mark.parametrize("crop_size, patch_size", [(112, 14), (98, 14), (126, 14), (112, 16), (100, 14), (64, 8)])
 @torch.no_grad()
-def test_the_model_makes_as_many_embeddings_as_announced(size, crop_size, patch_size, picture, make_config):
+def test_the_model_returns_the_announced_number_of_embeddings(size, crop_size, patch_size, picture, make_config):
     embed = Phi4MultimodalImageEmbedding(make_config(crop_size, patch_size)).eval()
     tensors, num_tokens = process_image(picture(*size), ImageSettings(crop_size, patch_size, 9))
     ids = torch.full((1, num_tokens), IMAGE)
     batched = {name: tensor[None] for name, tensor in tensors.items()}
-    embeddings = embed(ids, torch.zeros(1, num_tokens, 16), **batched)  # raises on any other count
+    embeddings = embed(ids, torch.zeros(1, num_tokens, 16), **batched)  # raises if the count differs
     assert embeddings.shape == (1, num_tokens, 16) and embeddings.isfinite().all()
 
 
-def test_crops_are_the_picture_row_by_row():
+def test_crops_are_ordered_row_by_row():
     pixels = np.zeros((224, 336, 3), np.uint8)
     for row in range(2):
         for column in range(3):
@@ -71,7 +71,7 @@ def test_crops_are_the_picture_row_by_row():
     assert tensors["image_sizes"].tolist() == [224, 336] and num_tokens == 8 * 13 + 1 + 20
 
 
-def test_what_does_not_fill_the_grid_is_white_and_masked():
+def test_padding_is_white_and_masked():
     tensors, _ = process_image(Image.new("RGB", (112, 56)), ImageSettings(112, 14))
     crop, mask = tensors["image_pixel_values"][1], tensors["image_attention_mask"][1]
     assert (crop[:, :56] == -1).all() and (crop[:, 56:] == 1).all()

@@ -1,4 +1,4 @@
-"""Phi-4-multimodal: features against transformers' extractor, settings, options, hashes."""
+"""Phi-4-multimodal: features compared with transformers' extractor, settings, options, hashes."""
 
 import json
 
@@ -18,7 +18,7 @@ from mmlora.processors.media.decoding import load_media
 
 @pytest.fixture
 def build(make_config, tokenizer, tmp_path):
-    """Build a processor over what was written to `tmp_path`; arguments go to the configuration."""
+    """Return a function that builds a processor with the files in `tmp_path`; its arguments configure the model."""
     return lambda *args, **kwargs: GeneralProcessor(
         make_config(*args, **kwargs), tmp_path, tokenizer, load=Phi4MultimodalProcessor
     )
@@ -64,7 +64,9 @@ def test_features_equal_transformers_extractor_exactly(num_samples, time_reducti
 @pytest.mark.parametrize("num_samples", [400, 16000, 20400])
 @pytest.mark.parametrize("time_reduction", [4, 8])
 @torch.no_grad()
-def test_the_audio_tower_makes_as_many_embeddings_as_announced(num_samples, time_reduction, tone, build, make_config):
+def test_the_audio_tower_returns_the_announced_number_of_embeddings(
+    num_samples, time_reduction, tone, build, make_config
+):
     config = make_config(time_reduction=time_reduction)
     media = build(time_reduction=time_reduction).process(load_media((tone(num_samples), 16000)))
     embed = Phi4MultimodalAudioEmbedding(config).eval()
@@ -111,7 +113,7 @@ def test_other_options_are_refused_by_name_for_any_modality(options, named, proc
             processor.process(load_media(content), options)
 
 
-def test_hashes_differ_where_tensors_do(processor, picture, tone):
+def test_hashes_differ_if_tensors_differ(processor, picture, tone):
     image, audio = load_media(picture()), load_media((tone(), 16000))
     plain = processor.process(image).content_hash
     assert plain == processor.process(load_media(picture())).content_hash
@@ -120,7 +122,7 @@ def test_hashes_differ_where_tensors_do(processor, picture, tone):
     assert processor.process(audio).content_hash == processor.process(audio, {"dynamic_hd": 4}).content_hash
 
 
-def test_settings_come_from_the_files_nested_before_flat(tmp_path, stand_in):
+def test_nested_settings_precede_flat_ones(tmp_path, stand_in):
     write(tmp_path, "preprocessor_config.json", {"dynamic_hd": 9, "image_mean": None, "preemphasis": 0.5})
     flat = stand_in()
     assert flat.image_processor == ImageSettings(112, 14, 9) and flat.feature_extractor.preemphasis == 0.5
@@ -131,7 +133,7 @@ def test_settings_come_from_the_files_nested_before_flat(tmp_path, stand_in):
     assert both.feature_extractor.preemphasis == 0.9 and both.feature_extractor.audio_compression_rate == 4
 
 
-def test_what_transformers_saves_is_read(tmp_path, stand_in):
+def test_files_saved_by_transformers_are_read(tmp_path, stand_in):
     extractor = Phi4MultimodalFeatureExtractor(audio_compression_rate=4, hop_length=200)
     extractor.save_pretrained(tmp_path)
     assert stand_in().feature_extractor.hop_length == 200
@@ -167,7 +169,7 @@ def test_a_tokenizer_without_the_placeholder_is_refused(build):
         build(image_token_id=93)
 
 
-def test_numbered_placeholders_are_replaced_in_turn(processor):
+def test_numbered_placeholders_are_replaced_in_order(processor):
     prompt = "<|image_1|> and <|audio_1|>, <|image_2|> <|audio|> <|image_|> <|video_1|>"
     expected = "<|image|> and <|audio|>, <|image|> <|audio|> <|image_|> <|video_1|>"
     assert processor.normalize_placeholders(prompt) == expected
@@ -175,7 +177,7 @@ def test_numbered_placeholders_are_replaced_in_turn(processor):
         processor.normalize_placeholders("<|image_1|><|image_3|>")
 
 
-def test_the_registry_goes_by_model_type(tmp_path, make_config, tokenizer):
+def test_the_processor_is_selected_by_model_type(tmp_path, make_config, tokenizer):
     processor = get_processor(make_config(), str(tmp_path), tokenizer)
     assert isinstance(processor, GeneralProcessor) and processor.modalities == {"audio", "image"}
     assert processor.placeholder_token("image") == "<|image|>" and processor.placeholder_token_id("audio") == 91

@@ -1,4 +1,4 @@
-"""Our stand-in for `transformers.PixtralProcessor` against the class itself."""
+"""`PixtralProcessor` compared with `transformers.PixtralProcessor`."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tests.media import picture
 
 
 @pytest.mark.parametrize("family", ["mistral3", "llava+pixtral"])
-def test_random_pictures_equal_transformers(family: str, tmp_path: Path) -> None:
+def test_random_images_equal_transformers(family: str, tmp_path: Path) -> None:
     path = save_family(tmp_path / "model", family)
     tokenizer = AutoTokenizer.from_pretrained(path)
     ours, theirs = get_processor(AutoConfig.from_pretrained(path), path, tokenizer), FAMILIES[family].processor

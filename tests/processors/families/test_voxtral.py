@@ -1,4 +1,4 @@
-"""Voxtral's features against transformers' own class, and its tokenizer as it is published: tekken.json alone."""
+"""Voxtral's features compared with transformers' own class, and its tokenizer as published: only tekken.json."""
 
 import base64
 import json
@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def as_published(path: Path, **changes: Any) -> None:
-    """Leave a checkpoint the files that published ones have: no tokenizer.json and no processor_config.json."""
+    """Remove the files that published checkpoints lack: tokenizer.json and processor_config.json."""
     for file in [*path.glob("token*"), path / "processor_config.json", path / "chat_template.jinja"]:
         file.unlink()
     vocab = [bytes([i]) for i in range(256)] + [b"he", b"ll", b"hell", b"hello"]

@@ -1,4 +1,4 @@
-"""Which addresses are public."""
+"""Public addresses and allowed networks."""
 
 from ipaddress import ip_address
 
@@ -19,16 +19,16 @@ NOT_PUBLIC = [
 
 
 @pytest.mark.parametrize("address", PUBLIC)
-def test_addresses_of_the_internet_are_public(address):
+def test_global_addresses_are_public(address):
     assert is_public(ip_address(address))
 
 
 @pytest.mark.parametrize("address", NOT_PUBLIC)
-def test_others_are_not_however_they_are_written(address):
+def test_other_addresses_are_not_public_in_any_spelling(address):
     assert not is_public(ip_address(address))
 
 
-def test_a_network_holds_its_addresses_in_every_spelling():
+def test_a_network_contains_its_addresses_in_every_spelling():
     networks = parse_networks(["10.0.0.0/8", "127.0.0.1", "fd00::/8"])
     within = ["10.255.0.1", "127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "fd12::1"]
     outside = ["11.0.0.1", "127.0.0.2", "::ffff:127.0.0.2", "fe80::1"]
@@ -36,6 +36,6 @@ def test_a_network_holds_its_addresses_in_every_spelling():
 
 
 @pytest.mark.parametrize("text", ["10.0.0.1/8", "10.0.0.0/33", "localhost", ""])
-def test_what_is_no_network_stops_the_start(text):
+def test_an_invalid_network_is_a_configuration_error(text):
     with pytest.raises(ConfigError, match="allowed_media_networks"):
         parse_networks([text])

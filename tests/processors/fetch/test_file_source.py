@@ -1,4 +1,4 @@
-"""Media from file: URLs: regular files under one directory, however a URL spells another place."""
+"""Media from file: URLs: only regular files under one directory."""
 
 import os
 from contextlib import suppress
@@ -21,7 +21,7 @@ def png(picture, encode_image):
 
 @pytest.fixture
 def root(tmp_path, png):
-    """A directory with `a.png`, `sub/ü b.png` and links, beside `outside.png` and a directory of a similar name."""
+    """A directory with `a.png`, `sub/ü b.png` and links, next to `outside.png` and a directory with the same prefix."""
     root = tmp_path / "media"
     (root / "sub").mkdir(parents=True)
     for file in (root / "a.png", root / "sub" / "ü b.png", tmp_path / "outside.png"):
@@ -59,7 +59,7 @@ def test_files_in_the_directory_are_read(root, png, path):
         "file://{root}/%ff%fe.png", "file://{root}/" + "a" * 300, "file://[", "file://{root}/%2522a.png",
     ],
 )  # fmt: skip
-def test_whatever_else_is_refused_with_one_message(root, url):
+def test_all_other_urls_are_refused_with_the_same_message(root, url):
     url = url.format(root=root)
     with pytest.raises(MediaError) as refusal:
         MediaLoader(local_path=str(root)).load_url(url)
@@ -78,8 +78,8 @@ def test_without_a_directory_no_file_is_read(root):
 
 
 @pytest.mark.parametrize("swapped", ["sub", "sub/file.png"])
-def test_a_link_that_is_put_there_after_the_look_is_not_followed(root, png, monkeypatch, swapped):
-    """The path is checked as it was, then the file, or a directory above it, becomes a link to another place."""
+def test_a_link_created_after_the_check_is_not_followed(root, png, monkeypatch, swapped):
+    """After the check of the path, the file or a parent directory becomes a link to another place."""
     (root / "sub" / "file.png").write_bytes(png)
     (root.parent / "file.png").write_bytes(png)
     realpath = os.path.realpath
@@ -97,7 +97,7 @@ def test_a_link_that_is_put_there_after_the_look_is_not_followed(root, png, monk
         source.read(f"file://{root}/sub/file.png")
 
 
-def test_content_is_bounded_and_not_quoted(root):
+def test_content_is_limited_and_not_quoted(root):
     (root / "big.png").write_bytes(bytes(2000))
     (root / "secret.txt").write_text("the secret word")
     loader = MediaLoader(MediaLimits(max_bytes=1000), local_path=str(root))
@@ -118,7 +118,7 @@ def test_reading_leaves_no_descriptor_open(root):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_the_directory_must_be_one(tmp_path):
+def test_the_directory_must_exist(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "missing"):
         with pytest.raises(ConfigError, match="is not a directory"):

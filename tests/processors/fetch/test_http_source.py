@@ -1,4 +1,4 @@
-"""Media from http(s) URLs: real servers on this machine, and names whose addresses the tests choose."""
+"""Media from http(s) URLs, with local servers and host names that the tests resolve."""
 
 import asyncio
 import datetime
@@ -22,7 +22,7 @@ from mmlora.processors.media.decoding import load_media
 from mmlora.processors.media.items import MediaLimits
 from tests.web_server import FakeDNS, drip, endless, http_response, redirect, run_web_server
 
-HERE = ["127.0.0.1/32"]  # the only address that is allowed; the servers listen on all of 127.0.0.0/8
+HERE = ["127.0.0.1/32"]  # the only allowed address; the servers listen on all of 127.0.0.0/8
 SMALL = MediaLimits(max_bytes=100_000)
 HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
 
@@ -42,14 +42,14 @@ def load(url, limits=SMALL, networks=HERE, timeout_s=20.0, **options):
 
 
 def refuse(url, **options):
-    """Load what must be refused, and give the message and the seconds that it took."""
+    """Load a URL that must be refused; return the message and the seconds until then."""
     start = time.monotonic()
     with pytest.raises(MediaError) as refusal:
         load(url, **options)
     return str(refusal.value), time.monotonic() - start
 
 
-def test_a_url_is_read_from_the_address_of_its_name_which_is_looked_up_once(names, png, encode_audio):
+def test_a_host_is_resolved_once_and_its_address_is_connected_to(names, png, encode_audio):
     names.addresses["media.example"] = names.addresses["media.example."] = [["127.0.0.1"]]
     with run_web_server(
         {"/a.png?size=1": http_response(png), "/b": http_response(encode_audio(), "Content-Type: text/html")}
@@ -71,7 +71,7 @@ def test_a_url_is_read_from_the_address_of_its_name_which_is_looked_up_once(name
     ],
     ids=", ".join,
 )  # fmt: skip
-def test_a_name_with_an_address_that_is_not_allowed_is_not_connected_to(names, monkeypatch, addresses):
+def test_a_host_with_one_disallowed_address_is_refused(names, monkeypatch, addresses):
     monkeypatch.setattr(httpcore.AnyIOBackend, "connect_tcp", lambda *_: pytest.fail("connected"))
     names.addresses["inner.example"] = [addresses]
     message, _ = refuse("http://inner.example:8080/a.png")
@@ -82,14 +82,14 @@ def test_a_name_with_an_address_that_is_not_allowed_is_not_connected_to(names, m
 @pytest.mark.parametrize(
     "host", ["127.0.0.2", "2130706434", "0x7f.2", "127.2", "[::1]", "[::ffff:127.0.0.2]", "[::ffff:7f00:2]", "0"]
 )
-def test_addresses_are_checked_however_a_url_spells_them(host):
+def test_addresses_are_checked_in_every_spelling(host):
     with run_web_server({"/": http_response(b"")}) as web:
         message, _ = refuse(web.url("/", host))
     assert "has an address that is not allowed" in message or "malformed" in message
     assert not web.requests
 
 
-def test_a_name_that_is_bound_anew_after_the_check_changes_nothing(names, png):
+def test_dns_rebinding_after_the_check_has_no_effect(names, png):
     names.addresses["rebind.example"] = [["127.0.0.1"], ["127.0.0.2"]]
     peers = []
 
@@ -104,7 +104,7 @@ def test_a_name_that_is_bound_anew_after_the_check_changes_nothing(names, png):
     assert peers == ["127.0.0.1"]
 
 
-def test_the_next_address_is_tried_when_one_does_not_answer(names, png):
+def test_the_next_address_is_tried_if_one_refuses(names, png):
     names.addresses["two.example"] = [["127.0.0.3", "127.0.0.1"]]
     with run_web_server({"/a": http_response(png)}, host="127.0.0.1") as web:
         assert load(web.url("/a", "two.example"), networks=["127.0.0.0/8"]).modality == "image"
@@ -135,7 +135,7 @@ def test_a_public_address_of_this_machine_is_refused(monkeypatch, png):
         ("http://127.0.0.1:x/", "which is not a URL"),
     ],
 )
-def test_everything_is_checked_again_where_a_redirect_leads(names, png, location, named):
+def test_redirect_targets_are_checked_like_urls(names, png, location, named):
     names.addresses["inner.example"] = [["10.0.0.1"]]
     domains = ["127.0.0.1", "127.0.0.2", "::ffff:127.0.0.2", "::ffff:7f00:2", "169.254.169.254", "inner.example"]
     routes = {"/a": http_response(png)}
@@ -145,7 +145,7 @@ def test_everything_is_checked_again_where_a_redirect_leads(names, png, location
     assert named in message and web.paths == ["/start"] and "secret" not in message
 
 
-def test_redirects_are_followed_a_few_times(png):
+def test_the_number_of_redirects_is_limited(png):
     routes = {f"/{index}": redirect(f"{index + 1}") for index in range(20)}
     routes |= {"/5": http_response(png), "/loop": redirect("/loop")}
     with run_web_server(routes) as web:
@@ -179,7 +179,7 @@ def test_bad_urls_are_refused_by_name(url, named):
     assert "secret" not in str(refusal.value) and len(str(refusal.value)) < 400
 
 
-def test_hosts_are_those_that_are_allowed(names, png):
+def test_only_allowed_hosts_are_fetched(names, png):
     hosts = ["a.example", "sub.b.example", "b.example", "xb.example", "a.example.evil", "bücher.example"]
     names.addresses.update({host: [["127.0.0.1"]] for host in [*hosts, "xn--bcher-kva.example"]})
 
@@ -196,7 +196,7 @@ def test_hosts_are_those_that_are_allowed(names, png):
 
 
 @pytest.mark.parametrize("name", ["endless", "endless chunks", "claim", "endless head", "endless headers", "100"])
-def test_an_endless_answer_is_cut_at_the_limit(name):
+def test_an_endless_response_is_stopped_at_the_limit(name):
     piece = b"\x89PNG" * 4096
     routes = {
         "endless": endless(HEAD, piece),
@@ -221,7 +221,7 @@ def test_an_endless_answer_is_cut_at_the_limit(name):
 
 
 @pytest.mark.parametrize("name", ["silent", "slow head", "slow body", "slow redirects"])
-def test_a_slow_server_is_left_when_the_time_is_up(name, png):
+def test_a_slow_server_times_out(name, png):
     slow = {
         "silent": lambda connection: time.sleep(3),
         "slow head": drip(HEAD + png, 0.1),
@@ -234,7 +234,7 @@ def test_a_slow_server_is_left_when_the_time_is_up(name, png):
     assert 0.5 < seconds < 10
 
 
-def test_a_compressed_answer_is_refused_and_not_unpacked():
+def test_a_compressed_response_is_refused_and_not_decompressed():
     bomb = gzip.compress(bytes(10_000_000))
     assert len(bomb) < 20_000
     tracemalloc.start()
@@ -261,13 +261,13 @@ def test_a_compressed_answer_is_refused_and_not_unpacked():
         (b"", "RemoteProtocolError"),
     ],
 )
-def test_what_is_no_media_is_refused_and_not_quoted(raw, named):
+def test_content_that_is_not_media_is_refused_and_not_quoted(raw, named):
     with run_web_server({"/": raw}) as web, pytest.raises(MediaError, match=named) as refusal:
         load(web.url("/"))
     assert "root:x" not in str(refusal.value)
 
 
-def test_a_content_length_that_is_too_short_cuts_the_picture(png):
+def test_a_content_length_that_is_too_short_truncates_the_image(png):
     with (
         run_web_server({"/": http_response(png, length=len(png) // 2)}) as web,
         pytest.raises(MediaError, match="decode"),
@@ -275,7 +275,7 @@ def test_a_content_length_that_is_too_short_cuts_the_picture(png):
         load(web.url("/"))
 
 
-def test_the_certificate_must_be_that_of_the_name(names, monkeypatch, png, tmp_path):
+def test_the_certificate_must_match_the_host(names, monkeypatch, png, tmp_path):
     names.addresses["media.example"] = names.addresses["other.example"] = [["127.0.0.1"]]
     server_tls, trusting = _certificate("media.example", tmp_path)
     asked = []
@@ -289,7 +289,7 @@ def test_the_certificate_must_be_that_of_the_name(names, monkeypatch, png, tmp_p
 
 
 def _certificate(name, folder):
-    """TLS contexts of a server with a certificate for a name, and of a client that trusts it."""
+    """TLS contexts of a server with a certificate for a host, and of a client that trusts it."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.UTC)
@@ -310,7 +310,7 @@ def _certificate(name, folder):
     return server_tls, ssl.create_default_context(cadata=pem.decode())
 
 
-def test_neither_proxies_nor_netrc_of_the_environment_are_used(monkeypatch, tmp_path, png):
+def test_proxies_and_netrc_of_the_environment_are_ignored(monkeypatch, tmp_path, png):
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\n")
     with run_web_server({"/": http_response(png)}) as web:
         for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
@@ -330,8 +330,8 @@ def run(coroutine):
     return asyncio.run(coroutine)
 
 
-def test_the_urls_of_a_prompt_are_read_together_and_each_only_once(png):
-    barrier = threading.Barrier(8, timeout=20)  # passes when all of them are being read at once
+def test_the_urls_of_a_prompt_are_downloaded_concurrently_and_only_once(png):
+    barrier = threading.Barrier(8, timeout=20)  # passes once all of them are being downloaded
 
     def route(connection):
         barrier.wait()
@@ -343,7 +343,7 @@ def test_the_urls_of_a_prompt_are_read_together_and_each_only_once(png):
     assert len(items) == 16 and sorted(web.paths) == [f"/{index}" for index in range(8)]
 
 
-def test_when_one_cannot_be_read_the_others_are_left():
+def test_a_failed_download_cancels_the_others():
     asked, left = threading.Event(), threading.Event()
 
     def slow(connection):
@@ -362,7 +362,7 @@ def test_when_one_cannot_be_read_the_others_are_left():
     assert left.wait(10)
 
 
-def test_the_urls_of_a_prompt_are_bounded_in_number_and_bytes(png):
+def test_the_number_and_bytes_of_a_prompts_urls_are_limited(png):
     loader = MediaLoader(SMALL, networks=HERE)
     with pytest.raises(MediaError, match=rf"has {MAX_URLS + 1} http\(s\) URLs; allowed are {MAX_URLS}"):
         run(_fetch(loader, *["http://127.0.0.1/"] * (MAX_URLS + 1)))
@@ -374,7 +374,7 @@ def test_the_urls_of_a_prompt_are_bounded_in_number_and_bytes(png):
     assert len(web.requests) < 20
 
 
-def test_a_hundred_silent_servers_do_not_hold_up_another(png):
+def test_a_hundred_silent_servers_do_not_block_another(png):
     def silent(connection):
         connection.recv(1)
 

@@ -1,4 +1,4 @@
-"""`data:` URLs and base64, and what is refused before anything is decoded."""
+"""`data:` URLs and base64, and their limits before anything is decoded."""
 
 import base64
 from urllib.parse import quote
@@ -20,7 +20,7 @@ def png(picture, encode_image):
     "head",
     ["data:image/png;base64,", "data:;base64,", "DATA:text/plain;charset=utf-8;BASE64,", "data:audio/wav;base64,"],
 )
-def test_base64_url_is_read_whatever_its_mime_type_says(head, png):
+def test_the_mime_type_of_a_data_url_is_ignored(head, png):
     assert load_data_url(head + base64.b64encode(png).decode()).content_hash == load_media(png).content_hash
 
 
@@ -33,7 +33,7 @@ def test_percent_encoded_urls_are_read(png):
     )
 
 
-def test_base64_is_forgiving_about_form_only(png):
+def test_variants_of_base64_are_accepted_and_errors_are_not(png):
     expected, text = load_media(png).content_hash, base64.b64encode(png).decode()
     variants = [
         text.rstrip("="),
@@ -72,7 +72,7 @@ def test_expected_modality_reaches_the_content(png, encode_audio):
 
 
 class ClaimedLength(str):
-    """A string that claims to be 4 billion characters long, so that a 3 GB URL need not be built."""
+    """A string whose length is 4 billion, in place of a real URL of 3 GB."""
 
     def __len__(self) -> int:
         return 4_000_000_000

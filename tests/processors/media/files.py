@@ -1,4 +1,4 @@
-"""Audio files that PyAV writes, for tests of what reads them."""
+"""Audio files written by PyAV, for tests of the decoders."""
 
 import tempfile
 from fractions import Fraction
@@ -27,7 +27,7 @@ def clip(seconds: float = 1.0, level: float = 0.5) -> np.ndarray:
 
 
 def add_audio(container, encoder, rate, samples):
-    """Add a track of `[num_samples]` or `[num_samples, 2]`; returns what encodes it, once all tracks are there."""
+    """Add a track of `[num_samples]` or `[num_samples, 2]`; return what encodes it after all tracks are added."""
     layout = "mono" if samples.ndim == 1 else "stereo"
     stream = container.add_stream(encoder, rate=rate, layout=layout)
 
@@ -42,9 +42,9 @@ def add_audio(container, encoder, rate, samples):
 
 
 def encode(name: str, samples: np.ndarray | None = None, *more: np.ndarray, **options: str) -> bytes:
-    """A file with a track for each array."""
+    """Return an audio file with one track per array."""
     muxer, encoder, rate = FORMATS[name]
-    with tempfile.NamedTemporaryFile() as file:  # muxers that put their index in front read what they wrote
+    with tempfile.NamedTemporaryFile() as file:  # muxers with the index in front read their own output
         with av.open(file.name, "w", format=muxer, options=options) as container:
             tracks = [clip() if samples is None else samples, *more]
             for finish in [add_audio(container, encoder, rate, track) for track in tracks]:

@@ -1,4 +1,4 @@
-"""Scaling, channels, rates, resampling, and the ways in which audio can be bad."""
+"""Scaling, channels, sample rates, resampling, and invalid audio."""
 
 import struct
 import subprocess
@@ -34,7 +34,7 @@ def test_lists_and_tensors_are_arrays():
     assert load_media((torch.tensor([-0.5, 0.5], dtype=torch.bfloat16), 16000)).samples.tolist() == [-0.5, 0.5]
 
 
-def test_stereo_is_averaged_either_way_round(tone, encode_audio):
+def test_stereo_is_averaged_in_both_layouts(tone, encode_audio):
     stereo = np.stack([tone(hz=300), -0.25 * tone(hz=500)], axis=1)  # [n, 2]
     mono = stereo.mean(axis=1)
     for array in (stereo, stereo.T, torch.from_numpy(stereo.T.copy())):
@@ -81,7 +81,7 @@ def test_resampling_keeps_a_tone(source, tone):
     item = audio_from_array(tone(source, source), source)  # one second
     resampled = resample(item, 16000)
     assert len(resampled) == 16000 and resampled.dtype == np.float32
-    middle = slice(2000, -2000)  # the ends ring
+    middle = slice(2000, -2000)  # without the ringing of the filter at both ends
     np.testing.assert_allclose(resampled[middle], tone(16000)[middle], atol=2e-3)
 
 
@@ -114,7 +114,7 @@ def test_wav_of_unknown_length_is_read_to_its_end(encode_audio, tone):
 
 
 @pytest.mark.parametrize("size", [0xFFFFFFDB, 0x7FFFF000, 0x7FFFFFDB], ids=hex)
-def test_other_claims_of_a_wav_written_to_a_pipe_are_no_length(size, encode_audio, tone):
+def test_other_placeholder_lengths_of_a_streamed_wav_are_ignored(size, encode_audio, tone):
     data = encode_audio(tone())
     at = data.index(b"data") + 4
     streamed = data[:at] + struct.pack("<I", size) + data[at + 4 :]
@@ -132,7 +132,7 @@ def test_flac_of_unknown_length_is_read_to_its_end(encode_audio, tone):
         load_media(bytes(data), MediaLimits(max_duration_s=0.4))
 
 
-def test_samples_are_limited_whatever_their_rate(encode_audio):
+def test_the_sample_limit_is_independent_of_the_rate(encode_audio):
     for content in (encode_audio(), (np.zeros(8000, np.float32), 384_000)):
         with pytest.raises(MediaError, match="audio of 8000 samples: at most 7999 are allowed"):
             load_media(content, MediaLimits(max_samples=7999))

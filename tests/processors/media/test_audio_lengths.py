@@ -1,4 +1,4 @@
-"""Clips without samples, of one millisecond and of 33 seconds, for every family that hears: embeddings, or an error."""
+"""Clips without samples, of one millisecond and of 33 seconds in every audio family: embeddings, or an error."""
 
 from pathlib import Path
 
@@ -13,11 +13,11 @@ from tests.families.audio import AUDIO_FAMILIES
 from tests.families.table import save_family
 
 LIMITS_S = {"qwen2_audio": 2, "qwen2_5_omni_thinker": 30}  # of the tiny checkpoints
-PADDED = {"qwen3_asr": 7, "voxtral": 8}  # embeddings of whatever is short; transformers pads it to 0.5 s and to a chunk
+PADDED = {"qwen3_asr": 7, "voxtral": 8}  # embeddings of a short clip, which transformers pads to 0.5 s or to a chunk
 
 
 @pytest.mark.parametrize("family", AUDIO_FAMILIES)
-def test_nothing_and_a_millisecond(family: str, tmp_path: Path) -> None:
+def test_clips_without_samples_and_of_one_millisecond(family: str, tmp_path: Path) -> None:
     path = save_family(tmp_path / "model", family)
     processor = get_processor(AutoConfig.from_pretrained(path), path, AutoTokenizer.from_pretrained(path))
     assert processor is not None
@@ -32,7 +32,7 @@ def test_nothing_and_a_millisecond(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", [*AUDIO_FAMILIES, "qwen2_5_omni_thinker"])
-def test_no_end_is_dropped(family: str, tmp_path: Path) -> None:
+def test_the_end_of_a_long_clip_is_never_dropped(family: str, tmp_path: Path) -> None:
     path = save_family(tmp_path / "model", family)
     processor = get_processor(AutoConfig.from_pretrained(path), path, AutoTokenizer.from_pretrained(path))
     assert processor is not None

@@ -1,4 +1,4 @@
-"""Media that are kept by uuid: whose they are, what they replace, and how much of them is kept."""
+"""`MediaCache`: eviction, replacement, and isolation of tenants."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def load(loader, caller, reference):
     return loader.for_prompt([reference], caller).load()[reference.modality][0]
 
 
-def test_the_least_recently_used_items_leave(tone):
+def test_the_least_recently_used_items_are_evicted(tone):
     entries = {name: entry(tone) for name in "abcd"}
     size = entries["a"].num_bytes
     assert size == 1000 + ENTRY_BYTES
@@ -31,7 +31,7 @@ def test_the_least_recently_used_items_leave(tone):
     assert cache.num_bytes == 3000 + 2 * ENTRY_BYTES
 
 
-def test_an_item_that_is_too_large_is_not_kept_and_its_former_content_is_forgotten(tone):
+def test_an_item_that_is_too_large_only_removes_the_former_one(tone):
     cache = MediaCache(5000)
     cache.put("", "a", entry(tone))
     cache.put("", "a", entry(tone, 2000))
@@ -41,7 +41,7 @@ def test_an_item_that_is_too_large_is_not_kept_and_its_former_content_is_forgott
     assert nothing.get("", "a") is None and nothing.num_bytes == 0
 
 
-def test_callers_do_not_see_each_others_items(tone):
+def test_tenants_do_not_see_each_others_items(tone):
     loader = MediaLoader()
     first = load(loader, "alice", MediaReference("audio", (tone(), 16000), "object", uuid="x"))
     assert load(loader, "alice", MediaReference("audio", None, uuid="x")) is first
@@ -51,7 +51,7 @@ def test_callers_do_not_see_each_others_items(tone):
     assert load(loader, "alice", MediaReference("audio", None, uuid="x")) is first
 
 
-def test_other_content_under_the_same_uuid_takes_its_place(tone):
+def test_other_content_under_the_same_uuid_replaces_it(tone):
     loader = MediaLoader()
     first, second = (
         load(loader, "", MediaReference("audio", (tone(number), 16000), "object", uuid="x")) for number in (100, 200)

@@ -1,4 +1,4 @@
-"""Containers that FFmpeg reads: lengths as the `ffmpeg` program decodes them, and hostile files within the limits."""
+"""Containers that FFmpeg decodes: the same lengths as the `ffmpeg` program, and hostile files."""
 
 import io
 import struct
@@ -24,15 +24,15 @@ FFMPEG_SAMPLES = {
 }  # fmt: skip
 
 
-def video(with_audio: bool) -> bytes:
+def video_file(with_audio: bool) -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        pictures = container.add_stream("mpeg4", rate=5)
-        pictures.width, pictures.height, pictures.pix_fmt = 32, 32, "yuv420p"
+        video = container.add_stream("mpeg4", rate=5)
+        video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
         finish = add_audio(container, "aac", RATE, clip()) if with_audio else lambda: None
         for _ in range(5):
-            container.mux(pictures.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8))))
-        container.mux(pictures.encode(None))
+            container.mux(video.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8))))
+        container.mux(video.encode(None))
         finish()
     return buffer.getvalue()
 
@@ -48,7 +48,7 @@ def element(element_id: bytes, *content: bytes) -> bytes:
 
 
 def with_elements(data: bytes, *added: bytes) -> bytes:
-    """A WebM file with more elements at the front of its segment, whose size becomes unknown."""
+    """Insert elements at the start of a WebM file's segment, and make the size of the segment unknown."""
     segment, info = data.index(b"\x18\x53\x80\x67"), data.rindex(b"\x15\x49\xa9\x66")
     return data[: segment + 4] + b"\x01" + b"\xff" * 7 + b"".join(added) + data[info:]
 
@@ -61,7 +61,7 @@ def test_lengths_are_those_of_the_ffmpeg_program(name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_tone_survives(name):
+def test_the_frequency_and_level_of_a_tone_are_kept(name):
     item = load_media(encode(name))
     found = item.samples[item.sample_rate // 4 : item.sample_rate // 4 * 3]
     assert 0.3 < np.sqrt(np.mean(found**2)) * np.sqrt(2) < 0.6
@@ -89,15 +89,15 @@ def test_webm_with_vorbis_is_decoded():
     assert abs(len(load_media(webm.getvalue()).samples) - RATE) < 1024
 
 
-def test_the_sound_of_a_video_is_audio_and_a_silent_video_is_refused():
-    data = video(with_audio=True)
+def test_the_audio_track_of_a_video_is_decoded_and_a_video_without_one_is_refused():
+    data = video_file(with_audio=True)
     assert sniff_modality(data) == MODALITIES["audio"]
     assert load_media(data).content_hash == load_media(encode("mp4")).content_hash
     with pytest.raises(MediaError, match="no audio track"):
-        load_media(video(with_audio=False))
+        load_media(video_file(with_audio=False))
 
 
-def test_the_default_track_is_taken_else_the_first():
+def test_the_default_track_is_decoded_or_else_the_first():
     loud, quiet = clip(level=0.5), clip(level=0.05)
     assert np.abs(load_media(encode("mkv", loud, quiet)).samples).max() > 0.4
     assert np.abs(load_media(encode("mkv", quiet, loud)).samples).max() < 0.1
@@ -120,7 +120,7 @@ def test_truncated_containers_are_refused(name, kept):
         load_media(data[: int(len(data) * kept)])
 
 
-def test_an_index_in_front_does_not_hide_that_the_end_is_missing():
+def test_truncation_is_detected_if_the_index_is_in_front():
     data = encode("m4a", movflags="faststart")
     assert data.index(b"moov") < data.index(b"mdat")
     assert len(load_media(data).samples) == 16384
@@ -128,7 +128,7 @@ def test_an_index_in_front_does_not_hide_that_the_end_is_missing():
         load_media(data[: len(data) * 3 // 4])
 
 
-def test_a_live_recording_without_lengths_is_read_to_its_end():
+def test_a_live_recording_without_lengths_is_fully_decoded():
     data = encode("webm", live="1")
     assert len(load_media(data).samples) == 48000
     cut = data[: data.rindex(b"\x1f\x43\xb6\x75")] if data.count(b"\x1f\x43\xb6\x75") > 1 else data
@@ -136,25 +136,25 @@ def test_a_live_recording_without_lengths_is_read_to_its_end():
 
 
 @pytest.mark.parametrize("kept", [0.3, 0.71])
-def test_raw_aac_claims_no_length_and_is_read_as_far_as_it_goes(kept):
+def test_raw_aac_has_no_declared_length_and_is_decoded_to_its_end(kept):
     data = encode("adts")
     assert abs(len(load_media(data[: int(len(data) * kept)]).samples) - kept * 17408) < 2 * 1024
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_claimed_length_is_checked_before_decoding_and_the_real_one_while_decoding(name, monkeypatch):
+def test_the_declared_length_is_checked_before_decoding_and_the_real_one_while_decoding(name, monkeypatch):
     data = encode(name)
     with pytest.raises(MediaError, match=r"lasts (0\.[45]|1\.\d) s, more than the allowed 0.4 s"):
         load_media(data, MediaLimits(max_duration_s=0.4))
     with pytest.raises(MediaError, match="at most 4000 are allowed"):
         load_media(data, MediaLimits(max_samples=4000))
-    if name not in ("webm", "mkv", "adts"):  # these have no length of the audio track
+    if name not in ("webm", "mkv", "adts"):  # these declare no length of the audio track
         monkeypatch.setattr(audio, "_decode_track", lambda *_, **__: pytest.fail("decoded before the check"))
         with pytest.raises(MediaError, match="more than the allowed 0.4 s"):
             load_media(data, MediaLimits(max_duration_s=0.4))
 
 
-def test_a_container_that_claims_one_second_may_not_hold_more_than_is_allowed():
+def test_a_container_that_declares_one_second_is_still_limited():
     data = bytearray(encode("m4a", clip(60), use_editlist="0"))
     for kind, offset in ((b"mvhd", 20), (b"tkhd", 24), (b"mdhd", 20)):  # durations, after type and version
         at = data.index(kind) + offset
@@ -168,7 +168,7 @@ def test_a_container_that_claims_one_second_may_not_hold_more_than_is_allowed():
         load_media(bytes(data), MediaLimits(max_duration_s=5))
 
 
-def test_a_container_that_claims_ten_hours_is_refused_unread():
+def test_a_container_that_declares_ten_hours_is_refused():
     data = bytearray(encode("m4a", use_editlist="0"))
     at = data.index(b"stts") + 8
     data[at + 8 : at + 12] = (36_000 * RATE).to_bytes(4, "big")  # the duration of the first packets
@@ -178,7 +178,7 @@ def test_a_container_that_claims_ten_hours_is_refused_unread():
         load_media(bytes(data))
 
 
-def test_a_live_recording_that_claims_ten_hours_lasts_as_long_as_it_does():
+def test_the_declared_length_of_a_webm_file_is_ignored():
     data = encode("webm")
     at = data.index(b"\x44\x89\x88")
     claimed = data[: at + 3] + struct.pack(">d", 36_000_000.0) + data[at + 11 :]  # ms
@@ -186,7 +186,7 @@ def test_a_live_recording_that_claims_ten_hours_lasts_as_long_as_it_does():
 
 
 @pytest.mark.parametrize("count", [10_000_000, 4_000_000_000])
-def test_tables_without_entries_cannot_claim_millions_of_packets(count):
+def test_tables_without_entries_cannot_declare_millions_of_packets(count):
     data = bytearray(encode("m4a"))
     at = data.index(b"stsz") + 8
     data[at : at + 8] = struct.pack(">II", 1, count)
@@ -195,7 +195,7 @@ def test_tables_without_entries_cannot_claim_millions_of_packets(count):
 
 
 @pytest.mark.parametrize("header", [b"moov", b"moof"])
-def test_fragments_cannot_claim_millions_of_packets(header):
+def test_fragments_cannot_declare_millions_of_packets(header):
     run = box(b"trun", struct.pack(">II", 0, 100_000_000))
     data = box(b"ftyp", b"isom" + bytes(4)) + box(header, box(b"traf", run))
     with pytest.raises(MediaError, match="claims 100000000 packets"):
@@ -214,8 +214,8 @@ def test_many_streams_are_refused():
         load_media(with_elements(data, element(b"\x16\x54\xae\x6b", track * 1_000)))
 
 
-def test_metadata_costs_little():
-    """FFmpeg compares each tag with all others: a megabyte of them would take minutes."""
+def test_excessive_metadata_is_refused_quickly():
+    """FFmpeg compares each tag with all others, so a megabyte of tags takes minutes."""
     name = element(b"\x45\xa3", b"name")
     tags = element(b"\x73\x73", *[element(b"\x67\xc8", name) for _ in range(50_000)])
     items = [box(b"----", box(b"name", bytes(4), b"%d" % i), box(b"data", bytes(8))) for i in range(50_000)]
@@ -237,16 +237,16 @@ def test_references_to_other_files_are_not_followed(tmp_path):
     data = encode("m4a")
     at = data.index(b"dref") - 4
     size = int.from_bytes(data[at : at + 4], "big")
-    url = box(b"url ", bytes(4), f"file://{target}".encode() + b"\0")  # flags 0: the data are elsewhere
+    url = box(b"url ", bytes(4), f"file://{target}".encode() + b"\0")  # flags 0: the media data are in another file
     alis = box(b"alis", bytes(4), bytes(200))
     for entry in (url, alis):
         dref = box(b"dref", bytes(4), struct.pack(">I", 1), entry)
         changed = bytearray(data[:at] + dref + data[at + size :])
-        for kind in (b"moov", b"trak", b"mdia", b"minf", b"dinf"):  # all of them grow
+        for kind in (b"moov", b"trak", b"mdia", b"minf", b"dinf"):  # the parents grow, too
             begin = changed.index(kind) - 4
             grown = int.from_bytes(changed[begin : begin + 4], "big") + len(dref) - size
             changed[begin : begin + 4] = grown.to_bytes(4, "big")
-        assert load_media(bytes(changed)).content_hash == load_media(data).content_hash  # of its own bytes
+        assert load_media(bytes(changed)).content_hash == load_media(data).content_hash  # only its own bytes were read
 
 
 @pytest.mark.parametrize(
@@ -262,8 +262,8 @@ def test_references_to_other_files_are_not_followed(tmp_path):
     ids=["hls", "concat", "dash", "sdp", "srt", "ass"],
 )
 @pytest.mark.parametrize("prefix", [b"", b"ID3\3\0\0\0\0\0\0", b"\x1aE\xdf\xa3", b"\0\0\0\x10ftypM4A \0\0\0\0"])
-def test_playlists_and_subtitles_are_never_read_as_such(content, prefix, monkeypatch):
-    monkeypatch.setattr(audio, "_refuse_to_open", lambda *_: pytest.fail("another file was asked for"))
+def test_playlists_and_subtitles_are_never_parsed(content, prefix, monkeypatch):
+    monkeypatch.setattr(audio, "_refuse_to_open", lambda *_: pytest.fail("FFmpeg tried to open another file"))
     with pytest.raises(MediaError):
         load_media(prefix + content)
 
@@ -297,7 +297,7 @@ def test_random_damage_ends_in_samples_or_a_named_error(name):
             assert "<none>" not in str(error)
 
 
-def test_nothing_is_imported_before_it_is_needed_and_nothing_is_logged():
+def test_pyav_is_imported_on_first_use_and_logs_nothing():
     code = (
         "import sys, mmlora.processors.media.decoding as decoding\n"
         "assert 'av' not in sys.modules\n"
@@ -312,8 +312,8 @@ def test_nothing_is_imported_before_it_is_needed_and_nothing_is_logged():
         assert run.stdout.split()[0] == str(FFMPEG_SAMPLES[name]).encode()
 
 
-def test_limits_of_tables_leave_room_for_what_is_allowed():
-    """Ten minutes of AAC at 96 kHz next to a video of 120 pictures a second."""
+def test_the_packet_limit_allows_the_longest_clips():
+    """Ten minutes of AAC at 96 kHz and a video track of 120 frames per second."""
     assert containers.MAX_MP4_SAMPLES / 10 > 600 * 96_000 / 1024 + 600 * 120
 
 

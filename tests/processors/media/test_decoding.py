@@ -1,4 +1,4 @@
-"""What a piece of content is, is decided by what it is; limits come before decoding."""
+"""`load_media`: content decides about the modality, and limits are checked before decoding."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def test_image_files_are_images(format, picture, encode_image):
 @pytest.mark.parametrize(
     "data, named",
     [
-        (b"hello, I am no picture", "text"),
+        (b"hello, I am not an image", "text"),
         ("\ufeffhällo".encode("utf-16"), "neither"),
         (b"BM is how this sentence begins", "text"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "text"),
@@ -53,7 +53,7 @@ def test_image_files_are_images(format, picture, encode_image):
     ],
     ids=["text", "utf16", "BM-text", "svg", "heic", "avif", "aiff", "amr", "wma", "avi", "pdf", "empty"],
 )
-def test_other_bytes_are_refused_by_name(data, named):
+def test_unsupported_files_are_refused_by_name(data, named):
     assert sniff_modality(data) is None
     with pytest.raises(MediaError, match=named):
         load_media(data)
@@ -76,7 +76,7 @@ def test_other_bytes_are_refused_by_name(data, named):
         ({"array": [0.0]}, "dict"),
     ],
 )
-def test_other_objects_are_refused_by_name(content, named):
+def test_unsupported_objects_are_refused_by_name(content, named):
     with pytest.raises(MediaError, match=named):
         load_media(content)
 
@@ -96,7 +96,7 @@ def test_expected_modality_is_enforced_and_both_are_named(encode_audio, encode_i
     assert load_media(picture(), expected="image").modality == "image"
 
 
-def test_equal_content_has_equal_hashes_whatever_the_container(tone, picture, encode_audio, encode_image):
+def test_hashes_depend_on_the_content_and_not_on_the_container(tone, picture, encode_audio, encode_image):
     samples = np.round(tone() * 32767).astype(np.int16)
     wav, flac = (load_media(encode_audio(samples, format=f)) for f in ("WAV", "FLAC"))
     assert wav.content_hash == flac.content_hash == load_media((samples, 16000)).content_hash
@@ -108,7 +108,7 @@ def test_equal_content_has_equal_hashes_whatever_the_container(tone, picture, en
     assert load_media(square).content_hash != load_media(wide).content_hash
 
 
-def test_items_do_not_change_with_what_they_were_made_of(tone, picture):
+def test_items_are_independent_copies(tone, picture):
     samples, image = tone(), picture()
     audio, photo = load_media((samples, 16000)), load_media(image)
     samples[:] = 0

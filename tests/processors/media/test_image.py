@@ -1,4 +1,4 @@
-"""Orientation, alpha, palettes, depths, limits and damage of pictures."""
+"""Images: orientation, alpha, palettes, bit depths, limits and damaged files."""
 
 import hashlib
 import io
@@ -29,7 +29,7 @@ def test_exif_orientation_is_applied(orientation, encode_image):
     assert item.image.tobytes() == upright.tobytes()
 
 
-# The inverse of what each EXIF orientation asks a viewer to do.
+# The inverse of the transformation that each EXIF orientation requires of a viewer.
 _UNDO = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -42,13 +42,13 @@ _UNDO = {
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_damaged_exif_leaves_the_picture_usable(encode_image, picture):
+def test_damaged_exif_is_ignored(encode_image, picture):
     data = encode_image(picture(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\xff" * 40)
     assert load_media(data).image.size == (60, 40)
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP"])
-def test_alpha_lies_on_white(format, encode_image):
+def test_alpha_is_composited_on_white(format, encode_image):
     image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     image.paste((0, 0, 0, 128), (4, 0, 8, 8))
     item = load_media(encode_image(image, format, **({"lossless": True} if format == "WEBP" else {})))
@@ -56,11 +56,11 @@ def test_alpha_lies_on_white(format, encode_image):
     assert pixel(item, (6, 2)) == (127, 127, 127)
 
 
-def test_gray_alpha_lies_on_white(encode_image):
+def test_gray_alpha_is_composited_on_white(encode_image):
     assert pixel(load_media(encode_image(Image.new("LA", (8, 8), (0, 0))))) == (255, 255, 255)
 
 
-def test_transparent_palette_entry_lies_on_white(encode_image):
+def test_transparent_palette_entry_is_composited_on_white(encode_image):
     image = Image.new("P", (8, 8), 1)
     image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
     assert pixel(load_media(encode_image(image))) == (0, 255, 0)
@@ -91,7 +91,7 @@ def test_float_images_are_refused_by_mode():
         load_media(Image.fromarray(np.full((8, 8), 70000, np.int32)))
 
 
-def test_first_frame_of_an_animation_is_taken(encode_image):
+def test_the_first_frame_of_an_animation_is_decoded(encode_image):
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     for format in ("GIF", "WEBP"):
         data = encode_image(frames[0], format, save_all=True, append_images=frames[1:], duration=50)
@@ -141,7 +141,7 @@ def test_an_image_without_pixels_is_refused():
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
-def test_a_picture_of_several_strips_is_the_same_as_in_one_piece(mode):
+def test_strips_do_not_change_the_image(mode):
     pixels = np.random.default_rng(0).integers(0, 256, (900, 1500, 4), dtype=np.uint8)
     rgba = Image.fromarray(pixels)
     given = rgba.convert(mode) if mode != "P" else rgba.convert("RGB").quantize(64)
@@ -155,7 +155,7 @@ def test_a_picture_of_several_strips_is_the_same_as_in_one_piece(mode):
     assert item.content_hash == digest
 
 
-def test_strips_make_up_a_picture():
+def test_strips_cover_the_image():
     for width, height in [(1, 1), (1500, 900), (2**21, 3), (3, 2**20)]:
         boxes = list(strips(width, height))
         assert [box[1] for box in boxes] == [0, *[box[3] for box in boxes[:-1]]] and boxes[-1][3] == height
