@@ -94,7 +94,7 @@ class LoRAResolution:
             ResolverError: a resolver failed and no other found the adapter, or too many names are being resolved.
         """
         if not is_lora_name(lora_name):
-            raise AdapterNotFound(f"no resolver is asked for an adapter called {shorten(lora_name)}")
+            raise AdapterNotFound(f"the adapter name {shorten(lora_name)} is not allowed, so no resolver is asked")
         future = asyncio.run_coroutine_threadsafe(self._join(lora_name), resolver_loop())
         outcome = await asyncio.wrap_future(future)
         if isinstance(outcome, _Miss):
