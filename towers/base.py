@@ -1,6 +1,6 @@
 """Interface of the engine to a model's towers and connectors, and the layout of a prompt that they define."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -41,21 +41,23 @@ class PromptLayout:
 
 
 class Towers(Protocol):
-    """Towers and connectors of a multimodal model: from processed media to embeddings of the language model."""
+    """Towers and connectors of a multimodal model: from processed media to embeddings of the language model.
+
+    Attributes:
+        modalities: supported modalities.
+        joint_modes: encoding modes in prompts with several modalities, by modality. In other prompts, and for other
+            modalities, the mode is the modality. Embeddings are cached per mode.
+        num_position_rows: 1, or 3 for multimodal RoPE: time, height and width.
+        has_token_inputs: the decoder takes more per token than its embedding, even without media.
+    """
 
     modalities: frozenset[str]
-    num_position_rows: int  # 1, or 3 for multimodal RoPE: time, height and width
-    has_token_inputs: bool  # the decoder takes more per token than its embedding, even without media
+    joint_modes: Mapping[str, str]
+    num_position_rows: int
+    has_token_inputs: bool
 
     def part_of(self, module_name: str) -> str:
         """Return the part of a module: `language_model`, `connector`, `vision_tower` or `audio_tower`."""
-        ...
-
-    def mode(self, modality: str, modalities: Iterable[str]) -> str:
-        """Return how media of `modality` are encoded in a prompt with media of `modalities`.
-
-        Encoded media are cached per mode.
-        """
         ...
 
     def layout(self, token_ids: Sequence[int], media: Sequence[tuple[int, ProcessedMedia]]) -> PromptLayout:

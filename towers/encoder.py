@@ -25,7 +25,7 @@ class EncoderJob:
 
     Attributes:
         media: the item.
-        mode: of `Towers.mode`.
+        mode: encoding mode, see `Towers.joint_modes`.
         slot: LoRA slot of an adapter with tower or connector tensors; None for the base towers.
         key: identity of the embeddings, see `encoder_key`.
     """
@@ -43,7 +43,7 @@ def encoder_key(
 
     Args:
         media: the item; its content hash covers the processor options.
-        mode: of `Towers.mode`.
+        mode: encoding mode, see `Towers.joint_modes`.
         media_digest: of the adapter's tower and connector tensors, None for the base towers.
         cache_salt: of the request; only requests with the same salt share embeddings.
     """

@@ -1,7 +1,7 @@
 """`GeneralTowers`: any family with `get_image_features` or `get_audio_features` in `transformers`."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -27,6 +27,7 @@ class GeneralTowers:
     """
 
     modalities: frozenset[str]
+    joint_modes: Mapping[str, str] = {}
     has_token_inputs = False
 
     def __init__(self, model: Any, *, bidirectional: str | None = None, first_position: int = 0) -> None:
@@ -52,10 +53,6 @@ class GeneralTowers:
         prefixes = (prefix for prefix in self._parts if f"{module_name}.".startswith(prefix))
         longest = max(prefixes, key=len, default=None)
         return self._parts[longest] if longest is not None else "connector"
-
-    def mode(self, modality: str, modalities: Iterable[str]) -> str:
-        """Return the modality: the other media of the prompt make no difference."""
-        return modality
 
     def layout(self, token_ids: Sequence[int], media: Sequence[tuple[int, ProcessedMedia]]) -> PromptLayout:
         """See `Towers.layout`; positions come from the model's `get_rope_index` where it has one."""

@@ -5,7 +5,7 @@ placeholders only. Speech has two projections; the second is for prompts that al
 Source: https://huggingface.co/microsoft/Phi-4-multimodal-instruct
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ class Phi4MultimodalTowers(GeneralTowers):
         model: the loaded model.
     """
 
+    joint_modes: Mapping[str, str] = {"audio": "vision"}  # the projection for audio in a prompt with an image
+
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self.modalities = frozenset({"audio", "image"})
@@ -34,10 +36,6 @@ class Phi4MultimodalTowers(GeneralTowers):
     def part_of(self, module_name: str) -> str:
         """See `Towers.part_of`."""
         return next((part for name, part in MODULE_PARTS.items() if name in f"{module_name}."), "language_model")
-
-    def mode(self, modality: str, modalities: Iterable[str]) -> str:
-        """Return the projection: for audio `speech`, or `vision` in a prompt with an image."""
-        return {"image": "image", "audio": "vision" if "image" in modalities else "speech"}[modality]
 
     def encode(self, modality: str, mode: str, items: Sequence[ProcessedMedia]) -> list[torch.Tensor]:
         """See `Towers.encode`."""
@@ -50,5 +48,6 @@ class Phi4MultimodalTowers(GeneralTowers):
         if modality == "image":
             embeds = extend.image_embed(ids, blank, **self.batch_tensors(items))
         else:
-            embeds = extend.audio_embed(ids, blank, audio_projection_mode=mode, **self.batch_tensors(items))
+            projection = "vision" if mode == "vision" else "speech"
+            embeds = extend.audio_embed(ids, blank, audio_projection_mode=projection, **self.batch_tensors(items))
         return list(embeds[0].split([item.num_tokens for item in items]))

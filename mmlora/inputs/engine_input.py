@@ -25,9 +25,9 @@ class MediaInput:
     Attributes:
         media: its tensors.
         start: index of its first placeholder token in the prompt.
-        mode: projection mode of the tower.
+        mode: encoding mode, see `Towers.joint_modes`.
         encoder_key: key in the encoder cache. It contains everything that the embeddings depend on (content,
-            processor options, projection mode, the adapter's tower part) and the request's cache salt.
+            processor options, encoding mode, the adapter's tower part) and the request's cache salt.
     """
 
     media: ProcessedMedia

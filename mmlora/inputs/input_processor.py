@@ -297,11 +297,11 @@ class InputProcessor:
     ) -> tuple[MediaInput, ...]:
         media_digest = adapter.media_digest if adapter is not None else None
         modalities = {item.modality for item in processed}
+        joint_modes = self._towers.joint_modes if self._towers is not None else {}
         media = []
         for place in ranges:
-            assert self._towers is not None
             item = processed[place.media_index]
-            mode = self._towers.mode(item.modality, modalities)
+            mode = item.modality if len(modalities) == 1 else joint_modes.get(item.modality, item.modality)
             media.append(MediaInput(item, place.start, mode, encoder_key(item, mode, media_digest, salt)))
         return tuple(media)
 

@@ -44,7 +44,7 @@ class TranscriptionPrompt:
     language_separator: str | None = None
 
 
-PROMPT_KEYS: Final = ("transcribe", "transcribe_in", "translate", "languages", "takes_context")
+PROMPT_FIELDS: Final = ("transcribe", "transcribe_in", "translate", "languages", "takes_context")
 
 PHI4_MULTIMODAL: Final = TranscriptionPrompt(
     "Transcribe the audio clip into text.",
@@ -96,7 +96,7 @@ def read_checkpoint_prompt(content: Any) -> TranscriptionPrompt:
     """Read the `transcription_prompt` of a checkpoint's `generation_config.json`.
 
     Args:
-        content: the fields of `TranscriptionPrompt` in `PROMPT_KEYS`, by name.
+        content: the fields of `TranscriptionPrompt` in `PROMPT_FIELDS`, by name.
 
     Raises:
         ConfigError: a field is unknown, missing or of the wrong type.
@@ -104,8 +104,8 @@ def read_checkpoint_prompt(content: Any) -> TranscriptionPrompt:
     if not isinstance(content, dict) or "transcribe" not in content:
         raise ConfigError(f"{PROMPT_FIELD} is {content!r}; it must be an object with 'transcribe'")
     for name, value in content.items():
-        if name not in PROMPT_KEYS:
-            raise ConfigError(f"{PROMPT_FIELD} has the unknown field {name!r}; allowed are {', '.join(PROMPT_KEYS)}")
+        if name not in PROMPT_FIELDS:
+            raise ConfigError(f"{PROMPT_FIELD} has the unknown field {name!r}; allowed are {', '.join(PROMPT_FIELDS)}")
         if name == "languages":
             is_valid = isinstance(value, list) and all(isinstance(code, str) and code in LANGUAGES for code in value)
             allowed = "a list of ISO 639-1 codes"

@@ -14,9 +14,6 @@ class _Towers:
     def part_of(self, module_name: str) -> str:
         return "audio_tower"
 
-    def mode(self, modality: str, modalities: object) -> str:
-        return modality
-
     def encode(self, modality: str, mode: str, items: list[ProcessedMedia]) -> list[torch.Tensor]:
         return [torch.full((3, 4), float(len(item.content_hash))) for item in items]
 
