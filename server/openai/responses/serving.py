@@ -28,30 +28,30 @@ class ResponsesService(GenerationService):
         self._defaults = llm.default_sampling_params()
 
     def _parse(self, request: Request, body: bytes, caller: str) -> Generation:
-        asked = ResponsesRequest.parse(body)
-        messages = as_messages(asked.instructions, asked.input)
-        choice, parser = asked.tooling, None
-        options = asked.sampling_options()
+        fields = ResponsesRequest.parse(body)
+        messages = as_messages(fields.instructions, fields.input)
+        choice, parser = fields.tooling, None
+        options = fields.sampling_options()
         if choice is not None:
             options |= self._tool_calling.sampling_options(choice)
             parser = self._tool_calling.new_parser(choice)
         prompt = self._llm.input_processor.chat_prompt(
             messages,
-            chat_template_kwargs=asked.chat_template_kwargs,
+            chat_template_kwargs=fields.chat_template_kwargs,
             tools=list(choice.tools.values()) if choice is not None else None,
-            mm_processor_kwargs=asked.mm_processor_kwargs,
-            cache_salt=asked.cache_salt,
+            mm_processor_kwargs=fields.mm_processor_kwargs,
+            cache_salt=fields.cache_salt,
             caller=caller,
         )
         request_id = f"resp_{uuid.uuid4().hex}"
         items = OutputItems(parser, self._tool_calling.new_call_id)
         return Generation(
             request_id,
-            asked.model,
-            asked.lora,
+            fields.model,
+            fields.lora,
             prompt,
             self._llm.default_sampling_params(**options),
-            ResponseObjectBuilder(request_id, asked.model or self._models.base_name, asked, self._defaults, items),
-            is_stream=bool(asked.stream),
-            priority=asked.priority or 0,
+            ResponseObjectBuilder(request_id, fields.model or self._models.base_name, fields, self._defaults, items),
+            is_stream=bool(fields.stream),
+            priority=fields.priority or 0,
         )

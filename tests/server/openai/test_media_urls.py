@@ -187,10 +187,10 @@ def test_media_are_counted_before_any_is_fetched(server: RunningServer, web: Web
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_fetching_stops_when_the_client_disconnects(server: RunningServer, stream: bool) -> None:
-    asked, left = threading.Event(), threading.Event()
+    is_requested, left = threading.Event(), threading.Event()
 
     def never_end(connection: Any) -> None:
-        asked.set()
+        is_requested.set()
         try:
             connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
             while True:
@@ -203,7 +203,7 @@ def test_fetching_stops_when_the_client_disconnects(server: RunningServer, strea
         body = {"messages": [{"role": "user", "content": [image_part(web.url("/"))]}], "stream": stream}
         with pytest.raises(httpx.ReadTimeout):
             client.post(f"{server.address}/v1/chat/completions", json=body, timeout=httpx.Timeout(30, read=1))
-        assert asked.is_set()
+        assert is_requested.is_set()
         client.close()
         assert left.wait(20)  # the fetch timeout is a minute
     wait_until_idle(server)

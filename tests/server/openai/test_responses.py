@@ -62,14 +62,14 @@ def test_a_response_equals_the_chat_completion_of_the_same_conversation(
     server: RunningServer, wav: bytes, png: bytes
 ) -> None:
     """Compare tokens, log probabilities and token counts; equal counts show that the prompts are equal."""
-    asked = [
+    cases = [
         ("what is it?", [text_part("what is it?")]),
         (user(QUESTION), [text_part("what is it?")]),
         (user(QUESTION, QUESTION), [text_part("what is it?"), text_part("what is it?")]),
         (user(input_audio_part(wav), QUESTION), [input_audio_part(wav), text_part("what is it?")]),
         (user(image_part(png), QUESTION), [url_part("image_url", png, "image/png"), text_part("what is it?")]),
     ]
-    for given, parts in asked:
+    for given, parts in cases:
         chat = server.ask(*parts, max_tokens=8, logprobs=True, top_logprobs=2)
         response = respond(server, given, max_output_tokens=8, include=[LOGPROBS], top_logprobs=2).to_dict()
         message, choice = response["output"][0], chat["choices"][0]  # type: ignore[index]

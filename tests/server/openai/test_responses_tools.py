@@ -187,8 +187,8 @@ def test_the_stream_helper_of_the_client_returns_the_whole_response(
     calls = [item for item in final.output if item.type == "function_call"]
     outputs = [{"type": "function_call_output", "call_id": call.call_id, "output": "3"} for call in calls]
     say("Thanks.")
-    asked: list[Any] = [{"role": "user", "content": "go"}, *final.output, *outputs]
-    assert items_of(respond(server, asked, **FREE)) == [("Thanks.", "completed")]
+    conversation: list[Any] = [{"role": "user", "content": "go"}, *final.output, *outputs]
+    assert items_of(respond(server, conversation, **FREE)) == [("Thanks.", "completed")]
 
 
 def test_an_output_without_text_is_an_empty_message(server: RunningServer, say: Callable[[str], None]) -> None:
@@ -253,19 +253,18 @@ def test_tools_calls_and_outputs_reach_the_template(server: RunningServer, monke
 
 
 def test_calls_and_their_outputs_are_sent_back(server: RunningServer) -> None:
-    asked: list[Any] = [{"role": "user", "content": "go"}]
+    conversation: list[Any] = [{"role": "user", "content": "go"}]
     options: dict[str, Any] = {**FREE, "tools": TOOLS[:1], "tool_choice": NAMED, "extra_body": {"seed": 3}}
-    first = respond(server, asked, **options)
+    first = respond(server, conversation, **options)
     (call,) = first.output
     assert call.type == "function_call" and first.status == "completed" and first.usage
-    asked += [call, {"type": "function_call_output", "call_id": call.call_id, "output": "three"}]
-    second = respond(server, asked, **options)
+    conversation += [call, {"type": "function_call_output", "call_id": call.call_id, "output": "three"}]
+    second = respond(server, conversation, **options)
     expected = json.dumps(json.loads(call.arguments)) + "three"  # every character is a token
     assert second.usage and second.usage.input_tokens > first.usage.input_tokens + len(expected)
-    asked = asked[:-1] + [{**asked[-1], "call_id": "another"}]
-    assert refused(server, input=[item if isinstance(item, dict) else item.to_dict() for item in asked])["param"] == (
-        "input[2].call_id"
-    )
+    conversation = conversation[:-1] + [{**conversation[-1], "call_id": "another"}]
+    items = [item if isinstance(item, dict) else item.to_dict() for item in conversation]
+    assert refused(server, input=items)["param"] == ("input[2].call_id")
 
 
 def test_text_is_kept_without_a_tool_choice(server: RunningServer, say: Callable[[str], None]) -> None:

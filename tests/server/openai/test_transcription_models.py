@@ -116,11 +116,11 @@ def outputs(*texts: str) -> list[RequestOutput]:
     ],
 )
 def test_the_detected_language_is_cut_from_the_text(texts: tuple[str, ...], deltas: list[str], language: str) -> None:
-    asked = TranscriptionTask("transcribe", "verbose_json", False, None, 1.0, "<asr_text>")
-    whole = TranscriptionBuilder(asked).complete(outputs(*texts))
+    task = TranscriptionTask("transcribe", "verbose_json", False, None, 1.0, "<asr_text>")
+    whole = TranscriptionBuilder(task).complete(outputs(*texts))
     assert (whole["text"], whole["language"]) == ("".join(deltas), language)
-    answer = TranscriptionBuilder(asked)
-    events = [json.loads(event[6:]) for output in outputs(*texts) for event in answer.events(output)]
+    builder = TranscriptionBuilder(task)
+    events = [json.loads(event[6:]) for output in outputs(*texts) for event in builder.events(output)]
     assert [event["delta"] for event in events] == deltas
-    done = json.loads(next(answer.last_events())[6:])
+    done = json.loads(next(builder.last_events())[6:])
     assert done["text"] == whole["text"] and done["usage"]["output_tokens"] == len(texts)

@@ -127,7 +127,7 @@ def test_log_probabilities_equal_those_of_a_chat(server: RunningServer, wav: byt
 
 
 def test_adapters_are_chosen_and_reported_as_in_chats(server: RunningServer, wav: bytes) -> None:
-    asked: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({}, {}),
         ({"model": "audio"}, {"model": "audio"}),
         ({"model": "words"}, {"model": "words"}),
@@ -136,7 +136,7 @@ def test_adapters_are_chosen_and_reported_as_in_chats(server: RunningServer, wav
         ({"extra": {"lora": '[{"name": "words", "scale": 0.5}]'}}, {"lora": [{"name": "words", "scale": 0.5}]}),
     ]
     texts = []
-    for options, chat_options in asked:
+    for options, chat_options in cases:
         found, expected = transcribe(server, wav, **options), chat(server, wav, TRANSCRIBE, **chat_options)
         assert found.to_dict()["lora"] == expected["lora"]
         assert found.text == expected["choices"][0]["message"]["content"]
