@@ -117,8 +117,8 @@ class AsyncLLM:
         self.args = args
         self.tokenizer = engine.tokenizer
         self.input_processor = engine.input_processor
-        self.processor = engine.processor
-        self.media = engine.media
+        self.processor = engine.input_processor.processor
+        self.media = engine.input_processor.media
         self.max_model_len = engine.max_model_len
         self.vocab_size = self.input_processor.vocab_size
         self.transcription_prompt = engine.transcription_prompt

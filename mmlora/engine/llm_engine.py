@@ -29,8 +29,6 @@ from mmlora.inputs.input_processor import Prompt
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.store.manager import LoRAInfo, LoRAManager
 from mmlora.outputs import RequestOutput
-from mmlora.processors.base import MultiModalProcessor
-from mmlora.processors.fetch.loader import MediaLoader
 from mmlora.sampling_params import SamplingParams
 from mmlora.towers.encoder import EncoderJob
 
@@ -139,16 +137,6 @@ class LLMEngine(LoRAMethods):
         return self._lora
 
     @property
-    def processor(self) -> MultiModalProcessor | None:
-        """The model's media processor; None for a text-only model."""
-        return self.input_processor.processor
-
-    @property
-    def media(self) -> MediaLoader:
-        """Loader of the media that requests carry or refer to."""
-        return self.input_processor.media
-
-    @property
     def metrics(self) -> EngineMetrics:
         """A snapshot of all metrics. Thread-safe."""
         return measure(
@@ -163,14 +151,14 @@ class LLMEngine(LoRAMethods):
 
     def summary(self) -> EngineSummary:
         """Return what the engine has loaded."""
-        model, cache = self.runner.model, self.runner.kv_cache
+        model, cache, processor = self.runner.model, self.runner.kv_cache, self.input_processor.processor
         towers = self.runner.encoder.towers if self.runner.encoder is not None else None
         num_parameters: Counter[str] = Counter()
         for name, parameter in model.named_parameters():
             num_parameters[towers.part_of(name) if towers is not None else "language_model"] += parameter.numel()
         return EngineSummary(
             model_class=type(model).__name__,
-            modalities=tuple(sorted(self.processor.modalities)) if self.processor is not None else (),
+            modalities=tuple(sorted(processor.modalities)) if processor is not None else (),
             num_parameters=num_parameters,
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(self.runner.device),

@@ -1,5 +1,6 @@
 """Loading of an engine: model, processor, towers, adapters, KV cache and scheduler, in this order."""
 
+import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,6 @@ from mmlora.inputs.adapter_policy import parse_defaults
 from mmlora.inputs.input_processor import InputProcessor
 from mmlora.lora.adapter import Adapter
 from mmlora.lora.layers.slots import LoRASlots
-from mmlora.lora.loading.files import AdapterFiles
 from mmlora.lora.loading.load import load_adapter
 from mmlora.lora.loading.module_index import ModuleIndex
 from mmlora.lora.request import LoRARequest
@@ -100,7 +100,14 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
     adapters = LoadedAdapters()
     if args.enable_lora:
         index = ModuleIndex(model, towers.part_of if towers is not None else None, get_key_mapping(path))
-        adapters = _load_adapters(args, model, _adapter_loader(args, index, dtype), device, default_paths, path)
+        load = functools.partial(
+            load_adapter,
+            index=index,
+            dtype=dtype,
+            max_lora_rank=args.max_lora_rank,
+            allow_media_parts=args.enable_tower_connector_lora,
+        )
+        adapters = _load_adapters(args, model, load, device, default_paths, path)
     num_blocks = num_kv_blocks(args, backend.block_bytes(layout), kv_cache_bytes(args, device), max_model_len)
     kv_cache = backend.allocate(layout, num_blocks, device)
     block_manager = BlockManager(num_blocks, args.block_size, enable_prefix_caching=args.enable_prefix_caching)
@@ -161,20 +168,6 @@ def _load_adapters(
     slots = LoRASlots(model, args.max_loras, device)
     lora = LoRAManager(host_cache, slots, [adapter for _, adapter in defaults.values()], registry)
     return LoadedAdapters(host_cache, slots, lora, defaults, default_load_s)
-
-
-def _adapter_loader(args: EngineArgs, index: ModuleIndex, dtype: torch.dtype) -> LoadAdapter:
-    def load(files: AdapterFiles, name: str) -> Adapter:
-        return load_adapter(
-            files,
-            name,
-            index,
-            dtype=dtype,
-            max_lora_rank=args.max_lora_rank,
-            allow_media_parts=args.enable_tower_connector_lora,
-        )
-
-    return load
 
 
 def _load_defaults(
