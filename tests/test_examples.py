@@ -1,4 +1,4 @@
-"""The examples, the demo and the README's Python run as they stand, on the bundled assistant."""
+"""The examples, the demo and the README's Python run on the bundled assistant."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class FamilySpec:
         processor: builds the processor from the tokenizer; None if transformers' own class does not run here.
         modality: of the media.
         targets: `target_modules` of adapters by part, as regular expressions.
-        placeholder: stands for one item in a prompt.
+        placeholder: text of one item in a prompt.
         parameters: raw parameters that take LoRA, by part.
         tokens: special tokens of the family, by attribute of the tokenizer.
         token_kinds: model inputs with one value per token, with the value for a generated token.
