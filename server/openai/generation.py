@@ -13,8 +13,7 @@ from mmlora.server.http.admission import read_body
 from mmlora.server.http.auth import CALLER
 from mmlora.server.lora.served_models import LoRAField, ServedModels
 from mmlora.server.openai.logprobs import check_prompt_logprobs
-from mmlora.server.openai.output import ResponseBuilder, raise_failure
-from mmlora.server.openai.streaming import Outputs, close, respond_with
+from mmlora.server.openai.output import Outputs, ResponseBuilder, close, raise_failure, respond_with
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from mmlora.server.lora.served_models import ServedModels
 from mmlora.server.openai.completions.output import CompletionBuilder
 from mmlora.server.openai.completions.protocol import CompletionRequest, TextOrTokens, parse_completion_request
 from mmlora.server.openai.logprobs import check_prompt_logprobs
-from mmlora.server.openai.output import raise_failure
-from mmlora.server.openai.streaming import Outputs, close, respond_with
+from mmlora.server.openai.output import Outputs, close, raise_failure, respond_with
 
 T = TypeVar("T")
 
