@@ -1,6 +1,6 @@
 """Application: the routes with their request and response models, the middleware and the error handlers."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from fastapi import APIRouter, FastAPI, Request
@@ -12,7 +12,7 @@ from mmlora import __version__
 from mmlora.async_llm import AsyncLLM
 from mmlora.errors import MMLoRAError
 from mmlora.server.args import ServerArgs
-from mmlora.server.bodies import UTF8JSONResponse, body_schema
+from mmlora.server.bodies import UTF8JSONResponse
 from mmlora.server.errors import Refusal, error_response
 from mmlora.server.health import status_routes
 from mmlora.server.http.admission import Admission, AdmissionGate
@@ -26,18 +26,18 @@ from mmlora.server.openai.chat.protocol import ChatCompletionRequest
 from mmlora.server.openai.chat.serving import ChatService
 from mmlora.server.openai.completions.protocol import CompletionRequest
 from mmlora.server.openai.completions.serving import CompletionService
+from mmlora.server.openai.generation import GenerationService
 from mmlora.server.openai.responses.protocol import ResponsesRequest
 from mmlora.server.openai.responses.serving import ResponsesService
 from mmlora.server.openai.schemas import (
     ERRORS,
-    OR_EVENTS,
-    OR_EVENTS_OR_TEXT,
     ChatCompletion,
     Completion,
     ModelCard,
     ModelList,
     ResponseObject,
     Transcription,
+    described,
 )
 from mmlora.server.openai.tools.choice import ToolCalling
 from mmlora.server.openai.transcriptions.protocol import TranscriptionRequest, TranslationRequest
@@ -46,7 +46,6 @@ from mmlora.server.playground import playground_routes
 from mmlora.server.tokenize import token_routes
 
 CLIENT_CLOSED_REQUEST: Final = 499  # for the access log: the client is gone
-FORM: Final = "multipart/form-data"
 
 
 def build_app(
@@ -109,58 +108,23 @@ def generation_routes(
     """
     common = llm, models, max_request_bytes
     tool_calling = ToolCalling(tool_call_parser, llm.input_processor.chat_template.source)
+    chat, response = ChatService(*common, tool_calling), ResponsesService(*common, tool_calling)
+    completion = CompletionService(*common)
+    transcription = TranscriptionService(*common, TranscriptionRequest)
+    translation = TranscriptionService(*common, TranslationRequest)
     routes = APIRouter(prefix="/v1")
 
-    def add(
-        path: str, name: str, respond: Callable[[Request], Awaitable[Response]], description: str, **options: Any
-    ) -> None:
-        routes.add_api_route(path, respond, methods=["POST"], name=name, description=description, **options)
+    def post(path: str, service: GenerationService | CompletionService, description: str, **options: Any) -> None:
+        name = path.strip("/").replace("/", "_")
+        routes.add_api_route(path, service.respond, methods=["POST"], name=name, description=description, **options)
 
-    add(
-        "/chat/completions",
-        "chat_completions",
-        ChatService(*common, tool_calling).respond,
-        "Create a chat completion.",
-        openapi_extra=body_schema(ChatCompletionRequest),
-        response_model=ChatCompletion,
-        responses=OR_EVENTS,
-    )
-    add(
-        "/completions",
-        "completions",
-        CompletionService(*common).respond,
-        "Create completions of prompts.",
-        openapi_extra=body_schema(CompletionRequest),
-        response_model=Completion,
-        responses=OR_EVENTS,
-    )
-    add(
-        "/responses",
-        "responses",
-        ResponsesService(*common, tool_calling).respond,
-        "Create a response.",
-        openapi_extra=body_schema(ResponsesRequest),
-        response_model=ResponseObject,
-        responses=OR_EVENTS,
-    )
-    add(
-        "/audio/transcriptions",
-        "transcriptions",
-        TranscriptionService(*common, TranscriptionRequest).respond,
-        "Transcribe audio.",
-        openapi_extra=body_schema(TranscriptionRequest, FORM),
-        response_model=Transcription,
-        responses=OR_EVENTS_OR_TEXT,
-    )
-    add(
-        "/audio/translations",
-        "translations",
-        TranscriptionService(*common, TranslationRequest).respond,
-        "Translate audio to English.",
-        openapi_extra=body_schema(TranslationRequest, FORM),
-        response_model=Transcription,
-        responses=OR_EVENTS_OR_TEXT,
-    )
+    post("/chat/completions", chat, "Complete a chat.", **described(ChatCompletionRequest, ChatCompletion))
+    post("/completions", completion, "Complete one or several prompts.", **described(CompletionRequest, Completion))
+    post("/responses", response, "Create a response.", **described(ResponsesRequest, ResponseObject))
+    audio = described(TranscriptionRequest, Transcription, is_form=True)
+    post("/audio/transcriptions", transcription, "Transcribe audio.", **audio)
+    audio = described(TranslationRequest, Transcription, is_form=True)
+    post("/audio/translations", translation, "Translate speech to English.", **audio)
     return routes
 
 

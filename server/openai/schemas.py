@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, Field, WithJsonSchema
 
 from mmlora.processors.modalities import MODALITIES
-from mmlora.server.bodies import json_schema
+from mmlora.server.bodies import body_schema, json_schema
 
 JsonSchema = dict[str, Any]
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -313,10 +313,21 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-# For `responses=` of routes: errors, and successful responses that are not JSON.
-Responses = dict[int | str, dict[str, Any]]
 ERROR: Final = {"content": {"application/json": {"schema": json_schema(ErrorResponse)}}}
-ERRORS: Final[Responses] = {"4XX": ERROR, "5XX": ERROR}
+ERRORS: Final[dict[int | str, dict[str, Any]]] = {"4XX": ERROR, "5XX": ERROR}
 EVENTS: Final = {"text/event-stream": {"schema": json_schema(StreamEvent)}}
-OR_EVENTS: Final[Responses] = {200: {"content": EVENTS}}
-OR_EVENTS_OR_TEXT: Final[Responses] = {200: {"content": {**EVENTS, "text/plain": {"schema": {"type": "string"}}}}}
+PLAIN_TEXT: Final = {"text/plain": {"schema": {"type": "string"}}}
+
+
+def described(request: type[BaseModel], response: type[BaseModel], *, is_form: bool = False) -> dict[str, Any]:
+    """Return the options of a generating route that describe its body and response, streams included.
+
+    Args:
+        request: fields of the body, which is JSON or, with `is_form`, a form.
+        response: JSON response; with `is_form`, the response may also be plain text.
+    """
+    return {
+        "openapi_extra": body_schema(request, "multipart/form-data" if is_form else "application/json"),
+        "response_model": response,
+        "responses": {200: {"content": {**EVENTS, **PLAIN_TEXT} if is_form else EVENTS}},
+    }
