@@ -22,7 +22,8 @@ class Modality:
     Attributes:
         name: in requests, options, usage and metrics.
         item_class: of decoded items.
-        formats: encoded formats, by their name in `container_format`.
+        formats: names of the file formats, for errors.
+        recognizes: returns whether a file is of this modality, by its first bytes; names and MIME types are ignored.
         accepts: returns whether an object (not bytes) is content of this modality.
         decode: makes an item of encoded bytes, within limits.
         convert: makes an item of an object that `accepts` takes, within limits.
@@ -35,7 +36,8 @@ class Modality:
 
     name: str
     item_class: type[MediaItem]
-    formats: Mapping[str, str]
+    formats: tuple[str, ...]
+    recognizes: Callable[[bytes], bool]
     accepts: Callable[[object], bool]
     decode: Callable[[bytes, MediaLimits], MediaItem]
     convert: Callable[[Any, MediaLimits], MediaItem]
@@ -49,15 +51,8 @@ class Modality:
 AUDIO: Final = Modality(
     name="audio",
     item_class=AudioItem,
-    formats={
-        "wav": "WAV",
-        "flac": "FLAC",
-        "ogg": "Ogg",
-        "mp3": "MP3",
-        "aac": "AAC",
-        "mp4": "MP4 (M4A)",
-        "matroska": "WebM (Matroska)",
-    },
+    formats=("WAV", "FLAC", "Ogg", "MP3", "AAC", "MP4 (M4A)", "WebM (Matroska)"),
+    recognizes=audio.is_audio_file,
     accepts=audio.is_audio_pair,
     decode=audio.decode_audio,
     convert=audio.audio_from_pair,
@@ -70,7 +65,8 @@ AUDIO: Final = Modality(
 IMAGE: Final = Modality(
     name="image",
     item_class=ImageItem,
-    formats={"png": "PNG", "jpeg": "JPEG", "webp": "WebP", "gif": "GIF", "bmp": "BMP"},
+    formats=("PNG", "JPEG", "WebP", "GIF", "BMP"),
+    recognizes=image.is_image_file,
     accepts=image.is_image_object,
     decode=image.decode_image,
     convert=image.image_from_object,

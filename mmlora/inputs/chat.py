@@ -7,8 +7,7 @@ from typing import Any, Final
 
 from mmlora.errors import RequestError
 from mmlora.inputs.chat_template import ChatTemplate, Message, Part, Tools, Turn
-from mmlora.processors.fetch.loader import MediaReference, PromptMedia
-from mmlora.processors.media.decoding import why_unsupported
+from mmlora.processors.media.loader import MediaReference, PromptMedia, why_unsupported
 from mmlora.processors.modalities import PART_MODALITIES
 from mmlora.utils.text import shorten
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 from jinja2 import TemplateError
 
 from mmlora.errors import ConfigError, RequestError
-from mmlora.processors.fetch.loader import MediaReference
+from mmlora.processors.media.loader import MediaReference
 from mmlora.utils.text import shorten
 
 Message = Mapping[str, Any]

@@ -21,9 +21,15 @@ from mmlora.lora.request import BASE, LoRARequest
 from mmlora.lora.store.host_cache import HostCache
 from mmlora.outputs import LoRAChoice
 from mmlora.processors.base import MultiModalProcessor, ProcessedMedia
-from mmlora.processors.fetch.loader import MediaLoader, PromptMedia
-from mmlora.processors.media.decoding import check_counts, check_decoded_bytes, load_media, why_unsupported
 from mmlora.processors.media.items import MediaItem
+from mmlora.processors.media.loader import (
+    MediaLoader,
+    PromptMedia,
+    check_counts,
+    check_decoded_bytes,
+    load_media,
+    why_unsupported,
+)
 from mmlora.processors.placeholders import PlaceholderRange, expand_placeholders
 from mmlora.sampling_params import SamplingParams
 from mmlora.structured_outputs import ConstraintCompiler, Matcher

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmlora.errors import MediaError
-from mmlora.processors.media.containers import check_container, claimed_mp3_frames, container_format, skip_id3
+from mmlora.processors.media.containers import CONTAINER_CHECKS, claimed_mp3_frames, skip_id3
 from mmlora.processors.media.items import DEFAULT_LIMITS, MediaItem, MediaLimits, is_array, to_numpy
 from mmlora.utils.text import shorten
 
@@ -25,7 +25,12 @@ RESAMPLER = "soxr_hq"
 
 Samples = npt.NDArray[np.float32]
 
-# Decoders that FFmpeg may use, by `container_format`, which is also FFmpeg's name; libsndfile reads the other formats.
+_MAGIC: Final = {b"fLaC": "flac", b"OggS": "ogg", b"ID3": "mp3", b"\x1aE\xdf\xa3": "matroska"}
+# Of images in the MP4 family, such as HEIC and AVIF.
+_IMAGE_BRANDS: Final = frozenset(
+    (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"mif2", b"msf1", b"avif", b"avis", b"crx ")
+)
+# Decoders that FFmpeg may use, by `audio_format`, which is also FFmpeg's name; libsndfile reads the other formats.
 DECODERS: Final[Mapping[str, tuple[str, ...]]] = {
     "mp3": ("mp3float",),
     "aac": ("aac",),
@@ -77,6 +82,21 @@ class AudioItem(MediaItem):
         return self.samples.nbytes
 
 
+def audio_format(data: bytes) -> str | None:
+    """Return the format of an audio file by its magic bytes, or None if it is not a supported one."""
+    head = data[:64]
+    if head.startswith(b"RIFF"):
+        return "wav" if head[8:12] == b"WAVE" else None
+    if head[4:8] == b"ftyp":
+        return None if head[8:12] in _IMAGE_BRANDS else "mp4"
+    return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), _mpeg_audio_format(head))
+
+
+def is_audio_file(data: bytes) -> bool:
+    """Return whether a file is audio of a supported format, by its first bytes."""
+    return audio_format(data) is not None
+
+
 def decode_audio(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> AudioItem:
     """Decode encoded bytes to mono float32; the declared length is checked first, the real one while decoding.
 
@@ -87,8 +107,9 @@ def decode_audio(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> AudioItem
         MediaError: undecodable, truncated, too long, no audio track, no samples, not finite.
     """
     data = skip_id3(data)
-    name = container_format(data) or "mp3"  # behind an ID3 tag; frames may follow padding
-    check_container(data, name)
+    name = audio_format(data) or "mp3"  # after an ID3 tag, padding may precede the first frame
+    if name in CONTAINER_CHECKS:
+        CONTAINER_CHECKS[name](data)
     try:
         samples, rate = _read_ffmpeg(data, name, limits) if name in DECODERS else _read_soundfile(data, limits)
     except ImportError as error:
@@ -168,6 +189,17 @@ def checked_rate(rate: Any) -> int:
         got = repr(rate) if is_number else f"a {type(rate).__name__}"
         raise MediaError(f"sample rate {got}: it must be a whole number of {MIN_RATE} to {MAX_RATE} Hz; {_FORM}")
     return int(rate)
+
+
+def _mpeg_audio_format(head: bytes) -> str | None:
+    """Recognize the header of an MPEG audio layer III frame or of an ADTS frame."""
+    if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
+        return None
+    version, layer, bitrate, rate = head[1] >> 3 & 3, head[1] >> 1 & 3, head[2] >> 4, head[2] >> 2 & 3
+    if layer == 0 and version >= 2:
+        return "aac" if head[2] >> 2 & 15 < 13 else None
+    # Excluding the reserved values also excludes the UTF-16 byte-order mark.
+    return "mp3" if layer == 1 and version != 1 and bitrate != 15 and rate != 3 else None
 
 
 def _read_soundfile(data: bytes, limits: MediaLimits) -> tuple[Samples, int]:

@@ -1,10 +1,11 @@
-"""Recognize file formats by their magic bytes, and check audio containers before a decoder reads them.
+"""Checks of audio containers before a decoder reads them: truncation, and tables that claim far more than their size.
 
-File names and MIME types are ignored.
+libsndfile and FFmpeg decode a truncated file as a shorter one. FLAC and MP3 are checked after decoding, against the
+number of samples or frames in their header; raw AAC declares no length.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 from mmlora.errors import MediaError
@@ -14,34 +15,6 @@ MAX_MP4_TAGS: Final = 1_000  # FFmpeg compares each tag with all others
 MAX_METADATA_BYTES: Final = 1 << 18  # of a Matroska file, for the same reason
 MAX_EBML_ELEMENTS: Final = 1_000_000
 MAX_INNER_ID3_BYTES: Final = 1 << 16  # of a tag within raw AAC, for the same reason
-
-_BMP_HEADER_BYTES = frozenset({12, 40, 52, 56, 64, 108, 124})  # of the known DIB headers
-_IMAGE_BRANDS = frozenset(
-    (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"mif2", b"msf1", b"avif", b"avis", b"crx ")
-)
-_MAGIC: Final = {
-    b"fLaC": "flac",
-    b"OggS": "ogg",
-    b"ID3": "mp3",
-    b"\x1aE\xdf\xa3": "matroska",
-    b"\x89PNG\r\n\x1a\n": "png",
-    b"\xff\xd8\xff": "jpeg",
-    b"GIF87a": "gif",
-    b"GIF89a": "gif",
-}
-_UNSUPPORTED_MAGIC: Final = {
-    b"FORM": "an AIFF file",
-    b"#!AMR": "an AMR file",
-    b"0&\xb2u\x8ef\xcf\x11": "a Windows Media file",
-    b"II*\x00": "a TIFF image",
-    b"MM\x00*": "a TIFF image",
-    b"%PDF": "a PDF document",
-    b"PK\x03\x04": "a ZIP archive",
-    b"\x1f\x8b": "gzip data",
-    b"RF64": "an RF64 file",
-    b"RIFF": "a RIFF container that is neither WAVE nor WEBP",
-}
-_TEXT_CONTROL = frozenset(b"\t\n\r\f\x1b")
 
 # Encoders that write to a pipe cannot go back to set the length; they claim almost 2 or 4 GiB.
 _UNKNOWN_LENGTHS = (range(0x7FFFF000, 0x80000000), range(0xFFFFF000, 0x100000000))
@@ -55,57 +28,6 @@ _MATROSKA_CONTENT = frozenset((_SEGMENT, _CLUSTER, _VOID, b"\xa3", b"\xa0"))  # 
 _XING = re.compile(rb"(?:Xing|Info).{3}(.)(.{4})|VBRI.{10}(.{4})", re.DOTALL)
 _INNER_ID3 = re.compile(rb"ID3[\2-\4]\0.([\0-\x7f]{4})", re.DOTALL)
 _XING_WINDOW = 64  # bytes from the start of a frame; the tag begins at 36 at the latest
-
-
-def container_format(data: bytes) -> str | None:
-    """Return the format of encoded content, a key of `Modality.formats`, or None if it is not supported."""
-    head = data[:64]
-    if head.startswith(b"RIFF"):
-        return {b"WAVE": "wav", b"WEBP": "webp"}.get(head[8:12])
-    if head[4:8] == b"ftyp":
-        return None if head[8:12] in _IMAGE_BRANDS else "mp4"
-    if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in _BMP_HEADER_BYTES:
-        return "bmp"
-    return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), _mpeg_audio(head))
-
-
-def describe_content(data: bytes) -> str:
-    """Name unsupported content for an error message."""
-    head = data[:512]
-    if head[4:8] == b"ftyp":
-        return f"an MP4-family image (brand {head[8:12].decode('ascii', 'replace').strip()!r}: HEIC or AVIF)"
-    for magic, name in _UNSUPPORTED_MAGIC.items():
-        if head.startswith(magic):
-            return name
-    if _is_text(head):
-        return f"text beginning with {head[:32].decode('utf-8', 'replace')!r}"
-    return f"unknown bytes beginning with {head[:12].hex(' ')}"
-
-
-def check_container(data: bytes, name: str) -> None:
-    """Refuse truncated audio containers, and tables that would cost a decoder far more than their size.
-
-    libsndfile and FFmpeg decode a truncated file as a shorter one. FLAC and MP3 are checked after decoding, against
-    the number of samples or frames in their header; raw AAC declares no length.
-
-    Args:
-        data: the file.
-        name: its `container_format`.
-
-    Raises:
-        MediaError: names the claim, and what is there or allowed.
-    """
-    match name:
-        case "wav":
-            _check_wav(data)
-        case "ogg":
-            _check_ogg(data)
-        case "mp4":
-            _check_mp4(data)
-        case "matroska":
-            _check_matroska(data)
-        case "aac":
-            _check_adts(data)
 
 
 def skip_id3(data: bytes) -> bytes:
@@ -132,25 +54,6 @@ def claimed_mp3_frames(data: bytes) -> int | None:
 def _synchsafe(four: bytes) -> int:
     """Return a size of an ID3 tag, seven bits a byte."""
     return sum(byte << shift for byte, shift in zip(four, (21, 14, 7, 0), strict=True))
-
-
-def _mpeg_audio(head: bytes) -> str | None:
-    """Recognize the header of an MPEG audio layer III frame or of an ADTS frame."""
-    if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
-        return None
-    version, layer, bitrate, rate = head[1] >> 3 & 3, head[1] >> 1 & 3, head[2] >> 4, head[2] >> 2 & 3
-    if layer == 0 and version >= 2:
-        return "aac" if head[2] >> 2 & 15 < 13 else None
-    # Excluding the reserved values also excludes the UTF-16 byte-order mark.
-    return "mp3" if layer == 1 and version != 1 and bitrate != 15 and rate != 3 else None
-
-
-def _is_text(head: bytes) -> bool:
-    if head.startswith((b"\xff\xfe", b"\xfe\xff", b"\xef\xbb\xbf")):
-        return True
-    # A UTF-8 character may be cut at the end of the window.
-    text = head.decode("utf-8", "ignore").encode()
-    return len(head) - len(text) <= 3 and all(byte >= 32 or byte in _TEXT_CONTROL for byte in head)
 
 
 def _check_wav(data: bytes) -> None:
@@ -256,3 +159,13 @@ def _ebml_elements(data: bytes) -> Iterator[tuple[int, bytes, int, int | None]]:
         element_id, end = data[position:size_at], None if size == unknown else start + size
         yield position, element_id, start, end
         position = start if end is None or element_id == _SEGMENT else end
+
+
+# By the name of `audio_format`. Each raises a `MediaError` that names the claim, and what is there or allowed.
+CONTAINER_CHECKS: Final[Mapping[str, Callable[[bytes], None]]] = {
+    "wav": _check_wav,
+    "ogg": _check_ogg,
+    "mp4": _check_mp4,
+    "matroska": _check_matroska,
+    "aac": _check_adts,
+}

@@ -12,6 +12,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from mmlora.errors import MediaError
 from mmlora.processors.media.items import DEFAULT_LIMITS, MediaItem, MediaLimits, is_array, to_numpy
 
+_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a")
+_BMP_HEADER_BYTES = frozenset({12, 40, 52, 56, 64, 108, 124})  # of the known DIB headers
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
@@ -39,6 +41,15 @@ class ImageItem(MediaItem):
     @property
     def num_bytes(self) -> int:
         return 3 * self.image.width * self.image.height
+
+
+def is_image_file(data: bytes) -> bool:
+    """Return whether a file is an image of a supported format, by its first bytes."""
+    if data.startswith(b"RIFF"):
+        return data[8:12] == b"WEBP"
+    if data.startswith(b"BM"):
+        return int.from_bytes(data[14:18], "little") in _BMP_HEADER_BYTES
+    return data.startswith(_MAGIC)
 
 
 def decode_image(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> ImageItem:

@@ -13,9 +13,9 @@ from mmlora.config import EngineArgs
 from mmlora.errors import ConfigError, MediaError, RequestError
 from mmlora.inputs.chat_template import ChatTemplate, load_chat_template
 from mmlora.inputs.input_processor import InputProcessor
-from mmlora.processors.fetch import loader
-from mmlora.processors.fetch.loader import MediaLoader
+from mmlora.processors.media import loader
 from mmlora.processors.media.items import MediaLimits
+from mmlora.processors.media.loader import MediaLoader
 from tests.checkpoints import AUDIO_ID, IMAGE_ID, build_tokenizer
 
 TOKENIZER = build_tokenizer()

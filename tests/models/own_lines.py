@@ -18,7 +18,7 @@ PACKAGES = ("mmlora.processors", "mmlora.towers")
 PARENTS = ("mmlora.models", "mmlora.processors.families")  # of modules that are imported as a whole
 GENERAL = frozenset(
     (
-        "audio base containers decoding encoder general image items modalities placeholders pretrained transcription"
+        "audio base containers encoder general image items loader modalities placeholders pretrained transcription"
     ).split()
 )
 FEATURE_MODULES = ("_images", "_audio", "_features")

@@ -23,7 +23,7 @@ from mmlora.assets.models import assistant_adapters, assistant_default_mm_loras,
 from mmlora.async_llm import AsyncLLM
 from mmlora.config import EngineArgs
 from mmlora.processors.media.audio import AudioItem
-from mmlora.processors.media.decoding import load_media
+from mmlora.processors.media.loader import load_media
 from mmlora.server.api import build_app
 from mmlora.server.args import LoRAModule
 from mmlora.server.launch import load_served_models

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from mmlora.async_llm import AsyncLLM, RequestStream
 from mmlora.errors import EngineDeadError, MMLoRAError
-from mmlora.processors.fetch.loader import PromptMedia, parse_references
+from mmlora.processors.media.loader import PromptMedia, parse_references
 from mmlora.sampling_params import SamplingParams
 from mmlora.server.errors import Refusal, error_body, status_of
 from mmlora.server.http.admission import read_body

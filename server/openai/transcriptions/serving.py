@@ -9,7 +9,7 @@ from mmlora.async_llm import AsyncLLM
 from mmlora.errors import RequestError
 from mmlora.models.transcription import LANGUAGES, TranscriptionPrompt
 from mmlora.processors.media.audio import AudioItem
-from mmlora.processors.media.decoding import load_media
+from mmlora.processors.media.loader import load_media
 from mmlora.server.errors import Refusal
 from mmlora.server.lora.served_models import ServedModels
 from mmlora.server.openai.generation import Generation, GenerationService

@@ -13,7 +13,7 @@ from mmlora.models.families import get_processor
 from mmlora.processors.families.phi4_images import ImageSettings
 from mmlora.processors.families.phi4_multimodal import Phi4MultimodalProcessor
 from mmlora.processors.general import GeneralProcessor
-from mmlora.processors.media.decoding import load_media
+from mmlora.processors.media.loader import load_media
 
 
 @pytest.fixture

@@ -9,9 +9,8 @@ import pytest
 from mmlora.errors import ConfigError, MediaError
 from mmlora.processors.fetch import file_source
 from mmlora.processors.fetch.file_source import FileSource
-from mmlora.processors.fetch.loader import MediaLoader
-from mmlora.processors.media.decoding import load_media
 from mmlora.processors.media.items import MediaLimits
+from mmlora.processors.media.loader import MediaLoader, load_media
 
 
 @pytest.fixture

@@ -17,9 +17,8 @@ from cryptography.x509.oid import NameOID
 
 from mmlora.errors import MediaError
 from mmlora.processors.fetch import checked_network
-from mmlora.processors.fetch.loader import MAX_URLS, MediaLoader, MediaReference
-from mmlora.processors.media.decoding import load_media
 from mmlora.processors.media.items import MediaLimits
+from mmlora.processors.media.loader import MAX_URLS, MediaLoader, MediaReference, load_media
 from tests.web_server import FakeDNS, drip, endless, http_response, redirect, run_web_server
 
 HERE = ["127.0.0.1/32"]  # the only allowed address; the servers listen on all of 127.0.0.0/8

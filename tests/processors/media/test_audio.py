@@ -10,8 +10,8 @@ import torch
 
 from mmlora.errors import MediaError
 from mmlora.processors.media.audio import audio_from_array, resample
-from mmlora.processors.media.decoding import load_media
 from mmlora.processors.media.items import MediaLimits
+from mmlora.processors.media.loader import load_media
 
 
 @pytest.mark.parametrize("dtype, full", [("int8", 2**7), ("int16", 2**15), ("int32", 2**31)])
@@ -166,8 +166,8 @@ def test_a_file_without_samples_is_refused(encode_audio):
 def test_the_audio_libraries_are_not_imported_before_they_are_needed():
     code = (
         "import sys; sys.modules['soundfile'] = sys.modules['librosa'] = None\n"
-        "import mmlora.models.families, mmlora.processors.fetch.loader\n"
-        "from mmlora.processors.media.decoding import load_media\n"
+        "import mmlora.models.families, mmlora.processors.media.loader\n"
+        "from mmlora.processors.media.loader import load_media\n"
         "assert load_media(([0.0] * 9, 16000)).sample_rate == 16000\n"
         "try: load_media(b'fLaC' + bytes(99))\n"
         "except Exception as error: print(type(error).__name__, error)\n"

@@ -3,9 +3,9 @@
 import pytest
 
 from mmlora.errors import MediaError, MediaNotFound
-from mmlora.processors.fetch.loader import MAX_UUID_CHARS, MediaLoader, MediaReference
 from mmlora.processors.media.audio import AudioItem
 from mmlora.processors.media.cache import ENTRY_BYTES, CachedMedia, MediaCache
+from mmlora.processors.media.loader import MAX_UUID_CHARS, MediaLoader, MediaReference
 
 
 def entry(tone, num_samples=250, url=None):

@@ -13,8 +13,8 @@ import soundfile
 
 from mmlora.errors import MediaError
 from mmlora.processors.media import audio, containers
-from mmlora.processors.media.decoding import load_media, sniff_modality
 from mmlora.processors.media.items import MediaLimits
+from mmlora.processors.media.loader import load_media, sniff_modality
 from mmlora.processors.modalities import MODALITIES
 from tests.processors.media.files import FORMATS, RATE, add_audio, clip, encode
 
@@ -299,11 +299,11 @@ def test_random_damage_ends_in_samples_or_a_named_error(name):
 
 def test_pyav_is_imported_on_first_use_and_logs_nothing():
     code = (
-        "import sys, mmlora.processors.media.decoding as decoding\n"
+        "import sys, mmlora.processors.media.loader as loader\n"
         "assert 'av' not in sys.modules\n"
         "data = sys.stdin.buffer.read()\n"
-        "print(len(decoding.load_media(data).samples))\n"
-        "try: decoding.load_media(data[:200] + bytes(len(data)))\n"
+        "print(len(loader.load_media(data).samples))\n"
+        "try: loader.load_media(data[:200] + bytes(len(data)))\n"
         "except Exception as error: print(type(error).__name__)\n"
     )
     for name in ("mp3", "webm"):

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from mmlora.errors import MediaError
-from mmlora.processors.media.decoding import MediaLimits, load_media
 from mmlora.processors.media.image import strips
+from mmlora.processors.media.loader import MediaLimits, load_media
 
 
 def pixel(item, at=(0, 0)):

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 from mmlora.errors import MediaError
-from mmlora.processors.media.decoding import load_media
+from mmlora.processors.media.loader import load_media
 
 RATE = 16000
 

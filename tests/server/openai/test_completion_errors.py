@@ -14,7 +14,7 @@ from openai import APIError
 
 from mmlora.errors import AdapterNotFound, EngineDeadError, MediaError, MMLoRAError, RequestError
 from mmlora.outputs import RequestOutput
-from mmlora.processors.fetch.loader import parse_references
+from mmlora.processors.media.loader import parse_references
 from mmlora.sampling_params import SamplingParams
 from mmlora.server.openai.completions.protocol import MAX_PROMPTS, CompletionRequest
 from mmlora.server.openai.completions.serving import merge

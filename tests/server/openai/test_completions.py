@@ -15,7 +15,7 @@ from PIL import Image
 from mmlora import BASE, LLM, SamplingParams
 from mmlora.lora.request import LoRARequest
 from mmlora.outputs import CompletionOutput, LoRAChoice, RequestOutput
-from mmlora.processors.fetch.loader import load_base64
+from mmlora.processors.media.loader import load_base64
 from mmlora.server.args import LoRAModule
 from mmlora.server.openai.completions.output import CompletionBuilder
 from mmlora.server.openai.completions.protocol import CompletionRequest

@@ -1,4 +1,4 @@
-"""`MediaLoader` and `PromptMedia`: from the media references of a request to decoded items."""
+"""Loading of media: from the references in a request, URLs, bytes or objects to decoded items within limits."""
 
 import asyncio
 import base64
@@ -12,21 +12,15 @@ from urllib.parse import unquote, unquote_to_bytes
 from mmlora.errors import MediaError, MediaNotFound
 from mmlora.processors.fetch.file_source import FileSource
 from mmlora.processors.media.cache import CachedMedia, MediaCache
-from mmlora.processors.media.decoding import (
-    check_counts,
-    check_decoded_bytes,
-    load_media,
-    sniff_modality,
-    why_unsupported,
-)
 from mmlora.processors.media.items import (
     DEFAULT_CACHE_BYTES,
     DEFAULT_FETCH_TIMEOUT_S,
     DEFAULT_LIMITS,
     MediaItem,
     MediaLimits,
+    is_array,
 )
-from mmlora.processors.modalities import ContentForm
+from mmlora.processors.modalities import MODALITIES, ContentForm, Modality
 from mmlora.utils.text import shorten
 
 if TYPE_CHECKING:
@@ -37,7 +31,28 @@ MAX_UUID_CHARS: Final = 256
 HTTP_SCHEMES: Final = ("http", "https")
 SCHEMES: Final = "data:, http:, https: and file:"
 
-_MAX_SCHEME_CHARS = 32
+_MAX_SCHEME_CHARS: Final = 32
+_SUPPORTED: Final = "supported are " + " and ".join(
+    f"{', '.join(modality.formats)} {modality.name}" for modality in MODALITIES.values()
+)
+_FORMS: Final = "bytes, a PIL image, a [height, width, 3] uint8 array, or audio as (array, sample_rate)"
+_UNSUPPORTED: Final[Mapping[str, str]] = {
+    "embeds": "precomputed embeddings are not supported: send the image or the audio itself",
+    "video": "videos are not supported: send their frames as images",
+}
+_UNSUPPORTED_MAGIC: Final = {
+    b"FORM": "an AIFF file",
+    b"#!AMR": "an AMR file",
+    b"0&\xb2u\x8ef\xcf\x11": "a Windows Media file",
+    b"II*\x00": "a TIFF image",
+    b"MM\x00*": "a TIFF image",
+    b"%PDF": "a PDF document",
+    b"PK\x03\x04": "a ZIP archive",
+    b"\x1f\x8b": "gzip data",
+    b"RF64": "an RF64 file",
+    b"RIFF": "a RIFF container that is neither WAVE nor WEBP",
+}
+_TEXT_CONTROL = frozenset(b"\t\n\r\f\x1b")
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,6 +283,74 @@ def parse_references(
     return references
 
 
+def why_unsupported(name: str) -> str | None:
+    """Return a hint on a kind of content that other engines take (`image_embeds`, `video_url`); None for any other."""
+    return next((reason for part, reason in _UNSUPPORTED.items() if part in name), None)
+
+
+def sniff_modality(data: bytes) -> Modality | None:
+    """Return the modality of encoded content by its magic bytes, or None if its format is not supported."""
+    return next((modality for modality in MODALITIES.values() if modality.recognizes(data)), None)
+
+
+def load_media(content: object, limits: MediaLimits = DEFAULT_LIMITS, *, expected: str | None = None) -> MediaItem:
+    """Decode one audio clip or image of any accepted form.
+
+    Args:
+        content: encoded bytes, `(array, sample_rate)`, a PIL image, or a `[height, width, 3] uint8` array. Paths and
+            URLs are not content and are refused.
+        limits: byte, pixel and duration limits; what an item claims is checked before it is decoded.
+        expected: the modality that the content must have, None for any.
+
+    Raises:
+        MediaError: unusable content, or content of another modality than `expected`.
+    """
+    modality = _modality_of(content)
+    if expected is not None and modality.name != expected:
+        raise MediaError(f"the content is {modality.name}, but {expected} was expected here")
+    if isinstance(content, MediaItem):
+        return content
+    if isinstance(content, bytes | bytearray | memoryview):
+        data = bytes(content)
+        if len(data) > limits.max_bytes:
+            raise MediaError(f"media content of {len(data)} bytes is larger than the allowed {limits.max_bytes} bytes")
+        return modality.decode(data, limits)
+    return modality.convert(content, limits)
+
+
+def check_counts(counts: Mapping[str, int], modalities: Collection[str], limits: Mapping[str, int] | None) -> None:
+    """Refuse media that a model does not take, or more of it than a prompt may hold.
+
+    Args:
+        counts: items by modality.
+        modalities: what the model takes.
+        limits: most items by modality (`limit_mm_per_prompt`); others are not limited.
+
+    Raises:
+        MediaError: names the modality, the number and what is allowed.
+    """
+    for modality, count in counts.items():
+        if count and modality not in modalities:
+            takes = ", ".join(sorted(modalities)) or "text only"
+            raise MediaError(f"the prompt holds {modality}; the model takes {takes}")
+        limit = (limits or {}).get(modality)
+        if limit is not None and count > limit:
+            raise MediaError(f"the prompt has {count} {modality} items; limit_mm_per_prompt allows {limit}")
+
+
+def check_decoded_bytes(num_bytes: int, limits: MediaLimits) -> None:
+    """Refuse the media of one prompt once they have more bytes than it may hold.
+
+    Raises:
+        MediaError: names the number and what is allowed.
+    """
+    if num_bytes > limits.max_decoded_bytes:
+        raise MediaError(
+            f"the media of the prompt have {num_bytes} bytes or more when decoded; "
+            f"allowed are {limits.max_decoded_bytes}"
+        )
+
+
 def load_data_url(url: str, limits: MediaLimits = DEFAULT_LIMITS, *, expected: str | None = None) -> MediaItem:
     """Load a `data:` URL (RFC 2397), base64 or percent-encoded; its MIME type is ignored.
 
@@ -330,3 +413,57 @@ def _as_list(contents: object) -> list[Any]:
     if contents is None:
         return []
     return contents if isinstance(contents, list) else [contents]
+
+
+def _modality_of(content: object) -> Modality:
+    if isinstance(content, MediaItem):
+        return MODALITIES[content.modality]
+    if isinstance(content, bytes | bytearray | memoryview):
+        return _modality_of_bytes(bytes(content[:512]))
+    for modality in MODALITIES.values():
+        if modality.accepts(content):
+            return modality
+    if is_array(content):
+        raise MediaError(
+            f"a bare array of shape {tuple(content.shape)} is not supported: an image is a [height, width, 3] uint8 "
+            "array, audio is (array, sample_rate), and precomputed embeddings are not supported"
+        )
+    raise MediaError(f"media content is a {type(content).__name__}; allowed are {_FORMS}{_hint(content)}")
+
+
+def _modality_of_bytes(head: bytes) -> Modality:
+    if not head:
+        raise MediaError(f"media content of 0 bytes; {_SUPPORTED}")
+    modality = sniff_modality(head)
+    if modality is None:
+        raise MediaError(f"the content is neither audio nor an image but {_describe_content(head)}; {_SUPPORTED}")
+    return modality
+
+
+def _describe_content(data: bytes) -> str:
+    """Name unsupported content for an error message."""
+    head = data[:512]
+    if head[4:8] == b"ftyp":
+        return f"an MP4-family image (brand {head[8:12].decode('ascii', 'replace').strip()!r}: HEIC or AVIF)"
+    for magic, name in _UNSUPPORTED_MAGIC.items():
+        if head.startswith(magic):
+            return name
+    if _is_text(head):
+        return f"text beginning with {head[:32].decode('utf-8', 'replace')!r}"
+    return f"unknown bytes beginning with {head[:12].hex(' ')}"
+
+
+def _is_text(head: bytes) -> bool:
+    if head.startswith((b"\xff\xfe", b"\xfe\xff", b"\xef\xbb\xbf")):
+        return True
+    # A UTF-8 character may be cut at the end of the window.
+    text = head.decode("utf-8", "ignore").encode()
+    return len(head) - len(text) <= 3 and all(byte >= 32 or byte in _TEXT_CONTROL for byte in head)
+
+
+def _hint(content: object) -> str:
+    if isinstance(content, str):
+        return "; URLs go through load_url"
+    if hasattr(content, "__fspath__"):
+        return "; read the file and pass its bytes"
+    return ""

@@ -6,9 +6,9 @@ import torch
 
 from mmlora.errors import ConfigError, MediaError
 from mmlora.processors.media.audio import AudioItem
-from mmlora.processors.media.decoding import load_media, sniff_modality
 from mmlora.processors.media.image import ImageItem
 from mmlora.processors.media.items import MediaLimits
+from mmlora.processors.media.loader import load_media, sniff_modality
 from mmlora.processors.modalities import MODALITIES
 
 AUDIO = ["WAV", "FLAC", "OGG", "MP3"]

@@ -6,9 +6,8 @@ from urllib.parse import quote
 import pytest
 
 from mmlora.errors import MediaError
-from mmlora.processors.fetch.loader import load_base64, load_data_url
-from mmlora.processors.media.decoding import load_media
 from mmlora.processors.media.items import MediaLimits
+from mmlora.processors.media.loader import load_base64, load_data_url, load_media
 
 
 @pytest.fixture
@@ -82,8 +81,8 @@ class ClaimedLength(str):
 def test_three_gigabytes_are_refused_before_decoding(head, monkeypatch):
     for name in (
         "base64.b64decode",
-        "mmlora.processors.fetch.loader.unquote",
-        "mmlora.processors.fetch.loader.unquote_to_bytes",
+        "mmlora.processors.media.loader.unquote",
+        "mmlora.processors.media.loader.unquote_to_bytes",
     ):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("decoded before the check"))
     with pytest.raises(MediaError, match=r"claims about [234]\d{9} bytes, more than the allowed"):
