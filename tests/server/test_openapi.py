@@ -104,5 +104,7 @@ def make_answerable(case: Any, dice: int, wav: bytes) -> None:
     body.pop("lora", None)
     if "messages" in body and dice % 4:
         body["messages"] = [{"role": "user", "content": str(dice)}]
+    if case.operation.path == "/v1/completions" and dice % 4:
+        body["prompt"] = str(dice)
     if case.operation.path in FORMS:
         body["file"] = wav
