@@ -282,7 +282,9 @@ def _decode_track(container: Any, track: Any, limits: MediaLimits, *, skips_dama
     """
     import av
 
-    blocks, rates, num_frames, num_packets = [np.empty(0, np.float32)], set(), 0, 0
+    blocks, num_frames, num_packets = [np.empty(0, np.float32)], 0, 0
+    rates: set[int] = set()
+    converters: dict[tuple[str, str], Any] = {}
     for packet in container.demux(track):
         num_packets += packet.size > 0
         try:
@@ -299,9 +301,13 @@ def _decode_track(container: Any, track: Any, limits: MediaLimits, *, skips_dama
             _check_duration(num_frames, frame.rate, limits)
             channels = frame.layout.nb_channels
             _check_channels(channels)
-            values = frame.to_ndarray()  # [channels, n], or [1, n * channels] where the channels are interleaved
-            block = _scaled(values.T if frame.format.is_planar else values.reshape(-1, channels))
-            blocks.append(block.mean(axis=1, dtype=np.float32) if channels > 1 else block[:, 0])
+            # Interleaved floats: PyAV reads beyond the planes of a planar frame of eight or more channels.
+            source = (frame.format.name, frame.layout.name)
+            if source not in converters:
+                converters[source] = av.AudioResampler(format="flt")
+            for converted in converters[source].resample(frame):
+                block = converted.to_ndarray().reshape(-1, channels)
+                blocks.append(block.mean(axis=1, dtype=np.float32) if channels > 1 else block[:, 0])
     if not rates:
         raise MediaError("no audio could be decoded from the content")
     return np.concatenate(blocks), rates.pop(), num_packets

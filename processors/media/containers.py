@@ -19,14 +19,14 @@ MAX_INNER_ID3_BYTES: Final = 1 << 16  # of a tag within raw AAC, for the same re
 # Encoders that write to a pipe cannot go back to set the length; they claim almost 2 or 4 GiB.
 _UNKNOWN_LENGTHS = (range(0x7FFFF000, 0x80000000), range(0xFFFFF000, 0x100000000))
 _OGG_HEADER_BYTES = 27
-_MP4_CONTENT = frozenset((b"mdat", b"free", b"skip", b"wide"))  # boxes without tables
-_MP4_COUNT = re.compile(rb"stsz.{8}(.{4})|stz2.{8}(.{4})|trun.{4}(.{4})", re.DOTALL)
-_ALAC_FRAME = re.compile(rb"alac\0{4}(.{4})", re.DOTALL)
+# As lookaheads, so that matches may overlap and none can hide another.
+_MP4_COUNT = re.compile(rb"(?=stsz.{8}(.{4})|stz2.{8}(.{4})|trun.{4}(.{4}))", re.DOTALL)
+_ALAC_FRAME = re.compile(rb"(?=alac\0{4}(.{4}))", re.DOTALL)
+_INNER_ID3 = re.compile(rb"(?=ID3[\2-\4]\0.([\0-\x7f]{4}))", re.DOTALL)
 _MAX_ALAC_FRAME = 1 << 16  # samples; encoders write 4096
 _SEGMENT, _CLUSTER, _VOID = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75", b"\xec"
 _MATROSKA_CONTENT = frozenset((_SEGMENT, _CLUSTER, _VOID, b"\xa3", b"\xa0"))  # and SimpleBlock, BlockGroup
 _XING = re.compile(rb"(?:Xing|Info).{3}(.)(.{4})|VBRI.{10}(.{4})", re.DOTALL)
-_INNER_ID3 = re.compile(rb"ID3[\2-\4]\0.([\0-\x7f]{4})", re.DOTALL)
 _XING_WINDOW = 64  # bytes from the start of a frame; the tag begins at 36 at the latest
 
 
@@ -100,7 +100,7 @@ def _check_mp4(data: bytes) -> None:
             raise MediaError(
                 f"truncated or damaged MP4: its {kind!r} box claims {size} bytes, {len(data) - position} are there"
             )
-        if kind not in _MP4_CONTENT:
+        if kind != b"mdat":  # FFmpeg looks for tables in padding, too
             box = data[position : position + size]
             for match in _MP4_COUNT.finditer(box):
                 num_samples += int.from_bytes(match[match.lastindex or 1], "big")

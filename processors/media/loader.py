@@ -463,7 +463,7 @@ def _is_text(head: bytes) -> bool:
 
 def _hint(content: object) -> str:
     if isinstance(content, str):
-        return "; URLs go through load_url"
+        return "; URLs are accepted in chat messages"
     if hasattr(content, "__fspath__"):
         return "; read the file and pass its bytes"
     return ""

@@ -7,6 +7,7 @@ import av
 import numpy as np
 
 RATE = 16000
+LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}
 # name: FFmpeg's muxer, its encoder, the encoder's rate in Hz
 FORMATS = {
     "m4a": ("ipod", "aac", RATE),
@@ -27,8 +28,8 @@ def clip(seconds: float = 1.0, level: float = 0.5) -> np.ndarray:
 
 
 def add_audio(container, encoder, rate, samples):
-    """Add a track of `[num_samples]` or `[num_samples, 2]`; return what encodes it after all tracks are added."""
-    layout = "mono" if samples.ndim == 1 else "stereo"
+    """Add a track of `[num_samples]` or `[num_samples, channels]`; return its encoding function."""
+    layout = LAYOUTS[1 if samples.ndim == 1 else samples.shape[1]]
     stream = container.add_stream(encoder, rate=rate, layout=layout)
 
     def encode():

@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import av
 import numpy as np
@@ -75,6 +76,28 @@ def test_stereo_is_averaged(name):
     found, expected = load_media(encode(name, stereo)), load_media(encode(name, clip(level=0.25)))
     assert len(found.samples) == FFMPEG_SAMPLES[name]
     np.testing.assert_allclose(found.samples[4096:-4096], expected.samples[4096:-4096], atol=0.03)
+
+
+@pytest.mark.parametrize("channels", [6, 8])
+@pytest.mark.parametrize("name", ["m4a", "webm", "mkv", "adts"])
+def test_surround_sound_is_averaged(name, channels):
+    """PyAV would read beyond the planes of a frame of eight channels."""
+    samples = np.tile(clip(level=0.5)[:, None], channels)
+    found = load_media(encode(name, samples)).samples
+    middle = found[len(found) // 4 : len(found) // 4 * 3]
+    assert 0.25 < np.abs(middle).max() < 0.6
+
+
+def test_a_change_of_the_channels_is_followed():
+    data = bytearray(encode("adts"))
+    frames, at = [], 0
+    while at < len(data):
+        frames.append(at)
+        at += (data[at + 3] & 3) << 11 | data[at + 4] << 3 | data[at + 5] >> 5
+    for at in frames[5:]:
+        data[at + 2], data[at + 3] = data[at + 2] | 1, data[at + 3] | 0xC0  # configuration 7: eight channels
+    with suppress(MediaError):
+        assert len(load_media(bytes(data)).samples) > 0
 
 
 def test_webm_with_vorbis_is_decoded():
@@ -185,9 +208,11 @@ def test_the_declared_length_of_a_webm_file_is_ignored():
     assert len(load_media(claimed).samples) == 48000
 
 
+@pytest.mark.parametrize("header", [b"moov", b"free", b"hoov"])
 @pytest.mark.parametrize("count", [10_000_000, 4_000_000_000])
-def test_tables_without_entries_cannot_declare_millions_of_packets(count):
-    data = bytearray(encode("m4a"))
+def test_tables_without_entries_cannot_declare_millions_of_packets(count, header):
+    """FFmpeg also finds headers in padding."""
+    data = bytearray(encode("m4a").replace(b"moov", header))
     at = data.index(b"stsz") + 8
     data[at : at + 8] = struct.pack(">II", 1, count)
     with pytest.raises(MediaError, match=f"claims {count} packets; at most"):
