@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeVar
 
 from mmlora.config import EngineArgs
@@ -37,15 +38,13 @@ NUM_LOADERS: Final = 16  # most only wait, for a load in another thread or for t
 
 
 class RequestStream:
-    """A processed request, and the queue of its outputs from the engine thread to an event loop.
+    """Outputs of one request on their way from the engine thread to an event loop.
 
     Attributes:
-        input: the processed request.
-        record: for logs, traces and histograms.
+        record: what is known about the request, for logs and histograms.
     """
 
-    def __init__(self, request_input: EngineInput, record: RequestRecord, histograms: RequestHistograms) -> None:
-        self.input = request_input
+    def __init__(self, record: RequestRecord, histograms: RequestHistograms) -> None:
         self.record = record
         self._histograms = histograms
         self._loop = asyncio.get_running_loop()
@@ -85,6 +84,17 @@ def _lora_method(
         return await self.change_loras(functools.partial(change, self.engine.lora, *args, **kwargs))
 
     return method
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A request that `AsyncLLM.run` starts.
+
+    The engine thread keeps the stream, not the input, so the last output it delivers does not keep the adapter alive.
+    """
+
+    input: EngineInput
+    stream: RequestStream
 
 
 class AsyncLLM:
@@ -216,7 +226,7 @@ class AsyncLLM:
         request_id: str | None = None,
         lora_request: LoRARequest | object | None = None,
         priority: int = 0,
-    ) -> RequestStream:
+    ) -> PreparedRequest:
         """Process a request for `run` without queueing it, so that several can be validated before any is started.
 
         Raises:
@@ -236,13 +246,13 @@ class AsyncLLM:
             request_input = await self.run_in_pool(process, is_load=self.engine.must_load_lora(lora_request))
         finally:
             self._preparing.remove(record)
-        return RequestStream(request_input, record, self.histograms)
+        return PreparedRequest(request_input, RequestStream(record, self.histograms))
 
-    async def run(self, stream: RequestStream) -> AsyncGenerator[RequestOutput, None]:
+    async def run(self, prepared: PreparedRequest) -> AsyncGenerator[RequestOutput, None]:
         """Queue a request that `prepare` returned, and yield its outputs as `generate` does."""
-        request_id = stream.input.request_id
-        stream.record.queue(stream.input, time.monotonic())
-        self._send(lambda: self._add(stream))
+        request_id, stream = prepared.input.request_id, prepared.stream
+        stream.record.queue(prepared.input, time.monotonic())
+        self._send(lambda: self._add(prepared))
         if stream.record.is_aborted:
             self._send(lambda: self._abort(request_id, stream), ignore_stopped=True)
         is_finished = False
@@ -365,15 +375,15 @@ class AsyncLLM:
                 return False
             message()
 
-    def _add(self, stream: RequestStream) -> None:
+    def _add(self, prepared: PreparedRequest) -> None:
         try:
             if not self._is_alive:
                 raise EngineDeadError("the engine stopped before the request began")
-            self.engine.add_input(stream.input)
+            self.engine.add_input(prepared.input)
         except MMLoRAError as error:
-            stream.put(error)
+            prepared.stream.put(error)
         else:
-            self._streams[stream.input.request_id] = stream
+            self._streams[prepared.input.request_id] = prepared.stream
 
     def _abort(self, request_id: str, stream: RequestStream | None = None) -> None:
         if stream is not None and self._streams.get(request_id) is not stream:

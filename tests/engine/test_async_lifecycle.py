@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mmlora import AsyncLLM, EngineArgs, LoRAMix, LoRARequest, SamplingParams
-from mmlora.async_llm import NUM_LOADERS
+from mmlora.async_llm import NUM_LOADERS, RequestStream
 from mmlora.errors import AdapterError, AdapterNotFound, EngineDeadError, RequestError
 from mmlora.outputs import RequestOutput
 from tests.engine.lifecycle import GREEDY, PROMPT, Contents, make_contents
@@ -147,6 +147,28 @@ def test_an_idle_engine_keeps_nothing_of_its_last_request(llm: AsyncLLM, content
     run(check())
 
 
+def test_delivering_the_last_output_keeps_no_adapter(llm: AsyncLLM, contents: Contents, monkeypatch: Any) -> None:
+    """The engine thread is still busy with the delivery when the event loop already has the output."""
+    put, may_go_on = RequestStream.put, threading.Event()
+
+    def put_slowly(stream: RequestStream, output: Any) -> None:
+        put(stream, output)
+        if output.finished:
+            may_go_on.wait(TIMEOUT_S)
+
+    async def check() -> None:
+        a, b = [await llm.add_lora(name, str(contents.paths[i])) for i, name in enumerate("ab")]
+        monkeypatch.setattr(RequestStream, "put", put_slowly)
+        mix = LoRAMix([(a, 1.0), (b, 1.0)])
+        try:
+            assert len([output async for output in llm.generate(PROMPT, GREEDY, lora_request=mix)]) > 0
+            await asyncio.wait_for(until(lambda: bytes_of(llm) == (sum(contents.sizes[:2]), 0)), 10)
+        finally:
+            may_go_on.set()
+
+    run(check())
+
+
 def test_a_cancelled_change_completes_and_affects_no_other_request(llm: AsyncLLM, contents: Contents) -> None:
     async def check() -> None:
         a = await llm.add_lora("a", str(contents.paths[0]))
@@ -262,6 +284,6 @@ def test_many_clients_change_adapters_while_others_generate(llm: AsyncLLM, conte
         for info in await llm.list_loras():
             await llm.remove_lora(info.name)
         await until(lambda: not llm.engine.has_unfinished_requests)
-        await until(lambda: bytes_of(llm) == (0, 0))  # another thread may drop the last reference
+        assert bytes_of(llm) == (0, 0)
 
     run(check())

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mmlora.async_llm import AsyncLLM, RequestStream
+from mmlora.async_llm import AsyncLLM, PreparedRequest
 from mmlora.errors import EngineDeadError, MMLoRAError
 from mmlora.processors.media.loader import PromptMedia, parse_references
 from mmlora.sampling_params import SamplingParams
@@ -100,9 +100,9 @@ class CompletionService:
         for index, (prompt, request_id) in enumerate(zip(parsed.prompts, builder.request_ids, strict=True)):
             with _name_prompt(index, len(parsed.prompts)), self._models.log_failures(request.model, request.lora):
                 ready.append(await self._llm.prepare(prompt, params, request_id, lora_request, request.priority or 0))
-        num_tokens = sum(len(stream.input.prompt_token_ids) for stream in ready)
+        num_tokens = sum(len(prepared.input.prompt_token_ids) for prepared in ready)
         check_prompt_logprobs(num_tokens, request.num_prompt_logprobs, len(self._llm.tokenizer), n=params.n)
-        outputs = merge([self._run(stream, builder, request, index) for index, stream in enumerate(ready)])
+        outputs = merge([self._run(prepared, builder, request, index) for index, prepared in enumerate(ready)])
         try:
             async for output in outputs:
                 yield output
@@ -110,10 +110,10 @@ class CompletionService:
             await close(outputs)
 
     async def _run(
-        self, stream: RequestStream, builder: CompletionBuilder, request: CompletionRequest, index: int
+        self, prepared: PreparedRequest, builder: CompletionBuilder, request: CompletionRequest, index: int
     ) -> Outputs:
         """Yield the deltas of one prompt."""
-        outputs = self._llm.run(stream)
+        outputs = self._llm.run(prepared)
         must_begin = bool(request.echo) or request.prompt_logprobs is not None
         try:
             with _name_prompt(index, len(request.prompts)), self._models.log_failures(request.model, request.lora):
