@@ -161,7 +161,7 @@ def families_named_in(tree: ast.Module) -> Iterator[str]:
 
 
 def test_only_the_table_names_families() -> None:
-    found = {path.name: list(families_named_in(ast.parse(path.read_text()))) for path in sources()}
+    found = {str(path.relative_to(ROOT)): list(families_named_in(ast.parse(path.read_text()))) for path in sources()}
     assert {name: names for name, names in found.items() if names} == {}
     asking = "c.model_type == 'x'; d['model_type']; isinstance(m, LlavaForConditionalGeneration); x = 'OPTForCausalLM'"
     assert len(list(families_named_in(ast.parse(asking)))) == 4

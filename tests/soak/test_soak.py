@@ -12,7 +12,7 @@ from tests.soak.run import soak
 
 
 # httpcore leaves the socket of a request that is cancelled while it connects to the garbage collector.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning", "ignore:unclosed transport:ResourceWarning")
 def test_two_minutes_with_64_clients(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = soak(tmp_path, 120, 64)
     gc.collect()
