@@ -15,13 +15,7 @@ from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeVar
 
 from mmlora.config import EngineArgs
 from mmlora.engine.llm_engine import LLMEngine
-from mmlora.engine.metrics import (
-    OPEN_RECORDS,
-    EngineMetrics,
-    EngineSummary,
-    RequestHistograms,
-    RequestRecord,
-)
+from mmlora.engine.metrics import OPEN_RECORDS, EngineMetrics, EngineSummary, RequestHistograms, RequestRecord
 from mmlora.errors import EngineDeadError, MMLoRAError
 from mmlora.inputs.engine_input import EngineInput
 from mmlora.inputs.input_processor import Prompt

@@ -1,7 +1,7 @@
 """`EngineArgs`: the options of the engine, validated before anything is loaded.
 
 `LLM(...)`, `AsyncLLM` and `mmlora serve` share them. Checks that need the loaded model (its modalities, its context
-length) are in `mmlora.engine.llm_engine`.
+length) are in `mmlora.engine.loading`.
 """
 
 import math
@@ -22,6 +22,10 @@ DTYPE_NAMES: Final = ("float32", "float", "float16", "half", "bfloat16")
 AUTO = "auto"
 DOMAIN = re.compile(r"(\*\.)?[^\s/:@*]*")
 Groups = Mapping[str, str]  # titles to the names of options, for `--help`
+POSITIVE: Final = (
+    *("max_num_seqs", "max_num_batched_tokens", "block_size", "max_loras", "encoder_cache_memory_bytes"),
+    *("max_media_bytes", "max_image_pixels", "max_audio_samples", "max_decoded_media_bytes"),
+)
 PRIORITY = "priority"
 SCHEDULING_POLICIES = ("fcfs", PRIORITY)
 # Options that scripts written for vLLM pass, each with the only supported value.
@@ -196,16 +200,11 @@ class EngineArgs:
     def _problem(self, name: str, allowed: str) -> str:
         return f"{name}={getattr(self, name)!r}: {allowed}"
 
-    def _check_positive(self, *names: str) -> Iterator[str]:
-        for name in names:
+    def _check_numbers(self) -> Iterator[str]:
+        for name in POSITIVE:
             value = getattr(self, name)
             if not _is_int(value) or value < 1:
                 yield self._problem(name, "must be a positive integer")
-
-    def _check_numbers(self) -> Iterator[str]:
-        yield from self._check_positive(
-            "max_num_seqs", "max_num_batched_tokens", "block_size", "max_loras", "encoder_cache_memory_bytes"
-        )
         for name in ("max_model_len", "kv_cache_memory_bytes", "max_lora_rank", "max_cpu_loras"):
             value = getattr(self, name)
             if value is not None and (not _is_int(value) or value < 1):
@@ -247,9 +246,6 @@ class EngineArgs:
             yield self._problem("max_cpu_loras", f"must be at least max_loras={self.max_loras}")
 
     def _check_media(self) -> Iterator[str]:
-        yield from self._check_positive(
-            "max_media_bytes", "max_image_pixels", "max_audio_samples", "max_decoded_media_bytes"
-        )
         for name in ("max_audio_seconds", "media_fetch_timeout"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:

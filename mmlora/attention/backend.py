@@ -1,7 +1,7 @@
 """`AttentionBackend`: how keys and values are stored and attended to, behind `transformers.AttentionInterface`.
 
 The decoder runs all scheduled tokens flattened as `[1, num_tokens]`. Every attention layer of the model calls
-`paged_attention`, which passes the layer on to the `AttentionMetadata` of the current forward.
+`paged_attention`, which forwards to the `AttentionMetadata` of the current forward pass.
 """
 
 from abc import ABC, abstractmethod
@@ -22,7 +22,7 @@ ATTENTION_NAME = "mmlora_paged"
 
 @dataclass(frozen=True)
 class Span:
-    """What a step computes of one sequence: its tokens `[start, end)`, and the blocks that hold all before `end`."""
+    """The part of one sequence that a step computes: tokens `[start, end)`, and its KV blocks up to `end`."""
 
     block_table: tuple[int, ...]
     start: int
@@ -37,11 +37,11 @@ class Span:
 
 
 class AttentionMetadata(ABC):
-    """One forward's view of the KV cache; each attention backend has its own subclass.
+    """Metadata of one forward pass; each attention backend has its own subclass.
 
     Args:
-        spans: the sequences, whose tokens lie one after the other in the flattened batch.
-        device: of the model.
+        spans: the sequences, whose tokens are concatenated in the flattened batch.
+        device: device of the model.
 
     Attributes:
         uses_long_rope_factors: `[num_tokens]` bool, tokens of sequences with the long factors of longrope; None when
@@ -72,8 +72,8 @@ class AttentionMetadata(ABC):
             layer: index of the layer.
             query: `[num_tokens, num_heads, head_dim]`.
             key, value: `[num_tokens, num_kv_heads, head_dim]`.
-            scaling: of the scores, by default `head_dim ** -0.5`.
-            sliding_window: a token sees itself and the `sliding_window - 1` before it.
+            scaling: factor of the scores, by default `head_dim ** -0.5`.
+            sliding_window: each token attends to itself and the `sliding_window - 1` tokens before it.
             softcap: scores become `softcap * tanh(scores / softcap)`.
 
         Returns:
@@ -82,18 +82,14 @@ class AttentionMetadata(ABC):
 
 
 class AttentionBackend(Protocol):
-    """One implementation of attention over a paged KV cache."""
-
-    def block_bytes(self, layout: KVLayout) -> int:
-        """Return the bytes of one block in all layers."""
-        ...
+    """An implementation of attention over a paged KV cache."""
 
     def allocate(self, layout: KVLayout, num_blocks: int, device: torch.device) -> KVCache:
         """Allocate a KV cache in the shape that the backend reads and writes."""
         ...
 
     def build_metadata(self, kv_cache: KVCache, spans: list[Span]) -> AttentionMetadata:
-        """Prepare a forward over sequences whose tokens lie one after the other in the flattened batch."""
+        """Prepare a forward pass over sequences whose tokens are concatenated in the flattened batch."""
         ...
 
 
@@ -108,16 +104,16 @@ _current: ContextVar[AttentionMetadata | None] = ContextVar("attention_metadata"
 
 
 def current_attention() -> AttentionMetadata | None:
-    """Return the metadata of the decoder forward that is running in this thread, None outside of one."""
+    """Return the metadata of the forward pass that is running in this thread, None outside of one."""
     return _current.get()
 
 
 @contextmanager
 def attention_context(metadata: AttentionMetadata) -> Iterator[None]:
-    """Make `metadata` current for the decoder forward inside the block.
+    """Make `metadata` current for the forward pass inside the block.
 
     Raises:
-        RuntimeError: a forward is already running; contexts do not nest.
+        RuntimeError: a forward pass is already running; contexts do not nest.
     """
     if _current.get() is not None:
         raise RuntimeError("a decoder forward is already running in this thread")
@@ -140,13 +136,13 @@ def paged_attention(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Run one attention layer of the current forward; the signature is that of `transformers.AttentionInterface`.
+    """Run one attention layer of the current forward pass, as a function for `transformers.AttentionInterface`.
 
     Args:
         module: the attention layer.
         query: `[1, num_heads, num_tokens, head_dim]`.
         key, value: `[1, num_kv_heads, num_tokens, head_dim]`.
-        attention_mask: ignored; the metadata determines causality.
+        attention_mask: ignored; the metadata has the masks.
         scaling, sliding_window, softcap: see `AttentionMetadata.attend`.
         s_aux: attention sinks.
 

@@ -13,7 +13,7 @@ DEFAULT_CPU_KV_BYTES = 2**30
 
 @dataclass(frozen=True)
 class KVLayout:
-    """What one block of a model's KV cache holds."""
+    """Shape and type of the keys and values in one block of a model's KV cache."""
 
     num_layers: int
     num_kv_heads: int
@@ -30,19 +30,19 @@ class KVLayout:
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // num_heads
         return cls(text.num_hidden_layers, num_kv_heads, head_dim, block_size, dtype)
 
+    @property
+    def block_bytes(self) -> int:
+        """Size of one block in all layers."""
+        return 2 * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
 
 @dataclass(frozen=True, eq=False)
 class KVCache:
-    """Keys and values of every layer, in blocks; allocated by an `AttentionBackend`, which chooses their shape.
+    """Keys and values of every layer, in blocks; allocated by an `AttentionBackend`, which chooses their shape."""
 
-    Args:
-        block_size: tokens in a block.
-        keys, values: the first dimension is the layer.
-    """
-
-    block_size: int
-    keys: torch.Tensor
-    values: torch.Tensor
+    block_size: int  # tokens
+    keys: torch.Tensor  # [num_layers, ...]
+    values: torch.Tensor  # [num_layers, ...]
 
     @property
     def num_bytes(self) -> int:

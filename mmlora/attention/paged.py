@@ -4,7 +4,6 @@ It runs on every device. Sequences with one token each are attended to in groups
 """
 
 import itertools
-import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -20,23 +19,15 @@ from mmlora.towers.base import BidirectionalSpan
 class SDPABackend:
     """Paged attention by `scaled_dot_product_attention` over gathered contexts; see `AttentionBackend`."""
 
-    def block_bytes(self, layout: KVLayout) -> int:
-        """Return the bytes of one block in all layers."""
-        return 2 * math.prod(_kv_shape(layout, 1)) * layout.dtype.itemsize
-
     def allocate(self, layout: KVLayout, num_blocks: int, device: torch.device) -> KVCache:
         """Allocate keys and values `[num_layers, num_blocks * block_size, num_kv_heads, head_dim]`."""
-        shape = _kv_shape(layout, num_blocks)
+        shape = layout.num_layers, num_blocks * layout.block_size, layout.num_kv_heads, layout.head_dim
         keys, values = (torch.zeros(shape, dtype=layout.dtype, device=device) for _ in range(2))
         return KVCache(layout.block_size, keys, values)
 
     def build_metadata(self, kv_cache: KVCache, spans: list[Span]) -> AttentionMetadata:
-        """Prepare a forward over sequences whose tokens lie one after the other in the flattened batch."""
+        """See `AttentionBackend.build_metadata`."""
         return SDPAMetadata(kv_cache, spans)
-
-
-def _kv_shape(layout: KVLayout, num_blocks: int) -> tuple[int, int, int, int]:
-    return layout.num_layers, num_blocks * layout.block_size, layout.num_kv_heads, layout.head_dim
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +39,7 @@ class QueryGroup:
         slots: `[num_seqs, context_len]`, the rows of the cache with their contexts; shorter ones are padded.
         positions: `[num_seqs, query_len]`, positions of their tokens of this step.
         is_even: no context is padded.
-        bidirectional_spans: of the sequence; empty where there are several sequences.
+        bidirectional_spans: those of the sequence; empty for several sequences.
     """
 
     rows: torch.Tensor
@@ -59,7 +50,7 @@ class QueryGroup:
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     def mask(self, sliding_window: int | None) -> torch.Tensor | None:
-        """Return which positions a token sees, `[num_seqs, 1, query_len, context_len]` bool; None when it sees all."""
+        """Return `[num_seqs, 1, query_len, context_len]` bool, True where a token attends; None if everywhere."""
         (_, query_len), (_, context_len) = self.positions.shape, self.slots.shape
         if query_len == 1 and self.is_even and context_len <= (sliding_window or context_len):
             return None
@@ -76,7 +67,7 @@ class QueryGroup:
 def _add_spans(
     visible: torch.Tensor, spans: tuple[BidirectionalSpan, ...], queries: torch.Tensor, keys: torch.Tensor
 ) -> torch.Tensor:
-    """Make the tokens of each span see each other, too."""
+    """Make the tokens of each span visible to each other."""
     for span in spans:
         visible = visible | (_is_inside(span, queries) & _is_inside(span, keys))
     return visible
@@ -91,7 +82,7 @@ class SDPAMetadata(AttentionMetadata):
 
     Attributes:
         write_slots: `[num_tokens]`, the row of the cache that each token's key and value are written to.
-        groups: every sequence once.
+        groups: the sequences, each in one group.
     """
 
     def __init__(self, kv_cache: KVCache, spans: list[Span]) -> None:
@@ -144,7 +135,7 @@ class SDPAMetadata(AttentionMetadata):
 
 
 def _group(spans: list[Span]) -> list[list[int]]:
-    """Group sequences with one token, whose contexts differ by less than a factor of two; all others stay alone."""
+    """Group sequences with one token whose contexts differ by less than a factor of two; the others stay alone."""
     members: dict[object, list[int]] = defaultdict(list)
     for index, span in enumerate(spans):
         is_alone = span.num_tokens > 1 or span.bidirectional_spans
@@ -153,7 +144,7 @@ def _group(spans: list[Span]) -> list[list[int]]:
 
 
 def _slots(span: Span, block_size: int) -> torch.Tensor:
-    """Return the rows of the cache that hold a sequence up to the end of this step, `[end]`."""
+    """Return the rows of the cache for a sequence up to the end of this step, `[end]`."""
     blocks = torch.tensor(span.block_table)[:, None] * block_size + torch.arange(block_size)
     return blocks.flatten()[: span.end]
 
@@ -173,16 +164,12 @@ def attend(
     scaling: float | None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Attend from the tokens of a group to their contexts.
+    """Attend from the tokens of a group to their contexts; see `AttentionMetadata.attend` for the options.
 
     Args:
-        query: `[num_seqs, num_heads, query_len, head_dim]`.
+        query: `[num_seqs, num_heads, query_len, head_dim]`, also the shape of the output.
         key, value: `[num_seqs, num_kv_heads, context_len, head_dim]`.
-        mask: `[num_seqs, 1, query_len, context_len]` bool, True where a token sees a position; None for everywhere.
-        scaling, softcap: see `AttentionMetadata.attend`.
-
-    Returns:
-        `[num_seqs, num_heads, query_len, head_dim]`.
+        mask: see `QueryGroup.mask`.
     """
     if softcap is None:
         return scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)

@@ -2,14 +2,13 @@
 
 import json
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from transformers import PretrainedConfig
 
-from mmlora.attention.backend import choose_backend
 from mmlora.attention.kv_cache import KVLayout, kv_cache_bytes, num_kv_blocks
 from mmlora.cli.model_table import Parity, read_parity
 from mmlora.cli.options import DOCTOR_OPTIONS
@@ -81,10 +80,6 @@ class Diagnosis:
     kv_token_bytes: int | None = None
     kv_bytes: int | None = None
     rank_bytes: int | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as JSON content."""
-        return asdict(self)
 
     def as_text(self) -> str:
         """Return the report as text for a terminal."""
@@ -203,7 +198,7 @@ def _examine(args: EngineArgs, path: Path, config: PretrainedConfig, facts: dict
         sum(linear_shape(module)) for name, module in index.modules.items() if index.kind_of(name) == "linear"
     )
     weight_bytes = facts["weight_bytes"] = sum(p.numel() * _itemsize(p, dtype) for p in model.parameters())
-    block_bytes = choose_backend(device).block_bytes(KVLayout.from_config(config, args.block_size, dtype))
+    block_bytes = KVLayout.from_config(config, args.block_size, dtype).block_bytes
     facts["kv_token_bytes"] = block_bytes // args.block_size
     facts["kv_bytes"] = facts["kv_token_bytes"] * -(-max_model_len // args.block_size) * args.block_size
     facts["stored_bytes"] = read_stored_bytes(args.model, args.revision, path)

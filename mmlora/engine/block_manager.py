@@ -113,11 +113,7 @@ class BlockManager:
         adapter = None  # blocks before an activated LoRA starts are the base model's and shared with it
         if seq.adapter is not None and attended_end > seq.adapter_start:
             adapter = ("adapter", seq.adapter.identity, max(0, seq.adapter_start - start))
-        media = [
-            ("media", item.encoder_key, item.start - start)
-            for item in seq.media
-            if item.start < end and item.end > start
-        ]
+        media = [("media", item.encoder_key, item.start - start) for _, item in seq.media_between(start, end)]
         content = (
             parent,
             adapter,
@@ -132,10 +128,6 @@ class BlockManager:
 
 def _span_digest(seq: Sequence, span: BidirectionalSpan) -> bytes:
     if span not in seq.span_digests:
-        media = [
-            (item.encoder_key, item.start - span.start)
-            for item in seq.media
-            if item.start < span.end and item.end > span.start
-        ]
+        media = [(item.encoder_key, item.start - span.start) for _, item in seq.media_between(span.start, span.end)]
         seq.span_digests[span] = hashlib.sha256(repr((seq.token_ids[span.start : span.end], media)).encode()).digest()
     return seq.span_digests[span]

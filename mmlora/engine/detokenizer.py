@@ -33,6 +33,7 @@ class Detokenizer:
         self.text = ""
         self._tokenizer = tokenizer
         self._stop = stop
+        self._max_stop_length = max(map(len, stop), default=0)
         self._include_stop = include_stop
         self._skip_special_tokens = skip_special_tokens
         self._window = self._end_of(prompt_token_ids)  # tokens that the spelling of the next ones may depend on
@@ -94,8 +95,7 @@ class Detokenizer:
         return text
 
     def _extend(self, new_text: str, can_stop: bool) -> str | None:
-        longest = max(map(len, self._stop), default=0)
-        search_from = max(0, len(self.text) - longest + 1)
+        search_from = max(0, len(self.text) - self._max_stop_length + 1)
         self.text += new_text
         if not can_stop:
             return None
@@ -109,8 +109,7 @@ class Detokenizer:
 
     def _num_withheld(self) -> int:
         """Return the length of the longest suffix of the text that is a prefix of a stop string."""
-        longest = max(map(len, self._stop), default=0)
-        for length in range(min(longest - 1, len(self.text)), 0, -1):
+        for length in range(min(self._max_stop_length - 1, len(self.text)), 0, -1):
             if any(stop.startswith(self.text[-length:]) for stop in self._stop):
                 return length
         return 0

@@ -1,7 +1,7 @@
 """`LLMEngine`: queue requests, compute steps, return outputs.
 
 One step is: schedule, run, append, collect. `LLM` steps in the caller's thread, `AsyncLLM` in a dedicated thread. Other
-threads may only call what says so, such as `process_input`.
+threads may only call the methods marked thread-safe, such as `process_input`.
 """
 
 import functools
@@ -225,7 +225,7 @@ class LLMEngine(LoRAMethods):
         request = Request(request_input, arrival_s=time.monotonic())
         request.sequences = [self._new_sequence(request, index) for index in range(request_input.params.n)]
         self._requests[request.request_id] = request
-        self._counters.add(request_input)
+        self._counters.reasons[request_input.lora.reason] += 1
         if request_input.adapter is not None:
             self.lora.retain(request_input.adapter)
         self.scheduler.add(request.sequences[0])  # its siblings follow once the prompt is in the prefix cache
@@ -431,14 +431,14 @@ class LLMEngine(LoRAMethods):
 
     def _forget(self, request: Request) -> None:
         del self._requests[request.request_id]
-        self._counters.finish(request)
+        self._counters.finished.update(seq.finish_reason or "none" for seq in request.sequences)
         if request.input.adapter is not None:
             self.lora.release(request.input.adapter)
         request.sequences.clear()  # breaks a reference cycle, which would keep media and adapter alive
 
 
 def _divide(items: list[ScheduledSequence]) -> dict[int | None, list[ScheduledSequence]]:
-    """Divide a step into forwards: one for each slot whose adapter must run alone, and one under None for the rest."""
+    """Divide a step into forward passes by slot: one per adapter that must run alone, and one (None) for the rest."""
     forwards: dict[int | None, list[ScheduledSequence]] = {}
     for item in items:
         adapter = item.seq.adapter

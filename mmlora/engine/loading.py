@@ -108,7 +108,7 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
             allow_media_parts=args.enable_tower_connector_lora,
         )
         adapters = _load_adapters(args, model, load, device, default_paths, path)
-    num_blocks = num_kv_blocks(args, backend.block_bytes(layout), kv_cache_bytes(args, device), max_model_len)
+    num_blocks = num_kv_blocks(args, layout.block_bytes, kv_cache_bytes(args, device), max_model_len)
     kv_cache = backend.allocate(layout, num_blocks, device)
     block_manager = BlockManager(num_blocks, args.block_size, enable_prefix_caching=args.enable_prefix_caching)
     stop_ids, sampling_defaults, transcription = _generation_config(args, path, config, tokenizer)

@@ -85,7 +85,7 @@ class EngineSummary:
         model_class: name of the `transformers` class.
         modalities: media that the model accepts, sorted.
         num_parameters: by part of the model.
-        num_lora_slots: most adapters in one step; 0 without LoRA.
+        num_lora_slots: maximum number of adapters in one step; 0 without LoRA.
         encoder_cache_bytes: limit of the encoder cache; 0 for a text-only model.
     """
 
@@ -102,7 +102,7 @@ class EngineSummary:
 
 @dataclass
 class RequestCounters:
-    """Counters of the engine thread."""
+    """Counters of the engine thread: requests by reason of the adapter choice, completions by finish reason, tokens."""
 
     reasons: Counter[str] = field(default_factory=Counter)
     finished: Counter[str] = field(default_factory=Counter)
@@ -111,21 +111,12 @@ class RequestCounters:
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
 
-    def add(self, request: EngineInput) -> None:
-        """Count a queued request."""
-        self.reasons[request.lora.reason] += 1
-
     def begin(self, request: Request, *, uses_prefix_cache: bool) -> None:
         """Count a request that is scheduled for the first time."""
         num_tokens = len(request.input.prompt_token_ids)
         self.num_prompt_tokens += num_tokens
         self.num_prefix_queries += num_tokens if uses_prefix_cache else 0
         self.num_cached_tokens += request.num_cached_tokens or 0
-
-    def finish(self, request: Request) -> None:
-        """Count a finished request."""
-        for seq in request.sequences:
-            self.finished[seq.finish_reason or "none"] += 1
 
 
 def measure(
@@ -140,11 +131,11 @@ def measure(
     """Return a snapshot of an engine's metrics.
 
     Args:
-        counters: what the engine counted so far.
-        requests: unfinished ones.
-        scheduler, encoder, lora: of the engine.
+        counters: what the engine has counted.
+        requests: the unfinished requests.
+        scheduler, encoder, lora: parts of the engine.
         default_adapters: by modality key.
-        default_load_s: seconds that loading each of them took, by adapter name.
+        default_load_s: seconds that loading each default adapter took, by adapter name.
     """
     running: list[Request] = []
     waiting: list[Request] = []
@@ -188,8 +179,8 @@ def _adapters(
 ) -> Iterator[AdapterMetrics]:
     num_running, num_waiting = (Counter(_kinds_of(requests, defaults)) for requests in (running, waiting))
     infos = {info.name: info for info in lora.list_infos()}
-    asked = [(name, is_mix) for name, is_default, is_mix in num_running + num_waiting if not is_default]
-    for name, is_mix in dict.fromkeys([*((name, False) for name in infos), *asked]):
+    requested = [(name, is_mix) for name, is_default, is_mix in num_running + num_waiting if not is_default]
+    for name, is_mix in dict.fromkeys([*((name, False) for name in infos), *requested]):
         key = (name, False, is_mix)  # also of a removed adapter that requests still use
         info = None if is_mix else infos.get(name)
         is_on_host, is_on_device = (info.is_on_host, info.is_on_device) if info else (False, False)
@@ -272,7 +263,7 @@ class MediaRecord:
 
 @dataclass(eq=False)
 class RequestRecord:
-    """What is known about one request of `AsyncLLM`, for logs, traces and histograms.
+    """Data of one request of `AsyncLLM`, for logs, traces and histograms.
 
     Attributes:
         request_id: id given by the caller.
@@ -344,7 +335,7 @@ class RequestHistograms:
         self.output_tokens = Histogram(TOKENS)
 
     def observe(self, record: RequestRecord, output: RequestOutput) -> None:
-        """Update the record of a request with an output, a delta, and add its values."""
+        """Update the record of a request with a delta output, and add its values."""
         times = output.metrics
         now = times.end_s
         record.times, record.lora, record.num_cached_tokens = times, output.lora, output.num_cached_tokens

@@ -30,7 +30,7 @@ class QueuePosition:
         return (self.priority, self.order) < (other.priority, other.order)
 
 
-Lane = list[tuple[QueuePosition, Sequence]]  # sorted
+Lane = list[tuple[QueuePosition, Sequence]]  # sorted; no two positions are equal, so sequences are never compared
 
 
 class WaitingQueue:
@@ -74,7 +74,7 @@ class WaitingQueue:
             return
         key = _key(seq.adapter)
         lane = self._lanes[key]
-        del lane[bisect_left(lane, position, key=_position)]
+        del lane[bisect_left(lane, (position, seq))]
         if not lane:
             del self._lanes[key]
 
@@ -97,15 +97,11 @@ class WaitingQueue:
 
     def _insert(self, seq: Sequence, position: QueuePosition) -> None:
         self._positions[seq] = position
-        insort(self._lanes.setdefault(_key(seq.adapter), []), (position, seq), key=_position)
+        insort(self._lanes.setdefault(_key(seq.adapter), []), (position, seq))
 
 
 def _key(adapter: Adapter | None) -> AdapterIdentity | None:
     return adapter.identity if adapter is not None else None
-
-
-def _position(entry: tuple[QueuePosition, Sequence]) -> QueuePosition:
-    return entry[0]
 
 
 @dataclass(frozen=True)
@@ -129,8 +125,7 @@ class ScheduledSequence:
     @property
     def media(self) -> list[tuple[int, MediaInput]]:
         """Media items, with their indices, that have placeholders among the tokens computed."""
-        found = enumerate(self.seq.media)
-        return [(index, item) for index, item in found if item.start < self.end and item.end > self.start]
+        return self.seq.media_between(self.start, self.end)
 
 
 @dataclass
@@ -202,11 +197,6 @@ class Scheduler:
         self.num_preemptions = 0
         self._is_base_turn = True
         self._gates = [0] * (slots.max_loras if slots is not None else 0)  # by slot: last order that its round admits
-
-    @property
-    def has_unfinished(self) -> bool:
-        """Whether any sequence waits or runs."""
-        return bool(self.waiting or self.running)
 
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence."""

@@ -118,6 +118,10 @@ class Sequence:
         """Return the bidirectional spans that overlap `[start, end)`."""
         return tuple(span for span in self.layout.bidirectional_spans if span.start < end and start < span.end)
 
+    def media_between(self, start: int, end: int) -> list[tuple[int, MediaInput]]:
+        """Return the media items that overlap `[start, end)`, with their indices."""
+        return [(index, item) for index, item in enumerate(self.media) if item.start < end and start < item.end]
+
     def drop_media(self, end: int) -> None:
         """Drop the embeddings of media items that end at or before `end`: their KV is computed."""
         for index in [index for index in self.media_embeds if self.media[index].end <= end]:

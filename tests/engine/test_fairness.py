@@ -92,7 +92,7 @@ class Simulation:
 
     @property
     def is_busy(self):
-        return self.scheduler.has_unfinished
+        return bool(self.scheduler.waiting or self.scheduler.running)
 
     def add(self, index, job):
         adapter = None if job.adapter is None else self.adapters[job.adapter]

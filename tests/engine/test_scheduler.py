@@ -52,7 +52,7 @@ def step(scheduler):
 
 def run_to_end(scheduler, max_steps=2000):
     for num_steps in range(max_steps):
-        if not scheduler.has_unfinished:
+        if not (scheduler.waiting or scheduler.running):
             assert scheduler.block_manager.num_free_blocks == scheduler.block_manager.num_blocks
             assert all(scheduler.slots.num_users(slot) == 0 for slot in range(scheduler.slots.max_loras))
             return num_steps

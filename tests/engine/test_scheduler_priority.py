@@ -27,7 +27,7 @@ def add(scheduler, priority, *, length=3, adapter=None, max_tokens=4):
 
 def run_and_list_starts(scheduler):
     starts = []
-    while scheduler.has_unfinished:
+    while scheduler.waiting or scheduler.running:
         before = set(scheduler.running)
         items = step(scheduler)
         starts += [seq for seq in items if seq not in before]

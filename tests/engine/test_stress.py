@@ -85,7 +85,7 @@ def run_all(engine, jobs):
 
 
 def assert_nothing_leaked(engine):
-    assert not engine.has_unfinished_requests and not engine.scheduler.has_unfinished
+    assert not (engine.has_unfinished_requests or engine.scheduler.waiting or engine.scheduler.running)
     assert not engine.scheduler.waiting and not engine.scheduler.running and not engine.scheduler.failed
     assert engine.block_manager.num_free_blocks == engine.block_manager.num_blocks
     assert all(count == 0 for count in engine.block_manager._ref_counts)
