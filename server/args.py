@@ -136,14 +136,11 @@ class ServerArgs:
 
     def __post_init__(self) -> None:
         problems = [*self._check_numbers(), *self._check_network(), *self._check_security()]
-        if self.uvicorn_log_level not in LOG_LEVELS:
-            allowed = ", ".join(LOG_LEVELS)
-            problems.append(f"uvicorn_log_level={self.uvicorn_log_level!r}: must be one of {allowed}")
-        if self.log_format not in LOG_FORMATS:
-            problems.append(f"log_format={self.log_format!r}: must be one of {', '.join(LOG_FORMATS)}")
-        if self.tool_call_parser not in ("auto", *PARSER_NAMES):
-            allowed = ", ".join(("auto", *PARSER_NAMES))
-            problems.append(f"tool_call_parser={self.tool_call_parser!r}: must be one of {allowed}")
+        parsers = ("auto", *PARSER_NAMES)
+        choices = {"uvicorn_log_level": LOG_LEVELS, "log_format": LOG_FORMATS, "tool_call_parser": parsers}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                problems.append(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
         if problems:
             raise ConfigError(*problems)
 

@@ -1,7 +1,7 @@
 """The command `mmlora` with its subcommands `serve`, `models`, `doctor` and `inspect`.
 
-The flags of `serve` are generated from `EngineArgs` and `ServerArgs`. Commands import the modules that need torch
-themselves, so that `--help` does not wait for it.
+The flags of `serve` are generated from `EngineArgs` and `ServerArgs`. Commands import modules that need torch only when
+they run, so that `--help` does not wait for it.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 from mmlora.cli.options import DOCTOR_OPTIONS, Flag, flags_of, parse_options
@@ -75,7 +76,7 @@ def _models(is_json: bool) -> int:
     from mmlora.cli.model_table import as_text, model_rows
 
     rows = model_rows()
-    print(json.dumps([row.as_dict() for row in rows], indent=2) if is_json else as_text(rows))
+    print(json.dumps([asdict(row) for row in rows], indent=2) if is_json else as_text(rows))
     return 0
 
 
@@ -90,7 +91,7 @@ def _doctor(model: str | None, is_json: bool, **options: Any) -> int:
     args = EngineArgs(model or assistant_path(), **given)
     try:
         found = diagnose(args)
-        print(json.dumps(found.as_dict(), indent=2) if is_json else found.as_text())
+        print(json.dumps(asdict(found), indent=2) if is_json else found.as_text())
     except (*LIBRARY_ERRORS, MemoryError) as error:  # raised by libraries on malformed files
         raise ConfigError(f"model {args.model!r} cannot be inspected: {type(error).__name__}: {error}") from error
     return 2 if found.problem is not None else 0
@@ -104,7 +105,7 @@ def _inspect(adapter: str, model: str | None, is_json: bool) -> int:
     path = model or assistant_path()
     try:
         found = examine_adapter(adapter, path)
-        print(json.dumps(found.as_dict(), indent=2) if is_json else found.as_text())
+        print(json.dumps(asdict(found), indent=2) if is_json else found.as_text())
     except (RuntimeError, ValueError, OverflowError, MemoryError) as error:  # raised by libraries on malformed files
         reason = f"{type(error).__name__}: {error}"
         raise AdapterError(f"adapter {adapter!r} cannot be inspected for model {path!r}: {reason}") from error

@@ -1,9 +1,9 @@
 """Table of supported model families for `mmlora models` and `docs/models.md`, with their measured equality."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from mmlora.models.families import FAMILIES, Family
 from mmlora.processors.modalities import MODALITIES
@@ -67,10 +67,6 @@ class ModelRow:
     def proof(self) -> str:
         """The comparison as text."""
         return "not compared yet" if self.parity is None else str(self.parity)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as JSON content."""
-        return asdict(self)
 
 
 def read_parity(path: Path = PARITY_FILE) -> dict[str, Parity]:

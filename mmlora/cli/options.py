@@ -35,17 +35,21 @@ class Flag:
 
     Attributes:
         name: of the field; `max_loras` is the flag `--max-loras` and the variable `MMLORA_MAX_LORAS`.
-        parse: converts text to a value, or to one entry of a list.
+        help: description for `--help`, with the default.
+        group: title in `--help`.
+        parse: converts a string to a value, or to one entry of a list.
+        metavar: placeholder of the value in `--help`.
         is_list: several values are allowed.
-        takes_one: a list of one value becomes that value.
+        is_single_allowed: a list of one value becomes that value.
     """
 
     name: str
-    parse: Callable[[str], Any]
     help: str
-    group: str = "other"
+    group: str
+    parse: Callable[[str], Any]
+    metavar: str
     is_list: bool = False
-    takes_one: bool = False
+    is_single_allowed: bool = False
 
     @property
     def option(self) -> str:
@@ -61,18 +65,16 @@ class Flag:
         if self.parse is parse_bool:
             group.add_argument(self.option, action=argparse.BooleanOptionalAction, default=None, help=text)
         elif self.is_list:
-            metavar = "NAME=PATH" if self.parse == LoRAModule.parse else "VALUE"
-            group.add_argument(self.option, action="append", nargs="+", metavar=metavar, help=text)
+            group.add_argument(self.option, action="append", nargs="+", metavar=self.metavar, help=text)
         else:
-            metavar = "SECONDS" if self.name.endswith("_timeout") else METAVARS.get(self.parse, "VALUE")
-            group.add_argument(self.option, metavar=metavar, help=text)
+            group.add_argument(self.option, metavar=self.metavar, help=text)
 
     def may_hold_model(self, argument: Any) -> bool:
-        """Return whether a list on the command line may have taken the MODEL that was meant to follow it."""
+        """Return whether a list on the command line may have consumed the MODEL that was meant to follow it."""
         return self.is_list and self.parse is str and any(len(values) > 1 for values in argument or ())
 
     def read_argument(self, argument: Any) -> Any:
-        """Parse what argparse returns: a boolean, a text, or for each occurrence of a list its texts.
+        """Parse the value from argparse: a boolean, a string, or the strings of each occurrence of a list.
 
         Raises:
             ConfigError: naming the flag and the value.
@@ -80,23 +82,21 @@ class Flag:
         if isinstance(argument, bool):
             return argument
         texts = [text for values in argument for text in values] if self.is_list else [argument]
-        with self._named(self.option, texts if self.is_list else argument):
-            return self._read(texts)
+        return self._parse_all(texts, self.option, texts if self.is_list else argument)
 
     def read_variable(self, text: str) -> Any:
-        """Parse an environment variable. A list is separated by commas, one of adapters by blanks, or it is JSON.
+        """Parse an environment variable. A list is separated by commas or is JSON; adapters are separated by spaces.
 
         Raises:
             ConfigError: naming the variable and the value.
         """
         texts = [text]
         if self.parse == LoRAModule.parse:
-            # Blanks inside a JSON object do not separate.
+            # Spaces inside a JSON object do not separate.
             texts = re.findall(r"\{[^{}]*\}|[^\s{][^\s]*|\{.*", text)
         elif self.is_list and not text.startswith("["):
             texts = [part.strip() for part in text.split(",")]
-        with self._named(self.variable, text):
-            return self._read(texts)
+        return self._parse_all(texts, self.variable, text)
 
     def read_entry(self, value: Any) -> Any:
         """Parse a value of a YAML file.
@@ -109,33 +109,30 @@ class Flag:
         entries = value if isinstance(value, list) else [value]
         return self._collect([self.parse(entry if isinstance(entry, str) else json.dumps(entry)) for entry in entries])
 
-    def _read(self, texts: Sequence[str]) -> Any:
-        if self.parse is str and self.is_list:
-            texts = [entry for text in texts for entry in _parse_list(text)]
-        return self._collect([self.parse(text) for text in texts])
-
-    def _collect(self, values: list[Any]) -> Any:
-        return values[0] if not self.is_list or (self.takes_one and len(values) == 1) else values
-
-    @contextmanager
-    def _named(self, source: str, value: object) -> Iterator[None]:
+    def _parse_all(self, texts: Sequence[str], source: str, value: object) -> Any:
+        """Parse strings; an error names the source and shows its value."""
         try:
-            yield
+            if self.parse is str and self.is_list:
+                texts = [entry for text in texts for entry in _parse_list(text)]
+            return self._collect([self.parse(text) for text in texts])
         except (ValueError, ConfigError) as error:
             shown = "***" if self.name in SECRETS else shorten(value)
             raise ConfigError(f"{source}={shown}: {error}") from None
 
+    def _collect(self, values: list[Any]) -> Any:
+        return values[0] if not self.is_list or (self.is_single_allowed and len(values) == 1) else values
+
 
 def flags_of(cls: type[EngineArgs] | type[ServerArgs]) -> list[Flag]:
-    """Return the options of a dataclass, each with its text from the docstring's `Args:` and its default."""
+    """Return the options of a dataclass; their help is the docstring's `Args:` entry and the default."""
     helps = _argument_help(cls.__doc__ or "")
     groups = {name: group for group, names in cls.GROUPS.items() for name in names.split()}
     flags = []
     for field in fields(cls):
         if field.name != "model":
             text = helps.get(field.name, "").removesuffix(".") + _default_text(field.default)
-            hint = str if isinstance(field.type, str) else field.type  # a text names a type of torch: not imported
-            flags.append(_flag(field.name, hint, text, groups.get(field.name, "other")))
+            hint = str if isinstance(field.type, str) else field.type  # a string names a type of torch: not imported
+            flags.append(_flag(field.name, hint, text, groups[field.name]))
     return flags
 
 
@@ -147,7 +144,7 @@ def parse_options(
     Args:
         arguments: of the command line by field name, None where absent; `config` is the path of the file.
         environment: with the `MMLORA_…` variables.
-        unknown: arguments that no flag took.
+        unknown: arguments that the parser did not recognize.
 
     Raises:
         ConfigError: with every unknown option and every value that cannot be parsed or is not allowed.
@@ -257,13 +254,21 @@ def _flag(name: str, hint: Any, text: str, group: str) -> Flag:
     members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     kinds = [get_origin(member) or member for member in members]
     for member in members:
+        if LoRAModule in get_args(member):
+            return Flag(name, text, group, LoRAModule.parse, "NAME=PATH", is_list=True)
         if get_origin(member) is Sequence:
-            parse = LoRAModule.parse if LoRAModule in get_args(member) else str
-            return Flag(name, parse, text, group, is_list=True, takes_one=str in kinds)
+            return Flag(name, text, group, str, "VALUE", is_list=True, is_single_allowed=str in kinds)
+    if Mapping in kinds and str in kinds:
+        return Flag(name, text, group, _parse_json_or_auto, "JSON|auto")
     if Mapping in kinds:
-        return Flag(name, _parse_json_or_auto if str in kinds else _parse_json, text, group)
-    parsers: dict[type, Callable[[str], Any]] = {bool: parse_bool, int: _parse_int, float: _parse_float}
-    return Flag(name, next((parse for kind, parse in parsers.items() if kind in kinds), str), text, group)
+        return Flag(name, text, group, _parse_json, "JSON")
+    if bool in kinds:
+        return Flag(name, text, group, parse_bool, "")
+    if int in kinds:
+        return Flag(name, text, group, _parse_int, "N")
+    if float in kinds:
+        return Flag(name, text, group, _parse_float, "SECONDS" if name.endswith("_timeout") else "X")
+    return Flag(name, text, group, str, "VALUE")
 
 
 def _default_text(default: object) -> str:
@@ -279,7 +284,7 @@ def _default_text(default: object) -> str:
 def _argument_help(doc: str) -> dict[str, str]:
     """Return the entries of a docstring's `Args:` by name."""
     section = re.search(r"^ *Args:\n(.*?)(?:\n\s*\n|\Z)", doc, re.DOTALL | re.MULTILINE)
-    if section is None:
+    if section is None:  # python -OO
         return {}
     entries = re.findall(r"^ +(\w+): (.*?)(?=^ +\w+: |\Z)", section[1] + "\n", re.DOTALL | re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in entries}
@@ -326,11 +331,3 @@ def _load_json(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
-
-
-METAVARS: Final[Mapping[Callable[[str], Any], str]] = {
-    _parse_int: "N",
-    _parse_float: "X",
-    _parse_json: "JSON",
-    _parse_json_or_auto: "JSON|auto",
-}

@@ -1,7 +1,6 @@
 """Inspection of an adapter for a model from its files and the model's configuration, without model weights."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -51,10 +50,6 @@ class Inspection:
     parts: dict[str, Coverage]
     unmatched: tuple[str, ...]
     refusals: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as JSON content."""
-        return asdict(self)
 
     def as_text(self) -> str:
         """Return the report as text for a terminal."""
