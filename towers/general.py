@@ -26,7 +26,9 @@ class GeneralTowers:
         first_position: rotary position of a prompt's first token, for models without `get_rope_index`.
     """
 
-    modalities: frozenset[str]
+    modalities: frozenset[str] = (
+        frozenset()
+    )  # set by subclasses for models without functions such as `get_image_features`
     joint_modes: Mapping[str, str] = {}
     has_token_inputs = False
 
@@ -39,7 +41,7 @@ class GeneralTowers:
             for owner in (inner, model)
             if hasattr(owner, modality.features_method)
         }
-        self.modalities = frozenset(self._encoders)
+        self.modalities = self.modalities or frozenset(self._encoders)
         self._rope_index = getattr(inner, "get_rope_index", getattr(model, "get_rope_index", None))
         self.num_position_rows = 3 if self._rope_index is not None else 1
         self._bidirectional, self._first_position = bidirectional, first_position

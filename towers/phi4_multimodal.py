@@ -6,7 +6,6 @@ Source: https://huggingface.co/microsoft/Phi-4-multimodal-instruct
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -21,17 +20,10 @@ MODULE_PARTS = {
 
 
 class Phi4MultimodalTowers(GeneralTowers):
-    """Encode images and audio with a `Phi4MultimodalForCausalLM`.
+    """Encode images and audio with a `Phi4MultimodalForCausalLM`."""
 
-    Args:
-        model: the loaded model.
-    """
-
+    modalities = frozenset({"audio", "image"})
     joint_modes: Mapping[str, str] = {"audio": "vision"}  # the projection for audio in a prompt with an image
-
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
-        self.modalities = frozenset({"audio", "image"})
 
     def part_of(self, module_name: str) -> str:
         """See `Towers.part_of`."""

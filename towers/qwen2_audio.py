@@ -4,7 +4,6 @@ Source: https://arxiv.org/abs/2407.10759
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from transformers.masking_utils import create_bidirectional_mask
@@ -13,15 +12,9 @@ from mmlora.towers.general import GeneralTowers
 
 
 class Qwen2AudioTowers(GeneralTowers):
-    """Encode clips padded to one length, and drop the embeddings of the padding.
+    """Encode clips padded to one length, and drop the embeddings of the padding."""
 
-    Args:
-        model: the loaded model.
-    """
-
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
-        self.modalities = frozenset({"audio"})
+    modalities = frozenset({"audio"})
 
     def features(self, modality: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """See `GeneralTowers.features`."""

@@ -144,7 +144,7 @@ def measure(
         (running if is_running else waiting).append(request)
     block_manager, slots = scheduler.block_manager, scheduler.slots
     defaults = {adapter.identity: adapter for adapter in default_adapters.values()}
-    num_loads, load_s = lora.loads if lora is not None else (0, 0.0)
+    num_loads, load_s = (lora.cache.num_loads, lora.cache.load_s) if lora is not None else (0, 0.0)
     return EngineMetrics(
         adapters=tuple(_adapters(lora, defaults, default_load_s, running, waiting)) if lora is not None else (),
         num_requests_running=len(running),
@@ -162,11 +162,11 @@ def measure(
         total_encoder_misses=encoder.num_encoded if encoder is not None else 0,
         num_encoder_cache_bytes=encoder.num_bytes if encoder is not None else 0,
         max_loras=slots.max_loras if slots is not None else 0,
-        num_host_adapter_bytes=lora.num_host_bytes if lora is not None else 0,
+        num_host_adapter_bytes=lora.cache.num_bytes if lora is not None else 0,
         num_device_adapter_bytes=lora.num_device_bytes if lora is not None else 0,
         total_adapter_loads=num_loads,
         total_adapter_load_s=load_s,
-        total_adapter_evictions=lora.num_evictions if lora is not None else 0,
+        total_adapter_evictions=lora.cache.num_evictions if lora is not None else 0,
     )
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Final
@@ -70,10 +70,6 @@ class Adapter:
     @property
     def num_bytes(self) -> int:
         return sum(weights.num_bytes for weights in self.modules.values())
-
-    def with_identity(self, uid: int, generation: int) -> "Adapter":
-        """Return the same adapter with the identity that the cache assigns to it."""
-        return replace(self, uid=uid, generation=generation)
 
 
 def digest_adapter(config: object, tensors: Mapping[str, torch.Tensor]) -> str:

@@ -1,7 +1,7 @@
 """Weights of an adapter for one module: plain tensors on the host, ready to be loaded into a slot."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -88,7 +88,3 @@ class ModuleWeights:
     @property
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for _, tensor in self.tensors)
-
-    def with_token_rows(self, token_rows: TokenRows) -> "ModuleWeights":
-        """Return a copy with other embedding rows."""
-        return replace(self, token_rows=token_rows)

@@ -69,7 +69,7 @@ def outcome(function: Callable[[], Any]) -> Any:
 def bytes_of(llm: LLM) -> tuple[int, int]:
     """Return the adapter bytes on the host and on the device."""
     lora = llm.llm_engine.lora
-    return lora.num_host_bytes, lora.num_device_bytes
+    return lora.cache.num_bytes, lora.num_device_bytes
 
 
 def finish(engine: LLMEngine) -> dict[str, list[int]]:

@@ -34,7 +34,7 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Any:
         assert not engine.has_unfinished_requests
         for info in engine.list_loras():
             engine.remove_lora(info.name)
-        assert (engine.lora.num_host_bytes, engine.lora.num_device_bytes) == (0, 0)
+        assert (engine.lora.cache.num_bytes, engine.lora.num_device_bytes) == (0, 0)
 
 
 def test_unloading_refuses_at_once_and_frees_with_the_last_request(engine: LLMEngine, contents: Contents) -> None:
@@ -50,11 +50,11 @@ def test_unloading_refuses_at_once_and_frees_with_the_last_request(engine: LLMEn
         assert engine.list_loras() == []
         with pytest.raises(AdapterNotFound, match="'a' is being unloaded"):
             engine.add_request("late", PROMPT, LONG, a)
-        assert engine.lora.num_host_bytes == engine.lora.num_device_bytes == contents.sizes[0]
+        assert engine.lora.cache.num_bytes == engine.lora.num_device_bytes == contents.sizes[0]
         engine.abort_request("two")
         assert engine.lora.num_device_bytes == contents.sizes[0]
         assert finish(engine) == {"one": contents.answers[0]}
-        assert (engine.lora.num_host_bytes, engine.lora.num_device_bytes) == (0, 0)
+        assert (engine.lora.cache.num_bytes, engine.lora.num_device_bytes) == (0, 0)
     finally:
         gc.enable()
     engine.add_request("again", PROMPT, LONG, a)  # drained: a request with a path loads it again
@@ -83,7 +83,7 @@ def test_a_name_can_be_added_again_while_its_old_version_drains(engine: LLMEngin
     new = engine.add_lora("a", str(contents.paths[1]))
     engine.add_request("new", PROMPT, LONG, new)
     assert finish(engine) == {"old": contents.answers[0], "new": contents.answers[1]}
-    assert engine.lora.num_host_bytes == engine.lora.num_device_bytes == contents.sizes[1]
+    assert engine.lora.cache.num_bytes == engine.lora.num_device_bytes == contents.sizes[1]
 
 
 @pytest.mark.parametrize("max_loras", [1, 2])
@@ -98,9 +98,9 @@ def test_requests_finish_on_the_version_they_started_with(contents: Contents, ma
         engine.step()
     info = engine.list_loras()[0]
     assert (info.generation, info.num_requests, info.num_bytes) == (2, 3, contents.sizes[2])
-    assert engine.lora.num_host_bytes == sum(contents.sizes[:3])
+    assert engine.lora.cache.num_bytes == sum(contents.sizes[:3])
     assert finish(engine) == {"zero": contents.answers[0], "one": contents.answers[1], "two": contents.answers[2]}
-    assert engine.lora.num_host_bytes == engine.lora.num_device_bytes == contents.sizes[2]
+    assert engine.lora.cache.num_bytes == engine.lora.num_device_bytes == contents.sizes[2]
 
 
 def test_pinned_adapters_keep_their_slots_and_leave_one(contents: Contents) -> None:
@@ -177,7 +177,7 @@ def test_tensors_are_swapped_in_between_two_steps(engine: LLMEngine, contents: C
     engine.add_request("after", PROMPT, LONG, policy)
     assert finish(engine) == {"before": contents.answers[0], "after": contents.answers[1]}
     engine.add_lora("policy", **contents.tensors(2))
-    assert engine.lora.num_host_bytes == contents.sizes[2] and engine.lora.num_device_bytes == 0
+    assert engine.lora.cache.num_bytes == contents.sizes[2] and engine.lora.num_device_bytes == 0
 
 
 def test_the_digest_of_a_mix_depends_only_on_its_contents(engine: LLMEngine, contents: Contents) -> None:
@@ -196,7 +196,7 @@ def test_an_adapter_of_a_mix_may_be_removed_while_the_mix_runs(engine: LLMEngine
     engine.add_request("mix", PROMPT, LONG, LoRAMix([(a, 1.0), (b, 0.5)]))
     engine.step()
     assert engine.lora.num_device_bytes == sum(contents.sizes[:2])
-    assert engine.lora.num_host_bytes == 2 * sum(contents.sizes[:2]), "the mix has its own matrices"
+    assert engine.lora.cache.num_bytes == 2 * sum(contents.sizes[:2]), "the mix has its own matrices"
     engine.remove_lora("a")
     engine.remove_lora("b")
     assert len(finish(engine)) == 1

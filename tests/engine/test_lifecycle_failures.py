@@ -54,13 +54,13 @@ def test_a_failed_load_leaves_the_previous_state(
     engine.step()
     with monkeypatch.context() as patch:
         damage(path, patch)
-        before = engine.list_loras(), engine.lora.num_host_bytes, engine.lora.num_device_bytes
+        before = engine.list_loras(), engine.lora.cache.num_bytes, engine.lora.num_device_bytes
         for change in (lambda: engine.reload_lora("a"), lambda: engine.add_lora("b", str(path))):
             with pytest.raises(kind):
                 change()
         with pytest.raises(kind):
             engine.add_request("b", PROMPT, GREEDY, LoRARequest("b", 2, str(path)))
-        assert (engine.list_loras(), engine.lora.num_host_bytes, engine.lora.num_device_bytes) == before
+        assert (engine.list_loras(), engine.lora.cache.num_bytes, engine.lora.num_device_bytes) == before
     engine.add_request("after", PROMPT, GREEDY, a)
     assert finish(engine) == {"before": contents.answers[0], "after": contents.answers[0]}
 

@@ -59,7 +59,7 @@ def run_rounds(model: Path, path: Path, num_warm_up: int, num_rounds: int) -> tu
             engine.step()
         if index >= num_warm_up:
             resident.append(resident_bytes())
-            host.append(engine.lora.num_host_bytes)
+            host.append(engine.lora.cache.num_bytes)
             device.append(engine.lora.num_device_bytes)
     assert set(host) == {num_bytes}, "only the permanent adapter"
     assert max(device) <= num_bytes

@@ -113,7 +113,7 @@ class LoRAState:
 
 
 class LoRALayer(nn.Module, ABC):
-    """Base class of the layers that wrap a module of the model and hold the changes of each slot.
+    """Base class of the layers that wrap a module of the model and hold the changes of each slot as a patch.
 
     Without active adapters, `forward` only calls the wrapped module. Other attributes are those of the wrapped module.
 
@@ -125,6 +125,7 @@ class LoRALayer(nn.Module, ABC):
     """
 
     base: Any  # any class of module
+    _patches: dict[int, Any]  # by slot; each subclass has a type of patch
 
     def __init__(self, base: nn.Module, state: LoRAState, max_loras: int, *, is_output_layer: bool = False) -> None:
         super().__init__()
@@ -132,6 +133,7 @@ class LoRALayer(nn.Module, ABC):
         self.state = state
         self.max_loras = max_loras
         self.is_output_layer = is_output_layer
+        self._patches = {}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -143,9 +145,9 @@ class LoRALayer(nn.Module, ABC):
     def set_slot(self, slot: int, weights: ModuleWeights) -> None:
         """Load an adapter's weights for this module into a slot."""
 
-    @abstractmethod
     def clear_slot(self, slot: int) -> None:
         """Empty a slot."""
+        self._patches.pop(slot, None)
 
     def rows_of(self, num_rows: int) -> RowSegments | None:
         """Return the slots of the rows in the running forward pass."""
@@ -154,3 +156,7 @@ class LoRALayer(nn.Module, ABC):
     def on_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor on the device of the wrapped module."""
         return tensor.to(self.state.device, non_blocking=True)
+
+    def parameters_on_device(self, weights: ModuleWeights) -> dict[str, torch.Tensor]:
+        """Return the replaced parameters of an adapter on the device of the wrapped module."""
+        return {name: self.on_device(tensor) for name, tensor in weights.parameters.items()}

@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.func import functional_call
 
-from mmlora.lora.layers.base import LoRALayer, LoRAState
+from mmlora.lora.layers.base import LoRALayer
 from mmlora.lora.weights import ModuleWeights, TokenRows
 
 
@@ -26,9 +25,7 @@ class LoRAEmbedding(LoRALayer):
     Embeddings that scale their output (`embed_scale`) also scale the adapter's part.
     """
 
-    def __init__(self, base: nn.Module, state: LoRAState, max_loras: int, *, is_output_layer: bool = False) -> None:
-        super().__init__(base, state, max_loras, is_output_layer=is_output_layer)
-        self._patches: dict[int, _EmbeddingPatch] = {}
+    _patches: dict[int, _EmbeddingPatch]
 
     def set_slot(self, slot: int, weights: ModuleWeights) -> None:
         lora, token_rows = weights.lora, weights.token_rows
@@ -41,11 +38,7 @@ class LoRAEmbedding(LoRALayer):
                 factor = self.on_device(lora.magnitude).float() / norm
         if token_rows is not None:
             token_rows = TokenRows(self.on_device(token_rows.ids), self.on_device(token_rows.rows))
-        parameters = {name: self.on_device(tensor) for name, tensor in weights.parameters.items()}
-        self._patches[slot] = _EmbeddingPatch(parameters, lora_A, lora_B, factor, token_rows)
-
-    def clear_slot(self, slot: int) -> None:
-        self._patches.pop(slot, None)
+        self._patches[slot] = _EmbeddingPatch(self.parameters_on_device(weights), lora_A, lora_B, factor, token_rows)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return `[…, embedding_dim]` for `ids [...] int64`."""

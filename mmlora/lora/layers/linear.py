@@ -30,12 +30,13 @@ class LoRALinear(LoRALayer):
     slot. Also wraps `transformers`' Conv1D, a Linear with a transposed weight.
     """
 
+    _patches: dict[int, _LinearPatch]
+
     def __init__(self, base: nn.Module, state: LoRAState, max_loras: int, *, is_output_layer: bool = False) -> None:
         super().__init__(base, state, max_loras, is_output_layer=is_output_layer)
         weight: torch.Tensor = base.weight  # type: ignore[assignment]
         self.out_features, self.in_features = reversed(weight.shape) if isinstance(base, Conv1D) else weight.shape
         self.slots = SlotWeights(max_loras, weight.device)
-        self._patches: dict[int, _LinearPatch] = {}
 
     def set_slot(self, slot: int, weights: ModuleWeights) -> None:
         self.clear_slot(slot)
@@ -46,8 +47,8 @@ class LoRALinear(LoRALayer):
             self._patches[slot] = patch
 
     def clear_slot(self, slot: int) -> None:
+        super().clear_slot(slot)
         self.slots.clear(slot)
-        self._patches.pop(slot, None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `[…, out_features]` for `x [..., in_features]`; the leading dimensions are flattened to rows."""
@@ -91,7 +92,7 @@ class LoRALinear(LoRALayer):
 
     def _patch(self, weights: ModuleWeights) -> _LinearPatch | None:
         lora, token_rows = weights.lora, weights.token_rows
-        replaced = {name: self.on_device(tensor) for name, tensor in weights.parameters.items()}
+        replaced = self.parameters_on_device(weights)
         weight, bias = replaced.get("weight"), replaced.get("bias")
         if weight is not None and isinstance(self.base, Conv1D):
             weight = weight.T

@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from mmlora.lora.layers.base import LoRALayer, LoRAState
+from mmlora.lora.layers.base import LoRALayer
 from mmlora.lora.weights import LoRAWeights, ModuleWeights
 
 CONVOLUTIONS: dict[type[nn.Module], Callable[..., torch.Tensor]] = {
@@ -37,9 +37,7 @@ class LoRAConvolution(LoRALayer):
     One call uses one adapter, because towers encode media grouped by adapter.
     """
 
-    def __init__(self, base: nn.Module, state: LoRAState, max_loras: int, *, is_output_layer: bool = False) -> None:
-        super().__init__(base, state, max_loras, is_output_layer=is_output_layer)
-        self._patches: dict[int, _ConvolutionPatch] = {}
+    _patches: dict[int, _ConvolutionPatch]
 
     def set_slot(self, slot: int, weights: ModuleWeights) -> None:
         lora, factor = weights.lora, None
@@ -49,11 +47,7 @@ class LoRAConvolution(LoRALayer):
                 found["lora_A"], found["lora_B"], lora.scaling, found.get("bias"), found.get("magnitude")
             )
             factor = self._dora_factor(lora) if lora.magnitude is not None else None
-        parameters = {name: self.on_device(tensor) for name, tensor in weights.parameters.items()}
-        self._patches[slot] = _ConvolutionPatch(parameters, lora, factor)
-
-    def clear_slot(self, slot: int) -> None:
-        self._patches.pop(slot, None)
+        self._patches[slot] = _ConvolutionPatch(self.parameters_on_device(weights), lora, factor)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `[batch, out_channels, …]` for `x [batch, in_channels, …]`."""
@@ -94,24 +88,19 @@ class LoRAWholeModule(LoRALayer):
     such as fused experts) are merged into a copy of the parameter, so the slot takes as much memory as the parameter.
     """
 
-    def __init__(self, base: nn.Module, state: LoRAState, max_loras: int, *, is_output_layer: bool = False) -> None:
-        super().__init__(base, state, max_loras, is_output_layer=is_output_layer)
-        self._parameters_of: dict[int, dict[str, torch.Tensor]] = {}
+    _patches: dict[int, dict[str, torch.Tensor]]  # parameters by name
 
     def set_slot(self, slot: int, weights: ModuleWeights) -> None:
-        parameters = {name: self.on_device(tensor) for name, tensor in weights.parameters.items()}
+        parameters = self.parameters_on_device(weights)
         for name, lora in weights.parameter_loras.items():
             old = parameters.get(name, getattr(self.base, name))
             parameters[name] = old + self._delta(lora, old)
-        self._parameters_of[slot] = parameters
-
-    def clear_slot(self, slot: int) -> None:
-        self._parameters_of.pop(slot, None)
+        self._patches[slot] = parameters
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """Call the module with the parameters of the adapter of this pass, or unchanged."""
         slot = self.state.uniform_slot
-        parameters = self._parameters_of.get(slot) if slot is not None else None
+        parameters = self._patches.get(slot) if slot is not None else None
         if parameters is None:
             return self.base(*arguments, **options)
         return functional_call(self.base, parameters, arguments, options)

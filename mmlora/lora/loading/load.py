@@ -3,6 +3,7 @@
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -138,7 +139,7 @@ def _tie_token_rows(modules: dict[str, ModuleWeights], index: ModuleIndex) -> No
         return
     target = modules.get(index.output_layer, ModuleWeights())
     if target.token_rows is None:
-        modules[index.output_layer] = target.with_token_rows(source.token_rows)
+        modules[index.output_layer] = replace(target, token_rows=source.token_rows)
 
 
 def _check_complete(modules: Mapping[str, ModuleWeights], index: ModuleIndex, config: PeftConfig) -> None:
@@ -173,8 +174,8 @@ def _check_invocation(modules: Mapping[str, ModuleWeights], index: ModuleIndex, 
             )
 
 
-def listed(names: Iterable[str], limit: int = 10) -> str:
+def listed(names: Iterable[str]) -> str:
     """Join the first ten names in order for a message, with the number of the others."""
     ordered = sorted(names)
-    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
-    return ", ".join(ordered[:limit]) + more
+    more = f" and {len(ordered) - 10} more" if len(ordered) > 10 else ""
+    return ", ".join(ordered[:10]) + more

@@ -46,11 +46,8 @@ class ModuleIndex:
         tied = [self.modules[name] for name in (self.input_embedding, self.output_layer) if name is not None]
         self.is_tied = len(tied) == 2 and tied[0].weight is tied[1].weight
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.modules
-
     def kind_of(self, name: str) -> str:
-        """Return how a module is adapted: linear, embedding, convolution or other (by whole parameters)."""
+        """Return how a module is adapted, see `kind_of` below."""
         return kind_of(self.modules[name])
 
     def parameter(self, name: str, parameter: str) -> torch.Tensor | None:
@@ -70,8 +67,8 @@ class ModuleIndex:
         renamings = copy.deepcopy(self._renamings)  # some are stateful across keys
         resolved = {}
         for name in sorted(names):
-            renamed = name if name in self else _rename(name, renamings)
-            if renamed in self:
+            renamed = name if name in self.modules else _rename(name, renamings)
+            if renamed in self.modules:
                 resolved[name] = renamed
         return resolved
 

@@ -6,7 +6,7 @@ The keys are those of `peft.LoraConfig` up to PEFT 0.21 (https://huggingface.co/
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Final, TypeVar
 
 import regex
@@ -18,28 +18,6 @@ from mmlora.utils.text import is_finite_number, shorten
 MAX_PATTERN_CHARS: Final = 100_000
 MATCH_TIMEOUT_S: Final = 1.0  # patterns come from adapter files, and some backtrack forever
 
-_UNDERSTOOD: Final = frozenset(
-    [
-        "r",
-        "lora_alpha",
-        "use_rslora",
-        "rank_pattern",
-        "alpha_pattern",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "bias",
-        "lora_bias",
-        "use_dora",
-        "use_bdlora",
-        "modules_to_save",
-        "target_parameters",
-        "trainable_token_indices",
-        "ensure_weight_tying",
-        "alora_invocation_tokens",
-    ]
-)
 # Training, provenance, initialisation, or settings of features that another key has to enable. `fan_in_fan_out`
 # follows from the module; VeLoRA and MonteCLoRA change only gradients and noise during training.
 _IRRELEVANT: Final = frozenset(
@@ -180,9 +158,10 @@ class PeftConfig:
         patterns = self.layers_pattern or (r"[^.]*",)
         # The first number after a list name is the layer; without a list name, a parent must precede the list.
         prefix = r"(?:^|.*?\.)" if self.layers_pattern else r".*?\."
-        found = (_first_group(rf"{prefix}{pattern}\.(\d+)\.", name) for pattern in patterns)
-        layer = next((group for group in found if group is not None), None)
-        return layer is not None and layer.isdigit() and int(layer) in self.layers_to_transform
+        found = (_match(rf"{prefix}{pattern}\.(\d+)\.", name, is_whole=False) for pattern in patterns)
+        match = next((match for match in found if match is not None), None)
+        layer = match.group(match.lastindex or 1) if match is not None else ""
+        return layer.isdigit() and int(layer) in self.layers_to_transform
 
     def saves(self, name: str) -> bool:
         """Return whether `modules_to_save` selects the module of this name or one of its parents."""
@@ -217,6 +196,9 @@ class PeftConfig:
         }
 
 
+_UNDERSTOOD: Final = frozenset(entry.name for entry in fields(PeftConfig))
+
+
 def refusals(content: Mapping[str, Any]) -> Iterator[str]:
     """Yield the reasons why an adapter with this configuration cannot be applied, one per key."""
     if "peft_type" not in content:
@@ -235,14 +217,14 @@ def refusals(content: Mapping[str, Any]) -> Iterator[str]:
 def _lookup(pattern: Mapping[str, T], names: Sequence[str], default: T) -> T:
     for name in names:
         for key, value in pattern.items():
-            if name == key or _matches(rf"(?:.*\.)?(?:{key})", name):
+            if name == key or _match(rf"(?:.*\.)?(?:{key})", name):
                 return value
     return default
 
 
 def _is_named(selection: str | Sequence[str], name: str) -> bool:
     if isinstance(selection, str):
-        return _matches(selection, name)
+        return _match(selection, name) is not None
     return any(name == entry or name.endswith(f".{entry}") for entry in selection)
 
 
@@ -269,26 +251,12 @@ def _check_pattern(pattern: str, key: str) -> str:
     return pattern
 
 
-def _matches(pattern: str, name: str) -> bool:
-    """Return whether a pattern matches a whole name.
+def _match(pattern: str, name: str, *, is_whole: bool = True) -> "regex.Match[str] | None":
+    """Match a pattern with a name, or with its start if not `is_whole`.
 
     Raises:
         AdapterMismatch: matching exceeds the time limit.
     """
-    return _match(pattern, name, is_whole=True) is not None
-
-
-def _first_group(pattern: str, name: str) -> str | None:
-    """Return the last group of a pattern that matches the start of a name; None when it does not match.
-
-    Raises:
-        AdapterMismatch: matching exceeds the time limit.
-    """
-    found = _match(pattern, name, is_whole=False)
-    return None if found is None else str(found.group(found.lastindex or 1))
-
-
-def _match(pattern: str, name: str, *, is_whole: bool) -> "regex.Match[str] | None":
     match = regex.fullmatch if is_whole else regex.match
     try:
         return match(pattern, name, timeout=MATCH_TIMEOUT_S)

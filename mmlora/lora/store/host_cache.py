@@ -113,8 +113,11 @@ class CacheEntry:
             AdapterError: it cannot be built, or the files have changed.
         """
         try:
-            with _as_adapter_error(self.name):
+            try:
                 adapter = load_adapter(files or self._read(source, is_reload), self.name)
+            except (OSError, MemoryError, RuntimeError) as error:  # disk failures, or no memory for the matrices
+                reason = str(error) or type(error).__name__
+                raise AdapterError(f"adapter {self.name!r} could not be loaded: {reason}") from error
             if not is_reload and self.digest not in (None, adapter.digest):
                 raise AdapterError(
                     f"adapter {self.name!r}: the files in {adapter.path} changed since it was loaded (digest "
@@ -125,7 +128,7 @@ class CacheEntry:
             if not is_reload:
                 self.problem = str(error)
             raise
-        return adapter.with_identity(self.uid, self.generation + is_reload)
+        return replace(adapter, uid=self.uid, generation=self.generation + is_reload)
 
     def set_version(self, source: LoRARequest, adapter: Adapter) -> None:
         """Make a version the current one, in host memory."""
@@ -522,14 +525,6 @@ def _conflict(request: LoRARequest, other: CacheEntry, remedy: str) -> AdapterEr
         f"adapter {request.lora_name!r} (id {request.lora_int_id}) is requested from {request.lora_path!r}, but "
         f"{other.name!r} (id {other.request.lora_int_id}) is from {other.request.lora_path!r}; {remedy}"
     )
-
-
-@contextmanager
-def _as_adapter_error(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, MemoryError, RuntimeError) as error:  # disk failures, or no memory for the matrices
-        raise AdapterError(f"adapter {name!r} could not be loaded: {str(error) or type(error).__name__}") from error
 
 
 def _absolute(path: str) -> str:

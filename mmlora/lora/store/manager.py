@@ -77,7 +77,7 @@ class LoRAManager:
         defaults: Sequence[Adapter] = (),
         registry: AdapterRegistry | None = None,
     ) -> None:
-        self._cache = cache
+        self.cache = cache
         self._slots = slots
         self._defaults = {adapter.identity for adapter in defaults}
         self._num_requests: Counter[AdapterIdentity] = Counter()
@@ -92,24 +92,9 @@ class LoRAManager:
                 logger.warning("adapter %r was not restored: %s", record.name, problem)
 
     @property
-    def num_host_bytes(self) -> int:
-        """Bytes of all adapter versions in host memory, including those held only by requests or slots."""
-        return self._cache.num_bytes
-
-    @property
     def num_device_bytes(self) -> int:
         """Bytes of all adapter versions in the slots."""
         return sum(adapter.num_bytes for adapter in self._resident)
-
-    @property
-    def num_evictions(self) -> int:
-        """Number of adapters evicted from the host cache."""
-        return self._cache.num_evictions
-
-    @property
-    def loads(self) -> tuple[int, float]:
-        """Number of loads, and the seconds they took."""
-        return self._cache.num_loads, self._cache.load_s
 
     def is_on_device(self, adapter: Adapter) -> bool:
         """Return whether a version of an adapter was in a slot after the last step."""
@@ -148,8 +133,8 @@ class LoRAManager:
             request = lora
         else:
             request = LoRARequest(lora, self._id_of(lora), path or f"{MEMORY}{lora}")
-        self._cache.add(request, _files(tensors, config))
-        return self._cache.find(request.lora_name).request
+        self.cache.add(request, _files(tensors, config))
+        return self.cache.find(request.lora_name).request
 
     def reload(
         self,
@@ -174,7 +159,7 @@ class LoRAManager:
         """
         if path is not None and _is_in_memory(tensors, config):
             raise AdapterError(f"reload_lora({lora!r}) takes a path or tensors, not both")
-        return self._cache.reload(lora, path, _files(tensors, config))
+        return self.cache.reload(lora, path, _files(tensors, config))
 
     def remove(self, lora: str | int) -> None:
         """Unload an adapter: new requests are refused at once; its memory is freed when its last request ends.
@@ -183,7 +168,7 @@ class LoRAManager:
             AdapterNotFound: it is unknown.
             AdapterError: the registry cannot be written; the adapter stays.
         """
-        self._cache.remove(lora)
+        self.cache.remove(lora)
 
     def pin(
         self, lora: str | int, run_in_engine: Callable[[Callable[[], None]], None] = lambda function: function()
@@ -198,11 +183,11 @@ class LoRAManager:
             AdapterError: it is unknown or cannot be loaded, too many are pinned, or the device has no room for it; it
                 is not pinned then.
         """
-        adapter = self._cache.pin(lora)
+        adapter = self.cache.pin(lora)
         try:
             run_in_engine(lambda: self.activate_pinned(adapter))
         except BaseException:
-            self._cache.unpin(adapter.name)
+            self.cache.unpin(adapter.name)
             raise
         return adapter
 
@@ -212,17 +197,17 @@ class LoRAManager:
         Raises:
             AdapterError: it is unknown, or the registry cannot be written.
         """
-        self._cache.unpin(lora)
+        self.cache.unpin(lora)
 
     def list_infos(self) -> list[LoRAInfo]:
         """Return the state of every known adapter, in the order of their first loads. Safe in any thread."""
         resident = {adapter.identity for adapter in self._resident}
         num_requests = dict(self._num_requests)  # one step in C, atomic while the engine thread continues
-        return [_info(entry, resident, num_requests) for entry in self._cache.entries]
+        return [_info(entry, resident, num_requests) for entry in self.cache.entries]
 
     def is_missing(self, lora_request: object) -> bool:
         """Return whether a request names an adapter that has to be loaded first."""
-        return not all(self._cache.is_ready(request) for request in _requests_in(lora_request))
+        return not all(self.cache.is_ready(request) for request in _requests_in(lora_request))
 
     def prefetch(self, lora_requests: Iterable[object]) -> None:
         """Load missing adapters concurrently. A failed load is not raised here: each request repeats and reports it.
@@ -231,17 +216,17 @@ class LoRAManager:
             lora_requests: as callers pass them; entries without an adapter are skipped.
         """
         wanted = {request.lora_name: request for entry in lora_requests for request in _requests_in(entry)}
-        cached = {entry.name for entry in self._cache.entries if entry.adapter is not None}
+        cached = {entry.name for entry in self.cache.entries if entry.adapter is not None}
         missing = [request for name, request in wanted.items() if name not in cached]
         if len(missing) > 1:
             with ThreadPoolExecutor(NUM_PREFETCH_THREADS, thread_name_prefix="mmlora-prefetch") as pool:
-                for request in missing[: self._cache.max_cpu_loras]:
-                    pool.submit(self._cache.get, request)
+                for request in missing[: self.cache.max_cpu_loras]:
+                    pool.submit(self.cache.get, request)
 
     def retain(self, adapter: Adapter) -> None:
         """Count a request that runs with a version of an adapter, or with a mix."""
         if adapter.uid == 0:  # a mix; other adapters are tracked since their load
-            self._cache.track(adapter)
+            self.cache.track(adapter)
         self._num_requests[adapter.identity] += 1
 
     def release(self, adapter: Adapter) -> None:
@@ -269,7 +254,7 @@ class LoRAManager:
 
         Returns at once if cache and slots have not changed since the last call and no adapter lost its last request.
         """
-        changes = self._cache.num_changes, self._slots.num_changes
+        changes = self.cache.num_changes, self._slots.num_changes
         if self._synced == changes:
             return
         kept = {adapter.identity for adapter in self._slots.resident if self._is_pinned(adapter)}
@@ -282,23 +267,23 @@ class LoRAManager:
                 self._slots.retain(slot)
             elif identity not in self._num_requests and not self._is_known(adapter):
                 self._slots.evict(identity)
-        if self._cache.draining:
-            self._cache.forget_drained({uid for uid, _, _ in self._num_requests})
+        if self.cache.draining:
+            self.cache.forget_drained({uid for uid, _, _ in self._num_requests})
         self._resident = self._slots.resident
         self._synced = changes[0], self._slots.num_changes  # a change of the cache during the sync needs another one
 
     def _is_known(self, adapter: Adapter) -> bool:
-        return adapter.identity in self._defaults or self._cache.entry_of(adapter) is not None
+        return adapter.identity in self._defaults or self.cache.entry_of(adapter) is not None
 
     def _is_pinned(self, adapter: Adapter) -> bool:
         if self._slots.max_loras == 1 or adapter.identity in self._defaults:
             return False
-        entry = self._cache.entry_of(adapter)
+        entry = self.cache.entry_of(adapter)
         return entry is not None and entry.is_pinned
 
     def _id_of(self, name: str) -> int:
         """Return the id of a known name, else a random one, unique among all processes that share the registry."""
-        ids = {entry.name: entry.request.lora_int_id for entry in self._cache.entries}
+        ids = {entry.name: entry.request.lora_int_id for entry in self.cache.entries}
         return ids.get(name) or RUNTIME_LORA_IDS + secrets.randbelow(RUNTIME_LORA_IDS)
 
 

@@ -59,10 +59,10 @@ class AdapterRegistry:
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path).expanduser()
         try:
-            with self._transaction() as connection:
+            with self._transaction("opened") as connection:
                 self._check_or_create(connection)
             self.records()
-        except (sqlite3.Error, AdapterError) as error:
+        except AdapterError as error:
             raise ConfigError(f"lora_registry={str(path)!r} cannot be used: {error}") from None
 
     def records(self) -> list[AdapterRecord]:
@@ -71,7 +71,7 @@ class AdapterRegistry:
         Raises:
             AdapterError: the file cannot be read, or a record has invalid values.
         """
-        with self._named_errors("read"), self._transaction() as connection:
+        with self._transaction("read") as connection:
             rows = connection.execute(f"SELECT {_COLUMNS} FROM adapters ORDER BY rowid").fetchall()
         records = [
             AdapterRecord(name, lora_int_id, path, base_model_name, digest, bool(is_pinned))
@@ -87,7 +87,7 @@ class AdapterRegistry:
         Raises:
             AdapterError: the file cannot be written.
         """
-        with self._named_errors("written"), self._transaction() as connection:
+        with self._transaction("written") as connection:
             connection.execute(
                 f"INSERT INTO adapters ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET "
                 "lora_int_id = excluded.lora_int_id, path = excluded.path, digest = excluded.digest, "
@@ -101,7 +101,7 @@ class AdapterRegistry:
         Raises:
             AdapterError: the file cannot be written.
         """
-        with self._named_errors("written"), self._transaction() as connection:
+        with self._transaction("written") as connection:
             connection.execute("UPDATE adapters SET is_pinned = ? WHERE name = ?", (is_pinned, name))
 
     def remove(self, name: str) -> None:
@@ -110,7 +110,7 @@ class AdapterRegistry:
         Raises:
             AdapterError: the file cannot be written.
         """
-        with self._named_errors("written"), self._transaction() as connection:
+        with self._transaction("written") as connection:
             connection.execute("DELETE FROM adapters WHERE name = ?", (name,))
 
     def _check_or_create(self, connection: sqlite3.Connection) -> None:
@@ -128,16 +128,19 @@ class AdapterRegistry:
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """Open a connection for one transaction, so that any thread may use it, and take the write lock at once."""
-        with closing(sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None)) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            yield connection
-            connection.execute("COMMIT")  # closing without a commit rolls back
+    def _transaction(self, done: str) -> Iterator[sqlite3.Connection]:
+        """Open a connection for one transaction, so that any thread may use it, and take the write lock at once.
 
-    @contextmanager
-    def _named_errors(self, done: str) -> Iterator[None]:
+        Args:
+            done: what cannot be done to the file, for errors.
+
+        Raises:
+            AdapterError: SQLite fails.
+        """
         try:
-            yield
+            with closing(sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None)) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                yield connection
+                connection.execute("COMMIT")  # closing without a commit rolls back
         except (sqlite3.Error, ValueError) as error:  # such as a name or path that is not UTF-8
             raise AdapterError(f"the adapter registry {self._path} cannot be {done}: {error}") from None

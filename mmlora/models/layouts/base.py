@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from mmlora.errors import ConfigError
 from mmlora.lora.loading.files import AdapterFiles
+from mmlora.lora.loading.load import listed
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,4 @@ class Layout:
         wrong = {"missing": missing, "unknown": [key for key in unexpected if not self.left_out.fullmatch(key)]}
         for kind, names in wrong.items():
             if names:
-                more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-                named = ", ".join(sorted(names)[:10])
-                raise ConfigError(f"{len(names)} tensor(s) of a {self.name} checkpoint are {kind}: {named}{more}")
+                raise ConfigError(f"{len(names)} tensor(s) of a {self.name} checkpoint are {kind}: {listed(names)}")

@@ -1,5 +1,6 @@
 """LoRALinear in whole models against PEFT, alone and mixed; no LoRA code runs when no row has an adapter."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def activate(model: nn.Module, *paths: Path) -> LoRASlots:
     index = ModuleIndex(model)
     slots = LoRASlots(model, len(paths), CPU)
     for uid, path in enumerate(paths):
-        adapter = load_adapter(read_adapter(path), path.name, index, dtype=torch.float32).with_identity(uid, 0)
+        adapter = load_adapter(read_adapter(path), path.name, index, dtype=torch.float32)
+        adapter = replace(adapter, uid=uid)
         slots.retain(slots.activate(adapter))
     return slots
 
