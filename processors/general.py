@@ -15,12 +15,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
 from mmlora.errors import MediaError, RequestError
-from mmlora.processors.base import ProcessedMedia
+from mmlora.processors.base import MultiModalProcessor, ProcessedMedia, placeholder_id
 from mmlora.processors.media.audio import RESAMPLER, AudioItem, resample
 from mmlora.processors.media.image import ImageItem
 from mmlora.processors.media.items import MediaItem
 from mmlora.processors.modalities import IMAGE, MODALITIES
-from mmlora.processors.placeholders import Placeholders, placeholder_id
 from mmlora.processors.pretrained import load_processor
 
 TEXT_KEYS: Final = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
@@ -33,7 +32,7 @@ SIZES: Final = ("size", "pixels", "patches", "crops", "pinpoints")  # parts of t
 MAX_FACTOR, MAX_PIXELS = 2, 2**24
 
 
-class GeneralProcessor(Placeholders):
+class GeneralProcessor(MultiModalProcessor):
     """`MultiModalProcessor` on top of a model's own processor.
 
     Args:
@@ -73,16 +72,7 @@ class GeneralProcessor(Placeholders):
         return self._embed_ids[modality] if token is None else int(tokenizer.convert_tokens_to_ids(str(token)))
 
     def process(self, item: MediaItem, options: Mapping[str, Any] | None = None) -> ProcessedMedia:
-        """Compute the tensors and the prompt tokens of one item.
-
-        Args:
-            item: decoded media.
-            options: of the model's image processor; audio has none.
-
-        Raises:
-            RequestError: an unknown option or a value that is not allowed.
-            MediaError: the item cannot be used with this model.
-        """
+        """See `MultiModalProcessor.process`; the options are those of the model's image processor, audio has none."""
         modality, chosen = item.modality, self._checked_options(item.modality, options or {})
         try:
             output = self.compute_inputs(item, chosen)

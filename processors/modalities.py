@@ -1,4 +1,4 @@
-"""Registry of the modalities that requests may hold besides text. Other code reads from it.
+"""Registry of the modalities that requests may contain besides text.
 
 A new modality is one entry here, its module in `processors/media`, and a tower.
 """
@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from mmlora.processors.media import audio, image
-from mmlora.processors.media.audio import AudioItem
-from mmlora.processors.media.image import ImageItem
 from mmlora.processors.media.items import MediaItem, MediaLimits
 
 ContentForm = Literal["url", "base64", "object"]
@@ -21,12 +19,11 @@ class Modality:
 
     Attributes:
         name: in requests, options, usage and metrics.
-        item_class: of decoded items.
         formats: names of the file formats, for errors.
-        recognizes: returns whether a file is of this modality, by its first bytes; names and MIME types are ignored.
+        recognizes: returns whether a file is of this modality by its first bytes; names and MIME types are ignored.
         accepts: returns whether an object (not bytes) is content of this modality.
-        decode: makes an item of encoded bytes, within limits.
-        convert: makes an item of an object that `accepts` takes, within limits.
+        decode: decodes encoded bytes within limits.
+        convert: converts an object for which `accepts` is true, within limits.
         part_types: types of content parts in chat messages, each with the form of its content.
         processor_part: the attribute of a `transformers` processor that prepares its items.
         config_name: the attribute of a model's configuration that holds the tower's.
@@ -35,7 +32,6 @@ class Modality:
     """
 
     name: str
-    item_class: type[MediaItem]
     formats: tuple[str, ...]
     recognizes: Callable[[bytes], bool]
     accepts: Callable[[object], bool]
@@ -50,7 +46,6 @@ class Modality:
 
 AUDIO: Final = Modality(
     name="audio",
-    item_class=AudioItem,
     formats=("WAV", "FLAC", "Ogg", "MP3", "AAC", "MP4 (M4A)", "WebM (Matroska)"),
     recognizes=audio.is_audio_file,
     accepts=audio.is_audio_pair,
@@ -64,7 +59,6 @@ AUDIO: Final = Modality(
 )
 IMAGE: Final = Modality(
     name="image",
-    item_class=ImageItem,
     formats=("PNG", "JPEG", "WebP", "GIF", "BMP"),
     recognizes=image.is_image_file,
     accepts=image.is_image_object,

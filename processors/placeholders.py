@@ -1,85 +1,10 @@
-"""Placeholders of media items in prompts: their tokens, and their expansion to one token for each embedding."""
+"""Expansion of the placeholders in a prompt to the tokens of the media items."""
 
-import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from transformers import PretrainedConfig
-
-from mmlora.errors import ConfigError, MediaError
+from mmlora.errors import MediaError
 from mmlora.processors.base import MultiModalProcessor, ProcessedMedia
-from mmlora.processors.modalities import MODALITIES
-
-_NUMBERED = re.compile(rf"<\|({'|'.join(MODALITIES)})_(\d{{1,9}})\|>", re.ASCII)
-
-
-class Placeholders:
-    """Base class of all processors: the placeholder token of each modality.
-
-    Args:
-        token_ids: of the placeholders, by modality.
-        tokenizer: must have these tokens.
-
-    Raises:
-        ConfigError: it does not have them.
-    """
-
-    def __init__(self, token_ids: Mapping[str, int], tokenizer: Any) -> None:
-        self.modalities = frozenset(token_ids)
-        self._tokenizer = tokenizer
-        self._token_ids = dict(token_ids)
-        self._tokens = {modality: placeholder_text(tokenizer, modality, i) for modality, i in token_ids.items()}
-
-    def placeholder_token(self, modality: str) -> str:
-        """Return the placeholder of one item in the text of a prompt."""
-        return self._tokens[self._checked(modality)]
-
-    def placeholder_token_id(self, modality: str) -> int:
-        """Return the token id of `placeholder_token(modality)`."""
-        return self._token_ids[self._checked(modality)]
-
-    def arrange_tokens(self, token_ids: Sequence[int], media: Sequence[ProcessedMedia]) -> list[int]:
-        """Return the prompt unchanged."""
-        return list(token_ids)
-
-    def tokenize(self, text: str) -> list[int]:
-        """See `MultiModalProcessor.tokenize`."""
-        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
-
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        """See `MultiModalProcessor.detokenize`."""
-        text: str = self._tokenizer.decode(
-            list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return text
-
-    def normalize_placeholders(self, prompt: str) -> str:
-        """Replace numbered placeholders, `<|image_1|>` and `<|audio_1|>`, by the model's own.
-
-        Raises:
-            MediaError: the numbers of a modality are not 1, 2, 3… in this order.
-        """
-        counts: Counter[str] = Counter()
-
-        def replace_one(match: re.Match[str]) -> str:
-            if match[1] not in self.modalities:
-                return match[0]
-            counts[match[1]] += 1
-            if int(match[2]) != counts[match[1]]:
-                raise MediaError(
-                    f"the prompt has {match[0]!r} where {match[1]} {counts[match[1]]} is expected: items fill their "
-                    "placeholders in order"
-                )
-            return self.placeholder_token(match[1])
-
-        return _NUMBERED.sub(replace_one, prompt)
-
-    def _checked(self, modality: str) -> str:
-        if modality not in self._token_ids:
-            raise MediaError(f"modality {modality!r}: this model takes {', '.join(sorted(self.modalities))}")
-        return modality
 
 
 @dataclass(frozen=True)
@@ -89,33 +14,6 @@ class PlaceholderRange:
     start: int
     length: int
     media_index: int
-
-
-def placeholder_id(config: PretrainedConfig, modality: str) -> int:
-    """Return the token id that embeddings of a modality replace.
-
-    Raises:
-        ConfigError: the configuration does not name it.
-    """
-    tower = getattr(config, MODALITIES[modality].config_name, None)
-    for owner in (config, tower):
-        for name in (f"{modality}_token_id", f"{modality}_token_index"):
-            value = getattr(owner, name, None)
-            if isinstance(value, int):
-                return value
-    raise ConfigError(f"{type(config).__name__} names no {modality} placeholder ({modality}_token_id)")
-
-
-def placeholder_text(tokenizer: Any, modality: str, token_id: int) -> str:
-    """Return the text of a placeholder.
-
-    Raises:
-        ConfigError: the tokenizer has no such token.
-    """
-    text = tokenizer.convert_ids_to_tokens(token_id)
-    if not isinstance(text, str) or tokenizer.convert_tokens_to_ids(text) != token_id:
-        raise ConfigError(f"the tokenizer has no token for the {modality} placeholder id {token_id} (got {text!r})")
-    return text
 
 
 def expand_placeholders(
@@ -129,9 +27,8 @@ def expand_placeholders(
     Raises:
         MediaError: the prompt has more or fewer placeholders of a modality than there are items.
     """
-    waiting = {
-        modality: [i for i, m in enumerate(media) if m.modality == modality] for modality in _all(media, processor)
-    }
+    modalities = sorted(processor.modalities | {item.modality for item in media})
+    waiting = {modality: [i for i, item in enumerate(media) if item.modality == modality] for modality in modalities}
     modality_of = {processor.placeholder_token_id(modality): modality for modality in sorted(processor.modalities)}
     _check_counts(token_ids, waiting, processor)
     queues = {modality: iter(indices) for modality, indices in waiting.items()}
@@ -158,10 +55,6 @@ def _with_text(before: str, token_ids: list[int], after: str, processor: MultiMo
     if not before and not after:
         return token_ids
     return processor.tokenize(before + processor.detokenize(token_ids) + after)
-
-
-def _all(media: Sequence[ProcessedMedia], processor: MultiModalProcessor) -> list[str]:
-    return sorted(processor.modalities | {item.modality for item in media})
 
 
 def _check_counts(token_ids: list[int], waiting: dict[str, list[int]], processor: MultiModalProcessor) -> None:

@@ -36,14 +36,31 @@ def load_processor(config: PretrainedConfig, path: Path, tokenizer: Any) -> Any:
 
 def named_class(path: Path) -> str:
     """Return the processor class named in a checkpoint's files, or an empty string."""
-    for file in (path / name for name in SETTINGS_FILES):
+    for name in SETTINGS_FILES:
         try:
-            found = json.loads(file.read_text(encoding="utf-8")).get("processor_class")
-        except (OSError, ValueError, AttributeError):
+            found = read_json(path / name).get("processor_class")
+        except (OSError, ConfigError):
             continue
         if isinstance(found, str):
             return found
     return ""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the settings of a file, without those that are null; empty if there is no such file.
+
+    Raises:
+        ConfigError: it is not a JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path.name} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path.name} contains a {type(content).__name__}, not an object")
+    return {key: value for key, value in content.items() if value is not None}
 
 
 def load_part(name: str, path: Path) -> Any:

@@ -151,7 +151,7 @@ class InputProcessor:
             template = self._templates(load_chat_template(chat_template))
         return ChatPrompt(
             turns=turns,
-            media=self.media.for_prompt(references, caller) if references else None,
+            media=PromptMedia(self.media, references, caller) if references else None,
             template=template,
             template_kwargs={
                 "add_generation_prompt": add_generation_prompt,

@@ -15,16 +15,15 @@ from transformers import PretrainedConfig
 from transformers.audio_utils import mel_filter_bank
 
 from mmlora.errors import ConfigError, MediaError, RequestError
-from mmlora.processors.base import ProcessedMedia
+from mmlora.processors.base import MultiModalProcessor, ProcessedMedia, placeholder_id
 from mmlora.processors.media.audio import RESAMPLER, AudioItem, resample
 from mmlora.processors.media.items import MediaItem
-from mmlora.processors.placeholders import Placeholders, placeholder_id
+from mmlora.processors.pretrained import read_json
 
-FEATURE_SETTINGS_FILES = ("preprocessor_config.json", "processor_config.json")
 MELSPEC = {"sample_rate": 16000, "n_fft": 512, "win_length": 400, "hop_length": 160, "n_mels": 80}
 
 
-class GraniteSpeechProcessor(Placeholders):
+class GraniteSpeechProcessor(MultiModalProcessor):
     """`MultiModalProcessor` of `GraniteSpeechForConditionalGeneration`.
 
     Args:
@@ -38,7 +37,10 @@ class GraniteSpeechProcessor(Placeholders):
 
     def __init__(self, config: PretrainedConfig, model_path: str | Path, tokenizer: Any) -> None:
         super().__init__({"audio": placeholder_id(config, "audio")}, tokenizer)
-        self._melspec = {**MELSPEC, **_read_melspec(Path(model_path))}
+        path = Path(model_path)
+        content = read_json(path / "preprocessor_config.json") or read_json(path / "processor_config.json")
+        found = content.get("audio_processor", content).get("melspec_kwargs", {})
+        self._melspec = {name: int(found.get(name, default)) for name, default in MELSPEC.items()}
         self._window_size, self._downsample_rate = config.window_size, config.downsample_rate
         mel = self._melspec
         if 2 * mel["n_mels"] != config.encoder_config.input_dim:
@@ -84,13 +86,3 @@ class GraniteSpeechProcessor(Placeholders):
         logs = (spectrum.abs().square().T @ self._filters).clamp_min(1e-10).log10()  # [num_frames, n_mels]
         logs = torch.maximum(logs, logs.max() - 8.0) / 4 + 1
         return logs[: len(logs) // 2 * 2].reshape(1, -1, 2 * mel["n_mels"])
-
-
-def _read_melspec(path: Path) -> dict[str, int]:
-    for name in FEATURE_SETTINGS_FILES:
-        if (path / name).is_file():
-            content = json.loads((path / name).read_text(encoding="utf-8"))
-            content = content.get("audio_processor", content)
-            found = content.get("melspec_kwargs", {})
-            return {key: int(value) for key, value in found.items() if key in MELSPEC}
-    return {}

@@ -4,7 +4,6 @@ Audio features are transformers' own; images are in `phi4_images.py`.
 Source: https://huggingface.co/microsoft/Phi-4-multimodal-instruct
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import Phi4MultimodalFeatureExtractor, PretrainedConfig
 
 from mmlora.errors import ConfigError, MediaError, RequestError
 from mmlora.processors.families.phi4_images import ImageSettings, process_image
+from mmlora.processors.pretrained import read_json
 
 _EXTRACTOR_FIELDS = (
     *("feature_size", "sampling_rate", "hop_length", "n_fft", "win_length", "preemphasis", "padding_value"),
@@ -176,20 +176,8 @@ def _read_settings(model_path: Path, parts: tuple[str, ...]) -> dict[str, Any]:
     """Return the part of `processor_config.json`, or the flat `preprocessor_config.json`, or an empty dict."""
     if not model_path.is_dir():
         raise ConfigError(f"model_path {str(model_path)!r} is not a directory: give the local folder or Hub snapshot")
-    nested = _read_json(model_path / "processor_config.json")
+    nested = read_json(model_path / "processor_config.json")
     for part in parts:
         if isinstance(nested.get(part), dict):
             return {key: value for key, value in nested[part].items() if value is not None}
-    return _read_json(model_path / "preprocessor_config.json")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path.name} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path.name} holds a {type(content).__name__}, not an object")
-    return {key: value for key, value in content.items() if value is not None}
+    return read_json(model_path / "preprocessor_config.json")

@@ -125,29 +125,19 @@ def is_audio_pair(content: object) -> bool:
 
 
 def audio_from_pair(pair: tuple[Any, ...] | list[Any], limits: MediaLimits = DEFAULT_LIMITS) -> AudioItem:
-    """Convert `(array, sample_rate)`; see `audio_from_array`.
-
-    Raises:
-        MediaError: as `audio_from_array`, or it is another tuple or list.
-    """
-    if len(pair) != 2:
-        raise MediaError(f"a {type(pair).__name__} of {len(pair)} items is not media; audio is (array, sample_rate)")
-    if isinstance(pair[0], int | float) and is_array(pair[1]):
-        raise MediaError("got (sample_rate, array); audio is given as (array, sample_rate)")
-    return audio_from_array(pair[0], pair[1], limits)
-
-
-def audio_from_array(array: Any, sample_rate: Any, limits: MediaLimits = DEFAULT_LIMITS) -> AudioItem:
-    """Convert samples (numpy, torch or a list of floats), integer or float, with one or more channels.
+    """Convert `(array, sample_rate)`: samples (numpy, torch or a list of floats) with one or more channels.
 
     Integers are scaled by the full scale of their type. Of two dimensions, the shorter one is the channels
     (`[n, channels]` if both are equal), which are averaged. The array is copied.
 
     Raises:
-        MediaError: wrong type or shape, empty, too long, an invalid rate, samples not finite.
+        MediaError: another tuple or list, a wrong type or shape, empty, too long, an invalid rate, samples not finite.
     """
-    rate = checked_rate(sample_rate)
-    values = _sample_array(array)
+    if len(pair) != 2:
+        raise MediaError(f"a {type(pair).__name__} of {len(pair)} items is not media; audio is (array, sample_rate)")
+    if isinstance(pair[0], int | float) and is_array(pair[1]):
+        raise MediaError("got (sample_rate, array); audio is given as (array, sample_rate)")
+    rate, values = checked_rate(pair[1]), _sample_array(pair[0])
     if values.ndim not in (1, 2):
         raise MediaError(f"audio array of shape {values.shape}: {_FORM}")
     if values.size == 0:

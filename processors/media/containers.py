@@ -117,12 +117,11 @@ def _check_mp4(data: bytes) -> None:
 
 
 def _check_adts(data: bytes) -> None:
-    for match in _INNER_ID3.finditer(data):
-        if _synchsafe(match[1]) > MAX_INNER_ID3_BYTES:
-            raise MediaError(
-                f"the AAC stream holds an ID3 tag of {_synchsafe(match[1])} bytes; at most {MAX_INNER_ID3_BYTES} are "
-                "allowed"
-            )
+    largest = max(map(_synchsafe, _INNER_ID3.findall(data)), default=0)
+    if largest > MAX_INNER_ID3_BYTES:
+        raise MediaError(
+            f"the AAC stream contains an ID3 tag of {largest} bytes; at most {MAX_INNER_ID3_BYTES} are allowed"
+        )
 
 
 def _check_matroska(data: bytes) -> None:

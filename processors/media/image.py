@@ -76,12 +76,22 @@ def is_image_object(content: object) -> bool:
 
 
 def image_from_object(content: Any, limits: MediaLimits = DEFAULT_LIMITS) -> ImageItem:
-    """Convert a PIL image or a `[height, width, 3] uint8` array.
+    """Convert a PIL image, or a `[height, width, 3] uint8` array or tensor.
 
     Raises:
-        MediaError: as `image_from_pil` and `image_from_array`.
+        MediaError: as `image_from_pil`, or an array of another shape or type.
     """
-    return image_from_pil(content, limits) if isinstance(content, Image.Image) else image_from_array(content, limits)
+    if isinstance(content, Image.Image):
+        return image_from_pil(content, limits)
+    values = to_numpy(content)
+    if values.ndim != 3 or values.shape[2] != 3 or values.dtype != np.uint8:
+        raise MediaError(
+            f"array of shape {tuple(values.shape)} and type {values.dtype}: "
+            "an image array is [height, width, 3] uint8, an audio array is given as (array, sample_rate)"
+        )
+    if values.size == 0:
+        raise MediaError(f"image array of shape {tuple(values.shape)} holds no pixels")
+    return image_from_pil(Image.fromarray(np.ascontiguousarray(values)), limits)
 
 
 def image_from_pil(image: Image.Image, limits: MediaLimits = DEFAULT_LIMITS) -> ImageItem:
@@ -102,23 +112,6 @@ def image_from_pil(image: Image.Image, limits: MediaLimits = DEFAULT_LIMITS) -> 
             f"cannot decode the {image.format or image.mode} image of {width}x{height} px: {error}"
         ) from error
     return ImageItem.from_rgb(_to_rgb(_oriented(image)))
-
-
-def image_from_array(array: Any, limits: MediaLimits = DEFAULT_LIMITS) -> ImageItem:
-    """Convert a `[height, width, 3] uint8` array or tensor.
-
-    Raises:
-        MediaError: another shape or type, empty or too large.
-    """
-    values = to_numpy(array)
-    if values.ndim != 3 or values.shape[2] != 3 or values.dtype != np.uint8:
-        raise MediaError(
-            f"array of shape {tuple(values.shape)} and type {values.dtype}: "
-            "an image array is [height, width, 3] uint8, an audio array is given as (array, sample_rate)"
-        )
-    if values.size == 0:
-        raise MediaError(f"image array of shape {tuple(values.shape)} holds no pixels")
-    return image_from_pil(Image.fromarray(np.ascontiguousarray(values)), limits)
 
 
 def strips(width: int, height: int) -> Iterator[tuple[int, int, int, int]]:

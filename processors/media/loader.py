@@ -1,4 +1,4 @@
-"""Loading of media: from the references in a request, URLs, bytes or objects to decoded items within limits."""
+"""Loading of media: references in a request, URLs, bytes and objects become decoded items, within limits."""
 
 import asyncio
 import base64
@@ -57,11 +57,11 @@ _TEXT_CONTROL = frozenset(b"\t\n\r\f\x1b")
 
 @dataclass(frozen=True, eq=False)
 class MediaReference:
-    """A media item as a request gives it, before anything is downloaded or decoded.
+    """A media item of a request, before it is downloaded or decoded.
 
     Attributes:
         modality: that the content must have.
-        content: a URL, base64, or an object that `load_media` takes; None for the cached item of the uuid.
+        content: a URL, base64, or an object that `load_media` accepts; None for the cached item of the uuid.
         form: of the content.
         uuid: the client's name for the item in the media cache.
     """
@@ -74,7 +74,7 @@ class MediaReference:
     def __post_init__(self) -> None:
         if self.uuid is not None and not (isinstance(self.uuid, str) and 0 < len(self.uuid) <= MAX_UUID_CHARS):
             raise MediaError(
-                f"uuid {shorten(self.uuid)} of a media item: it must be text of 1 to {MAX_UUID_CHARS} characters"
+                f"uuid {shorten(self.uuid)} of a media item: it must be a string of 1 to {MAX_UUID_CHARS} characters"
             )
         if self.content is None and self.uuid is None:
             raise MediaError(f"a media item ({self.modality}) has neither content nor a uuid")
@@ -90,7 +90,7 @@ class MediaLoader:
     """Loads media within limits, from allowed places only, and caches items under the uuids of clients.
 
     Args:
-        limits: of one item and of one prompt.
+        limits: on each item and each prompt.
         local_path: the directory that `file:` URLs may point into; None refuses them.
         domains: allowed hosts of http(s) URLs, see `HTTPSource`; None allows all.
         networks: allowed addresses of http(s) URLs besides public ones.
@@ -133,15 +133,6 @@ class MediaLoader:
             raise MediaError("reading media from http(s) URLs needs the package httpx") from error
         return HTTPSource(self._domains, parse_networks(self._networks), self._timeout_s, self.limits)
 
-    def for_prompt(self, references: Sequence[MediaReference], caller: str = "") -> "PromptMedia":
-        """Return the media of one prompt, still to be fetched and decoded.
-
-        Args:
-            references: the media in order.
-            caller: the tenant; uuids of other tenants are not visible to it.
-        """
-        return PromptMedia(self, references, caller)
-
     def load_url(self, url: str, *, expected: str | None = None) -> MediaItem:
         """Load a `data:`, `http:`, `https:` or `file:` URL; downloads block the calling thread.
 
@@ -164,7 +155,7 @@ class MediaLoader:
         return load_data_url(url, self.limits, expected=expected)
 
     def decode(self, url: str, content: bytes, expected: str | None) -> MediaItem:
-        """Decode the content of a URL. Errors do not quote it: it may be something that the client must not read.
+        """Decode the content of a URL. Errors do not quote the content, which the client may not be allowed to read.
 
         Raises:
             MediaError: it is unusable.
@@ -180,17 +171,17 @@ class PromptMedia:
     Args:
         loader: of the engine.
         references: the media in order.
-        caller: the tenant whose cached items may be used.
+        caller: the tenant; uuids of other tenants are not visible to it.
     """
 
-    def __init__(self, loader: MediaLoader, references: Sequence[MediaReference], caller: str) -> None:
+    def __init__(self, loader: MediaLoader, references: Sequence[MediaReference], caller: str = "") -> None:
         self._loader = loader
         self._references = references
         self._caller = caller
         self._fetched: dict[str, bytes] = {}
 
     async def fetch(self) -> None:
-        """Download the http(s) URLs that the media cache does not hold; cancelling stops the downloads.
+        """Download the http(s) URLs that are not in the media cache; cancelling stops the downloads.
 
         Raises:
             MediaError: there are too many, or one cannot be read.
@@ -203,7 +194,7 @@ class PromptMedia:
             self._fetched = await asyncio.wrap_future(self._loader.http.read(urls))
 
     def load(self) -> dict[str, list[MediaItem]]:
-        """Decode the media and return them by modality. URLs that are not fetched yet are downloaded and block.
+        """Decode the media and return them by modality; downloads URLs that `fetch` has not downloaded, blocking.
 
         Raises:
             MediaError: an item is unusable, or they are too large together.
@@ -259,13 +250,13 @@ def parse_references(
     """Return the media references of one prompt's `multi_modal_data` and `multi_modal_uuids`.
 
     Args:
-        data: by modality, one URL or a list of them, None for an item whose uuid is cached.
-        uuids: by modality, one uuid or a list of them, None for an item without.
-        modalities: that the model takes.
-        limit_mm_per_prompt: most items by modality.
+        data: one URL or a list of them by modality; None for an item whose uuid is cached.
+        uuids: one uuid or a list of them by modality; None for an item without one.
+        modalities: that the model supports.
+        limit_mm_per_prompt: maximum number of items by modality.
 
     Raises:
-        MediaError: too many, of a modality that the model does not take, or not as many uuids as items.
+        MediaError: too many items, an unsupported modality, or not as many uuids as items.
     """
     for name in (*data, *uuids):
         if name not in modalities:
@@ -284,7 +275,7 @@ def parse_references(
 
 
 def why_unsupported(name: str) -> str | None:
-    """Return a hint on a kind of content that other engines take (`image_embeds`, `video_url`); None for any other."""
+    """Return a hint on a kind of content that only other engines support (`image_embeds`, `video_url`), or None."""
     return next((reason for part, reason in _UNSUPPORTED.items() if part in name), None)
 
 
@@ -319,12 +310,12 @@ def load_media(content: object, limits: MediaLimits = DEFAULT_LIMITS, *, expecte
 
 
 def check_counts(counts: Mapping[str, int], modalities: Collection[str], limits: Mapping[str, int] | None) -> None:
-    """Refuse media that a model does not take, or more of it than a prompt may hold.
+    """Refuse media that the model does not support, or too many items.
 
     Args:
-        counts: items by modality.
-        modalities: what the model takes.
-        limits: most items by modality (`limit_mm_per_prompt`); others are not limited.
+        counts: number of items by modality.
+        modalities: that the model supports.
+        limits: maximum number of items by modality (`limit_mm_per_prompt`); others are not limited.
 
     Raises:
         MediaError: names the modality, the number and what is allowed.
@@ -339,11 +330,7 @@ def check_counts(counts: Mapping[str, int], modalities: Collection[str], limits:
 
 
 def check_decoded_bytes(num_bytes: int, limits: MediaLimits) -> None:
-    """Refuse the media of one prompt once they have more bytes than it may hold.
-
-    Raises:
-        MediaError: names the number and what is allowed.
-    """
+    """Raise `MediaError` if the decoded media of one prompt exceed the limit."""
     if num_bytes > limits.max_decoded_bytes:
         raise MediaError(
             f"the media of the prompt have {num_bytes} bytes or more when decoded; "
@@ -440,9 +427,8 @@ def _modality_of_bytes(head: bytes) -> Modality:
     return modality
 
 
-def _describe_content(data: bytes) -> str:
-    """Name unsupported content for an error message."""
-    head = data[:512]
+def _describe_content(head: bytes) -> str:
+    """Describe unsupported content for an error message."""
     if head[4:8] == b"ftyp":
         return f"an MP4-family image (brand {head[8:12].decode('ascii', 'replace').strip()!r}: HEIC or AVIF)"
     for magic, name in _UNSUPPORTED_MAGIC.items():

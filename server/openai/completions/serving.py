@@ -74,7 +74,7 @@ class CompletionService:
             self._llm.processor.modalities if self._llm.processor is not None else (),
             self._llm.args.limit_mm_per_prompt,
         )
-        media = self._llm.media.for_prompt(references, caller) if references else None
+        media = PromptMedia(self._llm.media, references, caller) if references else None
         options = {"mm_processor_kwargs": request.mm_processor_kwargs, "cache_salt": request.cache_salt}
         prompts = []
         for index, prompt in enumerate(request.prompts):

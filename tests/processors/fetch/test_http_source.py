@@ -18,7 +18,7 @@ from cryptography.x509.oid import NameOID
 from mmlora.errors import MediaError
 from mmlora.processors.fetch import checked_network
 from mmlora.processors.media.items import MediaLimits
-from mmlora.processors.media.loader import MAX_URLS, MediaLoader, MediaReference, load_media
+from mmlora.processors.media.loader import MAX_URLS, MediaLoader, MediaReference, PromptMedia, load_media
 from tests.web_server import FakeDNS, drip, endless, http_response, redirect, run_web_server
 
 HERE = ["127.0.0.1/32"]  # the only allowed address; the servers listen on all of 127.0.0.0/8
@@ -320,7 +320,7 @@ def test_proxies_and_netrc_of_the_environment_are_ignored(monkeypatch, tmp_path,
 
 
 async def _fetch(loader, *urls):
-    media = loader.for_prompt([MediaReference("image", url) for url in urls])
+    media = PromptMedia(loader, [MediaReference("image", url) for url in urls])
     await media.fetch()
     return media.load()["image"]
 

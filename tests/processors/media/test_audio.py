@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmlora.errors import MediaError
-from mmlora.processors.media.audio import audio_from_array, resample
+from mmlora.processors.media.audio import resample
 from mmlora.processors.media.items import MediaLimits
 from mmlora.processors.media.loader import load_media
 
@@ -78,7 +78,7 @@ def test_whole_rates_are_accepted(rate):
 
 @pytest.mark.parametrize("source", [8000, 22050, 44100, 48000])
 def test_resampling_keeps_a_tone(source, tone):
-    item = audio_from_array(tone(source, source), source)  # one second
+    item = load_media((tone(source, source), source))  # one second
     resampled = resample(item, 16000)
     assert len(resampled) == 16000 and resampled.dtype == np.float32
     middle = slice(2000, -2000)  # without the ringing of the filter at both ends
@@ -86,7 +86,7 @@ def test_resampling_keeps_a_tone(source, tone):
 
 
 def test_equal_rate_is_not_resampled(tone):
-    item = audio_from_array(tone(), 16000)
+    item = load_media((tone(), 16000))
     assert resample(item, 16000) is item.samples
 
 

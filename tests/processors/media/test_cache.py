@@ -5,7 +5,7 @@ import pytest
 from mmlora.errors import MediaError, MediaNotFound
 from mmlora.processors.media.audio import AudioItem
 from mmlora.processors.media.cache import ENTRY_BYTES, CachedMedia, MediaCache
-from mmlora.processors.media.loader import MAX_UUID_CHARS, MediaLoader, MediaReference
+from mmlora.processors.media.loader import MAX_UUID_CHARS, MediaLoader, MediaReference, PromptMedia
 
 
 def entry(tone, num_samples=250, url=None):
@@ -13,7 +13,7 @@ def entry(tone, num_samples=250, url=None):
 
 
 def load(loader, caller, reference):
-    return loader.for_prompt([reference], caller).load()[reference.modality][0]
+    return PromptMedia(loader, [reference], caller).load()[reference.modality][0]
 
 
 def test_the_least_recently_used_items_are_evicted(tone):
@@ -69,5 +69,5 @@ def test_an_item_of_the_other_modality_is_refused(tone):
 
 @pytest.mark.parametrize("uuid", ["", "x" * (MAX_UUID_CHARS + 1), 5, ["x"], {}])
 def test_a_uuid_is_short_text(uuid):
-    with pytest.raises(MediaError, match="it must be text of 1 to 256 characters"):
+    with pytest.raises(MediaError, match="it must be a string of 1 to 256 characters"):
         MediaReference("image", "data:,x", uuid=uuid)
