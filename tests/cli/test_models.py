@@ -84,14 +84,24 @@ def cut(x, size):
 
     return x  # two lines
 """,
+    "fake/processors/own.py": """
+RATE = 2  # used by features only: one line of them
+
+def process_audio(x):
+    return x * RATE  # two lines of features
+
+def prompt(x):
+    return x  # two lines
+""",
     "fake/towers/own.py": '''
 """A docstring."""
 import json
 import math
+from fake.processors.own import process_audio, prompt
 from fake.processors.own_images import cut
 from fake.towers.general import GeneralTowers
 
-SIZE = 3  # with the three imports that are used: four lines
+SIZE = 3  # with the four imports that are used: five lines
 
 
 class Base(GeneralTowers):
@@ -104,7 +114,7 @@ class OwnTowers(Base):
 
     def encode(self):
         # three lines
-        return cut(math.pi, SIZE)
+        return prompt(process_audio(cut(math.pi, SIZE)))
 
 
 class Other(Base):
@@ -120,7 +130,7 @@ def test_lines_of_code_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("tests.models.own_lines.TABLE", "fake_table")
     monkeypatch.setattr("tests.models.own_lines.PACKAGES", ("fake.processors", "fake.towers"))
-    assert own_lines("own") == OwnLines(code=4 + 4 + 1 + 3, features=2)
+    assert own_lines("own") == OwnLines(code=4 + 5 + 1 + 3 + 2, features=2 + 3)
     assert own_lines("plain") == OwnLines(code=1, features=0)
     with pytest.raises(KeyError):
         own_lines("no_family")

@@ -256,22 +256,40 @@ def test_excessive_metadata_is_refused_quickly():
         assert time.monotonic() - start < 10
 
 
-def test_references_to_other_files_are_not_followed(tmp_path):
-    target = tmp_path / "secret.m4a"
-    target.write_bytes(encode("m4a"))
-    data = encode("m4a")
+def with_reference(data, kind, content):
+    """Return an MP4 file whose track refers to another file by an entry `kind` of its `dref` box."""
     at = data.index(b"dref") - 4
     size = int.from_bytes(data[at : at + 4], "big")
-    url = box(b"url ", bytes(4), f"file://{target}".encode() + b"\0")  # flags 0: the media data are in another file
-    alis = box(b"alis", bytes(4), bytes(200))
-    for entry in (url, alis):
-        dref = box(b"dref", bytes(4), struct.pack(">I", 1), entry)
-        changed = bytearray(data[:at] + dref + data[at + size :])
-        for kind in (b"moov", b"trak", b"mdia", b"minf", b"dinf"):  # the parents grow, too
-            begin = changed.index(kind) - 4
-            grown = int.from_bytes(changed[begin : begin + 4], "big") + len(dref) - size
-            changed[begin : begin + 4] = grown.to_bytes(4, "big")
-        assert load_media(bytes(changed)).content_hash == load_media(data).content_hash  # only its own bytes were read
+    dref = box(b"dref", bytes(4), struct.pack(">I", 1), box(kind, bytes(4), content))  # flags 0: in another file
+    changed = bytearray(data[:at] + dref + data[at + size :])
+    for parent in (b"moov", b"trak", b"mdia", b"minf", b"dinf"):  # they grow, too
+        begin = changed.index(parent) - 4
+        grown = int.from_bytes(changed[begin : begin + 4], "big") + len(dref) - size
+        changed[begin : begin + 4] = grown.to_bytes(4, "big")
+    return bytes(changed)
+
+
+def test_references_to_other_files_are_not_followed(tmp_path, monkeypatch):
+    data, target = encode("m4a"), tmp_path / "secret.m4a"
+    target.write_bytes(encode("m4a", clip(level=0.1)))
+    for kind, content in [(b"url ", f"file://{target}".encode() + b"\0"), (b"alis", bytes(200))]:
+        item = load_media(with_reference(data, kind, content))
+        assert item.content_hash == load_media(data).content_hash  # only its own bytes were read
+    target.write_bytes(data)
+    path = str(target).encode() + bytes(len(str(target)) % 2)
+    aliased = with_reference(data, b"alis", bytes(150) + struct.pack(">HH", 2, len(path)) + path + b"\xff\xff\0\0")
+    with pytest.raises(MediaError, match="no audio could be decoded"):
+        load_media(aliased)
+    monkeypatch.setattr(
+        audio, "_FFMPEG_OPTIONS", {**audio._FFMPEG_OPTIONS, "enable_drefs": "1", "use_absolute_path": "1"}
+    )
+    with pytest.raises(MediaError, match=r"refers to another file \(.*secret.m4a'\), which is not opened"):
+        load_media(aliased)
+    monkeypatch.setattr(audio, "_refuse_to_open", None)
+    with pytest.raises(MediaError, match="no audio could be decoded"):  # no protocol can open it
+        load_media(aliased)
+    with av.open(io.BytesIO(aliased), options={"enable_drefs": "1", "use_absolute_path": "1"}) as container:
+        assert sum(frame.samples for frame in container.decode(audio=0)) >= len(clip())  # the reference works
 
 
 @pytest.mark.parametrize(

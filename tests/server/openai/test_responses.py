@@ -392,6 +392,7 @@ def refuse(server: RunningServer, body: Any, status: int = 400) -> dict[str, Any
         ({"text": {"format": {"type": "json_schema", "name": "s"}}}, "text.format"),
         ({"text": {"format": "json"}}, "text.format"),
         ({"text": {"format": {"type": "json_object"}}, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ({"guided_regex": "a"}, "guided_regex"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"text": {"style": "plain"}}, "text.style"),
