@@ -114,7 +114,7 @@ def generation_routes(
     translation = TranscriptionService(*common, TranslationRequest)
     routes = APIRouter(prefix="/v1")
 
-    def post(path: str, service: GenerationService | CompletionService, description: str, **options: Any) -> None:
+    def post(path: str, service: GenerationService, description: str, **options: Any) -> None:
         name = path.strip("/").replace("/", "_")
         routes.add_api_route(path, service.respond, methods=["POST"], name=name, description=description, **options)
 

@@ -1,19 +1,29 @@
-"""`GenerationService`: serves a request, for the endpoints that use the chat template."""
+"""`GenerationService`: serves a request of any endpoint that generates text, for one prompt or several."""
 
+import asyncio
 from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mmlora.async_llm import AsyncLLM
-from mmlora.inputs.chat import ChatPrompt
+from mmlora.async_llm import AsyncLLM, PreparedRequest
+from mmlora.errors import EngineDeadError, MMLoRAError
+from mmlora.inputs.input_processor import Prompt
+from mmlora.processors.media.loader import PromptMedia
 from mmlora.sampling_params import SamplingParams
+from mmlora.server.errors import Refusal, error_body, status_of
 from mmlora.server.http.admission import read_body
 from mmlora.server.http.auth import CALLER
-from mmlora.server.lora.served_models import LoRAField, ServedModels
+from mmlora.server.lora.served_models import ServedModels
 from mmlora.server.openai.logprobs import check_prompt_logprobs
 from mmlora.server.openai.output import Outputs, ResponseBuilder, close, raise_failure, respond_with
+from mmlora.server.openai.protocol import CommonFields
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -21,26 +31,24 @@ class Generation:
     """A request that was parsed and validated.
 
     Attributes:
-        request_id: also the id of the response.
-        model, lora: fields of the request that select the adapter.
-        prompt, params: what to generate from and how.
+        request: the fields of the body.
+        prompts: by request id in the engine.
+        media: of all prompts; None without any.
+        params: sampling parameters of all prompts.
         builder: builds the response.
-        is_stream: send server-sent events.
-        priority: lower runs earlier.
+        num_prompt_copies: how often the response repeats the log probabilities of each prompt.
     """
 
-    request_id: str
-    model: str | None
-    lora: LoRAField
-    prompt: ChatPrompt
+    request: CommonFields
+    prompts: Mapping[str, Prompt]
+    media: PromptMedia | None
     params: SamplingParams
     builder: ResponseBuilder
-    is_stream: bool = False
-    priority: int = 0
+    num_prompt_copies: int = 1
 
 
 class GenerationService(ABC):
-    """An endpoint that generates text from messages.
+    """An endpoint that generates text.
 
     Args:
         llm: the engine.
@@ -59,15 +67,14 @@ class GenerationService(ABC):
         Raises:
             MMLoRAError: the request cannot be served, or failed before the response began.
         """
-        generation = await self._llm.run_in_pool(
-            self._parse, request, await read_body(request, self._max_request_bytes), CALLER.get()
-        )
+        body = await read_body(request, self._max_request_bytes)
+        generation = await self._llm.run_in_pool(self._parse, request, body, CALLER.get())
         outputs = self._generate(generation)
-        return await respond_with(request, generation.builder, outputs, is_stream=generation.is_stream)
+        return await respond_with(request, generation.builder, outputs, is_stream=bool(generation.request.stream))
 
     @abstractmethod
     def _parse(self, request: Request, body: bytes, caller: str) -> Generation:
-        """Parse and validate a request in the thread pool.
+        """Parse and validate a request in the thread pool; no media are fetched yet.
 
         Args:
             request: has the headers.
@@ -79,26 +86,107 @@ class GenerationService(ABC):
         """
 
     async def _generate(self, generation: Generation) -> Outputs:
-        """Yield output deltas; leaving early aborts the request.
+        """Yield output deltas. No prompt is started unless all can be served; leaving early aborts all.
 
         Raises:
             MMLoRAError: the request cannot be served, or failed.
         """
-        model, lora, params = generation.model, generation.lora, generation.params
-        lora_request = await self._models.find_adapter(model, lora)
-        if generation.prompt.media is not None:
-            await generation.prompt.media.fetch()
-        with self._models.log_failures(model, lora):
-            ready = await self._llm.prepare(
-                generation.prompt, params, generation.request_id, lora_request, generation.priority
-            )
-            if params.prompt_logprobs is not None:
-                num_tokens = len(ready.input.prompt_token_ids)
-                check_prompt_logprobs(num_tokens, params.prompt_logprobs, len(self._llm.tokenizer))
-            outputs = self._llm.run(ready)
-            try:
+        request, params = generation.request, generation.params
+        lora_request = await self._models.find_adapter(request.model, request.lora)
+        if generation.media is not None:
+            await generation.media.fetch()
+        ready = []
+        for index, (request_id, prompt) in enumerate(generation.prompts.items()):
+            with name_prompt(index, len(generation.prompts)), self._models.log_failures(request.model, request.lora):
+                ready.append(await self._llm.prepare(prompt, params, request_id, lora_request, request.priority or 0))
+        if params.prompt_logprobs is not None:
+            num_tokens = sum(len(prepared.input.prompt_token_ids) for prepared in ready)
+            vocab_size = len(self._llm.tokenizer)
+            check_prompt_logprobs(num_tokens, params.prompt_logprobs, vocab_size, n=generation.num_prompt_copies)
+        sources = [self._run(prepared, generation, index) for index, prepared in enumerate(ready)]
+        outputs = merge(sources) if len(sources) > 1 else sources[0]
+        try:
+            async for output in outputs:
+                yield output
+        finally:
+            await close(outputs)
+
+    async def _run(self, prepared: PreparedRequest, generation: Generation, index: int) -> Outputs:
+        """Yield the deltas of one prompt."""
+        request, builder = generation.request, generation.builder
+        outputs = self._llm.run(prepared)
+        must_begin = builder.repeats_prompt
+        try:
+            with name_prompt(index, len(generation.prompts)), self._models.log_failures(request.model, request.lora):
                 async for output in outputs:
                     raise_failure(output)
+                    if must_begin:
+                        await self._llm.run_in_pool(builder.begin, output)
+                        must_begin = False
                     yield output
-            finally:
-                await close(outputs)
+        finally:
+            await close(outputs)
+
+
+@contextmanager
+def name_prompt(index: int, num_prompts: int) -> Iterator[None]:
+    """Add the index of the prompt to errors, if there are several prompts.
+
+    Raises:
+        Refusal: in place of the error, with the same status and public message.
+    """
+    try:
+        yield
+    except EngineDeadError:  # concerns all prompts
+        raise
+    except MMLoRAError as error:
+        if num_prompts == 1:
+            raise
+        details = error_body(error)["error"]
+        message = f"prompt[{index}]: {details['message']}"
+        raise Refusal(status_of(error), message, param=details["param"], code=details["code"]) from error
+
+
+async def merge(sources: Sequence[AsyncIterator[T]]) -> AsyncGenerator[T, None]:
+    """Yield the items of all sources as they arrive. The first failure, and leaving early, end all sources.
+
+    Each source runs in one task, which also closes it.
+
+    Raises:
+        Exception: a source raised it.
+    """
+    queue: asyncio.Queue[T | _End] = asyncio.Queue()
+    tasks = [asyncio.create_task(_move(source, queue)) for source in sources]
+    num_running = len(tasks)
+    try:
+        while num_running:
+            item = await queue.get()
+            if not isinstance(item, _End):
+                yield item
+            elif item.error is not None:
+                raise item.error
+            else:
+                num_running -= 1
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@dataclass(frozen=True)
+class _End:
+    """Marks the end of a source in the queue."""
+
+    error: Exception | None
+
+
+async def _move(source: AsyncIterator[T], queue: "asyncio.Queue[T | _End]") -> None:
+    failure = None
+    try:
+        async for item in source:
+            queue.put_nowait(item)
+    except Exception as error:
+        failure = error
+    finally:
+        await close(source)
+    queue.put_nowait(_End(failure))

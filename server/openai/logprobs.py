@@ -5,28 +5,25 @@ from typing import Any, Final
 
 from mmlora.engine.detokenizer import REPLACEMENT, Detokenizer
 from mmlora.errors import RequestError
-from mmlora.outputs import TokenLogprobs
+from mmlora.outputs import CompletionOutput, TokenLogprobs
 from mmlora.server.openai.output import Json, finite
 
 MAX_PROMPT_LOGPROBS = 500_000  # in one response
 LEGACY_COLUMNS: Final = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
-def check_prompt_logprobs(num_prompt_tokens: int, num_top: int | None, vocab_size: int, *, n: int = 1) -> None:
+def check_prompt_logprobs(num_prompt_tokens: int, num_top: int, vocab_size: int, *, n: int = 1) -> None:
     """Refuse a request that would report too many log probabilities of prompt tokens.
 
     Args:
         num_prompt_tokens: of all prompts together.
-        num_top: alternatives per token, in addition to the token itself; None for no log probabilities, -1 for the
-            whole vocabulary.
+        num_top: alternatives per token, in addition to the token itself; -1 for the whole vocabulary.
         vocab_size: of the tokenizer.
-        n: choices that repeat them.
+        n: number of choices that repeat them.
 
     Raises:
         RequestError: there would be too many.
     """
-    if num_top is None:
-        return
     num_entries = num_prompt_tokens * n * (1 + (num_top if num_top >= 0 else vocab_size))
     if num_entries > MAX_PROMPT_LOGPROBS:
         raise RequestError(
@@ -34,6 +31,15 @@ def check_prompt_logprobs(num_prompt_tokens: int, num_top: int | None, vocab_siz
             f"allowed are {MAX_PROMPT_LOGPROBS}",
             "n" if n > 1 else "prompt_logprobs",
         )
+
+
+def list_logprobs(parts: Iterable[CompletionOutput], num_top: int) -> list[Json]:
+    """Return the log probability of each token, with those of the `num_top` likeliest tokens."""
+    return [
+        _token_logprobs(token, top, num_top)
+        for part in parts
+        for token, top in zip(part.token_ids, part.logprobs or (), strict=True)
+    ]
 
 
 def list_prompt_logprobs(token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None], num_top: int) -> list[Any]:
@@ -124,3 +130,17 @@ def _is_reported(top: TokenLogprobs, candidate: int, token_id: int, num_top: int
 def _entry(top: TokenLogprobs, token_id: int) -> Json:
     found = top[token_id]
     return {"logprob": finite(found.logprob), "rank": found.rank, "decoded_token": found.decoded_token}
+
+
+def _token_logprobs(token_id: int, top: TokenLogprobs, num_top: int) -> Json:
+    ranked = sorted(top.values(), key=lambda entry: entry.rank)[:num_top]
+    return {
+        **_token(top[token_id].decoded_token, top[token_id].logprob),
+        "top_logprobs": [_token(entry.decoded_token, entry.logprob) for entry in ranked],
+    }
+
+
+def _token(text: str, logprob: float) -> Json:
+    """Return a token's entry; for part of a character, the bytes are unknown."""
+    is_partial = REPLACEMENT in text
+    return {"token": text, "logprob": finite(logprob), "bytes": None if is_partial else list(text.encode())}

@@ -85,7 +85,17 @@ def count_tokens(outputs: Iterable[RequestOutput], num_completion_tokens: int) -
 
 
 class ResponseBuilder(ABC):
-    """Builds one response, either as a whole or as a stream of server-sent events."""
+    """Builds one response, either as a whole or as a stream of server-sent events.
+
+    Attributes:
+        repeats_prompt: the response repeats the prompt, so `begin` must be called with its first output.
+    """
+
+    repeats_prompt = False
+
+    def begin(self, output: RequestOutput) -> None:
+        """Prepare the part that repeats the prompt; takes a while for long prompts."""
+        raise NotImplementedError
 
     @abstractmethod
     def complete(self, outputs: list[RequestOutput]) -> Json:
@@ -95,9 +105,9 @@ class ResponseBuilder(ABC):
         """Return the whole HTTP response."""
         return UTF8JSONResponse(self.complete(outputs), headers=headers)
 
-    @abstractmethod
     def lora(self, outputs: Iterable[RequestOutput]) -> LoRAChoice:
         """Return the adapter choice for the headers."""
+        return next(iter(outputs)).lora
 
     @abstractmethod
     def events(self, output: RequestOutput) -> Iterator[str]:

@@ -101,8 +101,19 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False
 
 
-class GenerationRequest(SamplingFields, BaseModel):  # type: ignore[valid-type, misc]  # created at import
-    """Fields of all endpoints that generate text, including the sampling options.
+class CommonFields(BaseModel):
+    """Fields of all endpoints that generate text."""
+
+    model: str | None = None
+    lora: str | FirstOnly[dict[str, Any]] | None = None
+    stream: bool | None = None
+    max_tokens: int | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+
+
+class GenerationRequest(SamplingFields, CommonFields):  # type: ignore[valid-type, misc]  # created at import
+    """Fields of all endpoints with JSON bodies, including the sampling options.
 
     Other fields end in `model_extra` and go through `check_other_fields`. `NEUTRAL_VALUES` extends `NEUTRAL_EXTRAS`
     with fields that the endpoint does not support and their values without effect.
@@ -111,15 +122,9 @@ class GenerationRequest(SamplingFields, BaseModel):  # type: ignore[valid-type, 
     model_config = ConfigDict(strict=True, extra="allow")
     NEUTRAL_VALUES: ClassVar[Mapping[str, tuple[JsonValue, ...]]] = {}
 
-    model: str | None = None
-    lora: str | FirstOnly[dict[str, Any]] | None = None
-    stream: bool | None = None
     stream_options: Annotated[StreamOptions | None, BeforeValidator(_check_stream_options)] = None
-    max_tokens: int | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
     prompt_logprobs: int | None = None
-    priority: int | None = None
-    cache_salt: str | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
 

@@ -3,19 +3,18 @@
 `mmlora.inputs.chat` validates the messages.
 """
 
-from functools import cached_property
 from typing import Annotated, Any
 
 from pydantic import Field, WithJsonSchema
 
 from mmlora.errors import RequestError
 from mmlora.server.bodies import FirstOnly
-from mmlora.server.openai.protocol import GenerationRequest, completion_limit, read_constraint
+from mmlora.server.openai.protocol import completion_limit, read_constraint
 from mmlora.server.openai.schemas import MESSAGES
-from mmlora.server.openai.tools.choice import ToolChoice, read_tool_choice
+from mmlora.server.openai.tools.choice import ToolRequest
 
 
-class ChatCompletionRequest(GenerationRequest):
+class ChatCompletionRequest(ToolRequest):
     """The supported fields of a chat completion request."""
 
     NEUTRAL_VALUES = {
@@ -40,21 +39,11 @@ class ChatCompletionRequest(GenerationRequest):
     echo: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    tools: FirstOnly[dict[str, Any]] | None = None
-    tool_choice: dict[str, Any] | str | None = None
-    parallel_tool_calls: bool | None = None
 
-    @cached_property
-    def tooling(self) -> ToolChoice | None:
-        """The tools and how they may be called; None where the request has neither tools nor a choice.
-
-        Raises:
-            RequestError: a field is malformed.
-        """
-        if self.tools is None and self.tool_choice is None:
-            return None
-        return read_tool_choice(self.tools, self.tool_choice, self.parallel_tool_calls)
+    @property
+    def num_logprobs(self) -> int | None:
+        """Number of alternatives to report at each token; None for no log probabilities."""
+        return self.top_logprobs or 0 if self.logprobs else None
 
     def sampling_options(self) -> dict[str, Any]:
         """Return the fields of `SamplingParams` that the request sets.
@@ -62,21 +51,15 @@ class ChatCompletionRequest(GenerationRequest):
         Raises:
             RequestError: two fields contradict each other.
         """
-        constraint = read_constraint(self)
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError(f"top_logprobs={self.top_logprobs} needs logprobs=true", "top_logprobs")
         return {
             **self.given_sampling_options(),
             "max_tokens": completion_limit(self.max_tokens, self.max_completion_tokens),
-            "logprobs": self._num_logprobs(),
+            "logprobs": self.num_logprobs,
             "prompt_logprobs": self.prompt_logprobs,
-            "structured_outputs": constraint if self.tooling is None else self.tooling.constrain(constraint),
+            "structured_outputs": self.tooling.constrain(read_constraint(self)),
         }
-
-    def _num_logprobs(self) -> int | None:
-        if self.logprobs:
-            return self.top_logprobs or 0
-        if self.top_logprobs:
-            raise RequestError(f"top_logprobs={self.top_logprobs} needs logprobs=true", "top_logprobs")
-        return None
 
 
 def parse_chat_request(body: bytes) -> ChatCompletionRequest:

@@ -1,6 +1,5 @@
 """`ChatService`: chat completions."""
 
-import functools
 import uuid
 
 from starlette.requests import Request
@@ -28,17 +27,13 @@ class ChatService(GenerationService):
 
     def _parse(self, request: Request, body: bytes, caller: str) -> Generation:
         chat = parse_chat_request(body)
-        choice, new_parser = chat.tooling, None
-        options = chat.sampling_options()
-        if choice is not None:
-            options |= self._tool_calling.sampling_options(choice)
-            new_parser = functools.partial(self._tool_calling.new_parser, choice)
+        options = {**chat.sampling_options(), **self._tool_calling.sampling_options(chat.tooling)}
         prompt = self._llm.input_processor.chat_prompt(
             chat.messages,
             chat_template_kwargs=chat.chat_template_kwargs,
             add_generation_prompt=chat.add_generation_prompt,
             continue_final_message=bool(chat.continue_final_message),
-            tools=list(choice.tools.values()) if choice is not None else None,
+            tools=list(chat.tooling.tools.values()),
             mm_processor_kwargs=chat.mm_processor_kwargs,
             cache_salt=chat.cache_salt,
             caller=caller,
@@ -46,23 +41,8 @@ class ChatService(GenerationService):
         )
         request_id = f"chatcmpl-{uuid.uuid4().hex}"
         is_echo = bool(chat.echo) and chat.messages[-1]["role"] == "assistant"
-        builder = ChatCompletionBuilder(
-            request_id,
-            chat.model or self._models.base_name,
-            chat.top_logprobs or 0 if chat.logprobs else None,
-            chat.prompt_logprobs,
-            prefix=text_of(prompt.turns[-1]) if is_echo else "",
-            include_usage=chat.include_usage,
-            new_parser=new_parser,
-            new_call_id=self._tool_calling.new_call_id,
-        )
-        return Generation(
-            request_id,
-            chat.model,
-            chat.lora,
-            prompt,
-            self._llm.default_sampling_params(**options),
-            builder,
-            is_stream=bool(chat.stream),
-            priority=chat.priority or 0,
-        )
+        prefix = text_of(prompt.turns[-1]) if is_echo else ""
+        name = chat.model or self._models.base_name
+        builder = ChatCompletionBuilder(request_id, name, chat, self._tool_calling, prefix=prefix)
+        params = self._llm.default_sampling_params(**options)
+        return Generation(chat, {request_id: prompt}, prompt.media, params, builder)

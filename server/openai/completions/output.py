@@ -19,7 +19,7 @@ from mmlora.server.openai.output import ChoicesBuilder, Json
 
 @dataclass(frozen=True)
 class _Prefix:
-    """Part of a choice that comes from its prompt."""
+    """Part of a choice that repeats its prompt."""
 
     text: str = ""
     logprobs: Json | None = None
@@ -45,13 +45,14 @@ class CompletionBuilder(ChoicesBuilder):
         super().__init__(response_id, model, include_usage=request.include_usage)
         self._request = request
         self._tokenizer = tokenizer
+        self.repeats_prompt = bool(request.echo) or request.prompt_logprobs is not None
         self.request_ids = [f"{response_id}-{index}" for index in range(len(request.prompts))]
         self._prompt_indices = {name: index for index, name in enumerate(self.request_ids)}
         self._prefixes: dict[str, _Prefix] = {}  # by request id
         self._detokenizers: dict[int, Detokenizer] = {}  # by choice: its text without stop strings held back or cut
 
     def begin(self, output: RequestOutput) -> None:
-        """Prepare the part that comes from the prompt; takes a while for long prompts."""
+        """Prepare the part that repeats the prompt; takes a while for long prompts."""
         listed = None
         if self._request.prompt_logprobs is not None:
             known = output.prompt_logprobs or ()

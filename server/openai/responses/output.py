@@ -4,10 +4,10 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 
-from mmlora.outputs import LoRAChoice, RequestOutput
+from mmlora.outputs import RequestOutput
 from mmlora.sampling_params import SamplingParams
 from mmlora.server.errors import error_body
-from mmlora.server.openai.chat.output import list_logprobs
+from mmlora.server.openai.logprobs import list_logprobs
 from mmlora.server.openai.output import Json, ResponseBuilder, count_tokens, event
 from mmlora.server.openai.responses.items import Event, OutputItems
 from mmlora.server.openai.responses.protocol import ResponsesRequest
@@ -48,10 +48,6 @@ class ResponseObjectBuilder(ResponseBuilder):
             self._feed(output)
         self._items.finish(self._status)
         return self._response(self._status)
-
-    def lora(self, outputs: Iterable[RequestOutput]) -> LoRAChoice:
-        """Return the choice for the prompt."""
-        return next(iter(outputs)).lora
 
     def events(self, output: RequestOutput) -> Iterator[str]:
         """Yield the events of one output delta; the first ones hold the response object with the adapter."""
@@ -127,7 +123,7 @@ def _with_bytes(token: Json) -> Json:
 
 def _echo(request: ResponsesRequest, defaults: SamplingParams) -> Json:
     """Return the fields of the request that a response repeats, with defaults for those not set."""
-    name = request.tooling.name if request.tooling is not None else None
+    name = request.tooling.name
     return {
         "background": False,
         "instructions": request.instructions,

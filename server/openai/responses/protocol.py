@@ -9,9 +9,9 @@ from pydantic import BeforeValidator, Field, JsonValue, WithJsonSchema
 
 from mmlora.errors import RequestError
 from mmlora.server.bodies import FirstOnly
-from mmlora.server.openai.protocol import GenerationRequest, check_other_fields, read_constraint
+from mmlora.server.openai.protocol import check_other_fields, read_constraint
 from mmlora.server.openai.schemas import INPUT
-from mmlora.server.openai.tools.choice import ToolChoice, read_tool_choice
+from mmlora.server.openai.tools.choice import ToolChoice, ToolRequest
 from mmlora.utils.text import shorten
 
 MAX_METADATA = 16
@@ -40,7 +40,7 @@ def _check_metadata(value: Any) -> Any:
 Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Label], BeforeValidator(_check_metadata)]
 
 
-class ResponsesRequest(GenerationRequest):
+class ResponsesRequest(ToolRequest):
     """The supported fields of a Responses API request."""
 
     NEUTRAL_VALUES = {
@@ -55,6 +55,8 @@ class ResponsesRequest(GenerationRequest):
         "truncation": (None, "disabled"),
     }
 
+    HAS_FLAT_TOOLS = True
+
     input: Annotated[Any, WithJsonSchema(INPUT)]
     instructions: str | None = None
     n: Literal[1] | None = None
@@ -64,13 +66,9 @@ class ResponsesRequest(GenerationRequest):
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     text: dict[str, Any] | None = None
     metadata: Metadata | None = None
-    tools: FirstOnly[dict[str, Any]] | None = None
-    tool_choice: dict[str, Any] | str | None = None
-    parallel_tool_calls: bool | None = None
     prompt_cache_key: Label | None = None
     safety_identifier: Label | None = None
     user: Label | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -78,18 +76,12 @@ class ResponsesRequest(GenerationRequest):
         return self.top_logprobs or 0 if "message.output_text.logprobs" in (self.include or ()) else None
 
     @cached_property
-    def tooling(self) -> ToolChoice | None:
-        """The tools and how they may be called; None where the request has neither tools nor a choice.
-
-        Raises:
-            RequestError: a field is malformed.
-        """
-        if self.tools is None and self.tool_choice is None:
-            return None
+    def tooling(self) -> ToolChoice:
+        """See `ToolRequest.tooling`."""
         # With tool_choice="none" tools are not part of the prompt, so max_model_len does not bound their length.
         if (length := _length(self.tools, "tools")) > MAX_TOOLS_LENGTH:
             raise RequestError(f"tools has {length} characters; allowed are {MAX_TOOLS_LENGTH}", "tools")
-        return read_tool_choice(self.tools, self.tool_choice, self.parallel_tool_calls, is_flat=True)
+        return super().tooling
 
     def sampling_options(self) -> dict[str, Any]:
         """Return the fields of `SamplingParams` that the request sets.
@@ -117,7 +109,7 @@ class ResponsesRequest(GenerationRequest):
         if not isinstance(text_format, dict | None):
             raise RequestError(f"text.format={shorten(text_format, json.dumps)} must be an object", "text.format")
         constraint = read_constraint(self, text_format)
-        return {"structured_outputs": constraint if self.tooling is None else self.tooling.constrain(constraint)}
+        return {"structured_outputs": self.tooling.constrain(constraint)}
 
 
 def _length(value: Any, name: str) -> int:

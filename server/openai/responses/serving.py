@@ -30,28 +30,18 @@ class ResponsesService(GenerationService):
     def _parse(self, request: Request, body: bytes, caller: str) -> Generation:
         fields = ResponsesRequest.parse(body)
         messages = as_messages(fields.instructions, fields.input)
-        choice, parser = fields.tooling, None
-        options = fields.sampling_options()
-        if choice is not None:
-            options |= self._tool_calling.sampling_options(choice)
-            parser = self._tool_calling.new_parser(choice)
+        options = {**fields.sampling_options(), **self._tool_calling.sampling_options(fields.tooling)}
         prompt = self._llm.input_processor.chat_prompt(
             messages,
             chat_template_kwargs=fields.chat_template_kwargs,
-            tools=list(choice.tools.values()) if choice is not None else None,
+            tools=list(fields.tooling.tools.values()),
             mm_processor_kwargs=fields.mm_processor_kwargs,
             cache_salt=fields.cache_salt,
             caller=caller,
         )
         request_id = f"resp_{uuid.uuid4().hex}"
-        items = OutputItems(parser, self._tool_calling.new_call_id)
-        return Generation(
-            request_id,
-            fields.model,
-            fields.lora,
-            prompt,
-            self._llm.default_sampling_params(**options),
-            ResponseObjectBuilder(request_id, fields.model or self._models.base_name, fields, self._defaults, items),
-            is_stream=bool(fields.stream),
-            priority=fields.priority or 0,
-        )
+        items = OutputItems(self._tool_calling.new_parser(fields.tooling), self._tool_calling.new_call_id)
+        name = fields.model or self._models.base_name
+        builder = ResponseObjectBuilder(request_id, name, fields, self._defaults, items)
+        params = self._llm.default_sampling_params(**options)
+        return Generation(fields, {request_id: prompt}, prompt.media, params, builder)

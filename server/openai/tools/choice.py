@@ -6,13 +6,15 @@ import secrets
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar
 
 from pydantic import JsonValue
 
 from mmlora.errors import RequestError
-from mmlora.server.openai.protocol import check_other_fields
-from mmlora.server.openai.tools.formats import REQUIRED_FORMAT, ToolCallFormat, find_format
+from mmlora.server.bodies import FirstOnly
+from mmlora.server.openai.protocol import GenerationRequest, check_other_fields
+from mmlora.server.openai.tools.formats import REQUIRED_FORMAT, find_format
 from mmlora.server.openai.tools.parser import NamedToolParser, TextParser, ToolCallParser
 from mmlora.structured_outputs import ANY_OBJECT, StructuredOutputsParams
 from mmlora.utils.text import shorten
@@ -76,18 +78,6 @@ class ToolChoice:
             raise RequestError(text, constraint.name)
         return constraint or self.constraint
 
-    def new_parser(self, format: ToolCallFormat | None) -> TextParser | None:
-        """Return a parser of the calls of one choice; None if there can be none.
-
-        Args:
-            format: format in which the model writes calls by free choice.
-        """
-        if self.name is not None:
-            return NamedToolParser(self.name)
-        if self.must_call:
-            return ToolCallParser(REQUIRED_FORMAT, self.tools)
-        return ToolCallParser(format, self.tools) if self.tools and format is not None else None
-
 
 class ToolCalling:
     """How the model calls tools, for all endpoints with tools.
@@ -120,13 +110,39 @@ class ToolCalling:
 
     def new_parser(self, choice: ToolChoice) -> TextParser | None:
         """Return a parser of the calls of one choice; None if there can be none."""
-        return choice.new_parser(self._format)
+        if choice.name is not None:
+            return NamedToolParser(choice.name)
+        format = REQUIRED_FORMAT if choice.must_call else self._format
+        return ToolCallParser(format, choice.tools) if choice.tools and format is not None else None
 
     def new_call_id(self) -> str:
         """Return a new call id in the form that the model's chat template requires."""
         if self._format is not None and self._format.has_short_ids:
             return "".join(secrets.choice(CALL_ID_CHARS) for _ in range(9))
         return f"call_{secrets.token_hex(12)}"
+
+
+class ToolRequest(GenerationRequest):
+    """Fields of the endpoints with tools.
+
+    `HAS_FLAT_TOOLS`: tools have name and parameters at the top level, as in `/v1/responses`, not under `function`.
+    """
+
+    HAS_FLAT_TOOLS: ClassVar[bool] = False
+
+    tools: FirstOnly[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | str | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @cached_property
+    def tooling(self) -> ToolChoice:
+        """The validated tools and how they may be called.
+
+        Raises:
+            RequestError: a field is malformed.
+        """
+        return read_tool_choice(self.tools, self.tool_choice, self.parallel_tool_calls, is_flat=self.HAS_FLAT_TOOLS)
 
 
 def read_tool_choice(
@@ -136,7 +152,7 @@ def read_tool_choice(
 
     Args:
         tools, choice, is_parallel: the fields.
-        is_flat: tools have name and parameters at the top level, as in `/v1/responses`, not under `function`.
+        is_flat: see `ToolRequest.HAS_FLAT_TOOLS`.
 
     Raises:
         RequestError: a field is malformed, or `tool_choice` names an unknown tool.

@@ -1,49 +1,34 @@
 """`TranscriptionBuilder`: transcriptions and translations, whole or as events."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 
 from starlette.responses import PlainTextResponse, Response
 
-from mmlora.outputs import LoRAChoice, RequestOutput
-from mmlora.server.openai.chat.output import list_logprobs
+from mmlora.outputs import RequestOutput
+from mmlora.server.openai.logprobs import list_logprobs
 from mmlora.server.openai.output import DONE, Json, ResponseBuilder, count_tokens, event
-from mmlora.server.openai.transcriptions.protocol import ResponseFormat
+from mmlora.server.openai.transcriptions.protocol import AudioRequest
 
 UNKNOWN_LANGUAGE = "unknown"
-
-
-@dataclass(frozen=True)
-class TranscriptionTask:
-    """What was requested, as far as the response depends on it.
-
-    Attributes:
-        task: `transcribe` or `translate`.
-        response_format: format of a whole response.
-        has_logprobs: report the log probability of each token.
-        language: English name of the text's language, if known.
-        duration_s: duration of the clip in seconds.
-        separator: string between the detected language and the text in the model's output; None if the output is only
-            the text.
-    """
-
-    task: str
-    response_format: ResponseFormat
-    has_logprobs: bool
-    language: str | None
-    duration_s: float
-    separator: str | None = None
 
 
 class TranscriptionBuilder(ResponseBuilder):
     """Builds the response to one transcription or translation.
 
     Args:
-        task: what was requested.
+        form: the request.
+        duration_s: duration of the clip in seconds.
+        language: English name of the text's language, if known.
+        separator: string between the detected language and the text in the model's output; None if the output is only
+            the text.
     """
 
-    def __init__(self, task: TranscriptionTask) -> None:
-        self._task = task
+    def __init__(self, form: AudioRequest, duration_s: float, language: str | None, separator: str | None) -> None:
+        self._form = form
+        self._duration_s = duration_s
+        self._language = language
+        self._separator = separator
         self._raw = ""  # the model's output so far
         self._text = ""  # its part that is the transcription
         self._logprobs: list[Json] = []
@@ -52,7 +37,7 @@ class TranscriptionBuilder(ResponseBuilder):
 
     def response(self, outputs: list[RequestOutput], headers: Mapping[str, str]) -> Response:
         """Return the whole HTTP response; plain text for `response_format=text`."""
-        if self._task.response_format != "text":
+        if self._form.response_format != "text":
             return super().response(outputs, headers)
         return PlainTextResponse(self.complete(outputs)["text"], headers=dict(headers))
 
@@ -60,21 +45,16 @@ class TranscriptionBuilder(ResponseBuilder):
         """Return the whole response, built from all output deltas."""
         for output in outputs:
             self._add(output)
-        if self._task.response_format != "verbose_json":
+        if self._form.response_format != "verbose_json":
             return {"text": self._text, **self._end_fields()}
-        seconds = self._task.duration_s
         return {
-            "task": self._task.task,
-            "language": self._task.language or self._detected_language() or UNKNOWN_LANGUAGE,
-            "duration": seconds,
+            "task": self._form.TASK,
+            "language": self._language or self._detected_language() or UNKNOWN_LANGUAGE,
+            "duration": self._duration_s,
             "text": self._text,
             **self._end_fields(),
-            "usage": {"type": "duration", "seconds": seconds},
+            "usage": {"type": "duration", "seconds": self._duration_s},
         }
-
-    def lora(self, outputs: Iterable[RequestOutput]) -> LoRAChoice:
-        """Return the adapter choice for the headers."""
-        return next(iter(outputs)).lora
 
     def events(self, output: RequestOutput) -> Iterator[str]:
         """Yield the events of one output delta; the first one names the adapter and is sent even without text."""
@@ -83,7 +63,7 @@ class TranscriptionBuilder(ResponseBuilder):
         delta, logprobs = self._text[num_chars:], self._logprobs[num_logprobs:]
         if is_first or delta or logprobs:
             content: Json = {"type": "transcript.text.delta", "delta": delta}
-            if self._task.has_logprobs:
+            if self._form.has_logprobs:
                 content["logprobs"] = logprobs
             yield event({**content, "lora": asdict(output.lora)} if is_first else content)
 
@@ -93,7 +73,7 @@ class TranscriptionBuilder(ResponseBuilder):
         yield DONE
 
     def _add(self, output: RequestOutput) -> None:
-        (completion,), separator = output.outputs, self._task.separator
+        (completion,), separator = output.outputs, self._separator
         self._last = output
         self._num_tokens += len(completion.token_ids)
         self._raw += completion.text
@@ -101,13 +81,13 @@ class TranscriptionBuilder(ResponseBuilder):
             self._text = self._raw.partition(separator)[2] if separator else self._raw
         elif output.finished:  # the model did not name a language
             self._text = self._raw
-        if self._task.has_logprobs:
+        if self._form.has_logprobs:
             entries = list_logprobs(output.outputs, 0)
             self._logprobs += [{name: entry[name] for name in ("token", "logprob", "bytes")} for entry in entries]
 
     def _detected_language(self) -> str | None:
         """Return the language named before the separator, as in `language English`."""
-        separator = self._task.separator
+        separator = self._separator
         if separator is None or separator not in self._raw:
             return None
         return self._raw.partition(separator)[0].strip().removeprefix("language").strip().lower() or None
@@ -117,7 +97,7 @@ class TranscriptionBuilder(ResponseBuilder):
         assert self._last is not None
         counts = count_tokens([self._last], self._num_tokens)
         details = counts["prompt_tokens_details"]
-        logprobs = {"logprobs": self._logprobs} if self._task.has_logprobs else {}
+        logprobs = {"logprobs": self._logprobs} if self._form.has_logprobs else {}
         return {
             **logprobs,
             "finish_reason": self._last.outputs[0].finish_reason,

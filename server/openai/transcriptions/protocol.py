@@ -3,18 +3,17 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, WithJsonSchema
+from pydantic import BeforeValidator, ConfigDict, JsonValue, WithJsonSchema
 
 from mmlora.errors import RequestError
 from mmlora.models.transcription import LANGUAGES
 from mmlora.sampling_params import SamplingParams
 from mmlora.server.bodies import FirstOnly, read_json, validate_fields
-from mmlora.server.openai.protocol import check_other_fields, completion_limit, sampling_model
+from mmlora.server.openai.protocol import CommonFields, check_other_fields, completion_limit, sampling_model
 from mmlora.server.openai.transcriptions.form import parse_form
 from mmlora.utils.text import shorten
 
 LISTS = ("include", "timestamp_granularities")
-ResponseFormat = Literal["json", "text", "verbose_json"]
 # The output is one text without stop strings and special tokens.
 FormSamplingFields = sampling_model(
     SamplingParams,
@@ -29,30 +28,28 @@ def _read_lora(value: Any) -> Any:
     return read_json(value, "lora")
 
 
-class AudioRequest(FormSamplingFields, BaseModel):  # type: ignore[valid-type, misc]  # created at import
+class AudioRequest(FormSamplingFields, CommonFields):  # type: ignore[valid-type, misc]  # created at import
     """Form fields of both endpoints; other fields are in `model_extra` and go through `check_other_fields`.
 
-    `NEUTRAL_VALUES` has the values without effect, as text, of unsupported fields.
+    `TASK` is the task in responses. `NEUTRAL_VALUES` has the values without effect, as strings, of unsupported fields.
     """
 
     model_config = ConfigDict(extra="allow")
+    TASK: ClassVar[str]
     NEUTRAL_VALUES: ClassVar[Mapping[str, tuple[JsonValue, ...]]] = {"n": ("1",)}
 
     file: bytes
-    model: str | None = None
     lora: Annotated[
         str | FirstOnly[dict[str, Any]] | None, BeforeValidator(_read_lora), WithJsonSchema({"type": "string"})
     ] = None
     language: str | None = None
     prompt: str | None = None
-    response_format: ResponseFormat = "json"
+    response_format: Literal["json", "text", "verbose_json"] = "json"
     stream: bool = False
     stream_include_usage: bool | None = None  # the last event of a stream always has the token counts
     temperature: float = 0.0
-    max_tokens: int | None = None
     max_completion_tokens: int | None = None
     priority: int = 0
-    cache_salt: str | None = None
 
     @property
     def has_logprobs(self) -> bool:
@@ -101,6 +98,7 @@ class AudioRequest(FormSamplingFields, BaseModel):  # type: ignore[valid-type, m
 class TranscriptionRequest(AudioRequest):
     """Form fields of a transcription."""
 
+    TASK = "transcribe"
     NEUTRAL_VALUES = {**AudioRequest.NEUTRAL_VALUES, "timestamp_granularities": ([],)}
 
     include: FirstOnly[Literal["logprobs"]] = []
@@ -112,11 +110,7 @@ class TranscriptionRequest(AudioRequest):
         return "logprobs" in self.include
 
     def check(self) -> None:
-        """Refuse invalid values and combinations.
-
-        Raises:
-            RequestError: naming one field.
-        """
+        """See `AudioRequest.check`."""
         super().check()
         if self.has_logprobs and self.response_format != "json":
             message = f"include=logprobs needs response_format=json; received {self.response_format}"
@@ -126,14 +120,12 @@ class TranscriptionRequest(AudioRequest):
 class TranslationRequest(AudioRequest):
     """Form fields of a translation."""
 
+    TASK = "translate"
+
     to_language: str = "en"
 
     def check(self) -> None:
-        """Refuse invalid values and combinations.
-
-        Raises:
-            RequestError: naming one field.
-        """
+        """See `AudioRequest.check`."""
         super().check()
         self.to_language = checked_language(self.to_language, "to_language")
 

@@ -13,7 +13,7 @@ from mmlora.processors.media.loader import load_media
 from mmlora.server.errors import Refusal
 from mmlora.server.lora.served_models import ServedModels
 from mmlora.server.openai.generation import Generation, GenerationService
-from mmlora.server.openai.transcriptions.output import TranscriptionBuilder, TranscriptionTask
+from mmlora.server.openai.transcriptions.output import TranscriptionBuilder
 from mmlora.server.openai.transcriptions.protocol import AudioRequest, TranscriptionRequest, TranslationRequest
 
 
@@ -41,16 +41,8 @@ class TranscriptionService(GenerationService):
         instruction, language = _instruction(prompt, form)
         clip = load_media(form.file, self._llm.media.limits, expected="audio")
         assert isinstance(clip, AudioItem)
-        builder = TranscriptionBuilder(
-            TranscriptionTask(
-                "translate" if isinstance(form, TranslationRequest) else "transcribe",
-                form.response_format,
-                form.has_logprobs,
-                language,
-                clip.duration_s,
-                prompt.language_separator if form.language is None else None,
-            )
-        )
+        separator = prompt.language_separator if form.language is None else None
+        builder = TranscriptionBuilder(form, clip.duration_s, language, separator)
         # One user message with the clip and, unless the template has it, the instruction.
         content: list[dict[str, Any]] = [{"type": "audio", "audio": clip}]
         template_kwargs: dict[str, Any] = {}
@@ -61,22 +53,15 @@ class TranscriptionService(GenerationService):
         else:
             text = f"{instruction}\n{form.prompt}" if form.prompt else instruction
             content.append({"type": "text", "text": text})
-        return Generation(
-            f"transcription-{uuid.uuid4().hex}",
-            form.model,
-            form.lora,
-            self._llm.input_processor.chat_prompt(
-                [{"role": "user", "content": content}],
-                chat_template=prompt.chat_template,
-                chat_template_kwargs=template_kwargs,
-                cache_salt=form.cache_salt,
-                caller=caller,
-            ),
-            self._llm.default_sampling_params(**form.sampling_options()),
-            builder,
-            is_stream=form.stream,
-            priority=form.priority,
+        chat = self._llm.input_processor.chat_prompt(
+            [{"role": "user", "content": content}],
+            chat_template=prompt.chat_template,
+            chat_template_kwargs=template_kwargs,
+            cache_salt=form.cache_salt,
+            caller=caller,
         )
+        params = self._llm.default_sampling_params(**form.sampling_options())
+        return Generation(form, {f"transcription-{uuid.uuid4().hex}": chat}, chat.media, params, builder)
 
     def _prompt(self) -> TranscriptionPrompt:
         """Return the model's prompts for transcription.

@@ -17,7 +17,7 @@ from mmlora.outputs import RequestOutput
 from mmlora.processors.media.loader import parse_references
 from mmlora.sampling_params import SamplingParams
 from mmlora.server.openai.completions.protocol import MAX_PROMPTS, CompletionRequest
-from mmlora.server.openai.completions.serving import merge
+from mmlora.server.openai.generation import merge
 from tests.server.conftest import RunningServer, ServerFactory, leave_before_answer, still_serving, wait_until_idle
 
 LONG = {"max_tokens": 480, "ignore_eos": True}

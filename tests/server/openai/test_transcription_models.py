@@ -11,7 +11,8 @@ import pytest
 from openai import BadRequestError
 
 from mmlora.outputs import CompletionOutput, LoRAChoice, RequestOutput
-from mmlora.server.openai.transcriptions.output import TranscriptionBuilder, TranscriptionTask
+from mmlora.server.openai.transcriptions.output import TranscriptionBuilder
+from mmlora.server.openai.transcriptions.protocol import TranscriptionRequest
 from tests.checkpoints import save_text_model
 from tests.families.table import save_family
 from tests.processors.families.test_voxtral import SPECIAL, as_published
@@ -116,10 +117,10 @@ def outputs(*texts: str) -> list[RequestOutput]:
     ],
 )
 def test_the_detected_language_is_cut_from_the_text(texts: tuple[str, ...], deltas: list[str], language: str) -> None:
-    task = TranscriptionTask("transcribe", "verbose_json", False, None, 1.0, "<asr_text>")
-    whole = TranscriptionBuilder(task).complete(outputs(*texts))
+    form = TranscriptionRequest(file=b"", response_format="verbose_json")
+    whole = TranscriptionBuilder(form, 1.0, None, "<asr_text>").complete(outputs(*texts))
     assert (whole["text"], whole["language"]) == ("".join(deltas), language)
-    builder = TranscriptionBuilder(task)
+    builder = TranscriptionBuilder(form, 1.0, None, "<asr_text>")
     events = [json.loads(event[6:]) for output in outputs(*texts) for event in builder.events(output)]
     assert [event["delta"] for event in events] == deltas
     done = json.loads(next(builder.last_events())[6:])
