@@ -13,7 +13,7 @@ from mmlora.errors import RequestError
 from mmlora.structured_outputs import StructuredOutputsParams
 from mmlora.utils.text import shorten
 
-MAX_STOPS, MAX_STOP_CHARS = 64, 1024  # the text is searched for all of them after each token
+MAX_STOPS, MAX_STOP_CHARS = 64, 1024  # the output is searched for all of them after each token
 MAX_STOP_TOKENS = 1024  # each sampled token is compared with all of them
 
 
@@ -62,7 +62,7 @@ class SamplingParams:
         stop: strings that end the completion; they are cut off unless `include_stop_str_in_output`.
         stop_token_ids: tokens that end the completion; their text is left out unless `include_stop_str_in_output`.
         include_stop_str_in_output: keep the stop string or the text of the stop token.
-        max_tokens: most tokens in a completion; None for the model's length limit.
+        max_tokens: maximum number of tokens in a completion; None for the model's length limit.
         min_tokens: neither end-of-text nor stop tokens are sampled before this many tokens.
         ignore_eos: continue after end-of-text.
         logprobs: report the k most likely tokens at each step; -1 for the whole vocabulary.
@@ -111,7 +111,7 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most likely token is always taken."""
+        """Whether the most likely token is always chosen."""
         return self.temperature < 1e-5
 
     @property
@@ -139,16 +139,16 @@ class SamplingParams:
         ):
             self._refuse("stop", f"stop={shorten(self.stop)} must be a string or a list of strings")
         if any(not s for s in self.stop_strings):
-            self._refuse("stop", "stop holds an empty string; every stop string needs at least one character")
+            self._refuse("stop", "stop contains an empty string; every stop string needs at least one character")
         if len(self.stop_strings) > MAX_STOPS or any(len(s) > MAX_STOP_CHARS for s in self.stop_strings):
             longest = max(map(len, self.stop_strings))
-            received = f"stop holds {len(self.stop_strings)} strings of up to {longest} characters"
-            self._refuse("stop", f"{received}; allowed are {MAX_STOPS} of up to {MAX_STOP_CHARS}")
+            received = f"stop has {len(self.stop_strings)} strings of up to {longest} characters"
+            self._refuse("stop", f"{received}; the limit is {MAX_STOPS} of up to {MAX_STOP_CHARS}")
 
     def _check_stop_token_ids(self) -> None:
         ids = self.stop_token_ids
         if isinstance(ids, Collection) and len(ids) > MAX_STOP_TOKENS:
-            self._refuse("stop_token_ids", f"stop_token_ids holds {len(ids)} tokens; allowed are {MAX_STOP_TOKENS}")
+            self._refuse("stop_token_ids", f"stop_token_ids has {len(ids)} tokens; the limit is {MAX_STOP_TOKENS}")
         if ids is not None and not (isinstance(ids, Collection) and all(_is_integer(i) and i >= 0 for i in ids)):
             self._refuse("stop_token_ids", f"stop_token_ids={shorten(ids)} must be a list of token ids")
 

@@ -1,7 +1,8 @@
 """Structured outputs: completions that follow a JSON schema, a regular expression, a choice or a grammar.
 
 `StructuredOutputsParams` is the constraint of a request. `ConstraintCompiler` compiles it with llguidance, outside the
-engine thread, to a `Matcher`, of which each completion has a copy. The sampler masks the tokens that it does not allow.
+engine thread, to a `Matcher`, which is copied for each completion. The sampler masks the tokens that a matcher does not
+allow.
 """
 
 import json
@@ -74,7 +75,7 @@ class StructuredOutputsParams:
             self.refuse("choice must be a list of at least one text, none of them empty")
         size = sum(len(part) for part in (self.regex, self.grammar, *(choice or ())) if part is not None)
         if size > MAX_CONSTRAINT_CHARS:
-            self.refuse(f"{given[0]} has {size} characters; allowed are {MAX_CONSTRAINT_CHARS}")
+            self.refuse(f"{given[0]} has {size} characters; the limit is {MAX_CONSTRAINT_CHARS}")
 
     def _given(self) -> list[str]:
         values = {name: getattr(self, name) for name in CONSTRAINT_FIELDS}
@@ -206,10 +207,10 @@ def _grammar(params: StructuredOutputsParams) -> str:
         return str(LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, params.choice))))
     if params.grammar is not None:
         if "%json" in params.grammar:
-            params.refuse("grammar holds %json; use the json field for a JSON schema")
+            params.refuse("grammar contains %json; use the json field for a JSON schema")
         num_colons = params.grammar.count(":")
         if num_colons > MAX_COLONS:
-            params.refuse(f"grammar has {num_colons} colons, one or two for each rule; allowed are {MAX_COLONS}")
+            params.refuse(f"grammar has {num_colons} colons, one or two for each rule; the limit is {MAX_COLONS}")
         try:
             return str(grammar_from("grammar", params.grammar))
         except (ValueError, RecursionError) as error:
@@ -234,28 +235,27 @@ def _checked_schema(params: StructuredOutputsParams, schema: Any) -> str:
         multiple = math.lcm(*(Fraction(str(value)).numerator for value in multiples))
         depth = _ref_depth(schema)
     except RecursionError:
-        params.refuse(f"the JSON schema is nested too deeply; allowed are {MAX_DEPTH} levels")
+        params.refuse(f"the JSON schema is nested too deeply; the limit is {MAX_DEPTH} levels")
     except (TypeError, ValueError) as error:
         params.refuse(f"the JSON schema is not valid JSON: {error}")
     if not isinstance(schema, Mapping):
         params.refuse(f"the JSON schema is {shorten(text, str)}; it must be an object, or true")
     if len(text) > MAX_CONSTRAINT_CHARS:
-        params.refuse(f"the JSON schema has {len(text)} characters; allowed are {MAX_CONSTRAINT_CHARS}")
+        params.refuse(f"the JSON schema has {len(text)} characters; the limit is {MAX_CONSTRAINT_CHARS}")
     if multiple > MAX_MULTIPLE:
         params.refuse(
-            f"the least common multiple of all values of multipleOf is {multiple}; allowed are up to {MAX_MULTIPLE}"
+            f"the least common multiple of all values of multipleOf is {multiple}; the limit is {MAX_MULTIPLE}"
         )
     if depth > MAX_REF_DEPTH:
-        params.refuse(
-            f"the JSON schema and the targets of its references have {depth} levels in all; allowed are {MAX_REF_DEPTH}"
-        )
+        params.refuse(f"the JSON schema and its references have {depth} levels in all; the limit is {MAX_REF_DEPTH}")
     return text
 
 
 def _ref_depth(schema: Any) -> int:
     """Return the depths of a schema and of each target of a reference, added up: an upper bound of any path."""
     refs = {ref for ref in _values(schema, "$ref", 0) if isinstance(ref, str)}
-    return _depth(schema) + sum(_depth(_at(schema, ref)) for ref in refs)
+    targets = (find_target(schema, ref) for ref in refs)
+    return _depth(schema) + sum(_depth(schema if target is None else target) for target in targets)
 
 
 def _depth(node: Any) -> int:
@@ -263,8 +263,10 @@ def _depth(node: Any) -> int:
     return 1 + max(map(_depth, children), default=0)
 
 
-def _at(schema: Any, ref: str) -> Any:
-    """Return the target of a JSON pointer; the whole schema for other references."""
+def find_target(schema: Any, ref: str) -> Any | None:
+    """Return the target of a local reference in a JSON schema (`#` and a JSON pointer); None if there is none."""
+    if not ref.startswith("#"):
+        return None
     node = schema
     for key in ref.split("/")[1:]:
         key = unquote(key).replace("~1", "/").replace("~0", "~")
@@ -273,7 +275,7 @@ def _at(schema: Any, ref: str) -> Any:
         elif _is_list(node) and key.isdecimal() and int(key) < len(node):
             node = node[int(key)]
         else:
-            return schema
+            return None
     return node
 
 

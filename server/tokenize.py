@@ -1,4 +1,4 @@
-"""`POST /tokenize` and `POST /detokenize`: from a text or a chat to tokens as in the engine, and back."""
+"""`POST /tokenize` and `POST /detokenize`: convert a text or chat to tokens as the engine does, and back."""
 
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar
@@ -93,7 +93,7 @@ class TokenService:
 
     def __init__(self, llm: AsyncLLM) -> None:
         self._llm = llm
-        # Ids beyond the tokenizer's vocabulary, the padding of the embedding table, have no text but may be sampled.
+        # The embedding table is padded: ids beyond the tokenizer's vocabulary have no text but may be sampled.
         self._num_ids = max(llm.vocab_size, len(llm.tokenizer))
 
     def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
@@ -121,13 +121,11 @@ class TokenService:
         """
         limit = self._llm.max_model_len
         if len(body.tokens) > limit:
-            raise RequestError(f"tokens has {len(body.tokens)} ids; allowed are max_model_len={limit}", "tokens")
+            raise RequestError(f"tokens has {len(body.tokens)} ids; the limit is max_model_len={limit}", "tokens")
         for index, token in enumerate(body.tokens):
             if not 0 <= token < self._num_ids:
-                message = (
-                    f"tokens[{index}]={shorten(token)} is outside the vocabulary; allowed are 0 to {self._num_ids - 1}"
-                )
-                raise RequestError(message, "tokens")
+                received = f"tokens[{index}]={shorten(token)} is outside the vocabulary"
+                raise RequestError(f"{received}; it must be from 0 to {self._num_ids - 1}", "tokens")
         text = self._llm.tokenizer.decode(body.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return {"prompt": text}
 

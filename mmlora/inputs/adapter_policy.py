@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class AdapterChoice(Generic[T]):
-    """The chosen adapter (None for the base model), the reason, and a warning for the client."""
+    """The adapter that the policy chose (None for the base model), the reason, and a warning for the client."""
 
     adapter: T | None
     reason: str
@@ -44,7 +44,7 @@ def parse_defaults(defaults: Mapping[str, str] | None, supported: Iterable[str])
             raise ConfigError(f"default_mm_loras[{key!r}]: the model takes text only, so no default can apply")
         if set(names) - set(allowed) or len(set(names)) != len(names):
             raise ConfigError(
-                f"default_mm_loras[{key!r}]: allowed are {', '.join(allowed)} and combinations such as "
+                f"default_mm_loras[{key!r}]: the key must be one of {', '.join(allowed)} or a combination such as "
                 f"{modality_key(allowed)!r}"
             )
         if not isinstance(path, str) or not path:

@@ -38,7 +38,7 @@ class ChatPrompt:
     cache_salt: str | None = None
 
     def render(self) -> str:
-        """Return the text of the prompt.
+        """Return the rendered prompt.
 
         Raises:
             RequestError: the template fails, or does not support tools or tool calls.
@@ -50,9 +50,9 @@ def read_messages(messages: Sequence[Message], *, is_strict: bool = False) -> li
     """Validate messages and split their content into parts.
 
     Args:
-        messages: with `role` and `content`, text or a list of parts: `text`, `image_url`, `input_audio`,
-            `audio_url`, and from Python `image` (PIL) and `audio` (`(array, rate)`); a media part may have a `uuid`.
-            Assistant messages may have `tool_calls`.
+        messages: each with `role` and `content`, which is a string or a list of parts: `text`, `image_url`,
+            `input_audio`, `audio_url`, and from Python `image` (PIL) and `audio` (`(array, rate)`); a media part may
+            have a `uuid`. Assistant messages may have `tool_calls`.
         is_strict: allow only OpenAI's roles and message fields, and require content.
 
     Raises:
@@ -161,7 +161,7 @@ def _read_part(part: Any) -> Part:
         return _reference(str(kind), value, uuid)
     if not isinstance(value, str):
         found = type(value).__name__
-        raise RequestError(f"content part of type 'text' holds a {found}; it must be text")
+        raise RequestError(f"content part of type 'text' has a {found}; it must be a string")
     return value
 
 

@@ -17,7 +17,7 @@ Part = str | MediaReference
 Turn = tuple[Message, list[Part]]  # a message, and the parts of its content
 
 MAX_REASON_CHARS: Final = 400
-LIST_REPR: Final = "'type':"  # in the output of a template that printed a list of parts with Python's repr
+LIST_REPR: Final = "'type':"  # shows that a template printed a list of parts with Python's repr
 PHI4_CALL_MARKS: Final = "<|tool_call|>", "<|/tool_call|>"
 # Contents of the conversations that detect the capabilities of a template.
 _PROBE_TEXTS: Final = "quartz", "basalt", "gneiss"
@@ -37,7 +37,7 @@ _PROBE_CALL: Final = {
 
 
 def load_chat_template(template: str | None) -> str | None:
-    """Return the text of a `chat_template` option, which is Jinja text or the path of a file.
+    """Return the Jinja source of a `chat_template` option, which is that source or the path of a file.
 
     Raises:
         ConfigError: it looks like the path of a file that does not exist or cannot be read.
@@ -54,15 +54,15 @@ def load_chat_template(template: str | None) -> str | None:
 
 
 class ChatTemplate:
-    """A chat template of one model.
+    """Chat template of a model.
 
     Templates do not declare their capabilities. They are detected once, by rendering a few short conversations.
 
     Attributes:
-        source: the template's text; all texts if the tokenizer has several templates.
+        source: Jinja source; all sources joined if the tokenizer has several templates.
         needs_parts: content must be a list of parts; strings are not rendered.
         media_parts: modalities whose parts are rendered as placeholders. For other modalities, placeholders are
-            written into the text.
+            inserted into the text content.
         has_tools, has_tool_calls: `tools`, and `tool_calls` of assistant messages, are rendered.
 
     Args:
@@ -101,7 +101,7 @@ class ChatTemplate:
         if self.has_tools:
             text = self._render_turns(turns, {**kwargs, "tools": tools})
             required = [tool["function"]["name"] for tool in tools]  # a template may skip tools in some conversations
-        else:  # Phi-4's template takes tools as a field of the system message
+        else:  # Phi-4's template expects tools as a field of the system message
             required = [json.dumps([tool["function"] for tool in tools], ensure_ascii=False)]
             text = self._render_turns(_with_system_tools(turns, required[0]), kwargs)
         if not all(string in text for string in required):

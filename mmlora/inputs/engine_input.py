@@ -26,7 +26,7 @@ class MediaInput:
         media: its tensors.
         start: index of its first placeholder token in the prompt.
         mode: encoding mode, see `Towers.joint_modes`.
-        encoder_key: key in the encoder cache. It contains everything that the embeddings depend on (content,
+        encoder_key: key in the encoder cache. It consists of everything that the embeddings depend on (content,
             processor options, encoding mode, the adapter's tower part) and the request's cache salt.
     """
 

@@ -1,7 +1,7 @@
-"""`InputProcessor`: from a caller's prompt to an `EngineInput`.
+"""`InputProcessor`: turns a caller's prompt into an `EngineInput`.
 
-It renders chats, tokenizes, decodes and processes media, expands placeholders, and chooses and loads the adapter. It
-has no request state and is thread-safe; the engine thread never runs it.
+It renders chats, tokenizes text, decodes and processes media, expands placeholders, and chooses and loads the adapter.
+It has no state of requests and is thread-safe; the engine thread never runs it.
 """
 
 import functools
@@ -45,10 +45,10 @@ Prompt = str | Sequence[int] | Mapping[str, Any] | ChatPrompt
 
 
 class InputProcessor:
-    """Turns prompts into `EngineInput`s.
+    """Turns prompts into `EngineInput` objects.
 
     Attributes:
-        media: loads the media that requests contain or refer to.
+        media: loads the media that requests contain or reference.
         chat_template: the template of the `chat_template` option, by default the tokenizer's.
 
     Args:
@@ -56,7 +56,7 @@ class InputProcessor:
         tokenizer: the model's tokenizer.
         vocab_size: number of rows of the embedding table.
         max_model_len: limit of prompt and output tokens together.
-        processor, towers: None for a text-only model.
+        processor, towers: of the model; None if it is text-only.
         host_cache: loads adapters; None without LoRA.
         defaults: by canonical key of `default_mm_loras`, the request that names the adapter and the loaded adapter.
         constraints: compiles `structured_outputs`.
@@ -187,7 +187,7 @@ class InputProcessor:
             prompt: text, token ids, a `ChatPrompt`, or a mapping with `prompt` or `prompt_token_ids` (which takes
                 precedence), `multi_modal_data`, `mm_processor_kwargs` and `cache_salt`.
             params: sampling parameters.
-            lora_request: an adapter or a mix; `BASE` for the base model; None to choose by the media.
+            lora_request: an adapter or a mix; `BASE` for the base model; None to choose by the prompt's modalities.
             priority: lower runs earlier; must be 0 unless `scheduling_policy` is `priority`.
 
         Raises:
@@ -204,7 +204,7 @@ class InputProcessor:
             items = prompt.media.load() if prompt.media is not None else {}
             options, salt = prompt.mm_processor_kwargs, prompt.cache_salt
         else:
-            fields = prompt_fields(prompt)
+            fields = _prompt_fields(prompt)
             text, token_ids = self._tokenize(fields)
             items = self._load_media(fields.get("multi_modal_data") or {})
             options, salt = fields.get("mm_processor_kwargs"), fields.get("cache_salt")
@@ -244,7 +244,7 @@ class InputProcessor:
         return text, self.encode(text)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Tokenize a prompt. Numbered placeholders are replaced by the model's own; none is expanded.
+        """Tokenize a prompt. Numbered placeholders are replaced by those of the model; none is expanded.
 
         Raises:
             RequestError: the prompt is too long, or is not valid text.
@@ -266,7 +266,7 @@ class InputProcessor:
             takes = f"the model takes {', '.join(allowed)}" if allowed else "the model takes text only"
             reason = why_unsupported(unknown[0])
             raise RequestError(f"multi_modal_data holds {', '.join(unknown)}; {reason or takes}")
-        listed = {modality: items for modality in contents if (items := as_items(contents[modality]))}
+        listed = {modality: items for modality, found in contents.items() if (items := _as_list(found))}
         counts = {modality: len(items) for modality, items in listed.items()}
         check_counts(counts, allowed, self._args.limit_mm_per_prompt)
         loaded: dict[str, list[MediaItem]] = {}
@@ -345,7 +345,7 @@ class InputProcessor:
         return self._host_cache.get(request)
 
     def _compile(self, params: SamplingParams) -> tuple[Matcher, ...]:
-        """Return one matcher per output; copies are made here since those of large constraints take 30 ms each."""
+        """Return one matcher per output. Copies are made here because one of a large constraint takes 30 ms."""
         if params.structured_outputs is None:
             return ()
         start = self._constraints.compile(params.structured_outputs)
@@ -400,7 +400,7 @@ def _not_invoked(adapter: Adapter, choice: LoRAChoice) -> LoRAChoice:
     return LoRAChoice(None, None, choice.reason, warning)
 
 
-def prompt_fields(prompt: str | Sequence[int] | Mapping[str, Any]) -> Mapping[str, Any]:
+def _prompt_fields(prompt: str | Sequence[int] | Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a prompt as a mapping with `prompt`, `prompt_token_ids` or both.
 
     Raises:
@@ -417,27 +417,27 @@ def prompt_fields(prompt: str | Sequence[int] | Mapping[str, Any]) -> Mapping[st
             raise RequestError("a prompt needs 'prompt' or 'prompt_token_ids'")
         _check_types(prompt)
         return prompt
-    if isinstance(prompt, Sequence):
-        fields = {"prompt_token_ids": prompt}
-        _check_types(fields)
-        return fields
-    raise RequestError(f"prompt is a {type(prompt).__name__}; it must be text, token ids or a mapping")
+    if not isinstance(prompt, Sequence):
+        raise RequestError(f"prompt is a {type(prompt).__name__}; it must be text, token ids or a mapping")
+    fields = {"prompt_token_ids": prompt}
+    _check_types(fields)
+    return fields
 
 
-def as_items(contents: object) -> list[object]:
+def _as_list(contents: object) -> list[object]:
     """Return one item or a list of items as a list; an `(array, rate)` tuple is one item."""
     if contents is None:
         return []
-    return list(contents) if isinstance(contents, list) else [contents]
+    return contents if isinstance(contents, list) else [contents]
 
 
-def encode_text(tokenizer: Any, text: str, max_model_len: int | None, *, add_special_tokens: bool = True) -> list[int]:
+def encode_text(tokenizer: Any, text: str, max_model_len: int, *, add_special_tokens: bool = True) -> list[int]:
     """Tokenize a prompt, unless it has so many characters that its tokens cannot fit.
 
     Raises:
         RequestError: the prompt is too long, or is not valid text (for example a lone surrogate).
     """
-    if max_model_len is not None and len(text) > max_model_len * MAX_CHARS_PER_TOKEN:
+    if len(text) > max_model_len * MAX_CHARS_PER_TOKEN:
         raise RequestError(
             f"the prompt has {len(text)} characters, which cannot fit into max_model_len={max_model_len} tokens"
         )
@@ -463,4 +463,4 @@ def _check_options(options: object, salt: object) -> None:
     if salt is not None and not (isinstance(salt, str) and salt):
         raise RequestError(f"cache_salt={shorten(salt)} must be non-empty text")
     if isinstance(salt, str) and len(salt) > MAX_SALT_CHARS:
-        raise RequestError(f"cache_salt has {len(salt)} characters; allowed are {MAX_SALT_CHARS}")
+        raise RequestError(f"cache_salt has {len(salt)} characters; the limit is {MAX_SALT_CHARS}")

@@ -1,4 +1,4 @@
-"""Log probabilities in responses: of a prompt's tokens as vLLM lists them, and OpenAI's legacy lists of completions."""
+"""Log probabilities in responses: OpenAI's lists for chats and legacy completions, and vLLM's for prompts."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
@@ -28,7 +28,7 @@ def check_prompt_logprobs(num_prompt_tokens: int, num_top: int, vocab_size: int,
     if num_entries > MAX_PROMPT_LOGPROBS:
         raise RequestError(
             f"{num_entries} log probabilities of prompt tokens, in n={n} choices each, are too many; "
-            f"allowed are {MAX_PROMPT_LOGPROBS}",
+            f"the limit is {MAX_PROMPT_LOGPROBS}",
             "n" if n > 1 else "prompt_logprobs",
         )
 
@@ -75,7 +75,7 @@ def legacy_logprobs(
 
 
 def join_legacy_logprobs(first: Json | None, second: Json | None) -> Json | None:
-    """Return the lists of two consecutive texts."""
+    """Concatenate the lists of two consecutive texts."""
     if first is None or second is None:
         return first if second is None else second
     return {column: first[column] + second[column] for column in LEGACY_COLUMNS}
@@ -84,9 +84,9 @@ def join_legacy_logprobs(first: Json | None, second: Json | None) -> Json | None
 def prompt_offsets(tokenizer: Any, token_ids: Iterable[int], text: str) -> list[int]:
     """Return the offset of each token in the text of a prompt.
 
-    A token without text of its own in the prompt (BOS, or the second and later placeholders of an image) gets the
-    offset of the next token. If the tokens decode to another text, for example because the tokenizer normalizes, the
-    lengths of their decoded texts are added up.
+    A token that adds no text to the prompt (BOS, or the second and later placeholders of an image) gets the offset of
+    the next token. If the tokens decode to a different text, for example because the tokenizer normalizes it, offsets
+    are cumulative lengths of the decoded tokens.
     """
     detokenizer = Detokenizer(tokenizer, [], skip_special_tokens=False)
     pieces, matched, position = [], [], 0
@@ -114,7 +114,7 @@ def next_offset(detokenizer: Detokenizer, token_id: int) -> int:
 
 
 def _by_text(top: TokenLogprobs, token_id: int, num_top: int) -> dict[str, float]:
-    """Return log probabilities by text; tokens with the same text, such as parts of characters, give the highest."""
+    """Return log probabilities by text; of tokens with the same text, such as parts of characters, the highest."""
     by_text: dict[str, float] = {}
     for i in sorted(top, key=lambda i: top[i].rank):
         if _is_reported(top, i, token_id, num_top):

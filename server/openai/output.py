@@ -1,4 +1,4 @@
-"""From the outputs of the engine to HTTP responses.
+"""Turns outputs of the engine into HTTP responses.
 
 A `ResponseBuilder` builds OpenAI's response objects; `respond_with` sends them whole or as server-sent events.
 """
@@ -137,7 +137,7 @@ class ChoicesBuilder(ResponseBuilder):
 
     Args:
         request_id: the response's id.
-        model: the name that the client asked for.
+        model: model name in the response.
         include_usage: end a stream with the token counts.
     """
 

@@ -57,7 +57,7 @@ ENDPOINT_FIELDS: Final = frozenset({"max_tokens", "logprobs", "prompt_logprobs",
 
 def _check_size(value: Any) -> Any:
     if isinstance(value, dict) and len(value) > MAX_ENTRIES:
-        raise ValueError(f"it has {len(value)} entries; allowed are {MAX_ENTRIES}")
+        raise ValueError(f"it has {len(value)} entries; the limit is {MAX_ENTRIES}")
     return value
 
 
@@ -66,7 +66,7 @@ JSON_CONTAINERS: Final[Mapping[Any, Any]] = {Sequence: FirstOnly, Mapping: Bound
 
 
 def _json_type(hint: Any) -> Any:
-    """Return the type that a field of `SamplingParams` has in a JSON body, where keys are text."""
+    """Return the type that a field of `SamplingParams` has in a JSON body, where keys are strings."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return functools.reduce(operator.or_, map(_json_type, args))
@@ -89,12 +89,12 @@ SAMPLING_FIELDS: Final = tuple(SamplingFields.model_fields)
 
 def _check_stream_options(value: Any) -> Any:
     if isinstance(value, dict) and len(value) > MAX_FIELDS:
-        raise ValueError(f"it has {len(value)} fields; allowed are {', '.join(StreamOptions.model_fields)}")
+        raise ValueError(f"it has {len(value)} fields; the allowed ones are {', '.join(StreamOptions.model_fields)}")
     return value
 
 
 class StreamOptions(BaseModel):
-    """`include_usage` asks for a last chunk with the token counts; obfuscation is never added."""
+    """Options of a stream. `include_usage` adds a last chunk with the token counts; obfuscation is never added."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     include_usage: bool = False
@@ -153,7 +153,7 @@ class GenerationRequest(SamplingFields, CommonFields):  # type: ignore[valid-typ
 
 
 def completion_limit(max_tokens: int | None, max_completion_tokens: int | None) -> int | None:
-    """Return the limit of a completion's tokens, which OpenAI gives two names.
+    """Return the maximum number of tokens of a completion, for which OpenAI has two fields.
 
     Raises:
         RequestError: both are given and differ.
@@ -162,7 +162,7 @@ def completion_limit(max_tokens: int | None, max_completion_tokens: int | None) 
     if len(limits) > 1:
         raise RequestError(
             f"max_tokens={shorten(max_tokens)} and max_completion_tokens={shorten(max_completion_tokens)} differ; "
-            "give one of them",
+            "send only one of them",
             "max_completion_tokens",
         )
     return limits.pop() if limits else None
@@ -213,7 +213,7 @@ def read_constraint(
     constraints = [constraint for constraint in found if constraint is not None]
     if len(constraints) > 1:
         names = " and ".join(constraint.name for constraint in constraints)
-        raise ConstraintError(f"{names} are given; only one of them can be followed", constraints[1].name)
+        raise ConstraintError(f"{names} are given; only one constraint is possible", constraints[1].name)
     return constraints[0] if constraints else None
 
 
@@ -222,7 +222,7 @@ def _read_format(value: Mapping[str, Any], name: str, holder: Any, place: str = 
     kind = value.get("type")
     if kind not in FORMAT_TYPES:
         shown = shorten(kind, json.dumps)
-        raise ConstraintError(f"{name}.type is {shown}; allowed are {', '.join(FORMAT_TYPES)}", name)
+        raise ConstraintError(f"{name}.type is {shown}; it must be one of {', '.join(FORMAT_TYPES)}", name)
     if kind == "text":
         return None
     if kind == "json_object":
@@ -238,7 +238,7 @@ def _read_structured_outputs(value: Mapping[str, Any]) -> StructuredOutputsParam
     unknown = [key for key in given if key not in CONSTRAINT_FIELDS]
     if unknown:
         raise ConstraintError(
-            f"structured_outputs holds {shorten(unknown[0])}; allowed are {', '.join(CONSTRAINT_FIELDS)}",
+            f"structured_outputs has the unknown field {shorten(unknown[0])}; allowed: {', '.join(CONSTRAINT_FIELDS)}",
             "structured_outputs",
         )
     return StructuredOutputsParams(**given)

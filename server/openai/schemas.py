@@ -28,18 +28,18 @@ class EncodedMedia(BaseModel):
 
 
 def _part(part_type: str, content: Any, field: str | None = None) -> JsonSchema:
-    """Describe a content part, whose content is in the field of that name (by default that of the type)."""
+    """Describe a content part whose content is in `field`, by default the field named like the type."""
     properties = {"type": {"const": part_type}, field or part_type: json_schema(content)}
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
 def _content(parts: list[JsonSchema], min_items: int) -> WithJsonSchema:
-    """Describe the content of a message: text or a list of parts."""
+    """Describe the content of a message: a string or a list of parts."""
     part_list = {"type": "array", "minItems": min_items, "items": {"anyOf": parts}}
     return WithJsonSchema({"anyOf": [json_schema(str), part_list]})
 
 
-CONTENT_FORMS: Final = {"url": MediaURL, "base64": EncodedMedia}  # objects exist in Python only
+CONTENT_FORMS: Final = {"url": MediaURL, "base64": EncodedMedia}  # Python objects cannot be sent
 CHAT_PARTS: Final = [_part("text", str)] + [
     _part(part_type, CONTENT_FORMS[form])
     for modality in MODALITIES.values()
@@ -280,7 +280,7 @@ class Transcription(BaseModel):
 
 
 class AdapterDetails(BaseModel):
-    """What a model card has on an adapter."""
+    """Adapter in a model card."""
 
     name: str
     lora_int_id: int

@@ -233,7 +233,7 @@ def test_embeddings_and_videos_are_refused_by_name(llm, serves_on, fields, text)
 
 def test_defaults_that_cannot_apply_are_a_config_error(tiny_phi4, tiny_adapters, text_model):
     adapter = str(tiny_adapters["a"])
-    with pytest.raises(ConfigError, match=r"\['video'\]: allowed are audio, image"):
+    with pytest.raises(ConfigError, match=r"\['video'\]: the key must be one of audio, image"):
         LLM(str(tiny_phi4), enable_lora=True, default_mm_loras={"video": adapter})
     with pytest.raises(ConfigError, match="the model takes text only"):
         LLM(str(text_model), enable_lora=True, default_mm_loras={"audio": adapter})

@@ -169,7 +169,7 @@ def test_template_arguments_reach_the_template():
         ([{"role": "user", "content": [{"type": "video_url"}]}], "'video_url'; videos are not supported"),
         ([{"role": "user", "content": [5]}], "content part of type None"),
         ([{"role": "user", "content": [{"type": "text"}]}], "lacks its 'text' field"),
-        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "'text' holds a int"),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "'text' has a int"),
         ([{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}], "needs input_audio.data"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 5}}]}], "needs image_url.url"),
     ],

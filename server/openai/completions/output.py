@@ -1,4 +1,4 @@
-"""Builds OpenAI's legacy completion of one or several prompts, whole or in chunks."""
+"""`CompletionBuilder`: legacy completions of one prompt or several, whole or in chunks."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class _Prefix:
 
 
 class CompletionBuilder(ChoicesBuilder):
-    """Collects the output of one request, which may have several prompts.
+    """Builds the legacy completion of one request, which may have several prompts.
 
     Attributes:
         request_ids: ids of the engine's requests, one per prompt.
@@ -49,7 +49,7 @@ class CompletionBuilder(ChoicesBuilder):
         self.request_ids = [f"{response_id}-{index}" for index in range(len(request.prompts))]
         self._prompt_indices = {name: index for index, name in enumerate(self.request_ids)}
         self._prefixes: dict[str, _Prefix] = {}  # by request id
-        self._detokenizers: dict[int, Detokenizer] = {}  # by choice: its text without stop strings held back or cut
+        self._detokenizers: dict[int, Detokenizer] = {}  # by choice; their text still has the stop strings
 
     def begin(self, output: RequestOutput) -> None:
         """Prepare the part that repeats the prompt; takes a while for long prompts."""

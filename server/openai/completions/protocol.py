@@ -1,4 +1,4 @@
-"""Request model of `/v1/completions`, which also gives the prompts and sampling options."""
+"""The request body of `POST /v1/completions`."""
 
 import json
 from functools import cached_property
@@ -11,14 +11,14 @@ from mmlora.server.bodies import json_schema
 from mmlora.server.openai.protocol import GenerationRequest, read_constraint
 from mmlora.utils.text import shorten
 
-MAX_PROMPTS, MAX_CHOICES = 256, 1024  # all are queued in the engine at once
+MAX_PROMPTS, MAX_CHOICES = 256, 1024  # of one request; they are queued in the engine at the same time
 DEFAULT_MAX_TOKENS = 16  # of OpenAI's API
 PROMPT_FORMS = "text, a list of texts, a list of token ids or a list of such lists"
 TextOrTokens = str | list[int]
 
 
 class CompletionRequest(GenerationRequest):
-    """Fields of a legacy completion."""
+    """The supported fields of a legacy completion request."""
 
     NEUTRAL_VALUES = {"suffix": (None, "")}
 
@@ -32,7 +32,7 @@ class CompletionRequest(GenerationRequest):
 
     @cached_property
     def prompts(self) -> list[TextOrTokens]:
-        """The validated prompts; `parse_completion_request` computes them, since long ones take a while.
+        """The validated prompts. `parse_completion_request` caches them outside the event loop, as long ones take time.
 
         Raises:
             RequestError: `prompt` is malformed.
@@ -72,12 +72,12 @@ def parse_completion_request(body: bytes) -> CompletionRequest:
     request = CompletionRequest.parse(body)
     num_prompts, n = len(request.prompts), 1 if request.n is None else request.n
     if num_prompts > MAX_PROMPTS:
-        raise RequestError(f"prompt holds {num_prompts} prompts; allowed are {MAX_PROMPTS}", "prompt")
+        raise RequestError(f"prompt has {num_prompts} prompts; the limit is {MAX_PROMPTS}", "prompt")
     if num_prompts * n > MAX_CHOICES:
-        raise RequestError(f"n={shorten(n)} for {num_prompts} prompts; allowed are {MAX_CHOICES // num_prompts}", "n")
+        raise RequestError(f"n={shorten(n)} for {num_prompts} prompts; the limit is {MAX_CHOICES // num_prompts}", "n")
     for name in ("multi_modal_data", "multi_modal_uuids"):
         if num_prompts > 1 and getattr(request, name):
-            message = f"{name} needs a single prompt, but prompt holds {num_prompts}; send one request per prompt"
+            message = f"{name} needs a single prompt, but prompt has {num_prompts}; send one request per prompt"
             raise RequestError(message, name)
     if request.best_of not in (None, n):
         message = f"best_of={request.best_of} is not supported; it must equal n, which is {n}, or be left out"

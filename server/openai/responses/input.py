@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from mmlora.errors import RequestError
+from mmlora.server.openai.output import Json
 from mmlora.utils.text import shorten
 
-Json = dict[str, Any]
 INPUT_ROLES = ("system", "developer", "user", "assistant")
 INPUT_MESSAGE_FIELDS = ("type", "role", "content", "id", "status", "phase")
 CALL_FIELDS = ("type", "call_id", "name", "arguments", "id", "status")

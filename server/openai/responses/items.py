@@ -2,11 +2,10 @@
 
 import uuid
 from collections.abc import Callable
-from typing import Any
 
+from mmlora.server.openai.output import Json
 from mmlora.server.openai.tools.parser import Piece, TextParser
 
-Json = dict[str, Any]
 Event = tuple[str, Json]  # type and content
 
 
@@ -121,7 +120,7 @@ class OutputItems:
         return [event for piece in pieces for event in self._add_piece(piece)]
 
     def finish(self, status: str) -> list[Event]:
-        """End the text and return the events; without any text the output is one empty message.
+        """End the output and return the events; an output without text is one empty message.
 
         Args:
             status: status of the last item, unless it has been completed.

@@ -20,7 +20,7 @@ class ResponseObjectBuilder(ResponseBuilder):
 
     Args:
         request_id: the response's id, `resp_…`.
-        model: the name that the client asked for.
+        model: model name in the response.
         request: many of its fields are repeated in the response.
         defaults: the model's default sampling parameters.
         items: the output items, still empty.
@@ -50,7 +50,7 @@ class ResponseObjectBuilder(ResponseBuilder):
         return self._response(self._status)
 
     def events(self, output: RequestOutput) -> Iterator[str]:
-        """Yield the events of one output delta; the first ones hold the response object with the adapter."""
+        """Yield the events of one output delta; the first two contain the response object with the adapter."""
         is_first = not self._outputs
         self._outputs.append(output)
         if is_first:

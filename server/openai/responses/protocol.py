@@ -33,7 +33,7 @@ Label = Annotated[str, Field(max_length=512)]  # repeated in the response, in se
 
 def _check_metadata(value: Any) -> Any:
     if isinstance(value, dict) and len(value) > MAX_METADATA:
-        raise ValueError(f"it has {len(value)} keys; allowed are {MAX_METADATA}")
+        raise ValueError(f"it has {len(value)} keys; the limit is {MAX_METADATA}")
     return value
 
 
@@ -80,7 +80,7 @@ class ResponsesRequest(ToolRequest):
         """See `ToolRequest.tooling`."""
         # With tool_choice="none" tools are not part of the prompt, so max_model_len does not bound their length.
         if (length := _length(self.tools, "tools")) > MAX_TOOLS_LENGTH:
-            raise RequestError(f"tools has {length} characters; allowed are {MAX_TOOLS_LENGTH}", "tools")
+            raise RequestError(f"tools has {length} characters; the limit is {MAX_TOOLS_LENGTH}", "tools")
         return super().tooling
 
     def sampling_options(self) -> dict[str, Any]:
@@ -121,4 +121,4 @@ def _length(value: Any, name: str) -> int:
     try:
         return len(json.dumps(value, allow_nan=False))
     except ValueError:
-        raise RequestError(f"{name} holds NaN or an infinite number; numbers must be finite", name) from None
+        raise RequestError(f"{name} contains NaN or an infinite number; numbers must be finite", name) from None

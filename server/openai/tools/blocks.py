@@ -1,9 +1,12 @@
-"""Blocks of text that may be tool calls, in JSON or XML: find where one ends, and read its calls."""
+"""Blocks of generated text that may be tool calls, in JSON or XML: find the end of a block and read its calls."""
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from typing import Any, Protocol
+from typing import Any
+
+from mmlora.structured_outputs import find_target
 
 MAX_HEAD = 256  # characters between a marker and the start of a call
 MAX_SCHEMA_PARTS = 64  # alternatives and references examined in one schema
@@ -12,8 +15,8 @@ Tools = Mapping[str, Mapping[str, Any]]  # OpenAI's, by name
 Call = tuple[str, str]  # name, and arguments as JSON
 
 
-class Block(Protocol):
-    """A possible call in text that grows.
+class Block(ABC):
+    """A possible call in a growing text that begins at its marker.
 
     Attributes:
         head: length of the marker.
@@ -21,45 +24,69 @@ class Block(Protocol):
         is_broken: there is no call here.
     """
 
-    head: int
-    end: int | None
-    is_broken: bool
+    def __init__(self, head: int) -> None:
+        self.head = head
+        self.end: int | None = None
+        self.is_broken = False
+        self._start: int | None = None  # of the JSON, or of the function's name
+        self._position = 0  # the text before it was scanned
 
     def scan(self, text: str) -> None:
-        """Continue scanning `text`, which begins at the marker and has grown since the last call."""
-        ...
+        """Continue scanning `text`, which has grown since the last call."""
+        if self._start is None:
+            self._find_start(text)
+        if self._start is not None and self.end is None:
+            self._position = max(self._position, self._start)
+            self._find_end(text)
 
+    @abstractmethod
     def calls(self, text: str, tools: Tools) -> list[Call]:
         """Read the calls.
 
         Raises:
             ValueError, RecursionError: the block has anything but calls of offered tools.
         """
-        ...
+
+    @abstractmethod
+    def _find_start(self, text: str) -> None:
+        """Set `_start` as soon as it is known, or `is_broken`."""
+
+    @abstractmethod
+    def _find_end(self, text: str) -> None:
+        """Set `end` if the text has it, and otherwise `_position`."""
 
 
-class JSONBlock:
+class JSONBlock(Block):
     """One call or a list of calls in JSON. Newer Mistral models write the tool's name before the arguments."""
 
     _HEAD = re.compile(r"\s*(?:([\w./-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*)?")
     _MARK = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
 
     def __init__(self, head: int) -> None:
-        self.head = head
-        self.end: int | None = None
-        self.is_broken = False
+        super().__init__(head)
         self._name: str | None = None  # of the tool, if it precedes the JSON
-        self._start: int | None = None  # of the JSON
-        self._position = 0
         self._depth = 0
         self._in_string = False
 
-    def scan(self, text: str) -> None:
-        """Continue scanning `text`, which begins at the marker and has grown since the last call."""
-        if self._start is None:
-            self._find_start(text)
-        if self._start is None or self.end is not None:
+    def calls(self, text: str, tools: Tools) -> list[Call]:
+        """See `Block.calls`."""
+        value = json.loads(text[self._start : self.end], parse_constant=_refuse_constant)
+        if self._name is not None:
+            value = {"name": self._name, "arguments": value}
+        return [_call(entry, tools) for entry in (value if isinstance(value, list) else [value])]
+
+    def _find_start(self, text: str) -> None:
+        head = self._HEAD.match(text, self.head)
+        assert head is not None  # it may be empty
+        name, rest = head[1], text[head.end() :]
+        if rest == "" or (name is not None and any(mark.startswith(rest) for mark in ("[CALL_ID]", "[ARGS]"))):
+            self.is_broken = len(text) > self.head + MAX_HEAD
             return
+        self._name, self._start = name, head.end()
+        is_far = self._start > self.head + MAX_HEAD
+        self.is_broken = is_far or rest[0] not in ("[{" if name is None else "{")
+
+    def _find_end(self, text: str) -> None:
         last = self._position
         for match in self._MARK.finditer(text, self._position):
             last = match.end()
@@ -75,53 +102,16 @@ class JSONBlock:
         # A backslash escapes the next character, which may not have arrived yet.
         self._position = max(last, len(text) - text.endswith("\\"))
 
-    def calls(self, text: str, tools: Tools) -> list[Call]:
-        """Read the calls."""
-        value = json.loads(text[self._start : self.end], parse_constant=_refuse_constant)
-        if self._name is not None:
-            value = {"name": self._name, "arguments": value}
-        return [_call(entry, tools) for entry in (value if isinstance(value, list) else [value])]
 
-    def _find_start(self, text: str) -> None:
-        head = self._HEAD.match(text, self.head)
-        assert head is not None  # it may be empty
-        name, rest = head[1], text[head.end() :]
-        if rest == "" or (name is not None and any(mark.startswith(rest) for mark in ("[CALL_ID]", "[ARGS]"))):
-            self.is_broken = len(text) > self.head + MAX_HEAD
-            return
-        self._name, self._start = name, head.end()
-        self._position = self._start
-        is_far = self._start > self.head + MAX_HEAD
-        self.is_broken = is_far or rest[0] not in ("[{" if name is None else "{")
-
-
-class XMLBlock:
+class XMLBlock(Block):
     """A call as Qwen3-Coder writes it: `<function=name>`, each `<parameter=name>` with its value, `</function>`."""
 
     _START, _END = "<function=", "</function>"
     _PARAMETER = re.compile(r"\s*<parameter=([^<>\n]+)>(?:\r?\n)?")
     _MARK = re.compile(r"(?:\r?\n)?</parameter>|<parameter=")
 
-    def __init__(self, head: int) -> None:
-        self.head = head
-        self.end: int | None = None
-        self.is_broken = False
-        self._start: int | None = None  # of the function's name
-        self._position = 0  # no end before this position
-
-    def scan(self, text: str) -> None:
-        """Continue scanning `text`, which begins at the marker and has grown since the last call."""
-        if self._start is None:
-            self._find_start(text)
-        if self._start is None or self.end is not None:
-            return
-        found = text.find(self._END, max(self._start, self._position))
-        self._position = len(text) - len(self._END)
-        if found >= 0:
-            self.end = found + len(self._END)
-
     def calls(self, text: str, tools: Tools) -> list[Call]:
-        """Read the call. Values are JSON if the tool's schema says so, and text otherwise."""
+        """Read the call. Values are JSON if the tool's schema says so, and strings otherwise."""
         assert self.end is not None
         name, mark, rest = text[self._start : self.end - len(self._END)].partition(">")
         name = name.strip()
@@ -157,9 +147,15 @@ class XMLBlock:
         else:
             self.is_broken = not self._START.startswith(rest) or len(text) > self.head + MAX_HEAD
 
+    def _find_end(self, text: str) -> None:
+        found = text.find(self._END, self._position)
+        self._position = len(text) - len(self._END)
+        if found >= 0:
+            self.end = found + len(self._END)
+
 
 def _value(text: str, kinds: Collection[str]) -> Any:
-    """Return a parameter's value as its schema types it; as text if nothing else fits."""
+    """Return a parameter's value with a type that its schema allows, or else as a string."""
     if "string" in kinds:
         return None if text == "null" and "null" in kinds else text
     if "boolean" in kinds and text.lower() in ("true", "false"):  # also Python's spelling
@@ -225,7 +221,7 @@ def kinds_of(schema: Any, root: Mapping[str, Any]) -> frozenset[str]:
             found.update(map(kind_of, part["enum"]))
         else:
             more = [one for key in ("anyOf", "oneOf", "allOf") for one in _list(part.get(key))]
-            more += [_referred(part["$ref"], root)] if "$ref" in part else []
+            more += [find_target(root, part["$ref"])] if isinstance(part.get("$ref"), str) else []
         known = {id(one) for one in parts}
         parts += [one for one in more if id(one) not in known][: MAX_SCHEMA_PARTS - len(parts)]
     return frozenset(found)
@@ -233,13 +229,3 @@ def kinds_of(schema: Any, root: Mapping[str, Any]) -> frozenset[str]:
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
-
-
-def _referred(reference: Any, root: Mapping[str, Any]) -> Any:
-    """Return the target of a local reference; None for other or dangling references."""
-    found: Any = root
-    if not isinstance(reference, str) or not reference.startswith("#"):
-        return None
-    for step in reference.removeprefix("#").split("/")[1:]:
-        found = found.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
-    return found

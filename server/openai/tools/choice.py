@@ -24,7 +24,7 @@ TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 CALL_ID_CHARS = string.ascii_letters + string.digits
 WORDS = ("none", "auto", "required")
 FUNCTION_FIELDS = ("name", "description", "parameters", "strict")
-# Other fields of a flat tool, and their values that have no effect.
+# Other fields of a flat tool, with their values that have no effect.
 NEUTRAL_VALUES: Mapping[str, tuple[JsonValue, ...]] = {
     "allowed_callers": (["direct"],),
     "async": (False,),
@@ -85,7 +85,7 @@ class ToolCalling:
     Args:
         parser: name of the model's tool call format; `auto` to detect it from the chat template; None to disable
             automatic tool choice.
-        chat_template: text of the chat template.
+        chat_template: Jinja source of the chat template.
     """
 
     def __init__(self, parser: str | None, chat_template: str) -> None:
@@ -93,7 +93,7 @@ class ToolCalling:
         self._format = find_format(parser or "auto", chat_template)
 
     def sampling_options(self, choice: ToolChoice) -> dict[str, bool]:
-        """Return the sampling options of a free choice, which keep call markers that are special tokens in the text.
+        """Return the sampling options of a free choice: call markers may be special tokens, so the output keeps them.
 
         Raises:
             RequestError: automatic choice is disabled, or the format is unknown.
@@ -103,7 +103,7 @@ class ToolCalling:
         if self._format is None or not self._can_choose:
             reason = "was started without automatic tool choice"
             if self._can_choose:
-                reason = "knows no parser for the tool calls of this model (--tool-call-parser names one)"
+                reason = "has no parser for the tool calls of this model (--tool-call-parser names one)"
             text = f"tool_choice='auto' cannot be served: the server {reason}; allowed: none, required, or a named tool"
             raise RequestError(text, "tool_choice")
         return {"skip_special_tokens": False}
@@ -172,7 +172,7 @@ def read_tool_choice(
 
 def _by_name(tools: Tools, is_flat: bool) -> dict[str, Mapping[str, Any]]:
     if len(tools) > MAX_TOOLS:
-        raise RequestError(f"tools has {len(tools)} entries; allowed are {MAX_TOOLS}", "tools")
+        raise RequestError(f"tools has {len(tools)} entries; the limit is {MAX_TOOLS}", "tools")
     by_name: dict[str, Mapping[str, Any]] = {}
     for index, tool in enumerate(tools):
         function, place = _function(tool, is_flat), f"tools[{index}]{'' if is_flat else '.function'}"
@@ -201,7 +201,7 @@ def _function(value: Any, is_flat: bool) -> Mapping[str, Any] | None:
 
 
 def _nested(tool: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """Return a flat tool in the nested form that chat templates take.
+    """Return a flat tool in the nested form that chat templates expect.
 
     Raises:
         RequestError: it has an unsupported field or value.

@@ -11,10 +11,10 @@ class ToolCallFormat:
         name: vLLM's name of the parser.
         starts: markers before calls.
         ends: optional markers after calls.
-        bare: brackets that start calls without a marker, at the start of a text or after another call.
+        bare: brackets that start calls without a marker, at the start of the output or after another call.
         separators: characters between calls.
-        hints: strings of which a chat template of the family contains at least one.
-        needs: strings of which it contains all.
+        hints: a chat template of the family contains at least one of these strings.
+        needs: it contains all of these strings.
         has_short_ids: its templates require call ids of nine letters and digits.
         is_xml: a call is `<function=name>` with a `<parameter=name>` for each argument.
     """

@@ -10,7 +10,9 @@ from typing import Protocol
 from mmlora.server.openai.tools.blocks import Block, Call, JSONBlock, Tools, XMLBlock
 from mmlora.server.openai.tools.formats import ToolCallFormat
 
-MAX_FAILED = 100  # blocks that are not calls; each may be as long as the text, so many would take quadratic time
+MAX_FAILED = (
+    100  # blocks that are not calls; each may be as long as the output, so parsing many would take quadratic time
+)
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class ToolCallDelta:
         index: number of the call in its choice.
         arguments: JSON text, or the next part of it.
         name: name of the tool at the start of a call; None afterwards.
-        is_last: the call is complete. Not set if its end is only known at the end of the text.
+        is_last: the call is complete. False if its end is known only at the end of the output.
     """
 
     index: int
@@ -99,7 +101,7 @@ class ToolCallParser:
         return pieces
 
     def _begin(self, is_last: bool) -> Iterator[Piece]:
-        """State at the start of the text or after a call and its end marker: a call may need no marker."""
+        """State at the start of the output or after a call and its end marker, where a call may need no marker."""
         start = len(self._pending) - len(self._pending.lstrip())
         if self._format.bare and start == len(self._pending) and not is_last:
             self._must_wait = True

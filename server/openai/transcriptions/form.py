@@ -62,14 +62,14 @@ def parse_form(content_type: str | None, body: bytes) -> dict[str, list[bytes]]:
     """Parse a form.
 
     Args:
-        content_type: the request's header, which has the boundary.
+        content_type: header of the request with the boundary.
         body: the whole body.
 
     Returns:
         The contents of all parts by name.
 
     Raises:
-        RequestError: the body is not such a form, is malformed, or has more than `MAX_FORM_FIELDS` parts.
+        RequestError: the body is not a multipart form, is malformed, or has more than `MAX_FORM_FIELDS` parts.
     """
     kind, options = parse_options_header(content_type)
     boundary = options.get(b"boundary")
@@ -84,7 +84,7 @@ def parse_form(content_type: str | None, body: bytes) -> dict[str, list[bytes]]:
         parser.write(body)
         parser.finalize()
     except FormParserError as error:
-        raise RequestError(f"the body is no valid multipart/form-data: {error}", "body") from None
+        raise RequestError(f"the body is not valid multipart/form-data: {error}", "body") from None
     if not parts.is_complete:
         raise RequestError(f"the form ends without its last boundary, after {len(body)} bytes", "body")
     fields: dict[str, list[bytes]] = {}

@@ -22,7 +22,7 @@ class TranscriptionService(GenerationService):
 
     Args:
         llm, models, max_request_bytes: see `GenerationService`.
-        kind: the form of the requests.
+        kind: request model of the endpoint.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ def _no_model(message: str) -> Refusal:
 
 
 def _instruction(prompt: TranscriptionPrompt, form: AudioRequest) -> tuple[str, str | None]:
-    """Return the text after the clip, and the English name of the output's language if it is known.
+    """Return the instruction after the clip, and the English name of the output's language if it is known.
 
     Raises:
         RequestError: the model does not support a field or its value.
@@ -93,7 +93,7 @@ def _instruction(prompt: TranscriptionPrompt, form: AudioRequest) -> tuple[str, 
     """
     supported = prompt.languages or tuple(LANGUAGES)
     if form.language is not None and form.language not in supported:
-        message = f"language={form.language!r} is not supported by this model; allowed are {', '.join(supported)}"
+        message = f"language={form.language!r} is not supported by this model; it must be one of {', '.join(supported)}"
         raise RequestError(message, "language")
     if form.prompt and not prompt.takes_context:
         raise RequestError("prompt is not supported: this model's transcription prompt is fixed", "prompt")

@@ -139,8 +139,8 @@ def test_a_malformed_head_is_refused(server: RunningServer, head: bytes) -> None
 HEAVY: dict[str, tuple[dict[str, Any], str]] = {
     "values": ({"metadata": [[]] * 600_000}, "allowed are 1048576"),
     "fields of stream_options": ({"stream": True, "stream_options": dict.fromkeys(map(str, range(10**5)))}, "100000"),
-    "cache_salt": ({"cache_salt": "a" * 1025}, "1025 characters; allowed are 1024"),
-    "stop_token_ids": ({"stop_token_ids": [1] * 1025}, "1025 tokens; allowed are 1024"),
+    "cache_salt": ({"cache_salt": "a" * 1025}, "1025 characters; the limit is 1024"),
+    "stop_token_ids": ({"stop_token_ids": [1] * 1025}, "1025 tokens; the limit is 1024"),
     "digits": ({"n": 10**4000}, "n=1000"),
     "two limits": ({"max_tokens": 10**4000, "max_completion_tokens": 10**4000 + 1}, "differ"),
     "biases": ({"logit_bias": {"x" * 10**6: 1}}, "logit_bias="),
