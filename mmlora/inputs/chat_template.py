@@ -116,8 +116,8 @@ class ChatTemplate:
             joined = [(message, ["".join(map(str, parts))]) for message, parts in turns]
             return self._apply([_message(turn, as_parts=self.needs_parts) for turn in joined], kwargs)
         if modalities.issubset(self.media_parts):
-            text = self._apply([_message(turn, as_parts=True) for turn in turns], kwargs)
-            if self._has_placeholders(text, turns):
+            text = self._try([_message(turn, as_parts=True) for turn in turns], kwargs)
+            if text is not None and self._has_placeholders(text, turns):
                 return text
         return self._apply([_message(self._with_placeholders(turn), as_parts=False) for turn in turns], kwargs)
 

@@ -25,6 +25,11 @@ DROPS_MEDIA = (
     "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endif %}{% endfor %}"
 )
+PARTS_OF_USERS_ONLY = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'user' and m['content'] is not string %}"
+    "{% for p in m['content'] %}{{ p['text'] or '<|' + p['type'] + '|>' }}{% endfor %}"
+    "{% else %}{{ m['content'] + '' }}{% endif %}<|end|>{% endfor %}"
+)
 IMAGE = Image.new("RGB", (8, 6), "red")
 AUDIO = (np.zeros(1600, np.float32), 16000)
 
@@ -138,6 +143,16 @@ def test_items_keep_their_order_over_several_messages():
     ]
     items = render_chat(messages)["multi_modal_data"]["image"]
     assert [item.image.getpixel((0, 0)) for item in items] == [p.getpixel((0, 0)) for p in pictures]
+
+
+def test_a_template_that_fails_on_parts_of_some_messages_gets_strings():
+    assert ChatTemplate(TOKENIZER, {"image": "<|image|>"}, PARTS_OF_USERS_ONLY).media_parts == {"image"}
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": ["a", {"type": "image", "image": IMAGE}]},
+    ]
+    prompt = render_chat(messages, chat_template=PARTS_OF_USERS_ONLY)
+    assert prompt["prompt"] == "<|system|>s<|end|><|user|>a<|image|><|end|>"
 
 
 def test_text_that_looks_like_a_part_is_text():
