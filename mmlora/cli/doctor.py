@@ -19,7 +19,7 @@ from mmlora.lora.loading.inspection import Inspection, count_modules, inspect_ad
 from mmlora.lora.loading.module_index import ModuleIndex, linear_shape
 from mmlora.models.config import check_config, class_name, load_config, read_config
 from mmlora.models.default_adapters import find_default_adapters
-from mmlora.models.families import find_family, get_key_mapping, get_processor, get_towers
+from mmlora.models.families import FAMILIES, family_key, get_key_mapping, get_processor, get_towers
 from mmlora.models.loader import (
     CONFIG_FILES,
     MODEL_FILES,
@@ -135,13 +135,13 @@ def diagnose(args: EngineArgs) -> Diagnosis:
         problem = one_line(str(error))
     except LIBRARY_ERRORS as error:  # raised by libraries on malformed files
         problem = one_line(f"{type(error).__name__}: {error}")
-    family = find_family(config)
+    key = family_key(config)
     defaults = _as_given(args, path, find_default_adapters(config, path))
     return Diagnosis(
         model=args.model,
         model_class=printable(str(class_name(config))),
-        family=family.name if family is not None else None,
-        proof=_proof(read_parity().get(config.model_type)),
+        family=FAMILIES[key].name if key is not None else None,
+        proof=_proof(read_parity().get(key) if key is not None else None),
         problem=problem,
         adapters=_adapters(config, path),
         default_mm_loras=defaults,

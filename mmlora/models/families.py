@@ -153,6 +153,11 @@ def get_key_mapping(path: Path) -> Mapping[str, str] | None:
     return layout.key_mapping if layout is not None else None
 
 
+def family_key(config: PretrainedConfig) -> str | None:
+    """Return the key of a model's family in `FAMILIES`; None if it is not listed."""
+    return config.model_type if config.model_type in FAMILIES else None
+
+
 def find_family(config: PretrainedConfig) -> Family | None:
     """Return a model's family; None if it is not listed."""
     return FAMILIES.get(config.model_type)
