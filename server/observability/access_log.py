@@ -57,7 +57,6 @@ class AccessLog:
         try:
             await self._app(scope, receive, record_status)
         finally:
-            OPEN_RECORDS.reset(token)
             # The route's template, not the path: clients choose paths, and the number of labels must stay bounded.
             route = getattr(scope.get("route"), "path", NO_ROUTE)
             self._counts[route, status] += 1
@@ -67,6 +66,8 @@ class AccessLog:
             logger.info("%s", format_line(fields), extra={"fields": fields})
             if self._tracer is not None:
                 self._tracer.trace(scope, route, fields, start_s, records)
+            # Not earlier: on a kept-alive connection, the outer context may hold the records of a previous request.
+            OPEN_RECORDS.reset(token)
 
 
 def summarize_records(records: Sequence[RequestRecord]) -> dict[str, Any]:

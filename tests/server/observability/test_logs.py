@@ -135,6 +135,16 @@ def test_a_refused_request_is_logged_without_its_text(server: RunningServer, log
     assert "secret" not in log.everything and len(log.text) == 3
 
 
+def test_a_line_has_no_request_id_of_a_previous_request_on_its_connection(server: RunningServer, log: Log) -> None:
+    message = {"role": "user", "content": [url_part("image_url", b"junk" * 100_000, "image/png")]}
+    with httpx.Client(base_url=server.address) as client:
+        assert client.post("/v1/chat/completions", json={"messages": [message]}).status_code == 400
+        assert client.get("/missing").status_code == 404
+    refused, missing = access_lines(log, 2)
+    assert refused["request_id"].startswith("chatcmpl-")
+    assert "request_id" not in missing
+
+
 def test_a_name_cannot_forge_a_log_line(server: RunningServer, log: Log) -> None:
     server.ask(text_part(SECRET), model="od\nd")
     assert access_lines(log)[0]["adapter"] == "od\nd"
