@@ -161,9 +161,13 @@ class EngineArgs:
             for name, value in given.items()
             if value != UNSUPPORTED[name]
         ]
+        try:
+            args = cls(model=model, **options)
+        except ConfigError as error:
+            raise ConfigError(*problems, *error.problems) from None
         if problems:
             raise ConfigError(*problems)
-        return cls(model=model, **options)
+        return args
 
     @property
     def model_name(self) -> str:

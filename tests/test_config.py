@@ -123,6 +123,9 @@ def test_options_of_other_engines_are_accepted_at_their_only_value(name: str, on
     with pytest.raises(ConfigError, match=rf"{name}={other!r}: {only!r} is the only supported value"):
         EngineArgs.from_kwargs("m", **{name: other})
     assert name not in {option.name for option in fields(EngineArgs)}
+    with pytest.raises(ConfigError) as refusal:
+        EngineArgs.from_kwargs("m", **{name: other, "max_loras": 0})
+    assert len(refusal.value.problems) == 2
 
 
 def test_private_names_cannot_be_passed():
