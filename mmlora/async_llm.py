@@ -151,6 +151,11 @@ class AsyncLLM:
         """A snapshot of the engine's metrics."""
         return self.engine.metrics
 
+    @property
+    def known_loras(self) -> list[LoRAInfo]:
+        """State of every known adapter, in the order of their first loads; empty without LoRA."""
+        return self.engine.list_loras() if self.host_cache is not None else []
+
     def default_sampling_params(self, **changes: Any) -> SamplingParams:
         """Return sampling parameters with the model's defaults, updated with `changes`."""
         return self.engine.default_sampling_params(**changes)

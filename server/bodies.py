@@ -30,12 +30,12 @@ class _HashableFailFast(FailFast):
         return hash(type(self))
 
 
-# A list whose validation stops at the first invalid entry: a body may hold a million of them.
+# A list whose validation stops at the first invalid entry: a body may contain a million of them.
 FirstOnly = Annotated[list[T], _HashableFailFast()]
 
 
 class Body(BaseModel):
-    """Body of which every field is known; others are refused."""
+    """JSON body that is refused if it has unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -43,7 +43,7 @@ class Body(BaseModel):
 class UTF8JSONResponse(JSONResponse):
     """JSON response in which `?` replaces characters that UTF-8 cannot encode.
 
-    Directory names that are not UTF-8 hold such characters; one of them must not make a whole list fail.
+    Directory names that are not UTF-8 contain such characters; one of them must not make a whole list fail.
     """
 
     def render(self, content: object) -> bytes:
@@ -58,7 +58,12 @@ def parse_body(model: type[M], body: bytes) -> M:
     Raises:
         RequestError: the body is not a JSON object, is too large, or does not fit the model.
     """
-    return validate_fields(model, read_fields(body))
+    fields = read_json(body, "body")
+    if not isinstance(fields, dict):
+        raise RequestError(f"the body must be a JSON object; received {shorten(fields, json.dumps)}", "body")
+    if len(fields) > MAX_FIELDS:
+        raise RequestError(f"the body has {len(fields)} fields; at most {MAX_FIELDS} are allowed", "body")
+    return validate_fields(model, fields)
 
 
 def validate_fields(model: type[M], fields: Mapping[str, Any]) -> M:
@@ -73,34 +78,20 @@ def validate_fields(model: type[M], fields: Mapping[str, Any]) -> M:
         raise _field_error(model, error.errors(include_url=False)[:MAX_REPORTED]) from None
 
 
-def read_fields(body: bytes) -> dict[str, Any]:
-    """Parse a JSON object.
-
-    Raises:
-        RequestError: the body is not a JSON object, or is too large.
-    """
-    content = read_json(body, "body")
-    if not isinstance(content, dict):
-        raise RequestError(f"the body must be a JSON object; received {shorten(content, json.dumps)}", "body")
-    if len(content) > MAX_FIELDS:
-        raise RequestError(f"the body has {len(content)} fields; allowed are {MAX_FIELDS}", "body")
-    return content
-
-
 def read_json(text: str | bytes, name: str) -> Any:
     """Parse JSON from a client.
 
     Args:
         text: the JSON.
-        name: field that holds it, for errors.
+        name: `body`, or the form field of the JSON; for errors.
 
     Raises:
-        RequestError: the text is not JSON or holds too many values.
+        RequestError: the text is not JSON, or has too many values.
     """
     content = text.encode() if isinstance(text, str) else text
-    num_values = sum(map(content.count, (b",", b"[", b"{")))  # an upper bound: strings may hold these characters
+    num_values = sum(map(content.count, (b",", b"[", b"{")))  # an upper bound: strings may contain these characters
     if num_values > MAX_VALUES:
-        raise RequestError(f"{name} has {num_values} commas and brackets; allowed are {MAX_VALUES}", name)
+        raise RequestError(f"{name} has {num_values} commas and brackets; at most {MAX_VALUES} are allowed", name)
     try:
         return from_json(content)
     except ValueError as error:

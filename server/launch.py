@@ -5,6 +5,7 @@ import logging
 import os
 import ssl
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -54,10 +55,7 @@ def _serve(engine_args: EngineArgs, args: ServerArgs, tls: ssl.SSLContext | None
             models = load_served_models(llm, args.lora_modules)
             start_resolution(llm, models, os.environ)
             url = format_url(listener, is_tls=tls is not None, root_path=args.root_path)
-
-            def on_ready() -> None:
-                announce(llm, models, args, url)
-
+            on_ready = partial(announce, llm, models, args, url)
             server = build_server(llm, models, args, tls=tls, tracer=tracer, on_ready=on_ready)
             # Exclude what was loaded from garbage collection: traversing it would stall all requests.
             gc.collect()
@@ -77,16 +75,7 @@ def build_server(
     tracer: Tracer | None = None,
     on_ready: Callable[[], None],
 ) -> HTTPServer:
-    """Build the application and its server.
-
-    Args:
-        llm: the engine.
-        models: the served models.
-        args: options of the server.
-        tls: enables TLS.
-        tracer: traces requests.
-        on_ready: called when the server accepts connections.
-    """
+    """Build the application and its server, which calls `on_ready` when it accepts connections."""
     admission = Admission(
         llm.args.max_num_seqs,
         args.max_queued_requests,
@@ -141,14 +130,13 @@ def load_served_models(llm: AsyncLLM, lora_modules: Sequence[LoRAModule] = ()) -
     # `disable=None` draws the progress bar only if standard error is a terminal.
     for lora_int_id, module in enumerate(tqdm(lora_modules, "Loading adapters", disable=None, leave=False), start=1):
         if module.name in names:
-            raise ConfigError(f"lora_modules: the name {module.name!r} is taken; taken are {', '.join(names)}")
+            raise ConfigError(f"lora_modules: the name {module.name!r} is taken; served names are {', '.join(names)}")
         names.append(module.name)
         request = LoRARequest(module.name, lora_int_id, module.path, module.base_model_name)
         assert host_cache is not None
         adapter = host_cache.get(request)
         adapters.append(ServedAdapter(module.name, request, adapter.digest, adapter.report))
-    restored = llm.engine.list_loras() if host_cache is not None else []
-    adapters += [_restore_adapter(llm, info) for info in restored if info.name not in names]
+    adapters += [_restore_adapter(llm, info) for info in llm.known_loras if info.name not in names]
     base_name, *aliases = args.model_names
     return ServedModels(base_name, args.model, llm.max_model_len, adapters, aliases)
 
@@ -201,14 +189,7 @@ def _describe_tls_error(error: Exception) -> str:
 
 
 def announce(llm: AsyncLLM, models: ServedModels, args: ServerArgs, url: str) -> None:
-    """Report that the server is ready, with a summary: as text, or as one object of the JSON log.
-
-    Args:
-        llm: the engine.
-        models: the served models.
-        args: options of the server.
-        url: the server's URL.
-    """
+    """Report that the server is ready, with a summary: as text, or as one object of the JSON log."""
     url = url if url.startswith("unix:") else f"{url}/v1"
     print(f"mmlora is ready: {url} serves {', '.join(models.names)}", flush=True)
     fields = summarize(llm, models, args, url)

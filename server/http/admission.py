@@ -4,8 +4,6 @@ import asyncio
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Final
 
 from starlette.requests import Request
@@ -73,8 +71,8 @@ class Admission:
             self.num_refused["queue_full"] += 1
             wait_s = self.estimate_wait_s()
             message = (
-                f"{self.num_open} requests are open; allowed are {self._capacity} running and {self._max_queued} "
-                f"waiting ones; try again in {wait_s} s"
+                f"{self.num_open} requests are open; the limit is {self._capacity} running and {self._max_queued} "
+                f"waiting; try again in {wait_s} s"
             )
             raise Refusal(429, message, code="queue_full", headers={"retry-after": str(wait_s)})
         self.num_open += 1
@@ -83,14 +81,6 @@ class Admission:
         """Record the end of an admitted request."""
         self.num_open -= 1
         self._ends_s.append(time.monotonic())
-
-    @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """Call `leave` on exit, for a request that was admitted."""
-        try:
-            yield
-        finally:
-            self.leave()
 
     def estimate_wait_s(self) -> int:
         """Estimate the seconds until all waiting requests have started, from the rate at which requests end."""
@@ -102,12 +92,7 @@ class Admission:
 
 
 class AdmissionGate:
-    """ASGI middleware that applies `Admission` before any of the body is read.
-
-    Args:
-        app: the application.
-        admission: the limits.
-    """
+    """ASGI middleware that applies `Admission` before any of the body is read."""
 
     def __init__(self, app: ASGIApp, admission: Admission) -> None:
         self._app = app
@@ -126,10 +111,12 @@ class AdmissionGate:
             admission.enter()
         except Refusal as refusal:
             return await error_response(refusal)(scope, receive, send)
-        with admission.admitted():
-            if admission.request_timeout is not None:
-                scope.setdefault("state", {})["deadline"] = Deadline(now, admission.request_timeout)
+        if admission.request_timeout is not None:
+            scope.setdefault("state", {})["deadline"] = Deadline(now, admission.request_timeout)
+        try:
             await self._app(scope, receive, send)
+        finally:
+            admission.leave()
 
 
 class Deadline:
@@ -198,4 +185,4 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 
 def _too_large(size: str, max_bytes: int) -> Refusal:
-    return Refusal(413, f"the request body has {size}; allowed are {max_bytes} bytes", code="request_too_large")
+    return Refusal(413, f"the request body has {size}; the limit is {max_bytes} bytes", code="request_too_large")

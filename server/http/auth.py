@@ -19,7 +19,7 @@ PUBLIC_PATHS: Final = frozenset({"/", "/health", "/ready"})
 PUBLIC_FOLDER: Final = "/playground/"
 EXPOSED_HEADERS: Final = ("retry-after", "x-mmlora-adapter", "x-mmlora-reason")
 
-# Digest of the bearer token. Media uuids are scoped to it: clients with different keys share no media.
+# Digest of the `Authorization` headers. Media uuids are scoped to it: clients with different keys share no media.
 CALLER: Final[ContextVar[str]] = ContextVar("CALLER", default="")
 
 

@@ -1,17 +1,17 @@
 """Names that clients may request: the base model, its aliases and adapters, with their `/v1/models` cards.
 
-`ServedModels` turns the `model` and `lora` fields of a request into what the engine takes: an explicit adapter, `BASE`,
-or None for the automatic choice, which the engine makes.
+`ServedModels` converts the `model` and `lora` fields of a request to the engine's `lora_request`: an explicit adapter,
+`BASE`, or None to let the engine choose.
 """
 
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
+from weakref import WeakValueDictionary
 
 from mmlora.errors import AdapterError, AdapterNotFound, RequestError
 from mmlora.lora.adapter import AdapterReport
@@ -31,12 +31,12 @@ LoRAField = str | list[dict[str, Any]] | None
 class ServedAdapter:
     """Adapter under the name that clients use for it.
 
-    It holds no reference to the weights, which may be evicted from the host while the name is served.
+    It has no reference to the weights, which may be evicted from the host while the name is served.
 
     Attributes:
-        name: what clients call it.
-        request: what the engine gets for it.
-        digest, report: of the adapter as it was loaded.
+        name: value of `model` and `lora` that selects it.
+        request: passed to the engine.
+        digest, report: of the loaded adapter.
         default_for: key of a default adapter, such as `audio`; None for other adapters.
         problem: why requests for it fail; None if they do not.
     """
@@ -69,27 +69,19 @@ class ServedAdapter:
 
 
 class NameLocks:
-    """One lock per name; a lock exists only while it is held or waited for."""
+    """One lock per name; a lock exists only while a thread holds it or waits for it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._locks: dict[str, threading.Lock] = {}
-        self._num_users: Counter[str] = Counter()  # threads that hold a lock or wait for it
+        self._locks: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
 
     @contextmanager
     def hold(self, name: str) -> Iterator[None]:
         """Hold the lock of a name."""
         with self._lock:
-            self._num_users[name] += 1
             lock = self._locks.setdefault(name, threading.Lock())
-        try:
-            with lock:
-                yield
-        finally:
-            with self._lock:
-                self._num_users[name] -= 1
-                if not self._num_users[name]:
-                    del self._num_users[name], self._locks[name]
+        with lock:
+            yield
 
 
 class ServedModels:
@@ -102,8 +94,8 @@ class ServedModels:
             removed.
 
     Args:
-        base_name: what clients call the base model.
-        root: where the base model came from.
+        base_name: the main name of the base model.
+        root: path or Hub id of the base model.
         max_model_len: maximum number of prompt and output tokens.
         adapters: named adapters and defaults with unique names; the name of a default is its key, such as `audio`.
         aliases: other names of the base model.
@@ -189,7 +181,7 @@ class ServedModels:
         """
         parts = self._parse_fields(model, lora)
         if self.resolution is not None:
-            # `select_adapter` reports a name that is not found, and the field that holds it; skip the remaining names.
+            # `select_adapter` reports a name that is not found, and its field; skip the remaining names.
             with suppress(AdapterNotFound):
                 for name in [model or self.base_name, *(name for name, _ in parts)]:
                     if name not in self.names:
@@ -197,7 +189,7 @@ class ServedModels:
         return self.select_adapter(model, lora)
 
     def select_adapter(self, model: str | None, lora: LoRAField) -> LoRARequest | object | None:
-        """Return what the engine is to apply: an adapter, `BASE`, or None for the automatic choice.
+        """Return the adapter to apply, `BASE`, or None for the automatic choice.
 
         Args:
             model: the base model's name (automatic choice), an adapter's, or a default's key; None is the base.
@@ -261,8 +253,8 @@ class ServedModels:
         """Return the adapters of `lora`; `model` may name the base model, or the only adapter of `lora`."""
         parts = _parse_lora_field(lora)
         if lora is not None and self._names_adapter(model) and [name for name, _ in parts] != [model]:
-            asked = shorten(lora) if parts else "[], which is the base model,"
-            message = f"model={shorten(model)} and lora={asked} contradict each other; set only one of them"
+            received = shorten(lora) if parts else "[], which is the base model,"
+            message = f"model={shorten(model)} and lora={received} contradict each other; set only one of them"
             raise RequestError(message, "lora")
         return parts
 
@@ -328,7 +320,7 @@ def _parse_lora_field(lora: LoRAField) -> list[tuple[str, float]]:
     if lora is None or isinstance(lora, str):
         return [(lora, 1.0)] if lora is not None else []
     if len(lora) > MAX_MIX_PARTS:
-        raise RequestError(f"lora holds {len(lora)} adapters; allowed are {MAX_MIX_PARTS}", "lora")
+        raise RequestError(f"lora has {len(lora)} adapters; the limit is {MAX_MIX_PARTS}", "lora")
     parts = [_parse_lora_entry(entry) for entry in lora]
     names = [name for name, _ in parts]
     if len(set(names)) != len(names):

@@ -80,12 +80,7 @@ def adapter_routes(llm: AsyncLLM, models: ServedModels, *, is_allowed: bool) -> 
 
 
 class AdapterUpdates:
-    """Loads and unloads adapters of one server. An update that has started completes even if its client disconnects.
-
-    Args:
-        llm: the engine.
-        models: the served models.
-    """
+    """Loads and unloads adapters of one server. An update that has started completes even if its client disconnects."""
 
     def __init__(self, llm: AsyncLLM, models: ServedModels) -> None:
         self._llm = llm

@@ -54,22 +54,14 @@ def configure_logging(log_format: str, level: str) -> None:
     # "trace" is uvicorn's name of level 5.
     logging.getLogger(ACCESS_LOGGER).setLevel({"trace": 5}.get(level) or level.upper())
     logging.getLogger(STARTUP_LOGGER).setLevel(logging.INFO)
-    if log_format == "json" or not sys.stderr.isatty():
-        _disable_progress_bars()
-    if log_format == "json":
-        logging.captureWarnings(True)
-        _redirect_library_logs()
-
-
-def _disable_progress_bars() -> None:
+    if log_format == "text" and sys.stderr.isatty():
+        return
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of huggingface_hub, too
-
-
-def _redirect_library_logs() -> None:
-    """Redirect libraries that write to standard error to the log."""
-    from transformers.utils import logging as transformers_logging
-
+    if log_format == "text":
+        return
+    # Redirect to the log what libraries write to standard error.
+    logging.captureWarnings(True)
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()

@@ -30,15 +30,8 @@ LabelledValues = Mapping[Any, float]  # keys: tuples of label values, in the ord
 def add_metrics(
     app: FastAPI, llm: AsyncLLM, admission: Admission, *, log_requests: bool = False, tracer: Tracer | None = None
 ) -> None:
-    """Add the access log and `GET /metrics` to an application.
-
-    Args:
-        app: the application.
-        llm: its engine.
-        admission: its admission.
-        log_requests, tracer: see `AccessLog`.
-    """
-    counts: HttpCounts = HttpCounts()
+    """Add the access log and `GET /metrics` to an application; see `AccessLog` for `log_requests` and `tracer`."""
+    counts = HttpCounts()
     app.add_middleware(AccessLog, counts=counts, log_requests=log_requests, tracer=tracer)
     registry = CollectorRegistry()
     registry.register(EngineCollector(llm, counts, admission))
@@ -50,13 +43,7 @@ def add_metrics(
 
 
 class EngineCollector(Collector):
-    """Collects the metrics of one engine and its server.
-
-    Args:
-        llm: the engine.
-        counts: HTTP requests by route and status.
-        admission: counts open and refused requests.
-    """
+    """Collects the metrics of one engine, and the requests that its server received (`counts`) and refused."""
 
     def __init__(self, llm: AsyncLLM, counts: HttpCounts, admission: Admission) -> None:
         self._llm = llm
@@ -125,8 +112,8 @@ def _cache_metrics(make: _MetricFactory, metrics: EngineMetrics) -> Iterator[Met
         "prefix_cache_queries", "Prompt tokens looked up in the prefix cache", metrics.total_prefix_queries
     )
     yield make.counter("prefix_cache_hits", "Prompt tokens found in the prefix cache", metrics.total_cached_tokens)
-    num_asked = metrics.total_encoder_hits + metrics.total_encoder_misses
-    yield make.counter("encoder_cache_queries", "Media items looked up in the encoder cache", num_asked)
+    num_queries = metrics.total_encoder_hits + metrics.total_encoder_misses
+    yield make.counter("encoder_cache_queries", "Media items looked up in the encoder cache", num_queries)
     yield make.counter("encoder_cache_hits", "Media items found in the encoder cache", metrics.total_encoder_hits)
     yield make.gauge("encoder_cache_bytes", "Bytes of cached encoded media", metrics.num_encoder_cache_bytes)
 

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from mmlora.engine.metrics import RequestRecord
@@ -89,7 +90,7 @@ class Tracer:
         }
         span = self._tracer.start_span(
             f"{fields['method']} {route}",
-            self._propagator.extract(_trace_headers(scope)),
+            self._propagator.extract(Headers(scope=scope)),
             trace.SpanKind.SERVER,
             attributes,
             start_time=_wall_ns(start_s),
@@ -200,11 +201,6 @@ def _response_attributes(record: RequestRecord, end_s: float) -> Attributes:
 def _content_attributes(record: RequestRecord) -> Attributes:
     media = json.dumps([asdict(item) for item in record.media])
     return {"mmlora.request.prompt": record.prompt or "", "mmlora.request.media": media}
-
-
-def _trace_headers(scope: Scope) -> dict[str, str]:
-    headers = ((name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"])
-    return {name: value for name, value in headers if name in ("traceparent", "tracestate")}
 
 
 def _wall_ns(monotonic_s: float) -> int:
