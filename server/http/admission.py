@@ -99,7 +99,6 @@ class AdmissionGate:
         self._admission = admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         admission, now = self._admission, asyncio.get_running_loop().time()

@@ -29,18 +29,16 @@ class Authentication:
     Public paths need no key.
 
     Args:
-        app: the application.
         keys: the valid API keys; None admits every request.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str] | None = None) -> None:
         self._app = app
         self._is_open = keys is None
-        # An environment variable may hold bytes that are not UTF-8.
+        # An environment variable may contain bytes that are not UTF-8.
         self._digests = [hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest() for key in keys or ()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)

@@ -30,7 +30,6 @@ class RootPath:
     """ASGI middleware that accepts requests with and without the prefix of a reverse proxy: some proxies strip it.
 
     Args:
-        app: the application.
         root_path: the prefix; starts with a slash and does not end with one.
     """
 
@@ -39,7 +38,6 @@ class RootPath:
         self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection."""
         if scope["type"] == "http":
             root, path = self._root_path, scope["path"]
             scope = {**scope, "root_path": root, "path": path if path.startswith(f"{root}/") else root + path}
@@ -51,7 +49,7 @@ def listening(host: str, port: int, uds: str | None) -> Iterator[socket.socket]:
     """Listen on a TCP port or a Unix socket within the context; the Unix socket is removed on exit.
 
     Args:
-        host, port: of a TCP socket; port 0 takes a free one.
+        host, port: of a TCP socket; port 0 picks a free one.
         uds: path of a Unix socket, in place of host and port.
 
     Raises:

@@ -187,11 +187,9 @@ class HTTPServer(uvicorn.Server):
     seconds; the remaining ones end with an error. A second signal ends the process immediately.
 
     Args:
-        config: uvicorn's, with the application.
-        llm: the engine; it is shut down before the last connection is closed.
-        admission: of the application.
-        limits: on connections.
-        tls: enables TLS.
+        config: of uvicorn, with the application.
+        llm: shut down before the last connection is closed.
+        admission: of the application; closed at the first signal.
         drain_timeout: in seconds.
         on_ready: called when the server accepts connections.
     """

@@ -27,8 +27,8 @@ def start_resolution(llm: AsyncLLM, models: ServedModels, environment: Mapping[s
     """Load plugins, and enable resolvers for unknown names if `MMLORA_ALLOW_RUNTIME_LORA_UPDATING` is true.
 
     Args:
-        llm: the engine that loads the adapters.
-        models: the served models; sets `resolution`.
+        llm: loads the adapters.
+        models: serves them; `resolution` is set.
         environment: environment variables; see `docs/resolvers.md`.
 
     Raises:
@@ -78,7 +78,7 @@ class _AdapterLoader:
 
 
 def _as_directory(request: LoRARequest) -> LoRARequest:
-    """Make the path absolute: a missing relative path would be taken as a Hub id, chosen by a client.
+    """Make the path absolute: a relative path that does not exist would be read as a Hub id that a client chose.
 
     Raises:
         AdapterNotFound: the directory does not exist.

@@ -51,8 +51,6 @@ def adapter_routes(llm: AsyncLLM, models: ServedModels, *, is_allowed: bool) -> 
     """Build the routes.
 
     Args:
-        llm: the engine.
-        models: the served models, which the routes change.
         is_allowed: whether updates are allowed; if not, both routes return a 404 that says how to allow them.
     """
     updates = AdapterUpdates(llm, models)

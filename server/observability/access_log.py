@@ -26,7 +26,6 @@ class AccessLog:
     """ASGI middleware that counts, logs and traces requests when their response has ended.
 
     Args:
-        app: the application.
         counts: incremented by route and status.
         log_requests: include prompts and media hashes.
         tracer: traces the requests.
@@ -41,7 +40,6 @@ class AccessLog:
         self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         status, start_s = 500, time.monotonic()  # 500 stays if an exception escapes before the response starts

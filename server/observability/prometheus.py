@@ -52,7 +52,7 @@ class EngineCollector(Collector):
         self._factory = _MetricFactory(llm.model_name)
 
     def collect(self) -> Iterator[Metric]:
-        """Take a snapshot and yield its metrics."""
+        """Yield the metrics of one scrape."""
         metrics, make = self._llm.metrics, self._factory
         yield from _request_metrics(make, metrics)
         yield from _cache_metrics(make, metrics)

@@ -56,7 +56,7 @@ async function send(path, body, signal) {
 
 async function failure(response) {
   const text = await response.text();
-  let message = `The server answered ${response.status} ${response.statusText}.`;
+  let message = `The server responded with ${response.status} ${response.statusText}.`;
   try {
     message = JSON.parse(text).error.message;
   } catch {

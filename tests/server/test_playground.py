@@ -363,7 +363,7 @@ def test_failures_are_shown_as_text(visit: Open) -> None:
     seen.fulfil(429, full, **{"retry-after": "7"})
     assert seen.ask("hello")[1] == "The queue is full. Try again in 7 s."
     seen.fulfil(502, "<h1>Bad Gateway</h1>")
-    assert seen.ask("hello")[1] == "The server answered 502 Bad Gateway."
+    assert seen.ask("hello")[1] == "The server responded with 502 Bad Gateway."
     begun = 'data: {"choices": [{"delta": {"content": "so"}, "finish_reason": null}]}\n\n'
     seen.fulfil(200, begun + 'data: {"error": {"message": "The engine died."}}\n\ndata: [DONE]\n\n')
     assert seen.ask("hello") == ("so", "The engine died.")
