@@ -267,6 +267,21 @@ def test_tools_that_a_template_skips_in_a_conversation_are_refused():
         render_chat([user], chat_template=SYSTEM_TOOLS, tools=tools)
 
 
+MEDIA_IN_FIRST_MESSAGE = (
+    "{% for m in messages %}{% set is_first = loop.first %}<|{{ m.role }}|>"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+    "{% if p.type == 'text' %}{{ p.text }}{% elif is_first %}<|{{ p.type }}|>{% endif %}"
+    "{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+def test_media_that_a_template_skips_in_a_conversation_get_placeholders():
+    image, text = {"type": "image", "image": IMAGE}, {"type": "text", "text": "and this?"}
+    messages = [{"role": "user", "content": [image]}, {"role": "user", "content": [text, image]}]
+    prompt = render_chat(messages, chat_template=MEDIA_IN_FIRST_MESSAGE)
+    assert prompt["prompt"] == "<|user|><|image|><|user|>and this?<|image|>"
+
+
 def test_media_are_counted_before_any_is_decoded(monkeypatch):
     monkeypatch.setattr(loader, "load_data_url", lambda *_, **__: pytest.fail("decoded before it was counted"))
     image = {"type": "image_url", "image_url": {"url": url_of(png(), "image/png")}}
