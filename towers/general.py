@@ -75,8 +75,8 @@ class GeneralTowers:
             return ()
         if self._bidirectional == "prompt":
             return (BidirectionalSpan(0, num_tokens, ignores_window=True),)
-        places = [start + place for start, item in media for place in embed_positions_of(item)]
-        return tuple(BidirectionalSpan(start, end) for start, end in _join_runs(places))
+        positions = [start + position for start, item in media for position in embed_positions_of(item)]
+        return tuple(BidirectionalSpan(start, end) for start, end in _join_runs(positions))
 
     def rope_arguments(
         self, token_ids: Sequence[int], media: Sequence[tuple[int, ProcessedMedia]]
@@ -189,12 +189,12 @@ def embed_positions_of(item: ProcessedMedia) -> Sequence[int]:
     return item.embed_positions if item.embed_positions is not None else range(item.num_tokens)
 
 
-def _join_runs(places: Sequence[int]) -> list[tuple[int, int]]:
+def _join_runs(positions: Sequence[int]) -> list[tuple[int, int]]:
     """Join consecutive numbers of an ascending sequence to ranges: `[3, 4, 8]` are `[(3, 5), (8, 9)]`."""
     runs: list[tuple[int, int]] = []
-    for place in places:
-        start = runs.pop()[0] if runs and runs[-1][1] == place else place
-        runs.append((start, place + 1))
+    for position in positions:
+        start = runs.pop()[0] if runs and runs[-1][1] == position else position
+        runs.append((start, position + 1))
     return runs
 
 

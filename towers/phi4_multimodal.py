@@ -1,7 +1,7 @@
 """Towers of Phi-4-multimodal: SigLIP crops and a conformer, each with its own two-layer projection.
 
 Its classes predate `get_image_features` and `get_audio_features`: the embedding modules are called on ids of
-placeholders only. Speech has two projections; the second is for prompts that also hold an image.
+placeholders only. Speech has two projections; the second is for prompts that also contain an image.
 Source: https://huggingface.co/microsoft/Phi-4-multimodal-instruct
 """
 

@@ -47,9 +47,9 @@ class Adapter:
         modules: by the model's own module name.
         uid: number of the adapter in this process; 0 until it enters a `HostCache`.
         generation: number of in-place reloads.
-        invocation_tokens: of an activated LoRA, which applies from their last occurrence in the prompt on; empty for
-            an adapter that applies to the whole prompt.
-        needs_own_pass: it changes modules of the language model that cannot process rows of several adapters at once.
+        invocation_tokens: an activated LoRA (aLoRA) applies from their last occurrence in the prompt; empty for an
+            adapter that applies to the whole prompt.
+        needs_own_pass: whether it changes modules of the language model that support only one adapter per forward.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Adapter:
 
 
 def digest_adapter(config: object, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Return the sha256 of everything that decides what an adapter computes.
+    """Return the sha256 of everything that affects the output of an adapter.
 
     Args:
         config: the part of the configuration that affects the output, as JSON content.

@@ -25,7 +25,7 @@ class LoRAMix:
         parts: `[(request, scale), …]`; a scale of 1 applies the adapter unchanged, a negative scale subtracts it.
 
     Raises:
-        AdapterError: `parts` has another form, or names an adapter twice.
+        AdapterError: `parts` has the wrong form, or names an adapter twice.
     """
 
     parts: Sequence[tuple[LoRARequest, float]]
@@ -34,21 +34,21 @@ class LoRAMix:
         is_listed = isinstance(self.parts, Sequence) and 1 <= len(self.parts) <= MAX_MIX_PARTS
         if not is_listed or not all(isinstance(part, tuple | list) and len(part) == 2 for part in self.parts):
             is_sequence = isinstance(self.parts, Sequence)
-            found = f"; it holds {len(self.parts)}" if is_sequence else f", not a {type(self.parts).__name__}"
-            raise AdapterError(f"LoRAMix must hold 1 to {MAX_MIX_PARTS} pairs (LoRARequest, scale){found}")
+            found = f"; it contains {len(self.parts)}" if is_sequence else f", not a {type(self.parts).__name__}"
+            raise AdapterError(f"LoRAMix must contain 1 to {MAX_MIX_PARTS} pairs (LoRARequest, scale){found}")
         for request, scale in self.parts:
             if not isinstance(request, LoRARequest):
-                raise AdapterError(f"LoRAMix holds {request!r}; it must be a LoRARequest")
+                raise AdapterError(f"LoRAMix contains {request!r}; it must be a LoRARequest")
             if not is_finite_number(scale):
                 raise AdapterError(f"LoRAMix: the scale of {request.lora_name!r} is {scale!r}; it must be finite")
         names = [request.lora_name for request, _ in self.parts]
         if len(set(names)) != len(names):
-            raise AdapterError(f"LoRAMix names an adapter twice: {', '.join(names)}; add the scales up")
+            raise AdapterError(f"LoRAMix names an adapter twice: {', '.join(names)}; add up their scales")
         object.__setattr__(self, "parts", tuple((request, float(scale)) for request, scale in self.parts))
 
     @property
     def lora_name(self) -> str:
-        """The parts with their scales for display, such as `0.7*a+0.3*b`."""
+        """The parts with their scales, for display, such as `0.7*a+0.3*b`."""
         return "+".join(f"{scale:g}*{request.lora_name}" for request, scale in self.parts)
 
 

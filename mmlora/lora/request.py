@@ -13,7 +13,7 @@ MEMORY: Final = "memory:"
 
 @dataclass(frozen=True)
 class LoRARequest:
-    """Adapter for a prompt.
+    """Names an adapter and its files.
 
     Args:
         lora_name: any name; it is never used as a path.

@@ -27,8 +27,8 @@ class ResolutionLimits:
     Args:
         timeout_s: time limit of each resolver for one adapter, including downloads.
         miss_lifetime_s: how long an unknown name or unusable adapter is cached.
-        max_misses: largest number of cached misses; the least recently requested are evicted first.
-        max_pending: largest number of names that are resolved concurrently.
+        max_misses: maximum number of cached misses; the least recently requested are evicted first.
+        max_pending: maximum number of names that are resolved concurrently.
     """
 
     timeout_s: float = 300.0
@@ -76,7 +76,7 @@ class LoRAResolution:
         self._base_model_name = base_model_name
         self._accept = accept
         self._limits = limits = limits or ResolutionLimits()
-        # All three are used on the resolvers' loop only.
+        # Used only on the resolvers' loop.
         self._pending: dict[str, asyncio.Task[LoRARequest | _Miss]] = {}
         self._misses: TTLCache[str, _Miss] = TTLCache(
             limits.max_misses, limits.miss_lifetime_s, timer=lambda: time.monotonic()
@@ -94,7 +94,7 @@ class LoRAResolution:
             ResolverError: a resolver failed and no other found the adapter, or too many names are being resolved.
         """
         if not is_lora_name(lora_name):
-            raise AdapterNotFound(f"the adapter name {shorten(lora_name)} is not allowed, so no resolver is asked")
+            raise AdapterNotFound(f"the adapter name {shorten(lora_name)} is not allowed, so no resolver is called")
         future = asyncio.run_coroutine_threadsafe(self._join(lora_name), resolver_loop())
         outcome = await asyncio.wrap_future(future)
         if isinstance(outcome, _Miss):
@@ -118,7 +118,7 @@ class LoRAResolution:
         failed, unusable = [], []
         for resolver_name in LoRAResolverRegistry.get_supported_resolvers():
             try:
-                request = _verify(await self._ask(LoRAResolverRegistry.get_resolver(resolver_name), name), name)
+                request = _verify(await self._call(LoRAResolverRegistry.get_resolver(resolver_name), name), name)
                 if request is not None:
                     await self._accept_found(request)
                     return request
@@ -142,8 +142,8 @@ class LoRAResolution:
         self._misses[name] = miss
         return miss
 
-    async def _ask(self, resolver: LoRAResolver, name: str) -> object:
-        """Return a resolver's result.
+    async def _call(self, resolver: LoRAResolver, name: str) -> object:
+        """Call a resolver and return its result.
 
         Raises:
             Exception: any error of the resolver, or that it exceeded its time limit.
@@ -154,7 +154,7 @@ class LoRAResolution:
         await asyncio.wait({task}, timeout=self._limits.timeout_s)
         if not task.done():
             task.cancel()  # not awaited, so that a resolver that ignores it blocks no other
-            raise TimeoutError(f"no answer within {self._limits.timeout_s:g} s")
+            raise TimeoutError(f"no result within {self._limits.timeout_s:g} s")
         if task.cancelled():
             raise RuntimeError("the resolver cancelled itself")
         return _unwrap(task.result())
@@ -162,7 +162,7 @@ class LoRAResolution:
     async def _accept_found(self, request: LoRARequest) -> None:
         try:
             _unwrap(await _catch_all(lambda: self._accept(request)))
-        except AdapterNotFound as error:  # the resolver has found it, so this is another failure
+        except AdapterNotFound as error:  # a resolver has found it, so clients must not get "not found"
             raise AdapterError(str(error)) from error
 
 

@@ -43,7 +43,7 @@ class LoRAResolver(ABC):
 
 
 class _Registry:
-    """Resolvers by name. They are asked in the order of their registration."""
+    """Resolvers by name. They are called in the order of their registration."""
 
     def __init__(self) -> None:
         self._resolvers: dict[str, LoRAResolver] = {}
@@ -80,11 +80,11 @@ LoRAResolverRegistry: Final = _Registry()
 
 
 def is_lora_name(name: str) -> bool:
-    """Return whether resolvers may be asked for a name.
+    """Return whether a name may be passed to resolvers.
 
-    Allowed are parts joined by `/`, each of letters, digits and `_ . @ + = : ,` space `-`, starting with a letter, a
-    digit or `_`; at most `MAX_NAME_BYTES` in UTF-8. So a name is relative, has no `..`, and contains nothing with a
-    meaning in paths, URLs or shell patterns.
+    A valid name has parts joined by `/`. Each part consists of letters, digits, spaces and `_ . @ + = : , -`, and
+    starts with a letter, a digit or `_`. The name has at most `MAX_NAME_BYTES` in UTF-8. So it is relative, has no
+    `..`, and contains nothing with a special meaning in paths, URLs or shell patterns.
     """
     return len(name) <= MAX_NAME_BYTES and _NAME.fullmatch(name) is not None and len(name.encode()) <= MAX_NAME_BYTES
 

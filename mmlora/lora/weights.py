@@ -15,8 +15,8 @@ class LoRAWeights:
             with r output channels for a convolution, `[num_experts * r, in_features]` for a parameter.
         lora_B: `[out_features, r]`, the weight of a 1 x 1 convolution, or `[out_features, r * num_experts]`.
         scaling: `alpha / r`, or `alpha / √r` with rsLoRA.
-        bias: `[out_features]` of lora_B, scaled like its product (`lora_bias`).
-        magnitude: of DoRA, one value per output feature.
+        bias: bias of lora_B, `[out_features]` (`lora_bias`); `scaling` applies to it, too.
+        magnitude: DoRA magnitudes, one value per output feature.
     """
 
     lora_A: torch.Tensor

@@ -64,7 +64,7 @@ def check_config(config: PretrainedConfig) -> None:
     if unsupported:
         raise ConfigError(
             f"{config.model_type} has layers of type {', '.join(sorted(unsupported))}; "
-            f"supported are {', '.join(sorted(ATTENTION_LAYERS))}"
+            f"supported types: {', '.join(sorted(ATTENTION_LAYERS))}"
         )
     if getattr(model_class, "_is_stateful", False):
         raise ConfigError(f"{name} keeps recurrent state between tokens, which a paged KV cache cannot hold")

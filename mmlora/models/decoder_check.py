@@ -20,7 +20,7 @@ from mmlora.utils.library_errors import LIBRARY_ERRORS
 
 NUM_TOKENS, CHUNK = 40, 23
 TEST_WINDOW = 8
-# Relative to the standard deviation of the logits. In a random Llama of 24 layers and width 2048, rounding alone makes
+# Relative to the standard deviation of the logits. In a random Llama of 24 layers and width 2048, rounding alone causes
 # 0.03 in bfloat16, 0.003 in float16 and 1e-6 in float32.
 MAX_ERROR = {torch.float32: 3e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 

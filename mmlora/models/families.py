@@ -197,7 +197,7 @@ def get_processor(config: PretrainedConfig, model_path: str | Path, tokenizer: A
     if Version(transformers.__version__) < Version(family.transformers_since):
         raise ConfigError(
             f"{family.name} needs transformers {family.transformers_since} or newer, whose processor runs without "
-            f"torchvision; installed is {transformers.__version__}"
+            f"torchvision; version {transformers.__version__} is installed"
         )
     try:
         factory = PROCESSOR_OVERRIDES.get(named_class(Path(model_path)), family.processor)

@@ -151,7 +151,7 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device={name!r}: no CUDA device is available; allowed are auto and cpu")
+        raise ConfigError(f"device={name!r}: no CUDA device is available; use auto or cpu")
     return torch.device(name)
 
 
@@ -179,7 +179,7 @@ def resolve_max_model_len(requested: int | None, config: PretrainedConfig) -> in
     if not isinstance(limit, int) or limit < 1:
         raise ConfigError(f"{config.model_type} has max_position_embeddings={limit!r}; it must be a positive integer")
     rope = getattr(text_config, "rope_parameters", None) or {}
-    for parameters in (value for value in rope.values() if isinstance(value, dict)):  # one set for each layer type
+    for parameters in (value for value in rope.values() if isinstance(value, dict)):  # one set per layer type
         if parameters.get("rope_type") == "longrope":
             # `LongRope` handles one set of factors for all layers; with one per layer type, only short factors work.
             original = parameters.get("original_max_position_embeddings")

@@ -112,7 +112,7 @@ def read_checkpoint_prompt(content: Any) -> TranscriptionPrompt:
         elif name == "takes_context":
             is_valid, allowed = isinstance(value, bool), "true or false"
         else:
-            is_valid, allowed = isinstance(value, str) or (value is None and name != "transcribe"), "text"
+            is_valid, allowed = isinstance(value, str) or (value is None and name != "transcribe"), "a string"
         if not is_valid:
             raise ConfigError(f"{PROMPT_FIELD}: {name}={value!r} must be {allowed}")
     return TranscriptionPrompt(**{**content, "languages": tuple(content.get("languages", ()))})

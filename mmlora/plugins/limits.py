@@ -26,7 +26,7 @@ class ResolverThreads:
     `asyncio.to_thread` that all resolvers would share, and none of them keeps the process from exiting.
 
     Args:
-        max_threads: largest number of concurrent calls, including abandoned ones that have not returned.
+        max_threads: maximum number of concurrent calls, including abandoned ones that have not returned.
     """
 
     def __init__(self, max_threads: int = MAX_THREADS) -> None:

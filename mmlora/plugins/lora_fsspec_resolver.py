@@ -64,7 +64,7 @@ class FsspecResolver(LoRAResolver):
             is_abandoned.set()  # stops the download at its next chunk when the caller was cancelled
 
     def _find(self, base_model_name: str, lora_name: str, is_abandoned: threading.Event) -> LoRARequest | None:
-        # The URL is not parsed again: `::` or `?` in a name would be taken for URL syntax.
+        # The URL is not parsed again: `::` or `?` in a name would be parsed as URL syntax.
         source = self._template.replace("{base_model_name}", base_model_name).replace("{lora_name}", lora_name)
         try:
             infos = {name: self._filesystem.info(f"{source}/{name}") for name in (CONFIG_FILE, WEIGHTS_FILE)}

@@ -65,7 +65,7 @@ class HubResolver(LoRAResolver):
         except GatedRepoError as error:
             raise ResolverError(f"{repo_id} is gated, and the Hub token has no access to it") from error
         except LocalEntryNotFoundError as error:
-            raise ResolverError(f"the Hub cannot be reached, and its cache does not hold {lora_name}") from error
+            raise ResolverError(f"the Hub cannot be reached, and its cache does not contain {lora_name}") from error
         except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
             return None
         check_containment(config.parent, snapshot.parents[1])  # files link to ../blobs of the repository's cache

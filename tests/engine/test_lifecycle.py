@@ -217,7 +217,7 @@ def test_wrong_arguments_are_named(engine: LLMEngine, arguments: Any, message: s
     with pytest.raises(AdapterError, match=message):
         engine.add_lora(*arguments[:2], config=arguments[2] if len(arguments) > 2 else None)
     for change in (engine.remove_lora, engine.pin_lora, engine.reload_lora):
-        with pytest.raises(AdapterNotFound, match="no adapter 'a' is loaded; loaded are none"):
+        with pytest.raises(AdapterNotFound, match="no adapter 'a' is loaded; loaded adapters: none"):
             change("a")
 
 

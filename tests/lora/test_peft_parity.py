@@ -419,7 +419,7 @@ def test_scales_that_overflow_are_refused(adapters: dict[str, Path], engines: di
         engines["llama"].generate(PROMPTS[0], lora_request=mix)
     with pytest.raises(AdapterError) as refused:
         LoRAMix([(LoRARequest(f"a{i}", i + 1, "/secret/place"), 1.0) for i in range(17)])
-    assert "it holds 17" in str(refused.value) and "secret" not in str(refused.value)
+    assert "it contains 17" in str(refused.value) and "secret" not in str(refused.value)
 
 
 def test_an_activated_lora_shares_the_base_models_cache(

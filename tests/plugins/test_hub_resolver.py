@@ -123,7 +123,7 @@ def test_a_file_that_is_too_large_is_not_downloaded(hub: HfApi) -> None:
 
 def test_an_error_of_the_hub_is_not_a_missing_adapter(hub: HfApi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ResolverError, match="cannot be reached, and its cache does not hold org/repo"):
+    with pytest.raises(ResolverError, match="cannot be reached, and its cache does not contain org/repo"):
         resolve(HubResolver({"org/repo": None}, api=hub), "org/repo")
 
 

@@ -54,7 +54,7 @@ class LoRAState:
 
         Args:
             segments: `(start, end, slot)`, covering all rows in order; slot −1 for base rows. None: all are base rows.
-            logit_segments: the same for the rows of the output layer; by default it gets all tokens.
+            logit_segments: the same for the rows of the output layer; by default, it processes all tokens.
 
         Raises:
             RuntimeError: another pass is running.

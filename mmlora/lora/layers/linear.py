@@ -98,8 +98,8 @@ class LoRALinear(LoRALayer):
             weight = weight.T
         if lora is not None and lora.bias is not None:
             lora_bias = lora.scaling * self.on_device(lora.bias)
-            own = bias if bias is not None else self.base.bias
-            bias = lora_bias if own is None else own + lora_bias
+            bias = bias if bias is not None else self.base.bias
+            bias = lora_bias if bias is None else bias + lora_bias
         if token_rows is not None:
             token_rows = TokenRows(self.on_device(token_rows.ids), self.on_device(token_rows.rows))
             # PEFT's layer of trained tokens computes the output without a bias, so the adapter was trained without one.

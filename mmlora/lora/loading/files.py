@@ -161,12 +161,12 @@ def _read_config(path: Path) -> Mapping[str, Any]:
         raise AdapterNotFound(f"no {CONFIG_FILE} in {path.parent}; a PEFT directory has one")
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ValueError(f"it has {path.stat().st_size} bytes; allowed are {MAX_CONFIG_BYTES}")
+            raise ValueError(f"it has {path.stat().st_size} bytes; the limit is {MAX_CONFIG_BYTES}")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise AdapterMismatch(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
-        raise AdapterMismatch(f"{path} holds a {type(content).__name__}; it must be a JSON object")
+        raise AdapterMismatch(f"{path} contains a {type(content).__name__}; it must be a JSON object")
     return content
 
 

@@ -15,7 +15,7 @@ from mmlora.utils.text import printable
 
 @dataclass(frozen=True)
 class Coverage:
-    """Number of modules in one part of the model that an adapter changes, and of those that low-rank matrices could."""
+    """Modules in one part of a model: how many an adapter changes, and how many low-rank matrices could change."""
 
     changed: int
     modules: int
@@ -79,7 +79,7 @@ def inspect_adapter(files: AdapterFiles, index: ModuleIndex) -> Inspection:
 
     Args:
         files: of the adapter.
-        index: modules of the model. On the meta device, base weights that the file repeats cannot be compared.
+        index: modules of the model. On the meta device, copies of base weights in the file are not compared.
     """
     reasons = list(refusals(files.config))
     adapter = None

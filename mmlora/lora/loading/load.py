@@ -106,8 +106,8 @@ def _match(
             keys[module].append(found)
     unmatched.sort()
     if not keys:
-        found_text = f"{len(tensors)} tensors, such as {listed(unmatched)}" if tensors else "the file holds no tensors"
-        raise AdapterMismatch(f"nothing matches a module of this model: {found_text}")
+        reason = f"{len(tensors)} tensors, such as {listed(unmatched)}" if tensors else "the file contains no tensors"
+        raise AdapterMismatch(f"nothing matches a module of this model: {reason}")
     if strict and unmatched:
         raise AdapterMismatch(
             f"{len(unmatched)} of {len(tensors)} tensors match no module of this model: {listed(unmatched)} "
@@ -163,7 +163,7 @@ def _check_complete(modules: Mapping[str, ModuleWeights], index: ModuleIndex, co
 
 
 def _check_invocation(modules: Mapping[str, ModuleWeights], index: ModuleIndex, config: PeftConfig) -> None:
-    """Refuse an activated LoRA that changes more than low-rank parts of Linears, as PEFT does."""
+    """Refuse an activated LoRA with other changes than lora_A and lora_B of Linears, as PEFT does."""
     if not config.alora_invocation_tokens:
         return
     for name, weights in modules.items():
@@ -175,7 +175,7 @@ def _check_invocation(modules: Mapping[str, ModuleWeights], index: ModuleIndex, 
 
 
 def listed(names: Iterable[str]) -> str:
-    """Join the first ten names in order for a message, with the number of the others."""
+    """Join the first ten names in alphabetical order, with the number of the others, for a message."""
     ordered = sorted(names)
     more = f" and {len(ordered) - 10} more" if len(ordered) > 10 else ""
     return ", ".join(ordered[:10]) + more

@@ -45,7 +45,7 @@ class TensorKey:
         module: the module's name in the file, without PEFT's prefix and wrappers.
         role: lora_A, lora_B, lora_bias, magnitude, token_rows, parameter, or training (never read).
         parameter: name of the parameter in the module, for the role `parameter`.
-        depth: number of PEFT wrappers around the tensor's own: several low-rank parameters of one module are nested.
+        depth: number of outer PEFT wrappers; PEFT nests one wrapper per low-rank parameter of a module.
         origin: where a parameter was saved from. PEFT may write it several times; the lowest origin is used.
     """
 
@@ -246,7 +246,7 @@ class ModuleReader:
                 raise AdapterMismatch(f"{role} of {module} is {list(found[role].shape)}; it must be {allowed}")
 
     def _expand_blocks(self, found: _Roles, in_features: int, out_features: int, rank: int) -> None:
-        """Build the block-diagonal matrix from its blocks, which BD-LoRA saves stacked on each other."""
+        """Build a block-diagonal matrix from its blocks, which BD-LoRA saves stacked vertically."""
         shapes = {"lora_A": (rank, in_features), "lora_B": (out_features, rank)}
         for role, (height, width) in shapes.items():
             blocks = found[role]
@@ -350,7 +350,7 @@ class ModuleReader:
     def _checked(self, module: str, role: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         cast = tensor.to(dtype).contiguous()
         if not torch.isfinite(cast).all():
-            cause = f"overflows {dtype}" if torch.isfinite(tensor).all() else "holds NaN or infinity"
+            cause = f"overflows {dtype}" if torch.isfinite(tensor).all() else "contains NaN or infinity"
             raise AdapterMismatch(f"{role} of {module} {cause}; every value must be finite")
         return cast
 

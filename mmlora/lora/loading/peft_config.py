@@ -18,7 +18,7 @@ from mmlora.utils.text import is_finite_number, shorten
 MAX_PATTERN_CHARS: Final = 100_000
 MATCH_TIMEOUT_S: Final = 1.0  # patterns come from adapter files, and some backtrack forever
 
-# Training, provenance, initialisation, or settings of features that another key has to enable. `fan_in_fan_out`
+# Keys for training, provenance or initialisation, and settings of features that another key enables. `fan_in_fan_out`
 # follows from the module; VeLoRA and MonteCLoRA change only gradients and noise during training.
 _IRRELEVANT: Final = frozenset(
     [
@@ -82,7 +82,7 @@ class PeftConfig:
         modules_to_save: name suffixes of modules that are replaced as a whole.
         target_parameters: name suffixes of parameters, other than weights of layers, with low-rank changes.
         trainable_token_indices: token ids whose embeddings are replaced, by module ("": the input embedding).
-        ensure_weight_tying: whether an output layer tied to the embedding has a copy of the embedding's changes.
+        ensure_weight_tying: whether an output layer that is tied to the embedding shares its changes.
         alora_invocation_tokens: an activated LoRA applies from these tokens on.
     """
 
@@ -239,7 +239,7 @@ def _check_pattern(pattern: str, key: str) -> str:
         AdapterMismatch: it is invalid or too long.
     """
     if len(pattern) > MAX_PATTERN_CHARS:
-        raise AdapterMismatch(f"{key} has a pattern of {len(pattern)} characters; allowed are {MAX_PATTERN_CHARS}")
+        raise AdapterMismatch(f"{key} has a pattern of {len(pattern)} characters; the limit is {MAX_PATTERN_CHARS}")
     try:
         for composed in (pattern, rf"(?:.*\.)?(?:{pattern})"):
             re.compile(composed)

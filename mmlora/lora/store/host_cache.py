@@ -74,7 +74,7 @@ class CacheEntry:
 
     @property
     def is_recorded(self) -> bool:
-        """Whether the registry holds it."""
+        """Whether the registry has a record of it."""
         return self.is_added and not self.request.is_from_memory
 
     @property
@@ -83,11 +83,11 @@ class CacheEntry:
         return self.adapter or self._version()
 
     def is_from(self, path: str) -> bool:
-        """Return whether a path leads to the place this adapter was read from."""
+        """Return whether this adapter was read from this path, also if it is spelled differently."""
         return path == self.request.lora_path or _absolute(path) == _absolute(self.request.lora_path)
 
     def serves(self, request: LoRARequest) -> bool:
-        """Return whether a request of this name accepts this adapter: it names the same path, or any path will do."""
+        """Return whether a request of this name can use this adapter: it has the same path, or accepts any path."""
         return request.load_inplace or request.only_known or self.is_from(request.lora_path)
 
     def is_version(self, adapter: Adapter) -> bool:
@@ -95,7 +95,7 @@ class CacheEntry:
         return (adapter.uid, adapter.generation) == (self.uid, self.generation)
 
     def wants_reload(self, request: LoRARequest) -> bool:
-        """Return whether a request asks for a reload that has not been done for it."""
+        """Return whether a request requires a reload that has not been done for it."""
         return request.load_inplace and self.digest is not None and id(request) not in self.reloaded_for
 
     def build(
@@ -228,7 +228,7 @@ class HostCache:
             if lora in (entry.name, entry.request.lora_int_id):
                 return entry
         known = ", ".join(repr(entry.name) for entry in self.entries[:10]) or "none"
-        raise AdapterNotFound(f"no adapter {lora!r} is loaded; loaded are {known}")
+        raise AdapterNotFound(f"no adapter {lora!r} is loaded; loaded adapters: {known}")
 
     def is_ready(self, request: LoRARequest) -> bool:
         """Return whether `get` needs no load."""
@@ -485,7 +485,7 @@ class HostCache:
             yield entry
 
     def _mark_pinned(self, entry: CacheEntry) -> None:
-        with self._lock:  # check and set at once, so that two pins cannot both take the last place
+        with self._lock:  # check and set at once, so that two concurrent pins cannot exceed the limit
             self._check_pins(entry)
             entry.is_pinned = True
             self.num_changes += 1

@@ -184,7 +184,7 @@ def test_loaded_tensors_do_not_change_with_the_files(adapter: Path) -> None:
     [
         (lambda path: (path / "adapter_config.json").unlink(), AdapterNotFound, "no adapter_config.json"),
         (lambda path: (path / "adapter_config.json").write_text("["), AdapterMismatch, "cannot be read as JSON"),
-        (lambda path: (path / "adapter_config.json").write_text("[]"), AdapterMismatch, "holds a list"),
+        (lambda path: (path / "adapter_config.json").write_text("[]"), AdapterMismatch, "contains a list"),
         (lambda path: (path / "adapter_model.safetensors").unlink(), AdapterNotFound, "no adapter_model.safetensors"),
         (lambda path: _cut(path, 0), AdapterError, r"\(0 bytes\) is not a valid safetensors file"),
         (lambda path: _cut(path, 200), AdapterError, r"\(200 bytes\) is not a valid safetensors file"),

@@ -257,7 +257,7 @@ def test_a_removed_name_is_refused_until_it_is_drained_or_added_again(make_cache
     cache = make_cache()
     uid = cache.get(requests[0]).uid
     cache.remove("a1")
-    with pytest.raises(AdapterNotFound, match="no adapter 'a1' is loaded; loaded are none"):
+    with pytest.raises(AdapterNotFound, match="no adapter 'a1' is loaded; loaded adapters: none"):
         cache.remove("a1")
     for request in (requests[0], LoRARequest("a1", 1, requests[1].lora_path)):
         with pytest.raises(AdapterNotFound, match="'a1' is being unloaded"):
