@@ -82,7 +82,8 @@ class ChatCompletionBuilder(ChoicesBuilder):
     def _pieces(self, index: int, text: str, *, is_last: bool) -> list[Piece]:
         """Split the next text of a choice into content and tool calls."""
         if index not in self._parsers:
-            self._parsers[index] = self._tool_calling.new_parser(self._request.tooling)
+            choice = self._request.tooling
+            self._parsers[index] = self._tool_calling.new_parser(choice) if choice is not None else None
         parser = self._parsers[index]
         if parser is None:
             return [text] if text else []

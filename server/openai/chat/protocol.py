@@ -3,15 +3,49 @@
 `mmlora.inputs.chat` validates the messages.
 """
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, WithJsonSchema
 
 from mmlora.errors import RequestError
 from mmlora.server.bodies import FirstOnly
-from mmlora.server.openai.protocol import completion_limit, read_constraint
+from mmlora.server.openai.protocol import GenerationRequest, completion_limit, read_constraint
 from mmlora.server.openai.schemas import MESSAGES
-from mmlora.server.openai.tools.choice import ToolRequest
+from mmlora.server.openai.tools.choice import ToolChoice, read_tool_choice
+from mmlora.structured_outputs import StructuredOutputsParams
+
+
+class ToolRequest(GenerationRequest):
+    """Fields of the endpoints with tools; `HAS_FLAT_TOOLS` is `is_flat` of `read_tool_choice`."""
+
+    HAS_FLAT_TOOLS: ClassVar[bool] = False
+
+    tools: FirstOnly[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | str | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @cached_property
+    def tooling(self) -> ToolChoice | None:
+        """The tools and how they may be called; None if the request has neither tools nor a choice.
+
+        Raises:
+            RequestError: a field is malformed.
+        """
+        if self.tools is None and self.tool_choice is None:
+            return None
+        return read_tool_choice(self.tools, self.tool_choice, self.parallel_tool_calls, is_flat=self.HAS_FLAT_TOOLS)
+
+    def output_constraint(self, text_format: Mapping[str, Any] | None = None) -> StructuredOutputsParams | None:
+        """Return the constraint of `read_constraint`, or that of a forced tool call.
+
+        Raises:
+            RequestError: a field is malformed, or constraints contradict each other.
+        """
+        constraint = read_constraint(self, text_format)
+        return constraint if self.tooling is None else self.tooling.constrain(constraint)
 
 
 class ChatCompletionRequest(ToolRequest):
@@ -58,7 +92,7 @@ class ChatCompletionRequest(ToolRequest):
             "max_tokens": completion_limit(self.max_tokens, self.max_completion_tokens),
             "logprobs": self.num_logprobs,
             "prompt_logprobs": self.prompt_logprobs,
-            "structured_outputs": self.tooling.constrain(read_constraint(self)),
+            "structured_outputs": self.output_constraint(),
         }
 
 

@@ -27,13 +27,16 @@ class ChatService(GenerationService):
 
     def _parse(self, request: Request, body: bytes, caller: str) -> Generation:
         chat = parse_chat_request(body)
-        options = {**chat.sampling_options(), **self._tool_calling.sampling_options(chat.tooling)}
+        options, tools = chat.sampling_options(), None
+        if chat.tooling is not None:
+            options |= self._tool_calling.sampling_options(chat.tooling)
+            tools = list(chat.tooling.tools.values())
         prompt = self._llm.input_processor.chat_prompt(
             chat.messages,
             chat_template_kwargs=chat.chat_template_kwargs,
             add_generation_prompt=chat.add_generation_prompt,
             continue_final_message=bool(chat.continue_final_message),
-            tools=list(chat.tooling.tools.values()),
+            tools=tools,
             mm_processor_kwargs=chat.mm_processor_kwargs,
             cache_salt=chat.cache_salt,
             caller=caller,

@@ -123,7 +123,7 @@ def _with_bytes(token: Json) -> Json:
 
 def _echo(request: ResponsesRequest, defaults: SamplingParams) -> Json:
     """Return the fields of the request that a response repeats, with defaults for those not set."""
-    name = request.tooling.name
+    name = request.tooling.name if request.tooling is not None else None
     return {
         "background": False,
         "instructions": request.instructions,

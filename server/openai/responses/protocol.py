@@ -9,9 +9,10 @@ from pydantic import BeforeValidator, Field, JsonValue, WithJsonSchema
 
 from mmlora.errors import RequestError
 from mmlora.server.bodies import FirstOnly
-from mmlora.server.openai.protocol import check_other_fields, read_constraint
+from mmlora.server.openai.chat.protocol import ToolRequest
+from mmlora.server.openai.protocol import check_other_fields
 from mmlora.server.openai.schemas import INPUT
-from mmlora.server.openai.tools.choice import ToolChoice, ToolRequest
+from mmlora.server.openai.tools.choice import ToolChoice
 from mmlora.utils.text import shorten
 
 MAX_METADATA = 16
@@ -76,7 +77,7 @@ class ResponsesRequest(ToolRequest):
         return self.top_logprobs or 0 if "message.output_text.logprobs" in (self.include or ()) else None
 
     @cached_property
-    def tooling(self) -> ToolChoice:
+    def tooling(self) -> ToolChoice | None:
         """See `ToolRequest.tooling`."""
         # With tool_choice="none" tools are not part of the prompt, so max_model_len does not bound their length.
         if (length := _length(self.tools, "tools")) > MAX_TOOLS_LENGTH:
@@ -108,8 +109,7 @@ class ResponsesRequest(ToolRequest):
         check_other_fields({f"text.{name}": value for name, value in text.items()}, TEXT_VALUES)
         if not isinstance(text_format, dict | None):
             raise RequestError(f"text.format={shorten(text_format, json.dumps)} must be an object", "text.format")
-        constraint = read_constraint(self, text_format)
-        return {"structured_outputs": self.tooling.constrain(constraint)}
+        return {"structured_outputs": self.output_constraint(text_format)}
 
 
 def _length(value: Any, name: str) -> int:

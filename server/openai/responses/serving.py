@@ -30,17 +30,21 @@ class ResponsesService(GenerationService):
     def _parse(self, request: Request, body: bytes, caller: str) -> Generation:
         fields = ResponsesRequest.parse(body)
         messages = as_messages(fields.instructions, fields.input)
-        options = {**fields.sampling_options(), **self._tool_calling.sampling_options(fields.tooling)}
+        options, tools, parser = fields.sampling_options(), None, None
+        if fields.tooling is not None:
+            options |= self._tool_calling.sampling_options(fields.tooling)
+            tools = list(fields.tooling.tools.values())
+            parser = self._tool_calling.new_parser(fields.tooling)
         prompt = self._llm.input_processor.chat_prompt(
             messages,
             chat_template_kwargs=fields.chat_template_kwargs,
-            tools=list(fields.tooling.tools.values()),
+            tools=tools,
             mm_processor_kwargs=fields.mm_processor_kwargs,
             cache_salt=fields.cache_salt,
             caller=caller,
         )
         request_id = f"resp_{uuid.uuid4().hex}"
-        items = OutputItems(self._tool_calling.new_parser(fields.tooling), self._tool_calling.new_call_id)
+        items = OutputItems(parser, self._tool_calling.new_call_id)
         name = fields.model or self._models.base_name
         builder = ResponseObjectBuilder(request_id, name, fields, self._defaults, items)
         params = self._llm.default_sampling_params(**options)

@@ -6,14 +6,12 @@ import secrets
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import JsonValue
 
 from mmlora.errors import RequestError
-from mmlora.server.bodies import FirstOnly
-from mmlora.server.openai.protocol import GenerationRequest, check_other_fields
+from mmlora.server.openai.protocol import check_other_fields
 from mmlora.server.openai.tools.formats import REQUIRED_FORMAT, find_format
 from mmlora.server.openai.tools.parser import NamedToolParser, TextParser, ToolCallParser
 from mmlora.structured_outputs import ANY_OBJECT, StructuredOutputsParams
@@ -122,29 +120,6 @@ class ToolCalling:
         return f"call_{secrets.token_hex(12)}"
 
 
-class ToolRequest(GenerationRequest):
-    """Fields of the endpoints with tools.
-
-    `HAS_FLAT_TOOLS`: tools have name and parameters at the top level, as in `/v1/responses`, not under `function`.
-    """
-
-    HAS_FLAT_TOOLS: ClassVar[bool] = False
-
-    tools: FirstOnly[dict[str, Any]] | None = None
-    tool_choice: dict[str, Any] | str | None = None
-    parallel_tool_calls: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-    @cached_property
-    def tooling(self) -> ToolChoice:
-        """The validated tools and how they may be called.
-
-        Raises:
-            RequestError: a field is malformed.
-        """
-        return read_tool_choice(self.tools, self.tool_choice, self.parallel_tool_calls, is_flat=self.HAS_FLAT_TOOLS)
-
-
 def read_tool_choice(
     tools: Tools | None, choice: Any, is_parallel: bool | None, *, is_flat: bool = False
 ) -> ToolChoice:
@@ -152,7 +127,7 @@ def read_tool_choice(
 
     Args:
         tools, choice, is_parallel: the fields.
-        is_flat: see `ToolRequest.HAS_FLAT_TOOLS`.
+        is_flat: tools have name and parameters at the top level, as in `/v1/responses`, not under `function`.
 
     Raises:
         RequestError: a field is malformed, or `tool_choice` names an unknown tool.
