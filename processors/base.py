@@ -19,16 +19,16 @@ _NUMBERED = re.compile(rf"<\|({'|'.join(MODALITIES)})_(\d{{1,9}})\|>", re.ASCII)
 
 @dataclass(frozen=True, eq=False)
 class ProcessedMedia:
-    """Input of the tower for one item, and the tokens of the item in the prompt.
+    """Tower input of one item, and its tokens in the prompt.
 
     Attributes:
-        modality: of the item.
+        modality: name of the item's modality.
         content_hash: sha256 hex over content and effective processor options; equal hashes mean equal tensors.
         tensors: of this item alone, unpadded, under the argument names of the model's forward.
-        num_tokens: of the item in the prompt.
-        token_ids: these tokens; None if all of them are the placeholder.
-        embed_positions: indices of the tokens that an embedding replaces; None for all.
-        text_before, text_after: text that the model's processor writes around the item; part of the prompt's text.
+        num_tokens: number of tokens of the item in the prompt.
+        token_ids: the tokens; None if all of them are the placeholder.
+        embed_positions: indices of the tokens that embeddings replace; None for all.
+        text_before, text_after: text that the model's processor adds around the item in the prompt.
     """
 
     modality: str
@@ -121,7 +121,7 @@ class MultiModalProcessor(ABC):
 
     def _checked(self, modality: str) -> str:
         if modality not in self._token_ids:
-            raise MediaError(f"modality {modality!r}: this model takes {', '.join(sorted(self.modalities))}")
+            raise MediaError(f"modality {modality!r}: this model supports {', '.join(sorted(self.modalities))}")
         return modality
 
 

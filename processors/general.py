@@ -72,7 +72,7 @@ class GeneralProcessor(MultiModalProcessor):
         return self._embed_ids[modality] if token is None else int(tokenizer.convert_tokens_to_ids(str(token)))
 
     def process(self, item: MediaItem, options: Mapping[str, Any] | None = None) -> ProcessedMedia:
-        """See `MultiModalProcessor.process`; the options are those of the model's image processor, audio has none."""
+        """See `MultiModalProcessor.process`; only images have options, those of the model's image processor."""
         modality, chosen = item.modality, self._checked_options(item.modality, options or {})
         try:
             output = self.compute_inputs(item, chosen)
@@ -148,11 +148,11 @@ class GeneralProcessor(MultiModalProcessor):
         limit = MAX_FACTOR * max(own) if own else MAX_PIXELS
         for number in _numbers(value):
             if not number <= limit:
-                raise RequestError(f"{name} holds {number}: allowed are numbers up to {limit}")
+                raise RequestError(f"{name} contains {number}: numbers up to {limit} are allowed")
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    """Yield the numbers in the nested value of an option."""
+    """Yield the numbers in an option's value, which may be nested."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         yield value
     elif isinstance(value, str):

@@ -61,7 +61,7 @@ def _check_counts(token_ids: list[int], waiting: dict[str, list[int]], processor
     for modality, indices in waiting.items():
         if modality not in processor.modalities:
             allowed = ", ".join(sorted(processor.modalities)) or "text only"
-            raise MediaError(f"{len(indices)} {modality} item(s) given, but this model takes {allowed}")
+            raise MediaError(f"{len(indices)} {modality} item(s) given, but this model supports {allowed}")
         num_placeholders = token_ids.count(processor.placeholder_token_id(modality))
         if num_placeholders != len(indices):
             raise MediaError(

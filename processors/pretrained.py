@@ -18,12 +18,12 @@ def load_processor(config: PretrainedConfig, path: Path, tokenizer: Any) -> Any:
     """Load the processor of a checkpoint.
 
     Args:
-        config: the model's.
+        config: of the model.
         path: directory with the processor's files.
-        tokenizer: the model's.
+        tokenizer: of the model.
 
     Raises:
-        ConfigError: there is none, or it cannot be loaded in this environment.
+        ConfigError: there is no processor, or it cannot be loaded in this environment.
     """
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
@@ -47,10 +47,10 @@ def named_class(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the settings of a file, without those that are null; empty if there is no such file.
+    """Return the settings in a JSON file, without null values; empty if the file does not exist.
 
     Raises:
-        ConfigError: it is not a JSON object.
+        ConfigError: the file is not a JSON object.
     """
     if not path.is_file():
         return {}

@@ -1,1 +1,1 @@
-"""Processors of model families that the general one does not fit."""
+"""Processors of model families that `GeneralProcessor` does not support."""

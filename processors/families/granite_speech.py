@@ -45,7 +45,7 @@ class GraniteSpeechProcessor(MultiModalProcessor):
         mel = self._melspec
         if 2 * mel["n_mels"] != config.encoder_config.input_dim:
             raise ConfigError(
-                f"the preprocessor has {mel['n_mels']} mel bins, the encoder takes half of "
+                f"the preprocessor has {mel['n_mels']} mel bins, the encoder expects half of "
                 f"{config.encoder_config.input_dim}"
             )
         num_bins, rate = mel["n_fft"] // 2 + 1, mel["sample_rate"]

@@ -87,7 +87,7 @@ def process_image(image: Image.Image, settings: ImageSettings) -> tuple[dict[str
 def crop_grid(width: int, height: int, crop_size: int, max_crops: int) -> tuple[int, int]:
     """Return `(columns, rows)`: enough crops for every pixel, or, if that is too many, the closest aspect ratio.
 
-    Of grids with the same ratio, the largest one is taken of which the image fills more than half.
+    Among grids of the same ratio, the largest one that the image fills by more than half is chosen.
     """
     columns, rows = math.ceil(width / crop_size), math.ceil(height / crop_size)
     if columns * rows <= max_crops:

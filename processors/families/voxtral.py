@@ -1,4 +1,4 @@
-"""`VoxtralProcessor`: audio features; Voxtral's own processor takes audio only with templates of mistral-common.
+"""`VoxtralProcessor`: audio features; transformers' class accepts audio only with templates of mistral-common.
 
 Source: https://arxiv.org/abs/2507.13264.
 """
@@ -30,7 +30,7 @@ class VoxtralProcessor(GeneralProcessor):
         super().__init__(config, model_path, tokenizer)
         audio = config.audio_config
         self._num_frames = 2 * audio.max_source_positions  # of a chunk; the tower's convolutions halve them
-        # The projector joins as many positions as fit into the width of the tower's inner layers.
+        # The projector concatenates as many positions as fit into the tower's `intermediate_size`.
         self._num_embeds = audio.max_source_positions * audio.hidden_size // audio.intermediate_size
 
     def prompt_token_id(self, modality: str, tokenizer: Any) -> int:

@@ -1,1 +1,1 @@
-"""Where media come from: data URLs, files and HTTP, within the limits of each."""
+"""Sources of media: local files and HTTP, with checks against SSRF and path traversal."""

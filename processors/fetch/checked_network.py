@@ -26,10 +26,10 @@ _METADATA = (IPv4Network("192.0.0.0/24"), IPv4Network("168.63.129.16/32"))
 
 
 class CheckedNetwork(httpcore.AsyncNetworkBackend):
-    """Network backend of httpcore that connects to public addresses, and to those of allowed networks.
+    """Network backend of httpcore that connects only to public addresses and allowed networks.
 
     Args:
-        networks: that are allowed besides public addresses.
+        networks: allowed besides public addresses.
     """
 
     def __init__(self, networks: Sequence[Network]) -> None:
@@ -44,7 +44,7 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Connect to the first address of a host that accepts.
+        """Connect to the first address of a host that accepts the connection.
 
         Raises:
             MediaError: the host has no address, or one that is not allowed.

@@ -1,4 +1,4 @@
-"""`FileSource`: contents of `file:` URLs, of regular files under one directory."""
+"""`FileSource`: reads `file:` URLs of regular files under one directory."""
 
 import os
 import stat
@@ -10,7 +10,7 @@ from mmlora.errors import ConfigError, MediaError
 from mmlora.processors.media.items import MediaLimits
 from mmlora.utils.text import shorten
 
-MAX_FILE_URL_CHARS: Final = 3 * 4096  # of the longest path, percent-encoded; its parts are opened one by one
+MAX_FILE_URL_CHARS: Final = 3 * 4096  # the longest path, percent-encoded; its parts are opened one by one
 
 _NOT_FOLLOWED: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 

@@ -72,7 +72,7 @@ class HTTPSource:
                 contents[url] = await self._read(url)
             num_bytes, allowed = sum(map(len, contents.values())), self._limits.max_decoded_bytes
             if num_bytes > allowed:
-                raise MediaError(f"the media of the prompt have {num_bytes} bytes or more; allowed are {allowed}")
+                raise MediaError(f"the media of the prompt have {num_bytes} bytes or more; the limit is {allowed}")
 
         tasks = [asyncio.ensure_future(read(url)) for url in urls]
         try:
@@ -106,13 +106,13 @@ class HTTPSource:
             MediaError: it is malformed or not allowed; user names and passwords in it are not repeated.
         """
         if len(url) > MAX_HTTP_URL_CHARS:
-            raise MediaError(f"media URL of {len(url)} characters; allowed are {MAX_HTTP_URL_CHARS}")
+            raise MediaError(f"media URL of {len(url)} characters; the limit is {MAX_HTTP_URL_CHARS}")
         try:
             target = httpx.URL(url)
         except (httpx.InvalidURL, ValueError) as error:
             raise MediaError(f"malformed media URL: {error}") from None
         if target.userinfo:
-            raise MediaError(f"the media URL for the host {target.host!r} holds a user name or password; leave it out")
+            raise MediaError(f"media URL for the host {target.host!r} contains a user name or password; remove it")
         if target.scheme not in ("http", "https") or not target.host:
             raise MediaError(f"media URL {shown} leads to {shorten(url)}; it must be an http(s) URL")
         if target.port is not None and target.port not in (*WEB_PORTS, *FREE_PORTS):
@@ -176,9 +176,9 @@ class HTTPSource:
 
 
 def _fetch_loop() -> asyncio.AbstractEventLoop:
-    """Return the event loop of all downloads, in a thread of its own, which is started on first use and never stopped.
+    """Return the event loop of all downloads, which runs in a dedicated thread from the first use on.
 
-    Slow servers block neither a thread of a pool nor the server's loop, and synchronous callers can wait for it, too.
+    Slow servers block neither the threads of a pool nor the server's event loop, and synchronous callers can wait, too.
     """
     with _loop_lock:
         if not _loops:

@@ -1,6 +1,6 @@
 """Audio: encoded bytes or arrays to `AudioItem` (decoding, scaling, mixing to mono) and resampling.
 
-The libraries (soundfile, PyAV, librosa) are imported where they are used: the engine must import without them.
+soundfile, PyAV and librosa are optional and are imported on first use.
 """
 
 import errno
@@ -37,7 +37,7 @@ DECODERS: Final[Mapping[str, tuple[str, ...]]] = {
     "mp4": ("aac", "alac", "mp3float", "opus", "flac"),
     "matroska": ("opus", "vorbis", "aac", "mp3float", "flac"),
 }
-_RAW_STREAMS: Final = ("mp3", "aac")  # packets without a container, of which the first and last may be incomplete
+_RAW_STREAMS: Final = ("mp3", "aac")  # frames without a container; the first and the last may be incomplete
 _MAX_STREAMS: Final = 32  # of one container
 _FFMPEG_OPTIONS: Final = {"protocol_whitelist": "none", "max_streams": str(_MAX_STREAMS + 1)}
 _DISPOSITION_DEFAULT: Final = 1  # AV_DISPOSITION_DEFAULT
@@ -226,7 +226,7 @@ def _read_mono(file: Any, max_frames: int) -> Samples:
 
 
 def _read_ffmpeg(data: bytes, name: str, limits: MediaLimits) -> tuple[Samples, int]:
-    """Read one container format with its allowed decoders; FFmpeg probes no other format and opens no other file."""
+    """Decode one format with its allowed decoders; FFmpeg probes no other format and opens no other file."""
     import av
 
     options = {**_FFMPEG_OPTIONS, "format_whitelist": name, "codec_whitelist": ",".join(DECODERS[name])}
@@ -304,7 +304,7 @@ def _decode_track(container: Any, track: Any, limits: MediaLimits, *, skips_dama
 
 
 def _refuse_to_open(url: str, *_: Any) -> None:
-    raise MediaError(f"the container refers to another file ({shorten(url)}), which is not opened")
+    raise MediaError(f"the container refers to another file ({shorten(url)}), which is not allowed")
 
 
 def _undecodable(data: bytes, reason: object) -> MediaError:

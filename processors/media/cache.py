@@ -1,4 +1,4 @@
-"""`MediaCache`: decoded media under the uuids of clients, which need not send or fetch them again."""
+"""`MediaCache`: decoded media by client uuid, so that clients need not send them again."""
 
 import threading
 from collections import OrderedDict
@@ -25,10 +25,10 @@ class CachedMedia:
 class MediaCache:
     """LRU cache with a capacity in bytes; thread-safe.
 
-    A uuid only finds an item: all other caches identify it by the hash of its content.
+    The uuid is used only here: all other caches identify an item by the hash of its content.
 
     Args:
-        max_bytes: of all items; 0 disables the cache.
+        max_bytes: capacity for all items; 0 disables the cache.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -51,7 +51,7 @@ class MediaCache:
             return entry
 
     def put(self, caller: str, uuid: str, entry: CachedMedia) -> None:
-        """Store an item under a uuid, replacing the former one, and evict the least recently used items."""
+        """Store an item under a uuid, replacing the previous one, and evict the least recently used items."""
         with self._lock:
             former = self._entries.pop((caller, uuid), None)
             self._num_bytes -= former.num_bytes if former is not None else 0

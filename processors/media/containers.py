@@ -1,7 +1,7 @@
-"""Checks of audio containers before a decoder reads them: truncation, and tables that claim far more than their size.
+"""Checks of audio containers before decoding: truncation, and tables that claim far more entries than they have.
 
-libsndfile and FFmpeg decode a truncated file as a shorter one. FLAC and MP3 are checked after decoding, against the
-number of samples or frames in their header; raw AAC declares no length.
+libsndfile and FFmpeg decode a truncated file as a shorter one without an error. FLAC and MP3 are checked after
+decoding, against the number of samples or frames in their header; raw AAC declares no length.
 """
 
 import re
@@ -12,14 +12,14 @@ from mmlora.errors import MediaError
 
 MAX_MP4_SAMPLES: Final = 4_000_000  # packets of all tracks; FFmpeg's index has 24 bytes for each
 MAX_MP4_TAGS: Final = 1_000  # FFmpeg compares each tag with all others
-MAX_METADATA_BYTES: Final = 1 << 18  # of a Matroska file, for the same reason
+MAX_METADATA_BYTES: Final = 1 << 18  # of a Matroska file, which may consist of tags
 MAX_EBML_ELEMENTS: Final = 1_000_000
-MAX_INNER_ID3_BYTES: Final = 1 << 16  # of a tag within raw AAC, for the same reason
+MAX_INNER_ID3_BYTES: Final = 1 << 16  # of an ID3 tag within raw AAC, which may contain many frames
 
 # Encoders that write to a pipe cannot go back to set the length; they claim almost 2 or 4 GiB.
 _UNKNOWN_LENGTHS = (range(0x7FFFF000, 0x80000000), range(0xFFFFF000, 0x100000000))
 _OGG_HEADER_BYTES = 27
-# As lookaheads, so that matches may overlap and none can hide another.
+# Lookaheads, so that matches may overlap and none can hide another.
 _MP4_COUNT = re.compile(rb"(?=stsz.{8}(.{4})|stz2.{8}(.{4})|trun.{4}(.{4}))", re.DOTALL)
 _ALAC_FRAME = re.compile(rb"(?=alac\0{4}(.{4}))", re.DOTALL)
 _INNER_ID3 = re.compile(rb"(?=ID3[\2-\4]\0.([\0-\x7f]{4}))", re.DOTALL)
@@ -31,7 +31,7 @@ _XING_WINDOW = 64  # bytes from the start of a frame; the tag begins at 36 at th
 
 
 def skip_id3(data: bytes) -> bytes:
-    """Return audio without the ID3v2 tags in front of it, which may contain images and thousands of tags."""
+    """Return audio without the ID3v2 tags in front of it, which may contain images and thousands of frames."""
     position = 0
     while data[position : position + 3] == b"ID3" and len(data) >= position + 10:
         has_footer = data[position + 5] & 0x10
@@ -52,7 +52,7 @@ def claimed_mp3_frames(data: bytes) -> int | None:
 
 
 def _synchsafe(four: bytes) -> int:
-    """Return a size of an ID3 tag, seven bits a byte."""
+    """Return the size of an ID3 tag; each byte has seven bits."""
     return sum(byte << shift for byte, shift in zip(four, (21, 14, 7, 0), strict=True))
 
 
@@ -160,7 +160,7 @@ def _ebml_elements(data: bytes) -> Iterator[tuple[int, bytes, int, int | None]]:
         position = start if end is None or element_id == _SEGMENT else end
 
 
-# By the name of `audio_format`. Each raises a `MediaError` that names the claim, and what is there or allowed.
+# By `audio_format`. Each check raises a `MediaError` that names the claimed size and the present or allowed one.
 CONTAINER_CHECKS: Final[Mapping[str, Callable[[bytes], None]]] = {
     "wav": _check_wav,
     "ogg": _check_ogg,

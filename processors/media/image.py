@@ -90,7 +90,7 @@ def image_from_object(content: Any, limits: MediaLimits = DEFAULT_LIMITS) -> Ima
             "an image array is [height, width, 3] uint8, an audio array is given as (array, sample_rate)"
         )
     if values.size == 0:
-        raise MediaError(f"image array of shape {tuple(values.shape)} holds no pixels")
+        raise MediaError(f"image array of shape {tuple(values.shape)} has no pixels")
     return image_from_pil(Image.fromarray(np.ascontiguousarray(values)), limits)
 
 
@@ -102,12 +102,12 @@ def image_from_pil(image: Image.Image, limits: MediaLimits = DEFAULT_LIMITS) -> 
     """
     width, height = image.size
     if width < 1 or height < 1:
-        raise MediaError(f"image of {width}x{height} px holds no pixels")
+        raise MediaError(f"image of {width}x{height} px has no pixels")
     if width * height > limits.max_pixels:
         raise MediaError(f"image of {width}x{height} px is larger than the allowed {limits.max_pixels} px")
     try:
         image.load()
-    except Exception as error:  # as above: damaged or truncated data
+    except Exception as error:  # Pillow's plugins, as in `decode_image`
         raise MediaError(
             f"cannot decode the {image.format or image.mode} image of {width}x{height} px: {error}"
         ) from error
@@ -149,7 +149,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Composite an image on white, in strips, since each step needs memory for all pixels that it works on."""
+    """Composite an image on white, in strips, which limits the memory for intermediate results."""
     rgb = Image.new("RGB", image.size)
     for box in strips(*image.size):
         strip = image.crop(box).convert("RGBA")

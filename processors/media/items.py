@@ -1,4 +1,4 @@
-"""Base of decoded media items, and their limits; the modules of the modalities have the items."""
+"""`MediaItem`, the base class of decoded media, and `MediaLimits`; `audio.py` and `image.py` have the items."""
 
 import sys
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ class MediaItem(ABC):
     """One decoded item.
 
     Attributes:
-        modality: its name in `MODALITIES`.
+        modality: name of the modality in `MODALITIES`.
         content_hash: sha256 hex; items of equal content have equal hashes.
     """
 
@@ -46,14 +46,14 @@ def to_numpy(array: Any) -> npt.NDArray[Any]:
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """Limits on media; what an item claims is checked before decoding, all but the last again while decoding.
+    """Limits on media. Declared sizes are checked before decoding, all but `max_decoded_bytes` again while decoding.
 
     Attributes:
         max_bytes: encoded size of an item in bytes.
         max_pixels: width x height in px.
         max_duration_s: length of a clip in seconds.
         max_samples: length of a clip in samples at its own rate.
-        max_decoded_bytes: all media of one conversation, decoded.
+        max_decoded_bytes: decoded size of all media of one prompt in bytes.
     """
 
     max_bytes: int = 64 * 1024 * 1024

@@ -74,7 +74,7 @@ class MediaReference:
     def __post_init__(self) -> None:
         if self.uuid is not None and not (isinstance(self.uuid, str) and 0 < len(self.uuid) <= MAX_UUID_CHARS):
             raise MediaError(
-                f"uuid {shorten(self.uuid)} of a media item: it must be a string of 1 to {MAX_UUID_CHARS} characters"
+                f"uuid {shorten(self.uuid)} of a media item: it must be text of 1 to {MAX_UUID_CHARS} characters"
             )
         if self.content is None and self.uuid is None:
             raise MediaError(f"a media item ({self.modality}) has neither content nor a uuid")
@@ -188,7 +188,7 @@ class PromptMedia:
         """
         remote = [reference for reference in self._references if reference.http_url is not None]
         if len(remote) > MAX_URLS:
-            raise MediaError(f"the prompt has {len(remote)} http(s) URLs; allowed are {MAX_URLS}")
+            raise MediaError(f"the prompt has {len(remote)} http(s) URLs; the limit is {MAX_URLS}")
         urls = {url for reference in remote if (url := reference.http_url) and self._cached_item(reference) is None}
         if urls:
             self._fetched = await asyncio.wrap_future(self._loader.http.read(urls))

@@ -46,7 +46,7 @@ async function send(text, attachments) {
   await ask(model, text, attachments);
 }
 
-// The bundled assistant is tiny: it answers best at temperature 0 and without earlier turns.
+// The bundled assistant is tiny: it works best at temperature 0 and without earlier turns.
 function offerSamples() {
   byId("temperature").value = "0";
   byId("memory").checked = false;

@@ -163,7 +163,7 @@ def test_the_number_of_redirects_is_limited(png):
         ("http://127.0.0.1:99999/", "malformed|port"),
         ("http:///a.png", "must be an http"),
         ("http:a.png", "must be an http"),
-        ("http://a.example/" + "a" * 9000, "allowed are 8192"),
+        ("http://a.example/" + "a" * 9000, "the limit is 8192"),
         ("http://a.example/\x00", "malformed"),
         ("http://a.example\r\nX: y/", "malformed"),
         ("http://[::1/", "malformed"),
@@ -363,10 +363,10 @@ def test_a_failed_download_cancels_the_others():
 
 def test_the_number_and_bytes_of_a_prompts_urls_are_limited(png):
     loader = MediaLoader(SMALL, networks=HERE)
-    with pytest.raises(MediaError, match=rf"has {MAX_URLS + 1} http\(s\) URLs; allowed are {MAX_URLS}"):
+    with pytest.raises(MediaError, match=rf"has {MAX_URLS + 1} http\(s\) URLs; the limit is {MAX_URLS}"):
         run(_fetch(loader, *["http://127.0.0.1/"] * (MAX_URLS + 1)))
     loader = MediaLoader(MediaLimits(max_decoded_bytes=3 * len(png)), networks=HERE)
-    message = f"have {4 * len(png)} bytes or more; allowed are {3 * len(png)}"
+    message = f"have {4 * len(png)} bytes or more; the limit is {3 * len(png)}"
     routes = {f"/{index}": http_response(png) for index in range(50)}
     with run_web_server(routes) as web, pytest.raises(MediaError, match=message):
         run(_fetch(loader, *[web.url(path) for path in routes]))

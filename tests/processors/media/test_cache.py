@@ -69,5 +69,5 @@ def test_an_item_of_the_other_modality_is_refused(tone):
 
 @pytest.mark.parametrize("uuid", ["", "x" * (MAX_UUID_CHARS + 1), 5, ["x"], {}])
 def test_a_uuid_is_short_text(uuid):
-    with pytest.raises(MediaError, match="it must be a string of 1 to 256 characters"):
+    with pytest.raises(MediaError, match="it must be text of 1 to 256 characters"):
         MediaReference("image", "data:,x", uuid=uuid)
