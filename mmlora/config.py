@@ -155,11 +155,10 @@ class EngineArgs:
         unknown = sorted(set(options) - allowed - set(UNSUPPORTED))
         if unknown:
             raise ConfigError(f"unknown option(s) {', '.join(unknown)}; allowed: {', '.join(sorted(allowed))}")
-        given = {name: options.pop(name) for name in UNSUPPORTED if name in options}
         problems = [
-            f"{name}={value!r}: {UNSUPPORTED[name]!r} is the only supported value"
-            for name, value in given.items()
-            if value != UNSUPPORTED[name]
+            f"{name}={value!r}: {only!r} is the only supported value"
+            for name, only in UNSUPPORTED.items()
+            if (value := options.pop(name, only)) != only
         ]
         try:
             args = cls(model=model, **options)

@@ -34,7 +34,7 @@ class ModelInput:
     Attributes:
         token_ids: `[num_tokens]`.
         positions: `[1, num_tokens]`, or `[3, 1, num_tokens]` for multimodal RoPE: time, height, width.
-        spans: what is computed of each sequence, in the order of the rows.
+        spans: the part of each sequence that is computed, in the order of the rows.
         logit_rows: `[num_logit_rows]`, the rows whose logits are needed, ascending.
         media: embeddings for placeholders.
         segments: LoRA slots of all rows; None where all rows are the base model's.
@@ -56,10 +56,10 @@ class ModelInput:
 def build_model_input(
     items: list[ScheduledSequence], num_position_rows: int = 1, uniform_slot: int | None = None
 ) -> ModelInput:
-    """Lay out a step.
+    """Build the flattened inputs of a forward.
 
     Args:
-        items: what the scheduler chose, in the order of `group_by_slot`; their media are encoded.
+        items: the scheduled sequences, in the order of `group_by_slot`; their media are encoded.
         num_position_rows: 1, or 3 for multimodal RoPE.
         uniform_slot: see `ModelInput`.
     """
@@ -143,7 +143,7 @@ def _slot_runs(item: ScheduledSequence) -> list[tuple[int, int]]:
 
 
 def _join(runs: Iterable[tuple[int, int]]) -> tuple[Segment, ...]:
-    """Lay runs `(num_rows, slot)` one after the other, and join neighbours of one slot."""
+    """Concatenate runs `(num_rows, slot)` to segments, and merge neighbours with the same slot."""
     segments: list[Segment] = []
     end = 0
     for num_rows, slot in runs:
@@ -158,7 +158,7 @@ def _join(runs: Iterable[tuple[int, int]]) -> tuple[Segment, ...]:
 
 
 def _segments_of(rows: list[int], segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
-    """Return the segments of some rows, ascending, laid one after the other."""
+    """Return the segments of the given rows, which ascend, after these are concatenated."""
     slots, remaining = [], iter(segments)
     segment = next(remaining)
     for row in rows:

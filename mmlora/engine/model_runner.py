@@ -14,8 +14,6 @@ from mmlora.errors import MMLoRAError
 from mmlora.lora.layers.base import LoRAState
 from mmlora.towers.encoder import EncoderJob, EncoderKey, MediaEncoder
 
-DeepFeatures = tuple[torch.Tensor, torch.Tensor]
-
 
 class ModelRunner:
     """Runs a loaded model on one device.
@@ -24,7 +22,7 @@ class ModelRunner:
         model: a `transformers` causal language model whose decoder uses paged attention.
         backend: implements the attention.
         kv_cache: allocated by the backend, with the blocks that the block manager hands out.
-        encoder: of media; None for a text-only model.
+        encoder: encodes media; None for a text-only model.
         lora_state: shared with the wrapped layers; None without LoRA.
     """
 
@@ -48,7 +46,7 @@ class ModelRunner:
 
     @property
     def num_position_rows(self) -> int:
-        """Rows of positions that the model takes: 1, or 3 for multimodal RoPE."""
+        """Number of position rows of the model: 1, or 3 for multimodal RoPE."""
         return self.encoder.towers.num_position_rows if self.encoder is not None else 1
 
     @torch.inference_mode()
@@ -95,8 +93,10 @@ class ModelRunner:
             output.last_hidden_state = output.last_hidden_state[:, self._kept_rows]
         return output
 
-    def _embed(self, model_input: ModelInput) -> tuple[dict[str, torch.Tensor], DeepFeatures | None]:
-        """Look up token embeddings, and put media embeddings in place of their placeholders.
+    def _embed(
+        self, model_input: ModelInput
+    ) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
+        """Look up token embeddings, and replace those of placeholders by media embeddings.
 
         Returns:
             Arguments of the model, and of `Towers.deepstack` where media have features for deeper layers.

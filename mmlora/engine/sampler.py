@@ -1,4 +1,4 @@
-"""`Sampler`: from logits to the next token of each sequence, and the log probabilities that requests ask for."""
+"""`Sampler`: from logits to the next token of each sequence, and the log probabilities that were requested."""
 
 import math
 from collections import Counter
@@ -38,7 +38,7 @@ class Sampler:
     """Chooses tokens from the logits of a forward, with the generators, matchers and penalties of live sequences.
 
     Args:
-        tokenizer: spells tokens in log probabilities.
+        tokenizer: decodes the tokens of log probabilities.
         stop_ids: end-of-text tokens.
     """
 
@@ -75,8 +75,10 @@ class Sampler:
         if item.start == 0:
             del found[1:]  # a preempted sequence starts over
         for position, row in zip(prompt_logprob_positions(item), rows, strict=False):
-            target = item.seq.token_ids[position + 1]
-            found.append(_prompt_entry(row.log_softmax(-1), target, num_top, self.tokenizer))
+            target, logprobs = item.seq.token_ids[position + 1], row.log_softmax(-1)
+            if target >= logprobs.numel():  # a placeholder outside the vocabulary
+                target = int(logprobs.argmax())
+            found.append(top_logprobs(logprobs, target, num_top, self.tokenizer))
         if len(found) == item.seq.num_prompt_tokens:
             request.prompt_logprobs = found
 
@@ -203,10 +205,3 @@ def _apply_penalties(row: torch.Tensor, seq: Sequence) -> None:
         tokens = torch.tensor(list(counts), device=row.device)
         times = torch.tensor(list(counts.values()), device=row.device)
         row[tokens] -= params.frequency_penalty * times + params.presence_penalty
-
-
-def _prompt_entry(logprobs: torch.Tensor, target: int, num_top: int, tokenizer: Any) -> TokenLogprobs:
-    """Return the log probabilities for one prompt token; for a placeholder outside the vocabulary, the top ones."""
-    if target >= logprobs.numel():
-        target = int(logprobs.argmax())
-    return top_logprobs(logprobs, target, num_top, tokenizer)
