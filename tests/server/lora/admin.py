@@ -33,12 +33,12 @@ def run_updatable(tiny_phi4: Path, adapters: dict[str, str]) -> Iterator[Running
 @contextmanager
 def leave_nothing(shared: RunningServer) -> Iterator[None]:
     """On exit, unload what the test loaded and check that the server has its former state and memory."""
-    num_bytes = shared.llm.engine.lora.num_host_bytes
+    num_bytes = shared.llm.engine.lora.cache.num_bytes
     yield
     for name in names(shared):
         if name not in BASE_NAMES:
             assert unload(shared, lora_name=name).status_code == 200
-    wait_for(lambda: shared.llm.engine.lora.num_host_bytes == num_bytes)
+    wait_for(lambda: shared.llm.engine.lora.cache.num_bytes == num_bytes)
     assert names(shared) == BASE_NAMES
     assert [info.name for info in shared.llm.engine.list_loras()] == ["started"]
 
