@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from mmlora import LLM
 from mmlora.errors import ConfigError, MediaError
-from mmlora.lora.loading.files import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from mmlora.lora.loading.files import read_adapter
 from mmlora.models.config import load_config
 from mmlora.models.default_adapters import find_default_adapters
 from mmlora.models.layouts import phi4mm
@@ -319,20 +319,9 @@ def test_base_model(llm: LLM, checkpoints: SimpleNamespace) -> None:
     check(llm, checkpoints, BASE_CASES, checkpoints.microsoft)
 
 
-def write_adapter(source: Path, usual: Path, path: Path) -> Path:
-    """Write an adapter of a model's weight files as a PEFT directory."""
-    files = phi4mm.embedded_adapter(source, str(usual))
-    assert files is not None
-    path.mkdir()
-    (path / CONFIG_FILE).write_text(json.dumps(files.config))
-    save_file(dict(files.tensors), path / WEIGHTS_FILE, {"format": "pt"})
-    return path
-
-
-def test_embedded_adapters_are_what_peft_wrote(llm: LLM, checkpoints: SimpleNamespace, tmp_path: Path) -> None:
-    usual = phi4mm.find_adapters(checkpoints.path)
-    assert usual == {name: checkpoints.path / f"{name}-lora" for name in ("speech", "vision")}
-    found = {name: write_adapter(checkpoints.path, folder, tmp_path / name) for name, folder in usual.items()}
+def test_extracted_adapters_are_what_peft_wrote(llm: LLM, checkpoints: SimpleNamespace, tmp_path: Path) -> None:
+    found = phi4mm.extract_adapters(checkpoints.path, tmp_path)
+    assert found == {"speech": tmp_path / "speech-lora", "vision": tmp_path / "vision-lora"}
     for name, path in found.items():
         files, original = read_adapter(path), read_adapter(checkpoints.twin.adapters[name])
         assert {key: files.config[key] for key in ("r", "lora_alpha")} == {
@@ -347,6 +336,8 @@ def test_embedded_adapters_are_what_peft_wrote(llm: LLM, checkpoints: SimpleName
         "<|user|>one<|assistant|>", adapter=checkpoints.twin.adapters["speech"]
     )
     assert torch.equal(extracted.logits, original.logits)
+    with pytest.raises(ConfigError, match="speech-lora exists"):
+        phi4mm.extract_adapters(checkpoints.path, tmp_path)
 
 
 def test_an_adapter_folder_takes_precedence_over_the_weight_files(checkpoints: SimpleNamespace, tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import Phi4MultimodalConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from mmlora.errors import ConfigError
-from mmlora.lora.loading.files import AdapterFiles
+from mmlora.lora.loading.files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from mmlora.models.layouts.base import Layout
 
 KEY_MAPPING: Mapping[str, str] = {
@@ -144,6 +145,31 @@ def embedded_adapter(source: Path, path: str) -> AdapterFiles | None:
         return None
     found = {usual.resolve(): name for name, usual in find_adapters(source).items()}
     return _read_adapter(source, found[folder]) if folder in found else None
+
+
+def extract_adapters(source: Path, folder: Path) -> dict[str, Path]:
+    """Write the adapters in a model's weight files as PEFT directories.
+
+    Args:
+        source: the directory of the model.
+        folder: the directory in which to create `speech-lora` and `vision-lora`.
+
+    Returns:
+        The new directories by name.
+
+    Raises:
+        ConfigError: a directory exists, or the configuration does not describe an adapter.
+    """
+    written = {}
+    for name in find_adapters(source):
+        files, path = _read_adapter(source, name), folder / f"{name}-lora"
+        if path.exists():
+            raise ConfigError(f"{path} exists; adapters are extracted into new directories only")
+        path.mkdir(parents=True)
+        (path / CONFIG_FILE).write_text(json.dumps(files.config, indent=2), encoding="utf-8")
+        save_file(dict(files.tensors), path / WEIGHTS_FILE, {"format": "pt"})
+        written[name] = path
+    return written
 
 
 def _read_adapter(source: Path, name: str) -> AdapterFiles:
