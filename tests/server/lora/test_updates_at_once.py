@@ -184,50 +184,48 @@ def test_a_load_waits_for_an_unload_of_its_name(
     assert chat(server, "sql").status_code == 200
 
 
-def test_a_resolver_does_not_replace_an_adapter_that_a_client_loaded(
-    server: RunningServer, adapters: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def resolving(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningServer]:
+    """A second server on the same engine; it uses the resolvers that the test registers."""
     models = load_served_models(server.llm)
     monkeypatch.setattr(LoRAResolverRegistry, "_resolvers", {})
+    start_resolution(server.llm, models, {"MMLORA_ALLOW_RUNTIME_LORA_UPDATING": "1"})
     with run_app(build_app(server.llm, models, allow_lora_updates=True)) as address:
-        other = RunningServer(server.llm, address)
+        yield RunningServer(server.llm, address)
 
-        class Late(LoRAResolver):
-            async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
-                answer = await asyncio.to_thread(load, other, lora_name=lora_name, lora_path=adapters["words"])
-                assert answer.status_code == 200
-                return LoRARequest(lora_name, 77, adapters["speech"])
 
-        LoRAResolverRegistry.register_resolver("late", Late())
-        start_resolution(server.llm, models, {"MMLORA_ALLOW_RUNTIME_LORA_UPDATING": "1"})
-        assert chat(other, "sql").status_code == 200
-        assert card(other, "sql")["root"] == adapters["words"]
-        assert unload(other, lora_name="sql").status_code == 200
+def test_a_resolver_does_not_replace_an_adapter_that_a_client_loaded(
+    resolving: RunningServer, adapters: dict[str, str]
+) -> None:
+    class Late(LoRAResolver):
+        async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
+            response = await asyncio.to_thread(load, resolving, lora_name=lora_name, lora_path=adapters["words"])
+            assert response.status_code == 200
+            return LoRARequest(lora_name, 77, adapters["speech"])
+
+    LoRAResolverRegistry.register_resolver("late", Late())
+    assert chat(resolving, "sql").status_code == 200
+    assert card(resolving, "sql")["root"] == adapters["words"]
+    assert unload(resolving, lora_name="sql").status_code == 200
 
 
 def test_a_resolver_can_reload_an_adapter_after_it_has_drained(
-    server: RunningServer, adapters: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    resolving: RunningServer, adapters: dict[str, str]
 ) -> None:
-    models = load_served_models(server.llm)
-    monkeypatch.setattr(LoRAResolverRegistry, "_resolvers", {})
-    with run_app(build_app(server.llm, models, allow_lora_updates=True)) as address:
-        other = RunningServer(server.llm, address)
+    class Ready(LoRAResolver):
+        async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
+            return LoRARequest(lora_name, 78, adapters["words"]) if lora_name == "sql" else None
 
-        class Ready(LoRAResolver):
-            async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
-                return LoRARequest(lora_name, 78, adapters["words"]) if lora_name == "sql" else None
-
-        LoRAResolverRegistry.register_resolver("ready", Ready())
-        start_resolution(server.llm, models, {"MMLORA_ALLOW_RUNTIME_LORA_UPDATING": "1"})
-        assert chat(other, "sql").status_code == 200
-        with slow_steps(other.llm, 0.02), ThreadPoolExecutor(1) as pool:
-            running = pool.submit(chat, other, "sql", max_tokens=60, ignore_eos=True)
-            wait_for(lambda: server.llm.engine.has_unfinished_requests)
-            assert unload(other, lora_name="sql").status_code == 200
-            assert chat(other, "sql").status_code == 503
-            assert running.result().status_code == 200
-        wait_for(lambda: chat(other, "sql").status_code == 200)
-        assert unload(other, lora_name="sql").status_code == 200
+    LoRAResolverRegistry.register_resolver("ready", Ready())
+    assert chat(resolving, "sql").status_code == 200
+    with slow_steps(resolving.llm, 0.02), ThreadPoolExecutor(1) as pool:
+        running = pool.submit(chat, resolving, "sql", max_tokens=60, ignore_eos=True)
+        wait_for(lambda: resolving.llm.engine.has_unfinished_requests)
+        assert unload(resolving, lora_name="sql").status_code == 200
+        assert chat(resolving, "sql").status_code == 503
+        assert running.result().status_code == 200
+    wait_for(lambda: chat(resolving, "sql").status_code == 200)
+    assert unload(resolving, lora_name="sql").status_code == 200
 
 
 def test_server_and_engine_agree_after_concurrent_loads_and_unloads(
