@@ -370,7 +370,7 @@ def models(tiny_phi4: Path, tiny_adapters: dict[str, Path], tmp_path_factory: py
         (["{phi4}", "--enable-lora", "--lora-modules", "a={other}"], "q_proj"),
         (["{phi4}", "--enable-lora", "--lora-modules", "a=b/no-such-adapter"], "no-such-adapter"),
         (["{phi4}", "--lora-modules", "a={speech}"], "needs enable_lora=True"),
-        (["{phi4}", "--enable-lora", "--default-mm-loras", '{{"video": "{speech}"}}'], "allowed are audio, image"),
+        (["{phi4}", "--enable-lora", "--default-mm-loras", '{{"video": "{speech}"}}'], "must be one of audio, image"),
         (["{llama}", "--enable-lora", "--default-mm-loras", '{{"audio": "{speech}"}}'], "takes text only"),
         (
             [
