@@ -304,7 +304,7 @@ def _decode_track(container: Any, track: Any, limits: MediaLimits, *, skips_dama
 
 
 def _refuse_to_open(url: str, *_: Any) -> None:
-    raise MediaError(f"the container refers to another file ({shorten(url)}), which is not allowed")
+    raise MediaError(f"the container refers to another file ({shorten(url)}), which is not opened")
 
 
 def _undecodable(data: bytes, reason: object) -> MediaError:
