@@ -93,13 +93,6 @@ class AttentionBackend(Protocol):
         ...
 
 
-def choose_backend(device: torch.device) -> AttentionBackend:
-    """Return the attention backend for a device; `SDPABackend` runs on every device."""
-    from mmlora.attention.paged import SDPABackend
-
-    return SDPABackend()
-
-
 _current: ContextVar[AttentionMetadata | None] = ContextVar("attention_metadata", default=None)
 
 

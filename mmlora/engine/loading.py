@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from mmlora.attention.backend import choose_backend
+from mmlora.attention import choose_backend
 from mmlora.attention.kv_cache import KVLayout, kv_cache_bytes, num_kv_blocks
 from mmlora.config import PRIORITY, EngineArgs
 from mmlora.engine.block_manager import BlockManager
