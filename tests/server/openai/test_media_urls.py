@@ -171,7 +171,7 @@ def test_completions_take_uuids(server: RunningServer, web: WebServer) -> None:
     for uuids, message in (
         ({"image": ["one"]}, "holds 1 for the 2 items of image"),
         ({"video": ["one"]}, "videos are not supported"),
-        ({"image": [5, None]}, "must be a string of 1 to 256"),
+        ({"image": [5, None]}, "must be text of 1 to 256"),
     ):
         refused = complete({"image": [url, url]}, uuids)
         assert refused.status_code == 400 and message in refused.json()["error"]["message"]
