@@ -3,10 +3,8 @@
 `InputProcessor` creates it outside the engine thread; it is immutable.
 """
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 from mmlora.lora.adapter import Adapter
 from mmlora.lora.mix import LoRAMix
@@ -24,7 +22,7 @@ class MediaInput:
 
     Attributes:
         media: its tensors.
-        start: index of its first placeholder token in the prompt.
+        start, end: its placeholder tokens are `[start, end)` of the prompt.
         mode: encoding mode, see `Towers.joint_modes`.
         encoder_key: key in the encoder cache. It consists of everything that the embeddings depend on (content,
             processor options, encoding mode, the adapter's tower part) and the request's cache salt.
@@ -32,13 +30,9 @@ class MediaInput:
 
     media: ProcessedMedia
     start: int
+    end: int
     mode: str
     encoder_key: tuple[tuple[str, object], ...]
-
-    @property
-    def end(self) -> int:
-        """One past its last placeholder token."""
-        return self.start + self.media.num_tokens
 
 
 @dataclass(frozen=True)
@@ -59,11 +53,4 @@ class EngineInput:
     priority: int = 0  # lower runs earlier
     cache_salt: str | None = None  # only requests with the same salt share cached prefixes and encoded media
     matchers: tuple[Matcher, ...] = ()  # one per output at its start state; empty without a constraint
-
-    @cached_property
-    def num_media_tokens(self) -> Mapping[str, int]:
-        """Number of placeholder tokens in the prompt, by modality."""
-        counts: Counter[str] = Counter()
-        for item in self.media:
-            counts[item.media.modality] += item.media.num_tokens
-        return counts
+    num_media_tokens: Mapping[str, int] = field(default_factory=dict)  # placeholder tokens in the prompt, by modality

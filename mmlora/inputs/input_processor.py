@@ -218,6 +218,9 @@ class InputProcessor:
             if adapter_start == len(token_ids):
                 choice, adapter = _not_invoked(adapter, choice), None
         media = self._place_media(processed, ranges, adapter, salt)
+        num_media_tokens: Counter[str] = Counter()
+        for item in processed:
+            num_media_tokens[item.modality] += item.num_tokens
         room = self.max_model_len - len(token_ids)
         return EngineInput(
             request_id=request_id,
@@ -234,6 +237,7 @@ class InputProcessor:
             priority=priority,
             cache_salt=salt,
             matchers=self._compile(params),
+            num_media_tokens=num_media_tokens,
         )
 
     def _tokenize(self, fields: Mapping[str, Any]) -> tuple[str | None, list[int]]:
@@ -308,7 +312,8 @@ class InputProcessor:
         for place in ranges:
             item = processed[place.media_index]
             mode = item.modality if len(modalities) == 1 else joint_modes.get(item.modality, item.modality)
-            media.append(MediaInput(item, place.start, mode, encoder_key(item, mode, media_digest, salt)))
+            key = encoder_key(item, mode, media_digest, salt)
+            media.append(MediaInput(item, place.start, place.start + place.length, mode, key))
         return tuple(media)
 
     def _lay_out(self, token_ids: list[int], media: Sequence[MediaInput]) -> PromptLayout:

@@ -61,4 +61,4 @@ def make_adapter(name: str, uid: int = 1, generation: int = 0) -> Adapter:
 def make_media(content: str, start: int, num_tokens: int, *, mode: str = "speech", digest: str | None = None):
     """Return a media item without tensors, whose placeholders start at `start`."""
     processed = ProcessedMedia("audio", content, {}, num_tokens)
-    return MediaInput(processed, start, mode, encoder_key(processed, mode, digest))
+    return MediaInput(processed, start, start + processed.num_tokens, mode, encoder_key(processed, mode, digest))
