@@ -115,8 +115,8 @@ def token_loss(
     clips = [i for i, steps in enumerate(spans) for _ in steps]
     stops = [stop for steps in spans for _, stop in steps]
     targets = torch.tensor([token for tokens in words for token in tokens])
-    heard = torch.nn.functional.normalize(audio_embeds[clips, stops], dim=-1)
-    logits = 12 * heard @ torch.nn.functional.normalize(token_embeddings, dim=-1).T
+    ends = torch.nn.functional.normalize(audio_embeds[clips, stops], dim=-1)
+    logits = 12 * ends @ torch.nn.functional.normalize(token_embeddings, dim=-1).T
     return torch.nn.functional.cross_entropy(logits, targets)
 
 

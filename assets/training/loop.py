@@ -111,7 +111,7 @@ def train(
 ) -> None:
     """Run a stage: one optimizer step per call of `step_loss`, with logs, held-out metrics and checkpoints.
 
-    The file `STOP` beside the checkpoint's name (`<name>.stop`) ends a stage early, after a last checkpoint.
+    The file `<name>.stop` next to the checkpoint ends a stage early, after a last checkpoint.
     """
     optimizer = checkpoint.optimizer
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -263,7 +263,7 @@ _MAKERS: dict[str, Callable[[Scene, random.Random], Question | None]] = {
     "count": _count,
     "color": _color,
     "relation": _relation,
-    "height": _height,  # no task of its own: a relation that needs more exercise than the others
+    "height": _height,  # not a separate task: a relation that needs more training than the others
 }
 
 

@@ -66,7 +66,7 @@ class Encoder:
         self._cache: dict[str, list[int]] = {}
 
     def text(self, text: str) -> list[int]:
-        """Encode text without any special token of its own, remembering short ones."""
+        """Encode text without adding special tokens; short texts are cached."""
         if text not in self._cache:
             if len(self._cache) > 200_000:
                 self._cache.clear()

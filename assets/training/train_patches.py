@@ -1,7 +1,7 @@
 """Stage 4a: warm up the vision tower by predicting, for every patch, which shape ends there.
 
-An early layer also predicts which pixels lie inside a shape, whatever its color. The heads are discarded after stage 4,
-which still uses the first of them for an auxiliary loss.
+An early layer also predicts which pixels lie inside a shape, regardless of its color. The heads are discarded after
+stage 4, which still uses the first of them for an auxiliary loss.
 """
 
 import argparse

@@ -63,7 +63,7 @@ class AdapterRegistry:
                 self._check_or_create(connection)
             self.records()
         except AdapterError as error:
-            raise ConfigError(f"lora_registry={str(path)!r} cannot be used: {error}") from None
+            raise ConfigError(f"lora_registry={str(path)!r} cannot be used: {error.__cause__ or error}") from None
 
     def records(self) -> list[AdapterRecord]:
         """Return all records, oldest first.
@@ -143,4 +143,4 @@ class AdapterRegistry:
                 yield connection
                 connection.execute("COMMIT")  # closing without a commit rolls back
         except (sqlite3.Error, ValueError) as error:  # such as a name or path that is not UTF-8
-            raise AdapterError(f"the adapter registry {self._path} cannot be {done}: {error}") from None
+            raise AdapterError(f"the adapter registry {self._path} cannot be {done}: {error}") from error

@@ -1,6 +1,7 @@
 """Containers that FFmpeg decodes: the same lengths as the `ffmpeg` program, and hostile files."""
 
 import io
+import re
 import struct
 import subprocess
 import sys
@@ -271,6 +272,7 @@ def with_reference(data, kind, content):
 
 def test_references_to_other_files_are_not_followed(tmp_path, monkeypatch):
     data, target = encode("m4a"), tmp_path / "secret.m4a"
+    shown = re.escape(str(target)[:60])  # longer paths are shortened
     target.write_bytes(encode("m4a", clip(level=0.1)))
     for kind, content in [(b"url ", f"file://{target}".encode() + b"\0"), (b"alis", bytes(200))]:
         item = load_media(with_reference(data, kind, content))
@@ -283,7 +285,7 @@ def test_references_to_other_files_are_not_followed(tmp_path, monkeypatch):
     monkeypatch.setattr(
         audio, "_FFMPEG_OPTIONS", {**audio._FFMPEG_OPTIONS, "enable_drefs": "1", "use_absolute_path": "1"}
     )
-    with pytest.raises(MediaError, match=r"refers to another file \(.*secret.m4a'\), which is not opened"):
+    with pytest.raises(MediaError, match=rf"refers to another file \('{shown}.*\), which is not opened"):
         load_media(aliased)
     monkeypatch.setattr(audio, "_refuse_to_open", None)
     with pytest.raises(MediaError, match="no audio could be decoded"):  # no protocol can open it
