@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class LLM(LoRAMethods):
-    """Offline inference on one base model with many adapters; `LoRAManager` documents `add_lora` and its companions.
+    """Offline inference on one base model with many adapters; `LoRAManager` documents the `…_lora` methods.
 
     Args:
         model: directory or Hub id.
@@ -59,8 +59,8 @@ class LLM(LoRAMethods):
                 `prompt_token_ids`, `multi_modal_data` (`{"audio": (array, rate) | [...], "image": PIL | [...]}`),
                 `mm_processor_kwargs` and `cache_salt` (prompts share caches only under the same salt).
             sampling_params: one for all, or one per prompt; by default those of the model.
-            lora_request: one for all, or one per prompt. `None` chooses the adapter automatically by the media, `BASE`
-                is the base model.
+            lora_request: one for all, or one per prompt. `None` selects the adapter by the modalities of the
+                prompt; `BASE` is the base model.
             use_tqdm: whether to show a progress bar.
             priority: one for all, or one per prompt, by default 0; lower is served earlier. Needs
                 `scheduling_policy="priority"`.

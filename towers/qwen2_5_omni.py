@@ -1,4 +1,4 @@
-"""Towers of the Qwen2.5-Omni thinker, whose rotary positions count audio as well as pictures."""
+"""Towers of the Qwen2.5-Omni thinker, whose rotary positions depend on audio as well as on images."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from mmlora.towers.general import GeneralTowers
 
 
 class Qwen25OmniTowers(GeneralTowers):
-    """The general path with other arguments of `get_rope_index`."""
+    """`GeneralTowers` with other arguments for `get_rope_index`."""
 
     def rope_arguments(
         self, token_ids: Sequence[int], media: Sequence[tuple[int, ProcessedMedia]]

@@ -92,7 +92,7 @@ class Flag:
         """
         texts = [text]
         if self.parse == LoRAModule.parse:
-            # Spaces inside a JSON object do not separate.
+            # Spaces inside a JSON object are not separators.
             texts = re.findall(r"\{[^{}]*\}|[^\s{][^\s]*|\{.*", text)
         elif self.is_list and not text.startswith("["):
             texts = [part.strip() for part in text.split(",")]

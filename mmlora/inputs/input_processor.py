@@ -1,7 +1,7 @@
 """`InputProcessor`: turns a caller's prompt into an `EngineInput`.
 
 It renders chats, tokenizes text, decodes and processes media, expands placeholders, and chooses and loads the adapter.
-It has no state of requests and is thread-safe; the engine thread never runs it.
+It keeps no state between requests and is thread-safe; the engine thread never runs it.
 """
 
 import functools
@@ -56,7 +56,7 @@ class InputProcessor:
         tokenizer: the model's tokenizer.
         vocab_size: number of rows of the embedding table.
         max_model_len: limit of prompt and output tokens together.
-        processor, towers: of the model; None if it is text-only.
+        processor, towers: media processor and towers of the model; None for a text-only model.
         host_cache: loads adapters; None without LoRA.
         defaults: by canonical key of `default_mm_loras`, the request that names the adapter and the loaded adapter.
         constraints: compiles `structured_outputs`.
@@ -127,7 +127,7 @@ class InputProcessor:
             continue_final_message: leave the last message open, so that the output continues it.
             tools: OpenAI tools, passed to the template.
             mm_processor_kwargs, cache_salt: as in other prompts.
-            caller: scope of the media uuids.
+            caller: identifies the client; media uuids are scoped to it.
 
         Raises:
             RequestError: a message or an option is malformed.
@@ -248,7 +248,7 @@ class InputProcessor:
         return text, self.encode(text)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Tokenize a prompt. Numbered placeholders are replaced by those of the model; none is expanded.
+        """Tokenize a prompt. Numbered placeholders become the model's own; no placeholder is expanded.
 
         Raises:
             RequestError: the prompt is too long, or is not valid text.
@@ -350,7 +350,7 @@ class InputProcessor:
         return self._host_cache.get(request)
 
     def _compile(self, params: SamplingParams) -> tuple[Matcher, ...]:
-        """Return one matcher per output. Copies are made here because one of a large constraint takes 30 ms."""
+        """Return one matcher per output. Copies are made here because copying a large matcher takes 30 ms."""
         if params.structured_outputs is None:
             return ()
         start = self._constraints.compile(params.structured_outputs)

@@ -1,1 +1,1 @@
-"""Model families: configuration, loading, and the checks that a decoder passes at load."""
+"""Model families: configuration, loading, and the comparison of a decoder with `transformers` when it is loaded."""

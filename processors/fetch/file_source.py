@@ -20,7 +20,7 @@ class FileSource:
 
     Args:
         root: the directory; symbolic links must not lead out of it.
-        limits: of the media.
+        limits: size limits of media.
 
     Raises:
         ConfigError: it is not a directory.

@@ -41,7 +41,7 @@ class LoadBody(Body):
 
 
 class UnloadBody(Body):
-    """Body of an unload request: a name, an id, or both of one adapter."""
+    """Body of an unload request: the name of an adapter, its id, or both."""
 
     lora_name: str | None = None
     lora_int_id: int | None = Field(None, ge=1, le=MAX_INT_ID)

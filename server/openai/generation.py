@@ -32,8 +32,8 @@ class Generation:
 
     Attributes:
         request: the fields of the body.
-        prompts: by request id in the engine.
-        media: of all prompts; None without any.
+        prompts: the prompts, by engine request id.
+        media: media of all prompts; None if there are none.
         params: sampling parameters of all prompts.
         builder: builds the response.
         num_prompt_copies: how often the response repeats the log probabilities of each prompt.
@@ -77,16 +77,16 @@ class GenerationService(ABC):
         """Parse and validate a request in the thread pool; no media are fetched yet.
 
         Args:
-            request: has the headers.
+            request: the HTTP request, for its headers.
             body: the whole body.
-            caller: scope of the media uuids.
+            caller: identifies the client; media uuids are scoped to it.
 
         Raises:
             RequestError: a field is malformed, invalid or not supported.
         """
 
     async def _generate(self, generation: Generation) -> Outputs:
-        """Yield output deltas. No prompt is started unless all can be served; leaving early aborts all.
+        """Yield output deltas. No prompt is started unless all can be served; closing the iterator aborts all.
 
         Raises:
             MMLoRAError: the request cannot be served, or failed.

@@ -1,6 +1,7 @@
 """Base of the request models of all endpoints that generate text.
 
-A field that would change the output and is not supported is refused by name. OpenAI fields without effect are accepted.
+A field that would change the output and is not supported is refused by name. OpenAI fields that do not affect
+the output are accepted.
 """
 
 import functools
@@ -50,8 +51,8 @@ NEUTRAL_EXTRAS: Final[Mapping[str, tuple[JsonValue, ...]]] = {
     "use_beam_search": (None, False),
 }
 FORMAT_TYPES: Final = ("text", "json_object", "json_schema")
-MAX_ENTRIES: Final = 65536  # of a mapping
-# Fields of `SamplingParams` that each endpoint defines itself, as name, type or meaning differ.
+MAX_ENTRIES: Final = 65536  # entries of a mapping
+# Fields of `SamplingParams` that each endpoint defines itself, because name, type or meaning differ.
 ENDPOINT_FIELDS: Final = frozenset({"max_tokens", "logprobs", "prompt_logprobs", "structured_outputs"})
 
 
@@ -115,8 +116,8 @@ class CommonFields(BaseModel):
 class GenerationRequest(SamplingFields, CommonFields):  # type: ignore[valid-type, misc]  # created at import
     """Fields of all endpoints with JSON bodies, including the sampling options.
 
-    Other fields end in `model_extra` and go through `check_other_fields`. `NEUTRAL_VALUES` extends `NEUTRAL_EXTRAS`
-    with fields that the endpoint does not support and their values without effect.
+    Pydantic collects other fields in `model_extra`; `check_other_fields` checks them. `NEUTRAL_VALUES` extends
+    `NEUTRAL_EXTRAS` with fields that the endpoint does not support and their values without effect.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")

@@ -33,7 +33,7 @@ class CacheEntry:
     """Everything known about one adapter name, whether its matrices are in host memory or not.
 
     Attributes:
-        request: loads the current version.
+        request: names the files of the current version.
         digest: of the current version; None until the first load has succeeded.
         generation: number of reloads.
         directory: the files of the current version; None for an adapter from memory.
@@ -44,7 +44,7 @@ class CacheEntry:
         num_loads, load_s: number of loads, and the seconds they took.
         uid: number of the adapter in this process.
         lock: held during a load or change; see the module.
-        reloaded_for: requests with `load_inplace` that have had their reload, by `id()`.
+        reloaded_for: `id()` of requests with `load_inplace` whose reload is done.
     """
 
     request: LoRARequest

@@ -132,7 +132,7 @@ class AdapterRegistry:
         """Open a connection for one transaction, so that any thread may use it, and take the write lock at once.
 
         Args:
-            done: what cannot be done to the file, for errors.
+            done: participle for error messages, such as "read" in "cannot be read".
 
         Raises:
             AdapterError: SQLite fails.

@@ -43,7 +43,7 @@ class TranscriptionService(GenerationService):
         assert isinstance(clip, AudioItem)
         separator = prompt.language_separator if form.language is None else None
         builder = TranscriptionBuilder(form, clip.duration_s, language, separator)
-        # One user message with the clip and, unless the template has it, the instruction.
+        # One user message: the clip, and the instruction unless the template adds it.
         content: list[dict[str, Any]] = [{"type": "audio", "audio": clip}]
         template_kwargs: dict[str, Any] = {}
         if prompt.chat_template is not None:
