@@ -17,7 +17,7 @@ from mmlora.server.launch import load_served_models
 from mmlora.server.openai.tools.choice import read_tool_choice
 from tests.checkpoints import CHAT_TEMPLATE
 from tests.server.conftest import RunningServer, ServerFactory, run_app
-from tests.server.openai.tools import CALL, SCHEMAS, TEMPLATE, check_calls, prompt_of
+from tests.server.openai.tools.definitions import CALL, SCHEMAS, TEMPLATE, check_calls, prompt_of
 
 
 def tool(name: str, **fields: Any) -> dict[str, Any]:

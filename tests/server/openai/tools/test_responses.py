@@ -13,7 +13,7 @@ from openai.types.responses import Response, ResponseFunctionToolCall, ResponseO
 from mmlora.errors import MMLoRAError
 from tests.server.conftest import RunningServer, ServerFactory
 from tests.server.openai.responses import checked, respond, stream
-from tests.server.openai.tools import CALL, SCHEMAS, TEMPLATE, check_calls, prompt_of
+from tests.server.openai.tools.definitions import CALL, SCHEMAS, TEMPLATE, check_calls, prompt_of
 
 INFINITE = "1e999"  # sent as a number
 LOGPROBS = "message.output_text.logprobs"
