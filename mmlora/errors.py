@@ -33,6 +33,14 @@ class RequestError(MMLoRAError):
         self.param = param
 
 
+class ContextLengthExceeded(RequestError):
+    """A prompt does not fit into the model's context.
+
+    Clients recognize it by its code in HTTP error bodies, `context_length_exceeded`, and by the words "maximum context
+    length is … tokens".
+    """
+
+
 class MediaError(RequestError):
     """Audio or image content is undecodable, too large, or does not match the prompt."""
 

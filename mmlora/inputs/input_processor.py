@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from mmlora.config import PRIORITY, EngineArgs
-from mmlora.errors import MediaError, RequestError
+from mmlora.errors import ContextLengthExceeded, MediaError, RequestError
 from mmlora.inputs.adapter_policy import choose_adapter
 from mmlora.inputs.chat import ChatPrompt, check_tools, read_messages
 from mmlora.inputs.chat_template import ChatTemplate, Message, Tools, load_chat_template
@@ -135,7 +135,8 @@ class InputProcessor:
             ConfigError: `chat_template` is the path of a file that does not exist.
         """
         if add_generation_prompt and continue_final_message:
-            raise RequestError("add_generation_prompt and continue_final_message are mutually exclusive")
+            message = "add_generation_prompt and continue_final_message are mutually exclusive"
+            raise RequestError(message, "continue_final_message")
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
         check_tools(tools or ())
@@ -170,7 +171,7 @@ class InputProcessor:
             RequestError: the template cannot render the chat, or the prompt is too long.
         """
         text = chat.render()
-        return text, encode_text(self.tokenizer, text, self.max_model_len, add_special_tokens=False)
+        return text, encode_text(self.tokenizer, text, self.max_model_len, "messages", add_special_tokens=False)
 
     def process(
         self,
@@ -210,7 +211,7 @@ class InputProcessor:
             options, salt = fields.get("mm_processor_kwargs"), fields.get("cache_salt")
         processed = self._process_media(items, options)
         token_ids, ranges = self._expand(token_ids, processed)
-        self._check_tokens(token_ids)
+        self._check_tokens(token_ids, "messages" if isinstance(prompt, ChatPrompt) else "prompt")
         lora_request, adapter, choice = self._choose_adapter(set(items), lora_request)
         adapter_start = 0
         if adapter is not None and adapter.invocation_tokens:
@@ -255,7 +256,9 @@ class InputProcessor:
             MediaError: numbered placeholders are out of order.
         """
         normalized = self.processor.normalize_placeholders(text) if self.processor is not None else text
-        return encode_text(self.tokenizer, normalized, self.max_model_len, add_special_tokens=add_special_tokens)
+        return encode_text(
+            self.tokenizer, normalized, self.max_model_len, "prompt", add_special_tokens=add_special_tokens
+        )
 
     def _load_media(self, data: object) -> dict[str, list[MediaItem]]:
         """Count the items of `multi_modal_data`, then decode them; `PromptMedia` has been counted already."""
@@ -363,32 +366,36 @@ class InputProcessor:
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(params, name)
             if value is not None and bound != -1 and (value > bound or value == -1):
-                raise RequestError(f"{name}={shorten(value)} exceeds max_logprobs={bound}")
-        ids = [*(params.logit_bias or {}), *(params.stop_token_ids or ())]
-        outside = [token for token in ids if token >= self.vocab_size]
-        if outside:
-            raise RequestError(f"token id {shorten(outside[0])} is outside the vocabulary of {self.vocab_size}")
+                raise RequestError(f"{name}={shorten(value)} exceeds max_logprobs={bound}", name)
+        for name in ("logit_bias", "stop_token_ids"):
+            outside = [token for token in getattr(params, name) or () if token >= self.vocab_size]
+            if outside:
+                message = f"token id {shorten(outside[0])} is outside the vocabulary of {self.vocab_size}"
+                raise RequestError(f"{name}: {message}", name)
 
     def _check_priority(self, priority: int) -> None:
         if not isinstance(priority, int) or isinstance(priority, bool) or not -(2**63) <= priority < 2**63:
-            raise RequestError(f"priority={shorten(priority)} must be an integer of 64 bits")
+            raise RequestError(f"priority={shorten(priority)} must be an integer of 64 bits", "priority")
         if priority != 0 and self._args.scheduling_policy != PRIORITY:
             raise RequestError(
                 f"priority={priority} needs scheduling_policy={PRIORITY!r}; the engine has "
-                f"{self._args.scheduling_policy!r}, which allows only 0"
+                f"{self._args.scheduling_policy!r}, which allows only 0",
+                "priority",
             )
 
-    def _check_tokens(self, token_ids: list[int]) -> None:
+    def _check_tokens(self, token_ids: list[int], field: str) -> None:
         if not token_ids:
-            raise RequestError("the prompt is empty; at least one token is needed")
+            raise RequestError("the prompt is empty; at least one token is needed", field)
         if len(token_ids) >= self.max_model_len:
-            raise RequestError(
-                f"the prompt has {len(token_ids)} tokens; prompt and at least one output token must fit into "
-                f"max_model_len={self.max_model_len}"
+            raise ContextLengthExceeded(
+                f"the prompt has {len(token_ids)} tokens; this model's maximum context length is "
+                f"{self.max_model_len} tokens, max_model_len={self.max_model_len}, and the output needs at least one",
+                field,
             )
         for token in token_ids:
             if not isinstance(token, int) or not (0 <= token < self.vocab_size or token in self._placeholder_ids):
-                raise RequestError(f"token id {shorten(token)} is outside the vocabulary of {self.vocab_size}")
+                message = f"token id {shorten(token)} is outside the vocabulary of {self.vocab_size}"
+                raise RequestError(message, field)
 
 
 def _last_start(token_ids: list[int], wanted: tuple[int, ...]) -> int:
@@ -436,20 +443,25 @@ def _as_list(contents: object) -> list[object]:
     return contents if isinstance(contents, list) else [contents]
 
 
-def encode_text(tokenizer: Any, text: str, max_model_len: int, *, add_special_tokens: bool = True) -> list[int]:
-    """Tokenize a prompt, unless it has so many characters that its tokens cannot fit.
+def encode_text(
+    tokenizer: Any, text: str, max_model_len: int, field: str, *, add_special_tokens: bool = True
+) -> list[int]:
+    """Tokenize a prompt, unless it has so many characters that its tokens cannot fit; errors name `field`.
 
     Raises:
-        RequestError: the prompt is too long, or is not valid text (for example a lone surrogate).
+        ContextLengthExceeded: the prompt is too long.
+        RequestError: it is not valid text (for example a lone surrogate).
     """
     if len(text) > max_model_len * MAX_CHARS_PER_TOKEN:
-        raise RequestError(
-            f"the prompt has {len(text)} characters, which cannot fit into max_model_len={max_model_len} tokens"
+        raise ContextLengthExceeded(
+            f"the prompt has {len(text)} characters, which cannot fit into max_model_len={max_model_len}; "
+            f"this model's maximum context length is {max_model_len} tokens",
+            field,
         )
     try:
         return list(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
     except (TypeError, ValueError) as error:
-        raise RequestError(f"the prompt cannot be tokenized: {error}") from None
+        raise RequestError(f"the prompt cannot be tokenized: {error}", field) from None
 
 
 def _check_types(fields: Mapping[str, Any]) -> None:
@@ -464,8 +476,9 @@ def _check_types(fields: Mapping[str, Any]) -> None:
 
 def _check_options(options: object, salt: object) -> None:
     if options is not None and not isinstance(options, Mapping):
-        raise RequestError(f"mm_processor_kwargs is a {type(options).__name__}; it must be a mapping")
+        message = f"mm_processor_kwargs is a {type(options).__name__}; it must be a mapping"
+        raise RequestError(message, "mm_processor_kwargs")
     if salt is not None and not (isinstance(salt, str) and salt):
-        raise RequestError(f"cache_salt={shorten(salt)} must be non-empty text")
+        raise RequestError(f"cache_salt={shorten(salt)} must be non-empty text", "cache_salt")
     if isinstance(salt, str) and len(salt) > MAX_SALT_CHARS:
-        raise RequestError(f"cache_salt has {len(salt)} characters; the limit is {MAX_SALT_CHARS}")
+        raise RequestError(f"cache_salt has {len(salt)} characters; the limit is {MAX_SALT_CHARS}", "cache_salt")

@@ -5,13 +5,13 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from mmlora.async_llm import AsyncLLM, PreparedRequest
-from mmlora.errors import EngineDeadError, MMLoRAError
+from mmlora.errors import EngineDeadError, MMLoRAError, RequestError
 from mmlora.inputs.input_processor import Prompt
 from mmlora.processors.media.loader import PromptMedia
 from mmlora.sampling_params import SamplingParams
@@ -50,11 +50,16 @@ class Generation:
 class GenerationService(ABC):
     """An endpoint that generates text.
 
+    Attributes:
+        FIELDS: field of the endpoint by argument of the engine, where the two have different names; errors use it.
+
     Args:
         llm: the engine.
         models: served model and adapter names.
         max_request_bytes: size limit of request bodies.
     """
+
+    FIELDS: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, llm: AsyncLLM, models: ServedModels, max_request_bytes: int) -> None:
         self._llm = llm
@@ -68,9 +73,10 @@ class GenerationService(ABC):
             MMLoRAError: the request cannot be served, or failed before the response began.
         """
         body = await read_body(request, self._max_request_bytes)
-        generation = await self._llm.run_in_pool(self._parse, request, body, CALLER.get())
-        outputs = self._generate(generation)
-        return await respond_with(request, generation.builder, outputs, is_stream=bool(generation.request.stream))
+        with rename_param(self.FIELDS):
+            generation = await self._llm.run_in_pool(self._parse, request, body, CALLER.get())
+            outputs = self._generate(generation)
+            return await respond_with(request, generation.builder, outputs, is_stream=bool(generation.request.stream))
 
     @abstractmethod
     def _parse(self, request: Request, body: bytes, caller: str) -> Generation:
@@ -126,6 +132,28 @@ class GenerationService(ABC):
                     yield output
         finally:
             await close(outputs)
+
+
+@contextmanager
+def rename_param(fields: Mapping[str, str]) -> Iterator[None]:
+    """Name the endpoint's field in errors about an argument of the engine.
+
+    Args:
+        fields: field by argument; other names stay.
+
+    Raises:
+        RequestError: the same error, with the field in `param` and at the start of its message.
+    """
+    try:
+        yield
+    except RequestError as error:
+        field = fields.get(error.param or "")
+        if field is not None:
+            message = str(error)
+            if message.startswith(f"{error.param}="):
+                error.args = (field + message.removeprefix(str(error.param)),)
+            error.param = field
+        raise
 
 
 @contextmanager

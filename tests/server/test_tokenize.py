@@ -109,7 +109,7 @@ def test_a_text_over_the_context_length_is_still_tokenized(server: RunningServer
         ({"prompt": "a", "add_generation_prompt": False}, 400, "add_generation_prompt", "needs messages"),
         ({"prompt": "a", "chat_template_kwargs": {}}, 400, "chat_template_kwargs", "needs messages"),
         ({"prompt": "a", "return_token_strs": "yes"}, 400, "return_token_strs", '"yes"'),
-        ({"prompt": "a" * 200_000}, 400, None, "200000 characters"),
+        ({"prompt": "a" * 200_000}, 400, "prompt", "200000 characters"),
         ({"messages": []}, 400, "messages", "messages"),
         ({"messages": CHAT, "add_special_tokens": True}, 400, "add_special_tokens", "needs a prompt"),
         ({"messages": [{"role": "banana", "content": "x"}]}, 400, "messages", "messages[0].role"),

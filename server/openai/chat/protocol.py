@@ -67,7 +67,7 @@ class ChatCompletionRequest(ToolRequest):
     }
 
     messages: Annotated[FirstOnly[dict[str, Any]], Field(min_length=1), WithJsonSchema(MESSAGES)]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     echo: bool | None = None

@@ -21,6 +21,8 @@ class ChatService(GenerationService):
         tool_calling: how the model calls tools.
     """
 
+    FIELDS = {"logprobs": "top_logprobs"}
+
     def __init__(self, llm: AsyncLLM, models: ServedModels, max_request_bytes: int, tool_calling: ToolCalling) -> None:
         super().__init__(llm, models, max_request_bytes)
         self._tool_calling = tool_calling

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, JsonValue, WithJsonSchema
+from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, WithJsonSchema
 
 from mmlora.errors import RequestError
 from mmlora.models.transcription import LANGUAGES
@@ -48,7 +48,7 @@ class AudioRequest(FormSamplingFields, CommonFields):  # type: ignore[valid-type
     stream: bool = False
     stream_include_usage: bool | None = None  # the last event of a stream always has the token counts
     temperature: float = 0.0
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     priority: int = 0
 
     @property

@@ -25,6 +25,8 @@ class TranscriptionService(GenerationService):
         kind: request model of the endpoint.
     """
 
+    FIELDS = {"messages": "file"}
+
     def __init__(
         self,
         llm: AsyncLLM,

@@ -180,7 +180,7 @@ def test_the_invalid_prompt_is_named_and_no_prompt_is_started(
     monkeypatch.setattr(server.llm.engine, "add_input", added.append)
     error = refuse(server, prompt=["a", "b", "long " * 300], stream=stream)
     assert error["message"].startswith("prompt[2]: ") and "max_model_len=512" in error["message"]
-    assert error["code"] == "request_error" and not added
+    assert error["code"] == "context_length_exceeded" and not added
 
 
 @pytest.mark.parametrize("stream", [False, True])
