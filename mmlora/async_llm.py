@@ -185,7 +185,9 @@ class AsyncLLM:
 
         Raises:
             EngineDeadError: the engine was shut down.
+            EngineInUseError: after a fork, which has none of the threads.
         """
+        self.engine.lock.check_process()
         pool = self._loaders if is_load else self._pool
         try:
             future = asyncio.get_running_loop().run_in_executor(pool, function, *args)
@@ -295,7 +297,7 @@ class AsyncLLM:
 
         def change_and_sync() -> T:
             result = change()
-            self._run_in_engine(self.engine.lora.sync_slots)
+            self._run_in_engine(self.engine.sync_slots)
             return result
 
         return await self.run_in_pool(change_and_sync, is_load=True)
@@ -352,9 +354,8 @@ class AsyncLLM:
     def _serve(self) -> None:
         """Main loop of the engine thread: handle messages, step, deliver outputs; while idle, block on the inbox."""
         try:
-            while self._take_messages():
-                for output in self.engine.step(is_delta=True):
-                    self._deliver(output)
+            with self.engine.lock.session("AsyncLLM"):
+                self._step_until_stopped()
         except BaseException as error:  # a panic in a Rust library is not an Exception
             logger.exception("the engine died")
             self._close(EngineDeadError(f"the engine died: {error}"))
@@ -362,6 +363,11 @@ class AsyncLLM:
             for request_id in list(self._streams):
                 self._abort(request_id)
             self._close(EngineDeadError("the engine was shut down"))
+
+    def _step_until_stopped(self) -> None:
+        while self._take_messages():
+            for output in self.engine.step(is_delta=True):
+                self._deliver(output)
 
     def _take_messages(self) -> bool:
         """Handle queued messages, blocking while no request is unfinished; return False to shut down."""

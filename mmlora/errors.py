@@ -71,5 +71,9 @@ class ResolverError(MMLoRAError):
     """Resolvers failed to look up an adapter name: unreachable, too slow, or broken."""
 
 
+class EngineInUseError(MMLoRAError):
+    """A call would interfere with another one, comes from inside one, or was made after a fork."""
+
+
 class EngineDeadError(MMLoRAError):
     """The engine stopped after an internal failure and accepts no further requests."""

@@ -1,15 +1,16 @@
 """`LLM`: offline inference in the caller's thread."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
 from mmlora.config import EngineArgs
 from mmlora.engine.llm_engine import LLMEngine, LoRAMethods
-from mmlora.errors import RequestError
+from mmlora.errors import EngineInUseError, RequestError
 from mmlora.inputs.chat_template import Message
+from mmlora.inputs.engine_input import EngineInput
 from mmlora.inputs.input_processor import Prompt
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.store.manager import LoRAManager
@@ -21,6 +22,9 @@ T = TypeVar("T")
 
 class LLM(LoRAMethods):
     """Offline inference on one base model with many adapters; `LoRAManager` documents the `…_lora` methods.
+
+    Several threads may share one `LLM`: their calls of `generate` and `chat` run one after the other, in the order in
+    which they came. `AsyncLLM` runs concurrent requests together.
 
     Args:
         model: directory or Hub id.
@@ -70,7 +74,10 @@ class LLM(LoRAMethods):
 
         Raises:
             RequestError: a prompt cannot be served; no prompt was started.
+            EngineInUseError: it is called from inside another call, in a fork of the process that created the `LLM`, or
+                while requests of `llm_engine.add_request` are unfinished.
         """
+        self.llm_engine.lock.check_process()  # before work in threads, which a fork does not have
         batch = _as_prompts(prompts)
         params = _one_per_prompt(sampling_params, len(batch), "sampling_params")
         loras = _one_per_prompt(lora_request, len(batch), "lora_request")
@@ -80,9 +87,7 @@ class LLM(LoRAMethods):
             self.llm_engine.process_input(str(next(self._ids)), prompt, param, lora, prompt_priority)
             for prompt, param, lora, prompt_priority in zip(batch, params, loras, priorities, strict=True)
         ]
-        for request_input in inputs:
-            self.llm_engine.add_input(request_input)
-        return self._run([request_input.request_id for request_input in inputs], use_tqdm)
+        return self._run(inputs, use_tqdm)
 
     def chat(
         self,
@@ -137,20 +142,35 @@ class LLM(LoRAMethods):
         """See `LoRAMethods.lora`."""
         return self.llm_engine.lora
 
-    def _run(self, request_ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
-        finished: dict[str, RequestOutput] = {}
-        with tqdm(total=len(request_ids), disable=not use_tqdm, desc="Processed prompts") as progress:
+    def between_steps(self, function: Callable[[], None]) -> None:
+        """See `LoRAMethods.between_steps`."""
+        self.llm_engine.between_steps(function)
+
+    def _run(self, inputs: Sequence[EngineInput], use_tqdm: bool) -> list[RequestOutput]:
+        engine, request_ids = self.llm_engine, [request_input.request_id for request_input in inputs]
+        with engine.lock.session():
+            if engine.has_unfinished_requests:
+                raise EngineInUseError("requests of LLMEngine.add_request are unfinished; step until they are finished")
             try:
-                while len(finished) < len(request_ids):
-                    for output in self.llm_engine.step():
-                        if output.finished:
-                            finished[output.request_id] = output
-                            progress.update()
+                for request_input in inputs:
+                    engine.add_input(request_input)
+                finished = self._step_until_finished(len(inputs), use_tqdm)
             except BaseException:  # for example Ctrl-C: the next call starts without leftovers
+                engine.lock.end_call()
                 for request_id in request_ids:
-                    self.llm_engine.abort_request(request_id)
+                    engine.abort_request(request_id)
                 raise
         return [finished[request_id] for request_id in request_ids]
+
+    def _step_until_finished(self, count: int, use_tqdm: bool) -> dict[str, RequestOutput]:
+        finished: dict[str, RequestOutput] = {}
+        with tqdm(total=count, disable=not use_tqdm, desc="Processed prompts") as progress:
+            while self.llm_engine.has_unfinished_requests:
+                for output in self.llm_engine.step():
+                    if output.finished:
+                        finished[output.request_id] = output
+                        progress.update()
+        return finished
 
 
 def _as_prompts(prompts: Any) -> list[Prompt]:

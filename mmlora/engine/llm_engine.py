@@ -1,7 +1,7 @@
 """`LLMEngine`: queue requests, compute steps, return outputs.
 
-One step is: schedule, run, append, collect. `LLM` steps in the caller's thread, `AsyncLLM` in a dedicated thread. Other
-threads may only call the methods marked thread-safe, such as `process_input`.
+One step is: schedule, run, append, collect. `LLM` steps in the caller's thread, `AsyncLLM` in a dedicated thread. Calls
+from several threads are served one after the other (`EngineLock`); those marked thread-safe do not wait.
 """
 
 import functools
@@ -31,6 +31,7 @@ from mmlora.lora.store.manager import LoRAInfo, LoRAManager
 from mmlora.outputs import RequestOutput
 from mmlora.sampling_params import SamplingParams
 from mmlora.towers.encoder import EncoderJob
+from mmlora.utils.locks import EngineLock
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -43,14 +44,14 @@ def _lora_method(change: Callable[Concatenate[LoRAManager, P], T]) -> Callable[C
     @functools.wraps(change)
     def method(self: "LoRAMethods", /, *args: P.args, **kwargs: P.kwargs) -> T:
         result = change(self.lora, *args, **kwargs)
-        self.lora.sync_slots()
+        self.sync_slots()
         return result
 
     return method
 
 
 class LoRAMethods(ABC):
-    """Life cycle of adapters, to be called from the engine thread; `LoRAManager` documents the methods."""
+    """Life cycle of adapters, safe in any thread; `LoRAManager` documents the methods."""
 
     @property
     @abstractmethod
@@ -60,6 +61,14 @@ class LoRAMethods(ABC):
         Raises:
             RequestError: the engine runs without LoRA.
         """
+
+    @abstractmethod
+    def between_steps(self, function: Callable[[], None]) -> None:
+        """Call a short function while no step runs."""
+
+    def sync_slots(self) -> None:
+        """Sync the slots with the adapters on the host, between two steps."""
+        self.between_steps(self.lora.sync_slots)
 
     add_lora = _lora_method(LoRAManager.add)
     reload_lora = _lora_method(LoRAManager.reload)
@@ -74,14 +83,25 @@ class LoRAMethods(ABC):
             AdapterError: it is unknown, cannot be loaded, or too many are pinned; nothing has changed.
         """
         if is_pinned:
-            self.lora.pin(lora)
+            self.lora.pin(lora, self.between_steps)
         else:
             self.lora.unpin(lora)
-            self.lora.sync_slots()
+            self.sync_slots()
 
     def list_loras(self) -> list[LoRAInfo]:
         """Return the state of every known adapter, in the order of their first loads; defaults are not included."""
         return self.lora.list_infos()
+
+
+def _exclusive(method: Callable[Concatenate["LLMEngine", P], T]) -> Callable[Concatenate["LLMEngine", P], T]:
+    """Wrap a method so that no other thread uses the engine while it runs."""
+
+    @functools.wraps(method)
+    def exclusive(self: "LLMEngine", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self.lock.call():
+            return method(self, *args, **kwargs)
+
+    return exclusive
 
 
 class LLMEngine(LoRAMethods):
@@ -98,6 +118,7 @@ class LLMEngine(LoRAMethods):
     def __init__(self, args: EngineArgs) -> None:
         parts = load_engine_parts(args)
         self.args = args
+        self.lock = EngineLock()
         self.tokenizer = parts.tokenizer
         self.max_model_len = parts.max_model_len
         self.input_processor = parts.input_processor
@@ -135,6 +156,11 @@ class LLMEngine(LoRAMethods):
         if self._lora is None:
             raise RequestError("adapters cannot be managed: the engine has enable_lora=False")
         return self._lora
+
+    def between_steps(self, function: Callable[[], None]) -> None:
+        """See `LoRAMethods.between_steps`."""
+        with self.lock.pause():
+            function()
 
     @property
     def metrics(self) -> EngineMetrics:
@@ -184,7 +210,9 @@ class LLMEngine(LoRAMethods):
 
         Raises:
             RequestError: the request cannot be served; `MediaError` and `AdapterError` are subclasses.
+            EngineInUseError: after a fork.
         """
+        self.lock.check_process()
         params = params or self.default_sampling_params()
         return self.input_processor.process(request_id, prompt, params, lora_request, priority)
 
@@ -210,11 +238,13 @@ class LLMEngine(LoRAMethods):
         """
         self.add_input(self.process_input(request_id, prompt, params, lora_request, priority))
 
+    @_exclusive
     def add_input(self, request_input: EngineInput) -> None:
         """Queue a request that `process_input` returned.
 
         Raises:
             RequestError: a request with this id is unfinished.
+            EngineInUseError: see `EngineLock.call`, for `abort_request` and `step`, too.
         """
         if request_input.request_id in self._requests:
             raise RequestError(f"request_id {request_input.request_id!r} is in use by an unfinished request")
@@ -230,6 +260,7 @@ class LLMEngine(LoRAMethods):
             self.lora.retain(request_input.adapter)
         self.scheduler.add(request.sequences[0])  # its siblings follow once the prompt is in the prefix cache
 
+    @_exclusive
     def abort_request(self, request_id: str, *, is_delta: bool = False) -> RequestOutput | None:
         """Abort an unfinished request.
 
@@ -242,6 +273,7 @@ class LLMEngine(LoRAMethods):
         self._end(request, "abort")
         return self._collect([request], is_delta=is_delta)[0]
 
+    @_exclusive
     def step(self, *, is_delta: bool = False) -> list[RequestOutput]:
         """Compute one step.
 
