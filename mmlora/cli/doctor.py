@@ -19,18 +19,18 @@ from mmlora.lora.loading.inspection import Inspection, count_modules, inspect_ad
 from mmlora.lora.loading.module_index import ModuleIndex, linear_shape
 from mmlora.models.config import check_config, class_name, load_config, read_config
 from mmlora.models.default_adapters import find_default_adapters
-from mmlora.models.families import FAMILIES, family_key, get_key_mapping, get_processor, get_towers
+from mmlora.models.families import FAMILIES, family_key, find_layout, get_key_mapping, get_processor, get_towers
 from mmlora.models.loader import (
     CONFIG_FILES,
     MODEL_FILES,
     load_meta_model,
     load_tokenizer,
-    read_stored_bytes,
     resolve_device,
     resolve_dtype,
     resolve_max_model_len,
     resolve_model_path,
 )
+from mmlora.models.weights import check_weights, count_bytes, read_headers
 from mmlora.utils.library_errors import LIBRARY_ERRORS
 from mmlora.utils.text import one_line, printable, size_text
 
@@ -201,7 +201,9 @@ def _examine(args: EngineArgs, path: Path, config: PretrainedConfig, facts: dict
     block_bytes = KVLayout.from_config(config, args.block_size, dtype).block_bytes
     facts["kv_token_bytes"] = block_bytes // args.block_size
     facts["kv_bytes"] = facts["kv_token_bytes"] * -(-max_model_len // args.block_size) * args.block_size
-    facts["stored_bytes"] = read_stored_bytes(args.model, args.revision, path)
+    tensors = read_headers(args.model, args.revision, path)
+    facts["stored_bytes"] = count_bytes(tensors)
+    check_weights(model, tensors, find_layout(path))
     num_kv_blocks(args, block_bytes, kv_cache_bytes(args, device, weight_bytes), max_model_len)
 
 

@@ -57,6 +57,9 @@ def check_config(config: PretrainedConfig) -> None:
     name = model_class.__name__
     if config.is_encoder_decoder:
         raise ConfigError(f"{config.model_type} is an encoder-decoder model; only decoders are supported")
+    if (quantization := getattr(config, "quantization_config", None)) is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ConfigError(f"the checkpoint is quantized ({method}); only weights that are not quantized are supported")
     check_modalities(config, model_class)
     if not model_class.can_generate():
         raise ConfigError(f"{name} does not generate text")

@@ -1,33 +1,28 @@
 """Load tokenizer and weights from a directory or the Hub, as a `transformers` model on this engine's attention."""
 
 import json
-import logging
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
-from huggingface_hub import get_safetensors_metadata, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PretrainedConfig
-from transformers.utils import logging as transformers_logging
 
 from mmlora.attention.backend import ATTENTION_NAME
 from mmlora.config import EngineArgs
 from mmlora.errors import ConfigError
 from mmlora.models.config import find_model_class
 from mmlora.models.families import find_layout
+from mmlora.models.weights import check_initialized, check_weights, read_headers, without_load_report
 from mmlora.utils.library_errors import LIBRARY_ERRORS
 
 CONFIG_FILES = ["*.json"]
 MODEL_FILES = [*CONFIG_FILES, "*.safetensors", "*.txt", "*.model", "*.jinja"]
-MODEL_WEIGHTS_FILE: Final = "model.safetensors"
-WEIGHTS_INDEX_FILE: Final = "model.safetensors.index.json"
 
 
 def resolve_model_path(model: str, revision: str | None, patterns: Sequence[str] = MODEL_FILES) -> Path:
@@ -76,13 +71,13 @@ def load_model(config: PretrainedConfig, path: Path, *, dtype: torch.dtype, devi
     """Load the class that the checkpoint names, in eval mode, with its decoder on paged attention.
 
     Raises:
-        ConfigError: the weights cannot be loaded.
+        ConfigError: the weights cannot be loaded, or are not those of the class.
     """
     model_class = find_model_class(config)
     layout = find_layout(path)
     options = {"key_mapping": dict(layout.key_mapping)} if layout is not None else {}
-    # `check_loaded` reports tensors that do not fit; transformers would also warn about those that a layout skips.
-    with _view_without_adapter(path) as view, _quiet_transformers() if layout is not None else nullcontext():
+    check_weights(load_meta_model(config), read_headers(str(path), None, path), layout)
+    with _view_without_adapter(path) as view, without_load_report():
         try:
             model, info = model_class.from_pretrained(
                 view, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
@@ -90,8 +85,7 @@ def load_model(config: PretrainedConfig, path: Path, *, dtype: torch.dtype, devi
         except LIBRARY_ERRORS as error:
             name = model_class.__name__
             raise ConfigError(f"the weights of {str(path)!r} cannot be loaded as {name}: {error}") from None
-    if layout is not None:
-        layout.check_loaded(info["missing_keys"], info["unexpected_keys"])
+    check_initialized(info["missing_keys"])
     disable_tf32(dtype, device)
     # On the decoder only: towers use their own masks, which this attention would ignore.
     has_text_config = config.get_text_config() is not config
@@ -117,29 +111,6 @@ def load_meta_model(config: PretrainedConfig) -> Any:
             return model_class(config)
     except LIBRARY_ERRORS as error:
         raise ConfigError(f"{model_class.__name__} cannot be built from its configuration: {error}") from None
-
-
-def read_stored_bytes(model: str, revision: str | None, path: Path) -> dict[str, int]:
-    """Return the size of a checkpoint's tensors in bytes by safetensors dtype (`BF16`), from the headers of its files.
-
-    Args:
-        model: a directory or a Hub id.
-        revision: on the Hub.
-        path: the local directory; where it lacks the weights of a Hub id, their headers are fetched from the Hub.
-
-    Raises:
-        ConfigError: files are missing or damaged.
-    """
-    try:
-        files = _weight_files(path)
-        is_remote = not Path(model).expanduser().is_dir() and not all(file.exists() for file in files)
-        tensors = _remote_tensors(model, revision) if is_remote else (t for file in files for t in _tensors(file))
-        counts: Counter[str] = Counter()
-        for dtype, num_bytes in tensors:
-            counts[dtype] += num_bytes
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"the weights of {str(path)!r} cannot be loaded: {error}") from None
-    return dict(counts)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -191,17 +162,6 @@ def resolve_max_model_len(requested: int | None, config: PretrainedConfig) -> in
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence warnings of `transformers` inside the block."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-
-
-@contextmanager
 def _view_without_adapter(path: Path) -> Iterator[Path]:
     """Yield a directory with links to the model's files, without an adapter.
 
@@ -215,34 +175,3 @@ def _view_without_adapter(path: Path) -> Iterator[Path]:
             if not file.name.startswith("adapter_"):
                 os.symlink(file.resolve(), Path(folder) / file.name)
         yield Path(folder)
-
-
-def _weight_files(path: Path) -> list[Path]:
-    index = path / WEIGHTS_INDEX_FILE
-    if not index.exists():
-        return [path / MODEL_WEIGHTS_FILE]
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    if any(Path(name).name != name for name in names):
-        raise ValueError(f"{WEIGHTS_INDEX_FILE} names files outside the directory")
-    return [path / name for name in names]
-
-
-def _tensors(file: Path) -> Iterator[tuple[str, int]]:
-    """Yield dtype and size in bytes of each tensor in a file."""
-    with safe_open(file, "pt"):  # validates the header, also against the size of the file
-        pass
-    with file.open("rb") as content:
-        header: dict[str, Any] = json.loads(content.read(int.from_bytes(content.read(8), "little")))
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            start, end = tensor["data_offsets"]
-            yield tensor["dtype"], end - start
-
-
-def _remote_tensors(model: str, revision: str | None) -> Iterator[tuple[str, int]]:
-    try:
-        files = get_safetensors_metadata(model, revision=revision).files_metadata
-    except Exception as error:  # errors of huggingface_hub share no base class: HTTP, parsing, connection
-        raise ValueError(f"the Hub does not provide their headers ({type(error).__name__}: {error})") from error
-    for tensor in (tensor for file in files.values() for tensor in file.tensors.values()):
-        yield tensor.dtype, tensor.data_offsets[1] - tensor.data_offsets[0]

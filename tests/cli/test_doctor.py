@@ -8,10 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from mmlora import LLM
 from mmlora.cli import commands as cli
 from mmlora.config import EngineArgs
+from mmlora.models.weights import read_headers
 from tests.checkpoints import save_text_model
 from tests.models.test_refused_models import HOSTILE, REFUSED, save_config
 
@@ -39,12 +41,17 @@ def doctor(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int,
 
 
 def without_weights(path: Path, folder: Path) -> Path:
-    """Return a copy whose weights are a header and 8 GiB of sparse file."""
+    """Return a copy whose weights are a header and sparse files; 8 GiB of them are of a module that the model lacks."""
     copy = Path(shutil.copytree(path, folder / "sparse"))
-    header = json.dumps({"w": {"dtype": "F16", "shape": [2**32], "data_offsets": [0, 2**33]}}).encode()
-    with (copy / "model.safetensors").open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + 2**33)
+    file = copy / "model.safetensors"
+    whole = file.read_bytes()
+    header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
+    end = max(tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__")
+    header["v_head.weight"] = {"dtype": "F16", "shape": [2**32], "data_offsets": [end, end + 2**33]}
+    encoded = json.dumps(header).encode()
+    with file.open("wb") as content:
+        content.write(len(encoded).to_bytes(8, "little") + encoded)
+        content.truncate(8 + len(encoded) + end + 2**33)
     return copy
 
 
@@ -60,7 +67,8 @@ def test_all_facts_without_reading_weights(phi4: Path, tmp_path: Path, capsys: p
         "speech-lora": ["audio"],
         "vision-lora": ["image", "audio+image"],
     }
-    assert found["stored_bytes"] == {"F16": 2**33}
+    stored = doctor(capsys, phi4)[1]["stored_bytes"]
+    assert found["stored_bytes"] == {**stored, "F16": 2**33} and sum(stored.values()) > 0
     assert (found["context_length"], found["max_model_len"]) == (512, 100)
 
 
@@ -183,6 +191,16 @@ def test_weights_that_cannot_be_loaded(
     assert reported.startswith(start) and served.startswith(start)
 
 
+def test_tensors_that_do_not_fit_get_the_message_of_loading(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(shutil.copytree(llama, tmp_path / "llama"))
+    file = path / "model.safetensors"
+    save_file({f"_orig_mod.{name}": tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    reported, served = messages(capsys, path)
+    assert reported == served and "have '_orig_mod.' in their names" in reported
+
+
 def test_shards(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = Path(shutil.copytree(llama, tmp_path / "llama"))
     (path / "model.safetensors").rename(path / "model-00001-of-00001.safetensors")
@@ -206,6 +224,7 @@ def test_for_a_hub_id_only_configurations_and_headers_are_downloaded(
     phi4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     snapshot = Path(shutil.copytree(phi4, tmp_path / "snapshot"))
+    headers = read_headers(str(phi4), None, phi4)
     for file in snapshot.rglob("*.safetensors"):
         file.unlink()
     fetched: list[object] = []
@@ -217,18 +236,18 @@ def test_for_a_hub_id_only_configurations_and_headers_are_downloaded(
     def metadata(model: str, *, revision: str | None) -> SimpleNamespace:
         fetched.append((model, revision))
         tensors = {
-            "a": SimpleNamespace(dtype="BF16", data_offsets=(0, 30)),
-            "b": SimpleNamespace(dtype="BF16", data_offsets=(30, 36)),
+            name: SimpleNamespace(dtype="BF16", shape=list(tensor.shape), data_offsets=(10, 40))
+            for name, tensor in headers.items()
         }
         return SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=tensors)})
 
     monkeypatch.setattr("mmlora.models.loader.snapshot_download", download)
-    monkeypatch.setattr("mmlora.models.loader.get_safetensors_metadata", metadata)
+    monkeypatch.setattr("mmlora.models.weights.get_safetensors_metadata", metadata)
     code, found = doctor(capsys, "org/phi4", "--revision", "v1")
     assert code == 0 and fetched == [("org/phi4", "v1", False), ("org/phi4", "v1")]
-    assert found["stored_bytes"] == {"BF16": 36}
+    assert found["stored_bytes"] == {"BF16": 30 * len(headers)}
     assert found["default_mm_loras"]["audio"] == "org/phi4/speech-lora@v1"
     assert "--revision v1" in found["command"]
-    monkeypatch.setattr("mmlora.models.loader.get_safetensors_metadata", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("mmlora.models.weights.get_safetensors_metadata", lambda *_, **__: 1 / 0)
     code, found = doctor(capsys, "org/phi4")
     assert code == 2 and "the Hub does not provide their headers" in found["problem"]

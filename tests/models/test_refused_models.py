@@ -55,6 +55,10 @@ REFUSED: Mapping[str, tuple[Callable[[], dict[str, Any]], str]] = {
         lambda: of_class("BloomForCausalLM", "BloomConfig", hidden_size=32, n_layer=2, n_head=4),
         "the attention of BloomForCausalLM cannot be replaced",
     ),
+    "quantized": (
+        lambda: {**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4}},
+        "the checkpoint is quantized (gptq); only weights that are not quantized are supported",
+    ),
     "encoder": (lambda: of_class("T5ForConditionalGeneration", "T5Config"), "t5 is an encoder-decoder model"),
     "layers": (
         lambda: of_class("Lfm2ForCausalLM", "Lfm2Config", num_hidden_layers=2, layer_types=["conv", "full_attention"]),
@@ -102,7 +106,7 @@ def test_weights_that_do_not_load(content: bytes | None, tmp_path: Path, capsys:
         file.write_bytes(whole[:-100] if content == b"whole" else content)
     assert cli.main(["serve", str(path), "--port", "0", "--device", "cpu"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "cannot be loaded as LlamaForCausalLM: " in line
+    assert f"the weights of {str(path)!r} cannot be loaded: " in line
 
 
 HOSTILE: Mapping[str, object] = {

@@ -1,7 +1,7 @@
 """`Layout`: how to load a checkpoint as a class of `transformers` whose configuration and names differ."""
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,9 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PretrainedConfig
 
-from mmlora.errors import ConfigError
 from mmlora.lora.loading.files import AdapterFiles
-from mmlora.lora.loading.load import listed
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,8 @@ class Layout:
         name: the `model_type` in config.json.
         load_config: reads a directory's configuration as that of the class that serves it.
         key_mapping: regular expressions in names of tensors and modules, and their replacements.
-        left_out: matches tensors, after `key_mapping`, that are not part of the base model.
+        left_out: matches tensors, after `key_mapping`, that are not part of the base model. Others that the model lacks
+            are refused.
         load_tokenizer: loads a directory's tokenizer.
         find_adapters: returns the adapters embedded in a directory's weight files, by name, with the folder that each
             would usually have.
@@ -36,18 +35,3 @@ class Layout:
     load_tokenizer: Callable[[Path], Any] = partial(AutoTokenizer.from_pretrained, trust_remote_code=False)
     find_adapters: Callable[[Path], Mapping[str, Path]] = lambda source: {}
     embedded_adapter: Callable[[Path, str], AdapterFiles | None] = lambda source, path: None
-
-    def check_loaded(self, missing: Collection[str], unexpected: Collection[str]) -> None:
-        """Check that every tensor was loaded, except those in `left_out`.
-
-        Args:
-            missing: names of parameters that the files lack.
-            unexpected: names of tensors, after `key_mapping`, that the model lacks.
-
-        Raises:
-            ConfigError: parameters are missing, or tensors are unknown.
-        """
-        wrong = {"missing": missing, "unknown": [key for key in unexpected if not self.left_out.fullmatch(key)]}
-        for kind, names in wrong.items():
-            if names:
-                raise ConfigError(f"{len(names)} tensor(s) of a {self.name} checkpoint are {kind}: {listed(names)}")
