@@ -13,9 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
 from mmlora.errors import AdapterError, AdapterMismatch, AdapterNotFound, ResolverError
+from mmlora.utils.text import shorten
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
+METHOD: Final = "LORA"
 MAX_CONFIG_BYTES: Final = 2**24
 DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
@@ -77,10 +79,30 @@ def read_adapter(directory: Path) -> AdapterFiles:
 
     Raises:
         AdapterNotFound: a file is missing.
-        AdapterMismatch: the configuration is not a JSON object.
+        AdapterMismatch: the configuration is not a JSON object, or is that of another PEFT method whose tensors cannot
+            be read.
         AdapterError: the tensors are truncated or corrupt.
     """
-    return AdapterFiles(_read_config(directory / CONFIG_FILE), read_tensors(directory), directory)
+    config = _read_config(directory / CONFIG_FILE)
+    try:
+        return AdapterFiles(config, read_tensors(directory), directory)
+    except AdapterError:
+        reason = method_refusal(config)
+        if reason is None:
+            raise
+        raise AdapterMismatch(f"{directory}: {CONFIG_FILE}: {reason}") from None
+
+
+def method_refusal(config: Mapping[str, Any]) -> str | None:
+    """Return why a configuration is not that of a LoRA adapter; None when it is."""
+    if "peft_type" not in config:
+        return f"there is no peft_type; allowed: {METHOD}"
+    method = config["peft_type"]
+    if method == METHOD:
+        return None
+    is_name = isinstance(method, str) and method.isidentifier()
+    hint = " (in upper case)" if is_name and method.upper() == METHOD else ""
+    return f"peft_type {shorten(method, str if is_name else repr)} is not supported; allowed: {METHOD}{hint}"
 
 
 def read_tensors(directory: Path) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from mmlora.errors import AdapterMismatch
 from mmlora.lora.adapter import PARTS, Adapter, AdapterReport, digest_adapter, digest_media_modules
 from mmlora.lora.loading.files import CONFIG_FILE, AdapterFiles
+from mmlora.lora.loading.foreign_keys import explain
 from mmlora.lora.loading.module_index import ModuleIndex
 from mmlora.lora.loading.module_reader import ModuleReader, TensorKey, parse_key
 from mmlora.lora.loading.peft_config import PeftConfig
@@ -45,6 +46,7 @@ def load_adapter(
     """
     try:
         config = PeftConfig.from_dict(files.config)
+        _check_gathered(files.tensors)
         keys, unmatched = _match(files.tensors, index, strict)
         reader = ModuleReader(files.tensors, index, config, dtype, max_lora_rank)
         modules = {}
@@ -89,31 +91,54 @@ def _build(
     )
 
 
+def _check_gathered(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse tensors of shape `[0]`, which stand for partitions of ZeRO-3 that were not gathered before saving."""
+    empty = [key for key, tensor in tensors.items() if tensor.shape == (0,)]
+    if empty:
+        raise AdapterMismatch(
+            f"{len(empty)} of {len(tensors)} tensors are empty (shape [0]), such as {listed(empty)}. DeepSpeed ZeRO-3 "
+            "and FSDP save them so when the partitions are not gathered; save the adapter again with "
+            "stage3_gather_16bit_weights_on_model_save or a full state dict, or convert the checkpoint with "
+            "zero_to_fp32.py"
+        )
+
+
 def _match(
     tensors: Mapping[str, torch.Tensor], index: ModuleIndex, strict: bool
 ) -> tuple[dict[str, list[TensorKey]], list[str]]:
     """Return the parsed keys by the model's module name, and the keys that match no module."""
-    parsed = {key: parse_key(key) for key in tensors}
-    names = {key.module for key in parsed.values() if key is not None}
-    resolved = index.resolve(list(names))
+    found = _find_modules(tensors, index)
+    unmatched = sorted(tensors.keys() - found.keys())
     keys: dict[str, list[TensorKey]] = defaultdict(list)
-    unmatched = []
-    for key, found in parsed.items():
-        module = resolved.get(found.module) if found is not None else None
-        if found is None or module is None or not _has_parameter(found, module, index):
-            unmatched.append(key)
-        elif found.role != "training":
-            keys[module].append(found)
-    unmatched.sort()
-    if not keys:
-        reason = f"{len(tensors)} tensors, such as {listed(unmatched)}" if tensors else "the file contains no tensors"
-        raise AdapterMismatch(f"nothing matches a module of this model: {reason}")
-    if strict and unmatched:
-        raise AdapterMismatch(
-            f"{len(unmatched)} of {len(tensors)} tensors match no module of this model: {listed(unmatched)} "
-            "(strict=False ignores them)"
-        )
+    for key, module in found.values():
+        if key.role != "training":
+            keys[module].append(key)
+    if not keys or (strict and unmatched):
+        raise AdapterMismatch(_describe(tensors, unmatched, index, is_nothing=not keys))
     return keys, unmatched
+
+
+def _find_modules(keys: Iterable[str], index: ModuleIndex) -> dict[str, tuple[TensorKey, str]]:
+    """Return the parsed keys with the model's module names; those that match no module are left out."""
+    parsed = {key: found for key in keys if (found := parse_key(key)) is not None}
+    resolved = index.resolve(list({found.module for found in parsed.values()}))
+    return {
+        key: (found, resolved[found.module])
+        for key, found in parsed.items()
+        if found.module in resolved and _has_parameter(found, resolved[found.module], index)
+    }
+
+
+def _describe(tensors: Collection[str], unmatched: list[str], index: ModuleIndex, *, is_nothing: bool) -> str:
+    """Return the error for tensors that match no module, with the cause if it is obvious."""
+    if not tensors:
+        return "nothing matches a module of this model: the file contains no tensors"
+    cause = explain(unmatched, lambda keys: _find_modules(keys, index))
+    if is_nothing:
+        reason = f"nothing matches a module of this model: {len(tensors)} tensors, such as {listed(unmatched)}"
+        return f"{reason}; {cause}" if cause else reason
+    reason = f"{len(unmatched)} of {len(tensors)} tensors match no module of this model: {listed(unmatched)}"
+    return f"{reason}; {cause}" if cause else f"{reason} (strict=False ignores them)"
 
 
 def _has_parameter(key: TensorKey, module: str, index: ModuleIndex) -> bool:

@@ -30,6 +30,8 @@ _ROLES: Final = {
 }
 _ORIGINS: Final = {"modules_to_save": 1, "base_layer": 2, "original_module": 2}
 _LORA = re.compile(rf"(?P<module>.+?)\.(?P<role>{'|'.join(map(re.escape, _ROLES))})")
+# The name that PEFT gives to the only adapter of a model is in the keys of a state_dict(), which PEFT reads, too.
+_DEFAULT_NAME = re.compile(r"(?<=\.)(lora_(?:embedding_)?[AB]|lora_magnitude_vector)\.default(?=\.|$)")
 # Training state that inference never reads: VeLoRA's projections, MonteCLoRA's sampler.
 _TRAINING = re.compile(r"(?P<module>.+)\.lora_(velora_embed|monteclora_sampler\..+)")
 _DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -64,7 +66,7 @@ class TensorKey:
 
 def parse_key(key: str) -> TensorKey | None:
     """Parse a key; return None when it names no parameter of a module."""
-    name = key.removeprefix(PEFT_PREFIX)
+    name = _DEFAULT_NAME.sub(r"\1", key.removeprefix(PEFT_PREFIX))
     if match := _TRAINING.fullmatch(name):
         return TensorKey(key, match["module"], "training")
     if match := _LORA.fullmatch(name):

@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 import regex
 
 from mmlora.errors import AdapterMismatch
-from mmlora.lora.loading.files import CONFIG_FILE
+from mmlora.lora.loading.files import CONFIG_FILE, method_refusal
 from mmlora.utils.text import is_finite_number, shorten
 
 MAX_PATTERN_CHARS: Final = 100_000
@@ -44,7 +44,6 @@ _IRRELEVANT: Final = frozenset(
 )
 # Keys that are refused unless they have one of these values, with the reason.
 _REFUSED: Final[dict[str, tuple[tuple[Any, ...], str]]] = {
-    "peft_type": (("LORA",), "only LoRA is supported"),
     "init_lora_weights": (
         (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
         "this initialisation also changed the base weights, so the tensors do not fit the plain base; save with PEFT's "
@@ -200,11 +199,16 @@ _UNDERSTOOD: Final = frozenset(entry.name for entry in fields(PeftConfig))
 
 
 def refusals(content: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the reasons why an adapter with this configuration cannot be applied, one per key."""
-    if "peft_type" not in content:
-        yield "there is no peft_type; it must be 'LORA'"
+    """Yield the reasons why an adapter with this configuration cannot be applied, one per key.
+
+    The keys of another PEFT method mean something else, so then the method is the only reason.
+    """
+    reason = method_refusal(content)
+    if reason is not None:
+        yield reason
+        return
     for key, value in content.items():
-        if key in _UNDERSTOOD or key in _IRRELEVANT:
+        if key in _UNDERSTOOD or key in _IRRELEVANT or key == "peft_type":
             continue
         if key not in _REFUSED:
             yield f"the key {key}={value!r} is unknown; it might change the output"

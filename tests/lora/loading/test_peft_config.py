@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig
+from peft import LoraConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as PeftMapping
 
 from mmlora.errors import AdapterMismatch, AdapterNotFound
 from mmlora.lora.loading import peft_config
@@ -23,7 +24,7 @@ def config(**content: Any) -> PeftConfig:
 
 
 def test_every_key_of_the_installed_peft_is_classified() -> None:
-    known = peft_config._UNDERSTOOD | peft_config._IRRELEVANT | peft_config._REFUSED.keys()
+    known = {"peft_type"} | peft_config._UNDERSTOOD | peft_config._IRRELEVANT | peft_config._REFUSED.keys()
     assert {field.name for field in dataclasses.fields(LoraConfig)} <= known
 
 
@@ -41,7 +42,6 @@ def test_a_default_config_of_peft_is_accepted(tmp_path: Path) -> None:
         ("use_qalora", True),
         ("kasa_config", {"beta": 1}),
         ("arrow_config", {"top_k": 3}),
-        ("peft_type", "IA3"),
         ("brand_new_key", None),
         *(("init_lora_weights", init) for init in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga")),
         ("r", 0),
@@ -68,6 +68,32 @@ def test_unsupported_values_are_refused_with_key_and_value(key: str, value: obje
     with pytest.raises(AdapterMismatch) as refused:
         config(**{key: value})
     assert key in str(refused.value) and repr(value) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "shown"),
+    [
+        *((method.value, method.value) for method in PeftType if method is not PeftType.LORA),
+        ("BETTER_THAN_LORA", "BETTER_THAN_LORA"),
+        ("vera", "vera"),
+        (None, "None"),
+        ("", "''"),
+        ("a\nb", r"'a\nb'"),
+        (["LORA"], "['LORA']"),
+        ("X" * 1000, "X" * 77 + "..."),
+    ],
+)
+def test_another_method_is_the_only_reason(method: object, shown: str) -> None:
+    content = {"a_key_of_the_method": 3, "r": -1, "peft_type": method}
+    assert list(peft_config.refusals(content)) == [f"peft_type {shown} is not supported; allowed: LORA"]
+
+
+@pytest.mark.parametrize("method", ["lora", "Lora"])
+def test_the_method_is_upper_case_as_in_peft(method: str) -> None:
+    with pytest.raises(KeyError, match=method):
+        PeftMapping[method]
+    with pytest.raises(AdapterMismatch, match=rf"peft_type {method} is not supported; allowed: LORA \(in upper case\)"):
+        config(peft_type=method)
 
 
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
@@ -155,8 +181,8 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         file.write_text(content)
         with pytest.raises(AdapterMismatch, match=named):
             read_adapter(tmp_path)
-    with pytest.raises(AdapterMismatch, match="peft_type"):
-        PeftConfig.from_dict({"r": 4})
+    with pytest.raises(AdapterMismatch, match="there is no peft_type; allowed: LORA"):
+        PeftConfig.from_dict({"r": 4, "a_key": 1})
 
 
 @pytest.mark.parametrize(
