@@ -7,6 +7,7 @@ import errno
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -14,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mmlora.errors import MediaError
-from mmlora.processors.media.containers import CONTAINER_CHECKS, claimed_mp3_frames, skip_id3
+from mmlora.processors.media.containers import CONTAINER_CHECKS, claimed_mp3_frames, is_chained_ogg, skip_id3
 from mmlora.processors.media.items import DEFAULT_LIMITS, MediaItem, MediaLimits, is_array, to_numpy
+from mmlora.processors.media.wav import MPEG_LAYER_3, is_wav, read_wav
 from mmlora.utils.text import shorten
 
 MIN_RATE, MAX_RATE = 1_000, 384_000  # Hz
@@ -30,14 +32,15 @@ _MAGIC: Final = {b"fLaC": "flac", b"OggS": "ogg", b"ID3": "mp3", b"\x1aE\xdf\xa3
 _IMAGE_BRANDS: Final = frozenset(
     (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"mif2", b"msf1", b"avif", b"avis", b"crx ")
 )
-# Decoders that FFmpeg may use, by `audio_format`, which is also FFmpeg's name; libsndfile reads the other formats.
+# Decoders that FFmpeg may use, by `audio_format`, which is also FFmpeg's name; libsndfile reads WAV and FLAC.
 DECODERS: Final[Mapping[str, tuple[str, ...]]] = {
     "mp3": ("mp3float",),
     "aac": ("aac",),
     "mp4": ("aac", "alac", "mp3float", "opus", "flac"),
     "matroska": ("opus", "vorbis", "aac", "mp3float", "flac"),
+    "ogg": ("opus", "vorbis", "flac"),
 }
-_RAW_STREAMS: Final = ("mp3", "aac")  # frames without a container; the first and the last may be incomplete
+_RAW_STREAMS: Final = ("mp3", "aac", "ogg")  # may be cut anywhere: the first and the last frame may be incomplete
 _MAX_STREAMS: Final = 32  # of one container
 _FFMPEG_OPTIONS: Final = {"protocol_whitelist": "none", "max_streams": str(_MAX_STREAMS + 1)}
 _DISPOSITION_DEFAULT: Final = 1  # AV_DISPOSITION_DEFAULT
@@ -48,6 +51,10 @@ _INTEGER_SCALE: Final = {"uint8": 2.0**7, "int8": 2.0**7, "int16": 2.0**15, "int
 _FORM: Final = (
     "audio arrays are given as (array, sample_rate), the array of shape [num_samples], [n, channels] or [channels, n]"
 )
+
+
+class _UndecodableError(Exception):
+    """A decoder cannot read the content, for the reason in the message."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +92,8 @@ class AudioItem(MediaItem):
 def audio_format(data: bytes) -> str | None:
     """Return the format of an audio file by its magic bytes, or None if it is not a supported one."""
     head = data[:64]
-    if head.startswith(b"RIFF"):
-        return "wav" if head[8:12] == b"WAVE" else None
+    if is_wav(head):
+        return "wav"
     if head[4:8] == b"ftyp":
         return None if head[8:12] in _IMAGE_BRANDS else "mp4"
     return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), _mpeg_audio_format(head))
@@ -100,8 +107,8 @@ def is_audio_file(data: bytes) -> bool:
 def decode_audio(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> AudioItem:
     """Decode encoded bytes to mono float32; the declared length is checked first, the real one while decoding.
 
-    libsndfile reads WAV, FLAC and Ogg. FFmpeg reads MP3, raw AAC (ADTS), MP4 (M4A, QuickTime) and WebM (Matroska); the
-    default audio track is decoded.
+    libsndfile reads WAV, FLAC and Ogg. FFmpeg reads MP3, raw AAC (ADTS), MP4 (M4A, QuickTime), WebM (Matroska), and the
+    Ogg streams that libsndfile cannot read; the default audio track is decoded.
 
     Raises:
         MediaError: undecodable, truncated, too long, no audio track, no samples, not finite.
@@ -111,7 +118,9 @@ def decode_audio(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> AudioItem
     if name in CONTAINER_CHECKS:
         CONTAINER_CHECKS[name](data)
     try:
-        samples, rate = _read_ffmpeg(data, name, limits) if name in DECODERS else _read_soundfile(data, limits)
+        samples, rate = _read(data, name, limits)
+    except _UndecodableError as error:
+        raise MediaError(f"cannot decode the audio content ({len(data)} bytes): {error}") from error
     except ImportError as error:
         raise MediaError(
             f"decoding this audio needs the package {error.name}; (array, sample_rate) needs none"
@@ -192,7 +201,29 @@ def _mpeg_audio_format(head: bytes) -> str | None:
     return "mp3" if layer == 1 and version != 1 and bitrate != 15 and rate != 3 else None
 
 
-def _read_soundfile(data: bytes, limits: MediaLimits) -> tuple[Samples, int]:
+def _read(data: bytes, name: str, limits: MediaLimits) -> tuple[Samples, int]:
+    """Decode one format with the library for it; return mono samples and their rate."""
+    if name == "wav":
+        wav = read_wav(data)
+        if wav.format_tag == MPEG_LAYER_3:
+            return _read_ffmpeg(wav.samples, "mp3", limits)
+        return _read_soundfile(wav.to_bytes(), name, limits)
+    if name == "ogg":
+        return _read_ogg(data, limits)
+    return _read_ffmpeg(data, name, limits) if name in DECODERS else _read_soundfile(data, name, limits)
+
+
+def _read_ogg(data: bytes, limits: MediaLimits) -> tuple[Samples, int]:
+    """Decode with libsndfile, or else with FFmpeg, which ignores the granule positions and reads chained streams."""
+    if not is_chained_ogg(data):
+        with suppress(_UndecodableError):
+            samples, rate = _read_soundfile(data, "ogg", limits)
+            if len(samples) > 0:
+                return samples, rate
+    return _read_ffmpeg(data, "ogg", limits)
+
+
+def _read_soundfile(data: bytes, name: str, limits: MediaLimits) -> tuple[Samples, int]:
     import soundfile
 
     try:
@@ -201,14 +232,17 @@ def _read_soundfile(data: bytes, limits: MediaLimits) -> tuple[Samples, int]:
             _check_channels(file.channels)
             if claimed >= _UNKNOWN_FRAMES:  # FLAC written to a pipe
                 claimed = 0
-                file.seekable = lambda: False  # soundfile would seek to the end that is not known
+            if name == "ogg":
+                file.seek(0)  # libsndfile then skips what precedes the start of the stream
+            # soundfile would seek to the claimed position after each block, and repeat samples after a gap in an Ogg.
+            file.seekable = lambda: False
             _check_duration(claimed, rate, limits)
             samples = _read_mono(file, min(int(limits.max_duration_s * rate), limits.max_samples) + 1)
     except (soundfile.SoundFileError, RuntimeError, ValueError, OSError) as error:
         # Unlike the exception's text, `error_string` has no address of our buffer.
-        raise _undecodable(data, getattr(error, "error_string", error)) from error
+        raise _UndecodableError(getattr(error, "error_string", error)) from error
     _check_duration(len(samples), rate, limits)
-    if len(samples) < claimed:
+    if name == "flac" and len(samples) < claimed:  # of an Ogg it is an estimate
         raise MediaError(f"truncated audio: its header claims {claimed} samples, {len(samples)} could be decoded")
     return samples, rate
 
@@ -236,7 +270,7 @@ def _read_ffmpeg(data: bytes, name: str, limits: MediaLimits) -> tuple[Samples, 
             io.BytesIO(data), format=name, options=options, io_open=_refuse_to_open, metadata_errors="ignore"
         ) as container:
             if len(container.streams) > _MAX_STREAMS:
-                raise _undecodable(data, f"it has more than {_MAX_STREAMS} streams")
+                raise _UndecodableError(f"it has more than {_MAX_STREAMS} streams")
             track = _audio_track(container.streams.audio, name)
             if track.duration is not None and (claimed is not None or name == "mp4"):  # otherwise it is an estimate
                 rate = checked_rate(track.codec_context.rate)
@@ -246,7 +280,7 @@ def _read_ffmpeg(data: bytes, name: str, limits: MediaLimits) -> tuple[Samples, 
         # FFmpeg's MP4 demuxer reports a stream beyond the limit as ENOMEM.
         is_limit = error.errno == errno.ENOMEM
         reason = f"it has more than {_MAX_STREAMS} streams, or needs too much memory" if is_limit else error.strerror
-        raise _undecodable(data, reason) from error
+        raise _UndecodableError(reason) from error
     if claimed is not None and num_packets + 1 < claimed:
         raise MediaError(f"truncated MP3: its header claims {claimed} frames, {num_packets} are there")
     return samples, rate
@@ -305,10 +339,6 @@ def _decode_track(container: Any, track: Any, limits: MediaLimits, *, skips_dama
 
 def _refuse_to_open(url: str, *_: Any) -> None:
     raise MediaError(f"the container refers to another file ({shorten(url)}), which is not opened")
-
-
-def _undecodable(data: bytes, reason: object) -> MediaError:
-    return MediaError(f"cannot decode the audio content ({len(data)} bytes): {reason}")
 
 
 def _sample_array(array: Any) -> npt.NDArray[Any]:

@@ -1,7 +1,7 @@
 """Checks of audio containers before decoding: truncation, and tables that claim far more entries than they have.
 
 libsndfile and FFmpeg decode a truncated file as a shorter one without an error. FLAC and MP3 are checked after
-decoding, against the number of samples or frames in their header; raw AAC declares no length.
+decoding, against the number of samples or frames in their header; WAV often declares a wrong length, raw AAC none.
 """
 
 import re
@@ -16,9 +16,9 @@ MAX_METADATA_BYTES: Final = 1 << 18  # of a Matroska file, which may consist of 
 MAX_EBML_ELEMENTS: Final = 1_000_000
 MAX_INNER_ID3_BYTES: Final = 1 << 16  # of an ID3 tag within raw AAC, which may contain many frames
 
-# Encoders that write to a pipe cannot go back to set the length; they claim almost 2 or 4 GiB.
-_UNKNOWN_LENGTHS = (range(0x7FFFF000, 0x80000000), range(0xFFFFF000, 0x100000000))
 _OGG_HEADER_BYTES = 27
+_OGG_BEGIN = 2  # flag of the first page of a stream
+_MAX_OGG_PAGE_SAMPLES = 255 * 5760  # packets of at most 120 ms at 48 kHz
 # Lookaheads, so that matches may overlap and none can hide another.
 _MP4_COUNT = re.compile(rb"(?=stsz.{8}(.{4})|stz2.{8}(.{4})|trun.{4}(.{4}))", re.DOTALL)
 _ALAC_FRAME = re.compile(rb"(?=alac\0{4}(.{4}))", re.DOTALL)
@@ -56,36 +56,37 @@ def _synchsafe(four: bytes) -> int:
     return sum(byte << shift for byte, shift in zip(four, (21, 14, 7, 0), strict=True))
 
 
-def _check_wav(data: bytes) -> None:
-    position = 12
-    while position + 8 <= len(data):
-        chunk_id = data[position : position + 4]
-        size = int.from_bytes(data[position + 4 : position + 8], "little")
-        present = len(data) - position - 8
-        if chunk_id == b"data" and any(size in unknown for unknown in _UNKNOWN_LENGTHS):
-            return
-        if size > present:
-            raise MediaError(f"truncated WAV: its {chunk_id!r} chunk claims {size} bytes, {present} are there")
-        if chunk_id == b"data":
-            return
-        position += 8 + size + size % 2
-    raise MediaError(f"truncated WAV: {len(data)} bytes without a data chunk")
+def is_chained_ogg(data: bytes) -> bool:
+    """Return whether further streams begin after the end of the first ones, as in recordings of web radio."""
+    begins = [bool(data[at + 5] & _OGG_BEGIN) for at, _ in _ogg_pages(data)]
+    return False in begins and any(begins[begins.index(False) :])
 
 
 def _check_ogg(data: bytes) -> None:
-    position = 0
-    while position < len(data):
-        if data[position : position + 4] != b"OggS":
-            position = data.find(b"OggS", position)  # padding between pages, or none left
-            if position < 0:
-                return
+    for position, end in _ogg_pages(data):
+        if end > len(data) and not _is_joined_midway(data):
+            raise MediaError(f"truncated OGG: the page at byte {position} is longer than the {len(data)} bytes given")
+
+
+def _is_joined_midway(data: bytes) -> bool:
+    """Return whether an Ogg file is a recording of a running stream, which ends anywhere.
+
+    The first page with a granule position, of the last sample in it, is then far behind the start of the stream.
+    """
+    positions = (int.from_bytes(data[at + 6 : at + 14], "little", signed=True) for at, _ in _ogg_pages(data))
+    return next((position for position in positions if position > 0), 0) > _MAX_OGG_PAGE_SAMPLES
+
+
+def _ogg_pages(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield the start and the end of each page; the last one may end after the data."""
+    position = data.find(b"OggS")
+    while position >= 0:
         segments_at = position + _OGG_HEADER_BYTES
         num_segments = data[segments_at - 1] if segments_at <= len(data) else 1
         lengths = data[segments_at : segments_at + num_segments]
         end = segments_at + num_segments + sum(lengths)
-        if len(lengths) < num_segments or end > len(data):
-            raise MediaError(f"truncated OGG: the page at byte {position} is longer than the {len(data)} bytes given")
-        position = end
+        yield position, end if len(lengths) == num_segments else max(end, len(data) + 1)
+        position = data.find(b"OggS", end)  # padding between pages is skipped
 
 
 def _check_mp4(data: bytes) -> None:
@@ -162,7 +163,6 @@ def _ebml_elements(data: bytes) -> Iterator[tuple[int, bytes, int, int | None]]:
 
 # By `audio_format`. Each check raises a `MediaError` that names the claimed size and the present or allowed one.
 CONTAINER_CHECKS: Final[Mapping[str, Callable[[bytes], None]]] = {
-    "wav": _check_wav,
     "ogg": _check_ogg,
     "mp4": _check_mp4,
     "matroska": _check_matroska,

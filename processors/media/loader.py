@@ -49,7 +49,8 @@ _UNSUPPORTED_MAGIC: Final = {
     b"%PDF": "a PDF document",
     b"PK\x03\x04": "a ZIP archive",
     b"\x1f\x8b": "gzip data",
-    b"RF64": "an RF64 file",
+    b".snd": "an AU file",
+    b"caff": "a CAF file",
     b"RIFF": "a RIFF container that is neither WAVE nor WEBP",
 }
 _TEXT_CONTROL = frozenset(b"\t\n\r\f\x1b")
