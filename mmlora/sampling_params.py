@@ -68,6 +68,7 @@ class SamplingParams:
         logprobs: report the k most likely tokens at each step; -1 for the whole vocabulary.
         prompt_logprobs: the same for the prompt's tokens.
         skip_special_tokens: leave special tokens out of the text.
+        kept_special_token_ids: special tokens that stay in the text all the same, such as the markers of tool calls.
         structured_outputs: constraint on the completion's form.
 
     Raises:
@@ -93,6 +94,7 @@ class SamplingParams:
     logprobs: Annotated[int | None, Bounds(-1)] = None
     prompt_logprobs: Annotated[int | None, Bounds(-1)] = None
     skip_special_tokens: bool = True
+    kept_special_token_ids: Sequence[int] | None = None
     structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
@@ -102,7 +104,8 @@ class SamplingParams:
             received = f"min_tokens={shorten(self.min_tokens)}"
             self._refuse("min_tokens", f"{received} must not exceed max_tokens={shorten(self.max_tokens)}")
         self._check_stop_strings()
-        self._check_stop_token_ids()
+        self._check_token_ids("stop_token_ids")
+        self._check_token_ids("kept_special_token_ids")
         if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
             received = f"structured_outputs is a {type(self.structured_outputs).__name__}"
             self._refuse("structured_outputs", f"{received}; it must be a StructuredOutputsParams or None")
@@ -145,12 +148,12 @@ class SamplingParams:
             received = f"stop has {len(self.stop_strings)} strings of up to {longest} characters"
             self._refuse("stop", f"{received}; the limit is {MAX_STOPS} of up to {MAX_STOP_CHARS}")
 
-    def _check_stop_token_ids(self) -> None:
-        ids = self.stop_token_ids
+    def _check_token_ids(self, name: str) -> None:
+        ids = getattr(self, name)
         if isinstance(ids, Collection) and len(ids) > MAX_STOP_TOKENS:
-            self._refuse("stop_token_ids", f"stop_token_ids has {len(ids)} tokens; the limit is {MAX_STOP_TOKENS}")
+            self._refuse(name, f"{name} has {len(ids)} tokens; the limit is {MAX_STOP_TOKENS}")
         if ids is not None and not (isinstance(ids, Collection) and all(_is_integer(i) and i >= 0 for i in ids)):
-            self._refuse("stop_token_ids", f"stop_token_ids={shorten(ids)} must be a list of token ids")
+            self._refuse(name, f"{name}={shorten(ids)} must be a list of token ids")
 
     def _parse_logit_bias(self, bias: Mapping[int, float]) -> dict[int, float]:
         try:

@@ -107,7 +107,7 @@ def generation_routes(
         tool_call_parser: see `ToolCalling`.
     """
     common = llm, models, max_request_bytes
-    tool_calling = ToolCalling(tool_call_parser, llm.input_processor.chat_template.source)
+    tool_calling = ToolCalling(tool_call_parser, llm.input_processor.chat_template.source, llm.tokenizer)
     chat, response = ChatService(*common, tool_calling), ResponsesService(*common, tool_calling)
     completion = CompletionService(*common)
     transcription = TranscriptionService(*common, TranscriptionRequest)

@@ -3,6 +3,7 @@
 It never returns an incomplete UTF-8 character, and withholds text that may be the start of a stop string.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 REPLACEMENT = "\ufffd"
@@ -19,6 +20,7 @@ class Detokenizer:
         stop: stop strings.
         include_stop: whether the text includes the stop string.
         skip_special_tokens: whether the text omits special tokens.
+        kept_token_ids: special tokens that it contains all the same.
     """
 
     def __init__(
@@ -29,6 +31,7 @@ class Detokenizer:
         stop: tuple[str, ...] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        kept_token_ids: Collection[int] = (),
     ) -> None:
         self.text = ""
         self._tokenizer = tokenizer
@@ -36,6 +39,7 @@ class Detokenizer:
         self._max_stop_length = max(map(len, stop), default=0)
         self._include_stop = include_stop
         self._skip_special_tokens = skip_special_tokens
+        self._kept_token_ids = frozenset(kept_token_ids if skip_special_tokens else ())
         self._window = self._end_of(prompt_token_ids)  # tokens that the spelling of the next ones may depend on
         self._window_text = self._decode(self._window)
         self._borders: list[int] = []  # lengths of the window that end at a character boundary
@@ -51,6 +55,8 @@ class Detokenizer:
         Returns:
             The stop string at which the text now ends, or None.
         """
+        if token_id in self._kept_token_ids:  # the spelling of other tokens is as if it was skipped
+            return self._extend(self._tokenizer.decode([token_id], skip_special_tokens=False), can_stop)
         self._window.append(token_id)
         candidate = self._decode(self._window)
         if candidate.endswith(REPLACEMENT) and len(self._window) < MAX_WINDOW:

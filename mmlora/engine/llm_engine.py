@@ -305,6 +305,7 @@ class LLMEngine(LoRAMethods):
             stop=params.stop_strings,
             include_stop=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
+            kept_token_ids=params.kept_special_token_ids or (),
         )
         seq = Sequence(request, index, list(request.input.prompt_token_ids), detokenizer, generator)
         seq.uses_long_rope_factors = self._needs_long_rope_factors(seq)

@@ -367,7 +367,7 @@ class InputProcessor:
             value = getattr(params, name)
             if value is not None and bound != -1 and (value > bound or value == -1):
                 raise RequestError(f"{name}={shorten(value)} exceeds max_logprobs={bound}", name)
-        for name in ("logit_bias", "stop_token_ids"):
+        for name in ("logit_bias", "stop_token_ids", "kept_special_token_ids"):
             outside = [token for token in getattr(params, name) or () if token >= self.vocab_size]
             if outside:
                 message = f"token id {shorten(outside[0])} is outside the vocabulary of {self.vocab_size}"

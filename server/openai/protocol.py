@@ -52,8 +52,10 @@ NEUTRAL_EXTRAS: Final[Mapping[str, tuple[JsonValue, ...]]] = {
 }
 FORMAT_TYPES: Final = ("text", "json_object", "json_schema")
 MAX_ENTRIES: Final = 65536  # entries of a mapping
-# Fields of `SamplingParams` that each endpoint defines itself, because name, type or meaning differ.
-ENDPOINT_FIELDS: Final = frozenset({"max_tokens", "logprobs", "prompt_logprobs", "structured_outputs"})
+# Fields of `SamplingParams` that each endpoint sets itself: name, type or meaning differ, or clients cannot set them.
+ENDPOINT_FIELDS: Final = frozenset(
+    {"max_tokens", "logprobs", "prompt_logprobs", "structured_outputs", "kept_special_token_ids"}
+)
 
 
 def _check_size(value: Any) -> Any:

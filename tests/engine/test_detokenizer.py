@@ -172,3 +172,20 @@ def test_a_stop_string_that_ends_after_min_tokens_counts():
     assert detokenizer.append(encode("a")[0], can_stop=False) is None
     assert detokenizer.append(encode("b")[0]) == "ab"
     assert detokenizer.text == ""
+
+
+def test_kept_special_tokens_are_inserted_into_the_text_without_special_tokens():
+    """Inside a character, between words whose spelling depends on each other, and as part of a stop string."""
+    for text in TEXTS:
+        ids = encode(text)
+        for place in range(len(ids) + 1):
+            mixed = [*ids[:place], 1, 3, 1, *ids[place:]]
+            detokenizer = Detokenizer(TOKENIZER, encode("p"), kept_token_ids=[1])
+            deltas, _ = stream(detokenizer, mixed)
+            before = TOKENIZER.decode(ids[:place]).rstrip("\ufffd") if text != "a\ufffdb" else detokenizer.text[:place]
+            assert "".join(deltas) == detokenizer.text and detokenizer.text.replace("<|user|>", "") == text
+            assert detokenizer.text.count("<|user|>") == 2 and detokenizer.text.startswith(before)
+    detokenizer = Detokenizer(TOKENIZER, encode("p"), kept_token_ids=[1], skip_special_tokens=False)
+    assert stream(detokenizer, [1, 3])[0] == ["<|user|>", "<|system|>", ""]
+    detokenizer = Detokenizer(TOKENIZER, encode("p"), kept_token_ids=[1], stop=("<|user|>!",))
+    assert stream(detokenizer, [*encode("a"), 1, *encode("!")]) == (["a", "", ""], "<|user|>!")

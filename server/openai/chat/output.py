@@ -83,7 +83,9 @@ class ChatCompletionBuilder(ChoicesBuilder):
         """Split the next text of a choice into content and tool calls."""
         if index not in self._parsers:
             choice = self._request.tooling
-            self._parsers[index] = self._tool_calling.new_parser(choice) if choice is not None else None
+            skips = self._request.skip_special_tokens is not False
+            new_parser = self._tool_calling.new_parser
+            self._parsers[index] = new_parser(choice, skips_special_tokens=skips) if choice is not None else None
         parser = self._parsers[index]
         if parser is None:
             return [text] if text else []

@@ -171,9 +171,11 @@ class OutputItems:
 
 def _logprobs_of_text(text: str, logprobs: list[Json]) -> list[Json]:
     """Return the entries of a text that follows a call, without those of the tokens that end the call."""
-    start, position = "".join(token["token"] for token in logprobs).rfind(text), 0
-    for index, token in enumerate(logprobs):
-        position += len(token["token"])
-        if position > start:
+    rest = text
+    for index in reversed(range(len(logprobs))):
+        token = logprobs[index]["token"]
+        if token.endswith(rest):
             return logprobs[index:]
-    return []
+        if token and rest.endswith(token):  # others are special tokens, or still in the parser
+            rest = rest[: -len(token)]
+    return logprobs

@@ -36,7 +36,8 @@ class ResponsesService(GenerationService):
         if fields.tooling is not None:
             options |= self._tool_calling.sampling_options(fields.tooling)
             tools = list(fields.tooling.tools.values())
-            parser = self._tool_calling.new_parser(fields.tooling)
+            skips = fields.skip_special_tokens is not False
+            parser = self._tool_calling.new_parser(fields.tooling, skips_special_tokens=skips)
         prompt = self._llm.input_processor.chat_prompt(
             messages,
             chat_template_kwargs=fields.chat_template_kwargs,

@@ -4,7 +4,7 @@ import json
 import re
 import secrets
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,14 +84,16 @@ class ToolCalling:
         parser: name of the model's tool call format; `auto` to detect it from the chat template; None to disable
             automatic tool choice.
         chat_template: Jinja source of the chat template.
+        tokenizer: the model's tokenizer.
     """
 
-    def __init__(self, parser: str | None, chat_template: str) -> None:
+    def __init__(self, parser: str | None, chat_template: str, tokenizer: Any) -> None:
         self._can_choose = parser is not None
         self._format = find_format(parser or "auto", chat_template)
+        self._special_marks = find_special_tokens(tokenizer, self._format.marks if self._format is not None else ())
 
-    def sampling_options(self, choice: ToolChoice) -> dict[str, bool]:
-        """Return the sampling options of a free choice: call markers may be special tokens, so the output keeps them.
+    def sampling_options(self, choice: ToolChoice) -> dict[str, Any]:
+        """Return the sampling options of a free choice: markers that are special tokens stay in the text.
 
         Raises:
             RequestError: automatic choice is disabled, or the format is unknown.
@@ -104,20 +106,34 @@ class ToolCalling:
                 reason = "has no parser for the tool calls of this model (--tool-call-parser names one)"
             text = f"tool_choice='auto' cannot be served: the server {reason}; allowed: none, required, or a named tool"
             raise RequestError(text, "tool_choice")
-        return {"skip_special_tokens": False}
+        return {"kept_special_token_ids": sorted(self._special_marks.values())}
 
-    def new_parser(self, choice: ToolChoice) -> TextParser | None:
-        """Return a parser of the calls of one choice; None if there can be none."""
+    def new_parser(self, choice: ToolChoice, *, skips_special_tokens: bool = True) -> TextParser | None:
+        """Return a parser of the calls of one choice; None if there can be none.
+
+        Args:
+            choice: the tools that may be called.
+            skips_special_tokens: remove markers that are special tokens from the content.
+        """
         if choice.name is not None:
             return NamedToolParser(choice.name)
         format = REQUIRED_FORMAT if choice.must_call else self._format
-        return ToolCallParser(format, choice.tools) if choice.tools and format is not None else None
+        if not choice.tools or format is None:
+            return None
+        return ToolCallParser(format, choice.tools, self._special_marks if skips_special_tokens else ())
 
     def new_call_id(self) -> str:
         """Return a new call id in the form that the model's chat template requires."""
         if self._format is not None and self._format.has_short_ids:
             return "".join(secrets.choice(CALL_ID_CHARS) for _ in range(9))
         return f"call_{secrets.token_hex(12)}"
+
+
+def find_special_tokens(tokenizer: Any, texts: Iterable[str]) -> dict[str, int]:
+    """Return the ids of those texts that are special tokens, which decoded text usually lacks."""
+    ids = {text: tokenizer.convert_tokens_to_ids(text) for text in texts}
+    known = {text: token for text, token in ids.items() if token not in (None, tokenizer.unk_token_id)}
+    return {text: token for text, token in known.items() if not tokenizer.decode([token], skip_special_tokens=True)}
 
 
 def read_tool_choice(

@@ -12,6 +12,7 @@ class ToolCallFormat:
         starts: markers before calls.
         ends: optional markers after calls.
         bare: brackets that start calls without a marker, at the start of the output or after another call.
+        inner: markers inside calls.
         separators: characters between calls.
         hints: a chat template of the family contains at least one of these strings.
         needs: it contains all of these strings.
@@ -22,6 +23,7 @@ class ToolCallFormat:
     name: str
     starts: tuple[str, ...] = ()
     ends: tuple[str, ...] = ()
+    inner: tuple[str, ...] = ()
     bare: str = ""
     separators: str = ""
     hints: tuple[str, ...] = ()
@@ -29,9 +31,20 @@ class ToolCallFormat:
     has_short_ids: bool = False
     is_xml: bool = False
 
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """All markers."""
+        return (*self.starts, *self.ends, *self.inner)
+
 
 FORMATS = (
-    ToolCallFormat("mistral", ("[TOOL_CALLS]",), hints=("[TOOL_CALLS]",), has_short_ids=True),
+    ToolCallFormat(
+        "mistral",
+        ("[TOOL_CALLS]",),
+        inner=("[CALL_ID]", "[ARGS]"),
+        hints=("[TOOL_CALLS]",),
+        has_short_ids=True,
+    ),
     ToolCallFormat(
         "phi4_mini_json",
         ("<|tool_call|>", "functools"),

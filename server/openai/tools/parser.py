@@ -1,8 +1,9 @@
 """Streaming parsers that split generated text into content and tool calls.
 
-Text that is not a valid call of an offered tool is content, markers included.
+Text that is not a valid call of an offered tool is content, markers included unless they are special tokens.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -69,10 +70,14 @@ class ToolCallParser:
     Args:
         format: tool call format of the model.
         tools: the tools that may be called.
+        hidden: markers that are not shown to clients.
     """
 
-    def __init__(self, format: ToolCallFormat, tools: Tools) -> None:
+    def __init__(self, format: ToolCallFormat, tools: Tools, hidden: Collection[str] = ()) -> None:
         self._format = format
+        self._starts = format.starts
+        self._marks = {*format.starts, *hidden}
+        self._hidden = re.compile("|".join(map(re.escape, hidden))) if hidden else None
         self._new_block: Callable[[int], Block] = XMLBlock if format.is_xml else JSONBlock
         self._tools = tools
         self._pending = ""  # text not returned yet
@@ -112,13 +117,12 @@ class ToolCallParser:
 
     def _read_content(self, is_last: bool) -> Iterator[Piece]:
         """State in content, up to the next marker."""
-        starts = self._format.starts
-        found = [(self._pending.find(mark), mark) for mark in starts if mark in self._pending]
+        found = [(self._pending.find(mark), mark) for mark in self._starts if mark in self._pending]
         if found:
             position, mark = min(found)
             yield from self._open(position, len(mark))
             return
-        held = 0 if is_last else _num_held_back(self._pending, starts)
+        held = 0 if is_last else _num_held_back(self._pending, self._marks)
         yield from self._emit_content(len(self._pending) - held)
         self._must_wait = True
 
@@ -136,17 +140,15 @@ class ToolCallParser:
         calls = self._calls()
         if not calls:
             self._num_failed += not self._block.is_broken
-            self._state = self._read_content if self._num_failed < MAX_FAILED else self._read_rest
+            if self._num_failed == MAX_FAILED:
+                self._starts = ()  # the rest is content
+            self._state = self._read_content
             yield from self._emit_content(max(1, self._block.head))
             return
         self._pending, self._blanks, self._state = self._pending[self._block.end :], "", self._end
         for name, arguments in calls:
-            yield ToolCallDelta(self._num_calls, arguments, name, is_last=True)
+            yield ToolCallDelta(self._num_calls, self._without_hidden(arguments), name, is_last=True)
             self._num_calls += 1
-
-    def _read_rest(self, is_last: bool) -> Iterator[Piece]:
-        """State after too many failed blocks: content only."""
-        yield from self._emit_content(len(self._pending))
 
     def _calls(self) -> list[Call]:
         """Return the calls of the block; empty if anything in it is not a call of an offered tool."""
@@ -170,11 +172,15 @@ class ToolCallParser:
         yield from ()
 
     def _emit_content(self, length: int) -> Iterator[Piece]:
-        text, self._pending = self._blanks + self._pending[:length], self._pending[length:]
+        text, self._pending = self._pending[:length], self._pending[length:]
+        text = self._blanks + self._without_hidden(text)
         shown = text.rstrip()
         self._blanks = text[len(shown) :]
         if shown:
             yield shown
+
+    def _without_hidden(self, text: str) -> str:
+        return self._hidden.sub("", text) if self._hidden is not None else text
 
 
 def _num_held_back(text: str, marks: Collection[str]) -> int:

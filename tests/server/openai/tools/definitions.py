@@ -9,6 +9,8 @@ import httpx
 import pytest
 from jsonschema import Draft202012Validator
 
+from mmlora.server.openai.tools.formats import ToolCallFormat
+from mmlora.structured_outputs import StructuredOutputsParams
 from tests.server.conftest import RunningServer
 
 TEMPLATE = (
@@ -32,12 +34,24 @@ WHO_SCHEMA = {
 }
 SCHEMAS = {"add": ADD_SCHEMA, "who": WHO_SCHEMA}
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "to": "x"}}\n</tool_call>'
+ADD_CALL = '{"name": "add", "arguments": {"a": 1, "to": "x"}}'
+MARKED = ToolCallFormat("marked", ("<|user|>",), ("<|assistant|>",), hints=("<tool_call>",))  # by special tokens
 LIMITS = {"chat/completions": "max_tokens", "responses": "max_output_tokens"}
 
 
 def check_calls(calls: list[dict[str, str]]) -> None:
     for call in calls:
         Draft202012Validator(SCHEMAS[call["name"]]).validate(json.loads(call["arguments"]))
+
+
+def say_tokens(server: RunningServer, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Make the model generate a text, in which names such as <|user|> are special tokens."""
+    ids = server.llm.tokenizer(text, add_special_tokens=False).input_ids
+    grammar = StructuredOutputsParams(grammar="start: " + " ".join(f"<[{token}]>" for token in ids))
+    make = server.llm.engine.default_sampling_params
+    monkeypatch.setattr(
+        server.llm.engine, "default_sampling_params", lambda **o: make(**{**o, "structured_outputs": grammar})
+    )
 
 
 def prompt_of(

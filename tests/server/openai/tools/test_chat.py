@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -14,10 +15,20 @@ from mmlora.errors import ConfigError
 from mmlora.server.api import build_app
 from mmlora.server.args import ServerArgs
 from mmlora.server.launch import load_served_models
+from mmlora.server.openai.tools import formats
 from mmlora.server.openai.tools.choice import read_tool_choice
 from tests.checkpoints import CHAT_TEMPLATE
 from tests.server.conftest import RunningServer, ServerFactory, run_app
-from tests.server.openai.tools.definitions import CALL, SCHEMAS, TEMPLATE, check_calls, prompt_of
+from tests.server.openai.tools.definitions import (
+    ADD_CALL,
+    CALL,
+    MARKED,
+    SCHEMAS,
+    TEMPLATE,
+    check_calls,
+    prompt_of,
+    say_tokens,
+)
 
 
 def tool(name: str, **fields: Any) -> dict[str, Any]:
@@ -163,16 +174,66 @@ def test_text_is_kept_without_a_tool_choice(server: RunningServer, say: Any) -> 
     assert taken(create(server, tool_choice="none"))["content"] == CALL
 
 
-def test_markers_that_are_special_tokens_reach_the_parser(
-    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+SPECIAL = re.compile(r"<\|\w+\|>")
+
+
+@pytest.fixture(scope="module")
+def marked(server: RunningServer) -> Iterator[RunningServer]:
+    """A server of the same model whose calls are marked by special tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "FORMATS", (MARKED,))
+        app = build_app(server.llm, load_served_models(server.llm))
+    with run_app(app) as address:
+        yield RunningServer(server.llm, address)
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "names"),
+    [
+        (f"Wa<|system|>it.<|user|>{ADD_CALL}<|assistant|>\n<|user|>{ADD_CALL}<|assistant|>", "Wait.", ["add", "add"]),
+        (f"<|user|>{ADD_CALL}<|assistant|>On<|system|>e.<|user|>{ADD_CALL}", "One.", ["add", "add"]),
+        ("No<|system|> <|user|>call<|assistant|>.<|audio|>", "No call.", []),
+        (f"<|user|>{ADD_CALL[:-9]}<|system|>", ADD_CALL[:-9], []),
+        ("a <|user", "a <|user", []),
+    ],
+    ids=["two calls", "text between calls", "none", "incomplete", "not a token"],
+)
+def test_special_tokens_are_not_content(
+    marked: RunningServer,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    content: str,
+    names: list[str],
 ) -> None:
-    given, make = [], server.llm.engine.default_sampling_params
-    monkeypatch.setattr(
-        server.llm.engine, "default_sampling_params", lambda **options: given.append(options) or make(**options)
-    )
-    for choice in ("auto", "none", "required"):
-        create(server, tool_choice=choice, max_tokens=1)
-    assert [options.get("skip_special_tokens", True) for options in given] == [False, True, True]
+    say_tokens(marked, monkeypatch, text)
+    options: dict[str, Any] = {"tools": [tool("add")], "logprobs": True}
+    answer = create(marked, **options)
+    found = taken(answer)
+    assert found == joined(create_stream(marked, **options))
+    assert (found["content"], [call["name"] for call in found["calls"]]) == (content, names)
+    check_calls(found["calls"])
+    logprobs = answer.choices[0].logprobs  # has every token
+    assert logprobs is not None and "".join(entry.token for entry in logprobs.content or ()) == text
+
+
+def test_special_tokens_are_kept_on_request(marked: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    say_tokens(marked, monkeypatch, f"Wa<|system|>it<|user|>!<|user|>{ADD_CALL}")
+    options: dict[str, Any] = {"extra_body": {"skip_special_tokens": False}}
+    found = taken(create(marked, **options))
+    assert found == joined(create_stream(marked, **options))
+    assert found["content"] == "Wa<|system|>it<|user|>!" and len(found["calls"]) == 1
+    found = taken(create(marked, tool_choice="none"))
+    assert found["content"] == f"Wait!{ADD_CALL}"
+
+
+def test_random_output_has_no_special_tokens(marked: RunningServer) -> None:
+    """Of random tokens, one in forty is special."""
+    options: dict[str, Any] = {"max_tokens": 150, "temperature": 5, "n": 6, "seed": 5, "logprobs": True}
+    choices = create(marked, **options, extra_body={"ignore_eos": True}).choices
+    tokens = [entry.token for choice in choices for entry in choice.logprobs.content or ()]  # type: ignore[union-attr]
+    assert {"<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>"} <= set(tokens)
+    for choice in choices:
+        assert choice.message.content and not SPECIAL.search(choice.message.content)
 
 
 HISTORY = [

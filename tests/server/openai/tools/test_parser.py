@@ -180,6 +180,36 @@ def test_calls_are_found_for_every_split_of_the_text(
         assert parse(new_parser(name), text[:first], text[first:second], text[second:]) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "content", "calls"),
+    [
+        ("phi4_mini_json", f"Two.<|tool_call|>[{W}, {S}]<|/tool_call|> done", "Two.done", [WEATHER, SUM]),
+        ("phi4_mini_json", "a<|/tool_call|>b <|tool_call|>no<|tool_call|>", "ab no", NO_CALLS),
+        ("phi4_mini_json", f"<|tool_call|>[{W[:-1]}", f"[{W[:-1]}", NO_CALLS),
+        ("phi4_mini_json", f"<|tool_call|>{call('rm', {})}<|/tool_call|>", call("rm", {}), NO_CALLS),
+        ("phi4_mini_json", "<|tool_call", "<|tool_call", NO_CALLS),
+        (
+            "phi4_mini_json",
+            '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "<|tool_call|>x<|/tool_call|>"}}]',
+            "",
+            [("get_weather", {"city": "x"})],
+        ),
+        ("mistral", f"[TOOL_CALLS]get_weather[ARGS]{json.dumps(WEATHER[1])}[ARGS] so", "so", [WEATHER]),
+        ("mistral", "[TOOL_CALLS] and [CALL_ID] so on", "and  so on", NO_CALLS),
+        ("llama3_json", f"<|python_tag|>print() {W}", f"print() {W}", NO_CALLS),
+        ("llama3_json", f"<|python_tag|>{W}; {S}", "", [WEATHER, SUM]),
+    ],
+)
+def test_hidden_markers_are_not_content(name: str, text: str, content: str, calls: list[tuple[str, object]]) -> None:
+    format = find_format(name, "")
+    assert format is not None
+    for size in (len(text), 1, 2, 3, 7, 20):
+        parts = [text[start : start + size] for start in range(0, len(text), size)]
+        found, found_calls = parse(ToolCallParser(format, TOOLS, format.marks), *parts)
+        assert (found.strip(), found_calls) == (content, calls)
+        assert not any(mark in found for mark in format.marks)
+
+
 def test_content_is_streamed_and_a_call_is_returned_when_complete() -> None:
     parser = new_parser("hermes")
     assert parser.feed("I look. <tool") == ["I look."]

@@ -11,9 +11,21 @@ import pytest
 from openai.types.responses import Response, ResponseFunctionToolCall, ResponseOutputMessage, ResponseStreamEvent
 
 from mmlora.errors import MMLoRAError
-from tests.server.conftest import RunningServer, ServerFactory
+from mmlora.server.api import build_app
+from mmlora.server.launch import load_served_models
+from mmlora.server.openai.tools import formats
+from tests.server.conftest import RunningServer, ServerFactory, run_app
 from tests.server.openai.responses import checked, respond, stream
-from tests.server.openai.tools.definitions import CALL, SCHEMAS, TEMPLATE, check_calls, prompt_of
+from tests.server.openai.tools.definitions import (
+    ADD_CALL,
+    CALL,
+    MARKED,
+    SCHEMAS,
+    TEMPLATE,
+    check_calls,
+    prompt_of,
+    say_tokens,
+)
 
 INFINITE = "1e999"  # sent as a number
 LOGPROBS = "message.output_text.logprobs"
@@ -209,6 +221,22 @@ def test_only_text_has_log_probabilities(server: RunningServer, say: Callable[[s
         for item, text in ((first, "Wait."), (last, "Done <b.")):
             part: Any = item.content[0]  # type: ignore[union-attr]
             assert "".join(token.token for token in part.logprobs) == part.text == text
+
+
+def test_special_tokens_are_not_text(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "FORMATS", (MARKED,))
+        app = build_app(server.llm, load_served_models(server.llm))
+    say_tokens(server, monkeypatch, f"Wa<|system|>it.<|user|>{ADD_CALL}<|assistant|>On<|system|>e.<|audio|>")
+    options: dict[str, Any] = {**FREE, "include": [LOGPROBS]}
+    with run_app(app) as address:
+        marked = RunningServer(server.llm, address)
+        whole, streamed = respond(marked, "go", **options), gathered(stream(marked, "go", **options))
+    assert items_of(whole) == items_of(streamed) == [("Wait.", "completed"), ADDED, ("One.", "completed")]
+    for response in (whole, streamed):
+        for place, text in ((0, "Wa<|system|>it."), (2, "On<|system|>e.<|audio|>")):
+            part: Any = response.output[place].content[0]  # type: ignore[union-attr]
+            assert "".join(token.token for token in part.logprobs) == text
 
 
 HISTORY: list[dict[str, Any]] = [
