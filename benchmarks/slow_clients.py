@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import httpx
 
 BODY = {"messages": [{"role": "user", "content": "what is two plus three?"}], "max_tokens": 16, "ignore_eos": True}
-HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 
 
 def drip(address: str, num_clients: int, are_connected: Event) -> None:

@@ -18,6 +18,7 @@ from mmlora.server.health import status_routes
 from mmlora.server.http.admission import Admission, AdmissionGate
 from mmlora.server.http.auth import CORS, Authentication
 from mmlora.server.http.listener import RootPath
+from mmlora.server.http.origins import AllowedHosts, HostCheck, OriginCheck
 from mmlora.server.lora.served_models import ServedModels
 from mmlora.server.lora.updates import adapter_routes
 from mmlora.server.observability.prometheus import add_metrics
@@ -58,6 +59,7 @@ def build_app(
     log_requests: bool = False,
     admission: Admission | None = None,
     cors: CORS | None = None,
+    allowed_hosts: AllowedHosts | None = None,
     root_path: str = "",
     tracer: Tracer | None = None,
     tool_call_parser: str | None = "auto",
@@ -72,7 +74,8 @@ def build_app(
         allow_lora_updates: whether clients may load and unload adapters.
         log_requests: log prompts and hashes of media in the access log.
         admission: limits on open requests and their duration; by default those of `ServerArgs`.
-        cors: origins whose pages may use the server; none by default.
+        cors: origins whose pages may use the server; by default only its own.
+        allowed_hosts: hosts that requests may address; by default all.
         root_path: path prefix under which a reverse proxy serves the application.
         tracer: traces requests; the caller shuts it down.
         tool_call_parser: see `ToolCalling`.
@@ -88,6 +91,9 @@ def build_app(
     # The last middleware is the outermost: refusals are logged and get CORS headers.
     app.add_middleware(AdmissionGate, admission=admission)
     app.add_middleware(Authentication, keys=[api_key] if isinstance(api_key, str) else api_key)
+    app.add_middleware(OriginCheck, origins=cors.origins if cors is not None else ())
+    if allowed_hosts is not None:
+        app.add_middleware(HostCheck, hosts=allowed_hosts)
     if cors is not None:
         cors.add_to(app)
     add_metrics(app, llm, admission, log_requests=log_requests, tracer=tracer)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar, Final
@@ -12,6 +13,8 @@ from mmlora.server.openai.tools.formats import PARSER_NAMES
 from mmlora.utils.text import shorten
 
 LOG_FORMATS: Final = ("text", "json")
+_ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^A-Z\s/?#@*]+")  # as browsers send it: lower case, without a path
+_HOST_PATTERN: Final = re.compile(r"\*|(\*\.)?[^\s/?#@:*\[\]]+|\[?[0-9a-fA-F:.]*:[0-9a-fA-F:.]*\]?")
 LOG_LEVELS: Final = ("critical", "error", "warning", "info", "debug", "trace")
 
 
@@ -68,6 +71,9 @@ class ServerArgs:
         allowed_methods: methods that allowed origins may use; `*` allows all.
         allowed_headers: headers that allowed origins may send; `*` allows all.
         allow_credentials: allow cookies in requests from allowed origins.
+        allowed_hosts: host names by which clients may address the server, against DNS rebinding: `llm.example`,
+            `*.llm.example` for all subdomains, or `*` for all names. By default all, or only localhost on a loopback
+            address without an API key.
         lora_modules: adapters to load at startup, each `name=path` or a JSON object with `name`, `path` and
             `base_model_name`.
         enable_auto_tool_choice: let the model decide whether to call a tool.
@@ -107,6 +113,7 @@ class ServerArgs:
     allowed_methods: Sequence[str] = ("*",)
     allowed_headers: Sequence[str] = ("*",)
     allow_credentials: bool = False
+    allowed_hosts: Sequence[str] = ()
     lora_modules: Sequence[LoRAModule] = ()
     enable_auto_tool_choice: bool = True
     tool_call_parser: str = "auto"
@@ -126,7 +133,7 @@ class ServerArgs:
 
     GROUPS: ClassVar[Groups] = {
         "network": "host port uds root_path ssl_certfile ssl_keyfile ssl_ca_certs ssl_cert_reqs",
-        "security": "api_key allowed_origins allowed_methods allowed_headers allow_credentials",
+        "security": "api_key allowed_origins allowed_methods allowed_headers allow_credentials allowed_hosts",
         "server limits": "max_request_bytes max_queued_requests max_connections header_timeout body_timeout "
         "request_timeout write_timeout keep_alive_timeout drain_timeout",
         "logging": "uvicorn_log_level log_format log_requests otlp_traces_endpoint",
@@ -183,3 +190,9 @@ class ServerArgs:
                 yield f"{name}={getattr(self, name)!r}: needs allowed_origins"
         if self.allow_credentials and "*" in self.allowed_origins:
             yield "allow_credentials=True: needs explicit origins; '*' would expose cookies to every website"
+        for origin in self.allowed_origins:
+            if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
+                yield f"allowed_origins: {shorten(origin)} must be scheme://host or scheme://host:port, or '*' for all"
+        for host in self.allowed_hosts:
+            if not _HOST_PATTERN.fullmatch(host):
+                yield f"allowed_hosts: {shorten(host)} must be a host name without scheme and port, or '*' for all"

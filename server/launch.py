@@ -21,7 +21,8 @@ from mmlora.server.api import build_app
 from mmlora.server.args import LoRAModule, ServerArgs
 from mmlora.server.http.admission import Admission
 from mmlora.server.http.auth import CORS
-from mmlora.server.http.listener import format_url, listening, raise_file_limit
+from mmlora.server.http.listener import format_url, is_loopback, listening, raise_file_limit
+from mmlora.server.http.origins import AllowedHosts
 from mmlora.server.http.server import ConnectionLimits, HTTPServer
 from mmlora.server.lora.resolved import ALLOW_VARIABLE, start_resolution
 from mmlora.server.lora.served_models import ServedAdapter, ServedModels
@@ -41,6 +42,7 @@ def serve(engine_args: EngineArgs, server_args: ServerArgs) -> None:
         AdapterError: an adapter cannot be loaded.
     """
     tls = load_tls(server_args)
+    warn_if_exposed(server_args)
     raise_file_limit(server_args.max_connections)
     endpoint, is_logged = server_args.otlp_traces_endpoint, server_args.log_requests
     with tracing(endpoint, engine_args.model_name, log_requests=is_logged) as tracer:
@@ -93,6 +95,7 @@ def build_server(
         tracer=tracer,
         admission=admission,
         cors=cors if args.allowed_origins else None,
+        allowed_hosts=allowed_hosts(args),
         root_path=args.root_path,
         tool_call_parser=args.tool_call_parser if args.enable_auto_tool_choice else None,
     )
@@ -107,6 +110,26 @@ def build_server(
     )
     limits = ConnectionLimits(args.max_connections, args.header_timeout, args.write_timeout)
     return HTTPServer(config, llm, admission, limits, tls=tls, drain_timeout=args.drain_timeout, on_ready=on_ready)
+
+
+def allowed_hosts(args: ServerArgs) -> AllowedHosts | None:
+    """Return the hosts that requests may address, or None to allow all.
+
+    Without an API key, a server on a loopback address is only protected by being local, which DNS rebinding defeats.
+    """
+    is_local = args.uds is None and is_loopback(args.host)
+    is_checked = bool(args.allowed_hosts) or (is_local and not args.api_keys)
+    return AllowedHosts(args.allowed_hosts, is_local) if is_checked else None
+
+
+def warn_if_exposed(args: ServerArgs) -> None:
+    """Log a warning if a server on a public address has neither an API key nor a list of hosts."""
+    if args.uds is None and not (args.api_keys or args.allowed_hosts or is_loopback(args.host)):
+        logger.warning(
+            "host=%r without an API key: everyone who can reach this server can use it, and web pages can through the "
+            "browsers of its users (DNS rebinding); set --api-key, or at least --allowed-hosts",
+            args.host,
+        )
 
 
 def load_served_models(llm: AsyncLLM, lora_modules: Sequence[LoRAModule] = ()) -> ServedModels:
@@ -223,6 +246,7 @@ def summarize(llm: AsyncLLM, models: ServedModels, args: ServerArgs, url: str) -
         "request_timeout": args.request_timeout,
         "num_api_keys": len(args.api_keys),
         "allowed_origins": list(args.allowed_origins),
+        "allowed_hosts": list(args.allowed_hosts),
     }
 
 
@@ -238,6 +262,7 @@ def format_summary(fields: dict[str, Any]) -> str:
     timeout = f", {fields['request_timeout']:g} s each" if fields["request_timeout"] is not None else ""
     keys = f"{fields['num_api_keys']} API key(s)" if fields["num_api_keys"] else "no API key: all requests are admitted"
     origins = f", origins {', '.join(fields['allowed_origins'])}" if fields["allowed_origins"] else ""
+    hosts = f", hosts {', '.join(fields['allowed_hosts'])}" if fields["allowed_hosts"] else ""
     lines = {
         "model": f"{fields['model']} ({fields['class']}), takes {', '.join(fields['takes'])}",
         "parameters": f"{parameters}; {fields['dtype']} on {fields['device']}",
@@ -247,7 +272,7 @@ def format_summary(fields: dict[str, Any]) -> str:
         "context": f"{fields['max_model_len']} tokens",
         "memory": f"KV cache {size_text(fields['kv_cache_bytes'])} ({fields['kv_cache_tokens']} tokens){encoded}",
         "requests": f"{fields['max_num_seqs']} running, {fields['max_queued_requests']} waiting{timeout}",
-        "access": keys + origins,
+        "access": keys + origins + hosts,
     }
     return "\n".join(printable(f"  {name:<18}{text}") for name, text in lines.items() if text)
 

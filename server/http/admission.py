@@ -2,19 +2,23 @@
 
 import asyncio
 import math
+import re
 import time
 from collections import Counter, deque
 from typing import Final
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mmlora.server.args import ServerArgs
 from mmlora.server.errors import Refusal, error_response
 from mmlora.server.http.auth import route_path
+from mmlora.utils.text import shorten
 
 MAX_RETRY_AFTER_S: Final = 60
 NUM_TIMED: Final = 64  # most recent requests, whose end times give the rate at which requests end
+_JSON_TYPE: Final = re.compile(r"application/([a-z0-9!#$&^_.-]+\+)?json\s*(;|$)", re.IGNORECASE)
 ADAPTER_UPDATES: Final = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 
 
@@ -161,14 +165,21 @@ def _limit_body_time(receive: Receive, end: float, timeout: float) -> Receive:
     return receive_in_time
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
+async def read_body(request: Request, max_bytes: int, *, is_json: bool = True) -> bytes:
     """Read a body of at most `max_bytes`.
 
     A larger one is refused by its `content-length`, or as soon as more has arrived.
 
+    Args:
+        max_bytes: size limit.
+        is_json: whether the body must be declared as JSON. Browsers send other types for any page without asking.
+
     Raises:
-        Refusal: 413 for a body that is too large, 400 for a `content-length` that is not a number.
+        Refusal: 415 for a body of another type, 413 for one that is too large, 400 for a `content-length` that is not
+            a number.
     """
+    if is_json:
+        _check_json_type(request.headers)
     claim = request.headers.get("content-length")
     if claim is not None and not claim.isdecimal():
         raise Refusal(400, f"content-length is {claim!r}; it must be a number of bytes")
@@ -181,6 +192,17 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
             raise _too_large(f"at least {size} bytes", max_bytes)
         chunks.append(chunk)
     return b"".join(chunks)
+
+
+def _check_json_type(headers: Headers) -> None:
+    """Check that a body is declared as JSON; a request without a body declares nothing."""
+    kinds = headers.getlist("content-type")
+    if not kinds and "transfer-encoding" not in headers and headers.get("content-length", "0") == "0":
+        return
+    if not kinds or not all(_JSON_TYPE.match(kind) for kind in kinds):
+        received = shorten(", ".join(kinds)) if kinds else "none"
+        message = f"the body must have the header 'Content-Type: application/json'; received {received}"
+        raise Refusal(415, message, param="body", code="unsupported_media_type")
 
 
 def _too_large(size: str, max_bytes: int) -> Refusal:

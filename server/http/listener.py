@@ -7,6 +7,7 @@ import socket
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from ipaddress import ip_address
 from typing import Final
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -85,6 +86,15 @@ def listen_tcp(host: str, port: int) -> socket.socket:
         listener.close()
         raise ConfigError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
     return listener
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host's first address, on which `listen_tcp` listens, is a loopback address."""
+    try:
+        address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
+    except (OSError, UnicodeError):  # `listen_tcp` reports it
+        return False
+    return ip_address(address).is_loopback
 
 
 def listen_unix(path: str) -> socket.socket:

@@ -60,6 +60,7 @@ class GenerationService(ABC):
     """
 
     FIELDS: ClassVar[Mapping[str, str]] = {}
+    TAKES_JSON: ClassVar[bool] = True  # otherwise bodies are forms
 
     def __init__(self, llm: AsyncLLM, models: ServedModels, max_request_bytes: int) -> None:
         self._llm = llm
@@ -72,7 +73,7 @@ class GenerationService(ABC):
         Raises:
             MMLoRAError: the request cannot be served, or failed before the response began.
         """
-        body = await read_body(request, self._max_request_bytes)
+        body = await read_body(request, self._max_request_bytes, is_json=self.TAKES_JSON)
         with rename_param(self.FIELDS):
             generation = await self._llm.run_in_pool(self._parse, request, body, CALLER.get())
             outputs = self._generate(generation)

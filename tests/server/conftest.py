@@ -35,6 +35,8 @@ from mmlora.server.launch import build_server, load_served_models, load_tls
 from mmlora.server.lora.served_models import ServedModels
 from mmlora.structured_outputs import StructuredOutputsParams
 
+JSON = {"content-type": "application/json"}
+
 
 @dataclass(frozen=True)
 class RunningServer:
@@ -191,6 +193,11 @@ def run_server(llm: AsyncLLM, **options: Any) -> Iterator[tuple[HTTPServer, str]
         finally:
             server.should_exit = True
             thread.join()
+
+
+def post_json(url: str, content: bytes | str) -> httpx.Response:
+    """Send a body that is declared as JSON, whatever it is."""
+    return httpx.post(url, content=content, headers=JSON, timeout=60)
 
 
 def connect(address: str) -> socket.socket:

@@ -20,6 +20,7 @@ from tests.server.conftest import (
     RunningServer,
     ServerFactory,
     input_audio_part,
+    post_json,
     run_app,
     still_serving,
     text_part,
@@ -167,7 +168,7 @@ def test_a_body_with_many_errors_is_as_cheap_as_with_one(server: RunningServer, 
     """Reporting each of a million errors would take a kilobyte each and block the interpreter for seconds."""
     tracemalloc.start()
     try:
-        response = httpx.post(server.address + path, content=body, timeout=60)
+        response = post_json(server.address + path, body)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -291,7 +292,7 @@ def test_a_body_of_3_gb_is_refused_before_it_is_in_memory(server: RunningServer,
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe"])
 def test_a_body_that_is_not_json_is_refused(server: RunningServer, body: bytes) -> None:
-    response = httpx.post(f"{server.address}/v1/chat/completions", content=body)
+    response = post_json(f"{server.address}/v1/chat/completions", body)
     assert response.status_code == 400
     assert "not JSON" in response.json()["error"]["message"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,25 +27,14 @@ from mmlora.server.api import build_app
 from mmlora.server.args import LoRAModule
 from mmlora.server.launch import load_served_models
 from mmlora.server.lora.served_models import ServedModels
+from tests.server.browser import CHROMIUM, FLAGS, needs_browser
 from tests.server.conftest import run_app, wait_for
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, Request, Route
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 TIMEOUT_MS = 120_000
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--use-fake-ui-for-media-stream",
-    "--use-fake-device-for-media-stream",
-)
+MICROPHONE = ("--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream")
 DESCRIPTION = "a big red circle and a little blue square and a big yellow star"
 HAND_OVER = """([kind, name, type, content]) => {
     const transfer = new DataTransfer();
@@ -92,7 +80,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     path = tmp_path_factory.mktemp("microphone") / "microphone.wav"
     soundfile.write(path, samples, rate, subtype="PCM_16")
     with sync_playwright() as playwright:
-        flags = [*FLAGS, f"--use-file-for-fake-audio-capture={path}%noloop"]
+        flags = [*FLAGS, *MICROPHONE, f"--use-file-for-fake-audio-capture={path}%noloop"]
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
         yield browser
         browser.close()

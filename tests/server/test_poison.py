@@ -12,7 +12,15 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.conftest import RunningServer, ServerFactory, input_audio_part, text_part, url_part, wait_until_idle
+from tests.server.conftest import (
+    JSON,
+    RunningServer,
+    ServerFactory,
+    input_audio_part,
+    text_part,
+    url_part,
+    wait_until_idle,
+)
 
 GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/v1/load_lora_adapter")
@@ -72,7 +80,7 @@ def test_valid_requests_are_unaffected_by_invalid_ones(server: RunningServer, wa
     async def send_bad(client: httpx.AsyncClient) -> None:
         while bad:
             path, content = bad.pop()
-            answer = await client.post(server.address + path, content=content)
+            answer = await client.post(server.address + path, content=content, headers=JSON)
             statuses.append((path, content[:80], answer.status_code))
 
     async def leave(client: httpx.AsyncClient) -> None:

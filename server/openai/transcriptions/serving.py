@@ -26,6 +26,7 @@ class TranscriptionService(GenerationService):
     """
 
     FIELDS = {"messages": "file"}
+    TAKES_JSON = False
 
     def __init__(
         self,

@@ -104,7 +104,8 @@ def test_a_full_queue_is_a_429_with_retry_after(server: RunningServer, path: str
 def send_head(address: str, path: str, *headers: str) -> bytes:
     """Send the head of a POST request and return the whole response."""
     with connect(address) as connection:
-        connection.sendall("\r\n".join([f"POST {path} HTTP/1.1", "host: localhost", *headers, "\r\n"]).encode())
+        lines = [f"POST {path} HTTP/1.1", "host: localhost", "content-type: application/json", *headers, "\r\n"]
+        connection.sendall("\r\n".join(lines).encode())
         return read_answer(connection)
 
 
@@ -173,7 +174,8 @@ def test_a_disconnect_aborts_the_request_within_a_step(
 ) -> None:
     with connect(server.address) as connection:
         body = json.dumps({**LONG, "stream": is_stream}).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        head += f"content-length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         wait_for(lambda: len(step_times) > 5)
         left = time.monotonic()

@@ -20,7 +20,7 @@ from mmlora.server.http.server import HTTPServer
 from tests.server.conftest import connect, read_answer, run_server, wait_for
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "ignore_eos": True}
-HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 
 
 @pytest.fixture(scope="module")

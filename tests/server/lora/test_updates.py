@@ -22,7 +22,7 @@ from mmlora.errors import AdapterError
 from mmlora.server.api import build_app
 from mmlora.server.args import LoRAModule
 from mmlora.server.launch import load_served_models
-from tests.server.conftest import RunningServer, run_app, text_part
+from tests.server.conftest import RunningServer, post_json, run_app, text_part
 from tests.server.lora.admin import (
     BASE_NAMES,
     card,
@@ -58,7 +58,8 @@ def run_documented(command: str) -> str:
     if shutil.which("curl"):
         environment = {**os.environ, "no_proxy": "localhost"}
         return subprocess.run([*arguments, "-sS"], capture_output=True, text=True, check=True, env=environment).stdout
-    return httpx.post(arguments[3], content=arguments[arguments.index("-d") + 1]).text
+    name, _, value = arguments[arguments.index("-H") + 1].partition(": ")
+    return httpx.post(arguments[3], content=arguments[arguments.index("-d") + 1], headers={name: value}).text
 
 
 def test_the_documented_commands_work_as_written(tiny_phi4: Path, adapters: dict[str, str]) -> None:
@@ -193,7 +194,7 @@ def test_a_refused_unload_gives_a_reason(
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"lora_name": "\xff"}', b'{"lora_name": "\\ud800"}'])
 def test_an_invalid_body_is_400(server: RunningServer, content: bytes) -> None:
     for route in ("load", "unload"):
-        error_of(httpx.post(f"{server.address}/v1/{route}_lora_adapter", content=content), 400)
+        error_of(post_json(f"{server.address}/v1/{route}_lora_adapter", content), 400)
 
 
 def test_a_large_body_is_refused(server: RunningServer) -> None:

@@ -18,7 +18,14 @@ from mmlora.processors.media.loader import parse_references
 from mmlora.sampling_params import SamplingParams
 from mmlora.server.openai.completions.protocol import MAX_PROMPTS, CompletionRequest
 from mmlora.server.openai.generation import merge
-from tests.server.conftest import RunningServer, ServerFactory, leave_before_answer, still_serving, wait_until_idle
+from tests.server.conftest import (
+    RunningServer,
+    ServerFactory,
+    leave_before_answer,
+    post_json,
+    still_serving,
+    wait_until_idle,
+)
 
 LONG = {"max_tokens": 480, "ignore_eos": True}
 
@@ -115,7 +122,7 @@ def test_values_out_of_range_are_named(server: RunningServer, body: dict[str, An
 
 
 def test_a_lone_surrogate_is_refused(server: RunningServer) -> None:
-    response = httpx.post(f"{server.address}/v1/completions", content=b'{"prompt": "\\ud800"}')
+    response = post_json(f"{server.address}/v1/completions", b'{"prompt": "\\ud800"}')
     assert response.status_code == 400, response.text
 
 

@@ -14,7 +14,7 @@ from mmlora.errors import MMLoRAError
 from mmlora.server.api import build_app
 from mmlora.server.launch import load_served_models
 from mmlora.server.openai.tools import formats
-from tests.server.conftest import RunningServer, ServerFactory, run_app
+from tests.server.conftest import RunningServer, ServerFactory, post_json, run_app
 from tests.server.openai.responses import checked, respond, stream
 from tests.server.openai.tools.definitions import (
     ADD_CALL,
@@ -347,7 +347,7 @@ def test_a_failure_in_the_middle_of_a_call_ends_it(server: RunningServer, monkey
 def refused(server: RunningServer, **fields: Any) -> dict[str, Any]:
     body = {"input": "go", "tools": TOOLS, "max_output_tokens": 1, **fields}
     content = json.dumps(body).replace(f'"{INFINITE}"', INFINITE)
-    response = httpx.post(f"{server.address}/v1/responses", content=content, timeout=60)
+    response = post_json(f"{server.address}/v1/responses", content)
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert error["type"] == "invalid_request_error" and len(str(error)) < 600
