@@ -6,10 +6,10 @@ import torch
 
 from mmlora.errors import AdapterMismatch
 from mmlora.lora.adapter import PARTS, Adapter
-from mmlora.lora.loading.files import AdapterFiles
+from mmlora.lora.loading.files import AdapterFiles, method_refusal
 from mmlora.lora.loading.load import load_adapter
 from mmlora.lora.loading.module_index import ModuleIndex
-from mmlora.lora.loading.peft_config import refusals
+from mmlora.lora.loading.peft_config import ignored_keys, refusals
 from mmlora.utils.text import printable
 
 
@@ -36,6 +36,7 @@ class Inspection:
         kinds: number of modules by kind of change (lora, dora, replaced, token rows).
         parts: coverage of each part of the model.
         unmatched: tensors that match no module.
+        ignored: unknown keys of the configuration that cannot change the output, each as `key=value`.
         refusals: reasons why it does not load; empty when it does.
     """
 
@@ -49,6 +50,7 @@ class Inspection:
     kinds: dict[str, int]
     parts: dict[str, Coverage]
     unmatched: tuple[str, ...]
+    ignored: tuple[str, ...]
     refusals: tuple[str, ...]
 
     def as_text(self) -> str:
@@ -56,6 +58,7 @@ class Inspection:
         verdict = "would be REFUSED" if self.refusals else "loads"
         lines = [f"{self.adapter} {verdict}", *(f"  refused: {reason}" for reason in self.refusals)]
         lines += [f"  matches no module: {key}" for key in self.unmatched]
+        lines += [f"  ignored: unknown key {key}" for key in self.ignored]
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items() if count)
         ranks = ", ".join(f"{rank} ({count} modules)" for rank, count in self.ranks.items())
         facts = {
@@ -103,6 +106,7 @@ def inspect_adapter(files: AdapterFiles, index: ModuleIndex) -> Inspection:
         kinds=_kinds(adapter),
         parts={part: Coverage(changed.get(part, 0), counts[part]) for part in PARTS},
         unmatched=tuple(map(printable, adapter.report.unmatched)) if adapter is not None else (),
+        ignored=ignored_keys(files.config) if method_refusal(files.config) is None else (),
         refusals=tuple(map(printable, reasons)),
     )
 

@@ -13,7 +13,7 @@ from mmlora.lora.loading.files import CONFIG_FILE, AdapterFiles
 from mmlora.lora.loading.foreign_keys import explain
 from mmlora.lora.loading.module_index import ModuleIndex
 from mmlora.lora.loading.module_reader import ModuleReader, TensorKey, parse_key
-from mmlora.lora.loading.peft_config import PeftConfig
+from mmlora.lora.loading.peft_config import PeftConfig, ignored_keys
 from mmlora.lora.weights import ModuleWeights
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,8 @@ def load_adapter(
         _check_invocation(modules, index, config)
     except AdapterMismatch as error:
         raise AdapterMismatch(f"adapter {name!r} ({files.origin}): {error}") from None
+    if ignored := ignored_keys(files.config):
+        logger.warning("adapter %r: ignored unknown keys of %s: %s", name, CONFIG_FILE, listed(ignored))
     if unmatched:
         logger.warning("adapter %r: %d modules matched, ignored %s", name, len(modules), listed(unmatched))
     return _build(files, name, index, config, modules, unmatched, reader.max_rank)

@@ -1,4 +1,6 @@
-"""`adapter_config.json` of PEFT: ranks, scalings and selected modules. Unsupported keys are refused by name.
+"""`adapter_config.json` of PEFT: ranks, scalings and selected modules. Unsupported features are refused by name.
+
+An unknown key is refused, because it might change the output, unless it is off or only says how the file was made.
 
 The keys are those of `peft.LoraConfig` up to PEFT 0.21 (https://huggingface.co/docs/peft, "LoRA").
 """
@@ -13,7 +15,7 @@ import regex
 
 from mmlora.errors import AdapterMismatch
 from mmlora.lora.loading.files import CONFIG_FILE, method_refusal
-from mmlora.utils.text import is_finite_number, shorten
+from mmlora.utils.text import is_finite_number, printable, shorten
 
 MAX_PATTERN_CHARS: Final = 100_000
 MATCH_TIMEOUT_S: Final = 1.0  # patterns come from adapter files, and some backtrack forever
@@ -42,20 +44,22 @@ _IRRELEVANT: Final = frozenset(
         "monteclora_config",
     ]
 )
-# Keys that are refused unless they have one of these values, with the reason.
-_REFUSED: Final[dict[str, tuple[tuple[Any, ...], str]]] = {
-    "init_lora_weights": (
-        (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
-        "this initialisation also changed the base weights, so the tensors do not fit the plain base; save with PEFT's "
-        "path_initial_model_for_weight_conversion",
-    ),
-    "layer_replication": ((None, []), "it changes the depth of the model"),
-    "use_qalora": ((False, None), "it needs a quantized base"),
-    "arrow_config": ((None, {}), "it routes between several adapters"),
-    "kasa_config": ((None, {}), "it truncates the base weights"),
-    "megatron_config": ((None, {}), "it belongs to Megatron models"),
-    "enable_lora": ((None, []), "it splits a fused layer in a way that PEFT no longer has"),
+# Features that are refused unless they are off, with the reason.
+_UNSUPPORTED: Final = {
+    "layer_replication": "it changes the depth of the model",
+    "use_qalora": "it needs a quantized base",
+    "arrow_config": "it routes between several adapters",
+    "kasa_config": "it truncates the base weights",
+    "megatron_config": "it belongs to Megatron models",
+    "enable_lora": "it splits a fused layer in a way that PEFT no longer has",
 }
+_INITIALIZATIONS: Final = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+# An unknown key with this last word, such as `transformers_version` or `_name_or_path`, says how the file was made.
+_PROVENANCE: Final = frozenset(
+    ["version", "path", "dir", "dtype", "revision", "commit", "url", "date", "time", "timestamp", "at"]
+)
+_DATE: Final = re.compile(r"\d{4}-\d\d-\d\d([T ][\d:.,]+(Z|[+-][\d:]+)?)?")
+_SWITCHES: Final = ("enabled", "enable")
 
 T = TypeVar("T")
 
@@ -196,6 +200,7 @@ class PeftConfig:
 
 
 _UNDERSTOOD: Final = frozenset(entry.name for entry in fields(PeftConfig))
+_KNOWN: Final = _UNDERSTOOD | _IRRELEVANT | _UNSUPPORTED.keys() | {"peft_type", "init_lora_weights"}
 
 
 def refusals(content: Mapping[str, Any]) -> Iterator[str]:
@@ -208,14 +213,48 @@ def refusals(content: Mapping[str, Any]) -> Iterator[str]:
         yield reason
         return
     for key, value in content.items():
-        if key in _UNDERSTOOD or key in _IRRELEVANT or key == "peft_type":
-            continue
-        if key not in _REFUSED:
-            yield f"the key {key}={value!r} is unknown; it might change the output"
-            continue
-        values, reason = _REFUSED[key]
-        if not any(value is allowed or (value == allowed and type(value) is type(allowed)) for allowed in values):
-            yield f"{key}={value!r} is not supported: {reason}; allowed: {', '.join(map(repr, values))}"
+        if key in _UNSUPPORTED and not _is_off(value):
+            yield f"{_shown(key, value)} is not supported: {_UNSUPPORTED[key]}; allowed: null, false or empty"
+        elif key == "init_lora_weights" and value and value not in _INITIALIZATIONS:
+            yield (
+                f"{_shown(key, value)} is not supported: this initialisation also changed the base weights, so the "
+                "tensors do not fit the plain base; save with PEFT's path_initial_model_for_weight_conversion; "
+                f"allowed: {', '.join(map(repr, _INITIALIZATIONS))}"
+            )
+        elif key not in _KNOWN and not _is_ignored(key, value):
+            yield f"the key {_shown(key, value)} is unknown; it might change the output"
+
+
+def ignored_keys(content: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the unknown keys of a configuration that cannot change the output, each as `key=value`.
+
+    These are features that are off, as a newer PEFT writes them, and notes on how the file was made.
+    """
+    unknown = ((key, value) for key, value in content.items() if key not in _KNOWN)
+    return tuple(_shown(key, value) for key, value in unknown if _is_ignored(key, value))
+
+
+def _is_ignored(key: str, value: object) -> bool:
+    return _is_off(value) or _is_provenance(key, value)
+
+
+def _is_off(value: object) -> bool:
+    """Return whether the value of a feature says that it is not used: null, false, 0, empty, or `{"enabled": false}`.
+
+    Any other object is a feature that is used with these settings, even if all of them are 0.
+    """
+    return not value or (isinstance(value, dict) and any(value.get(switch) is False for switch in _SWITCHES))
+
+
+def _is_provenance(key: str, value: object) -> bool:
+    """Return whether a key only says how the file was made: a version, path, date or dtype, by its name or value."""
+    if isinstance(value, str):
+        return key.lower().rpartition("_")[2] in _PROVENANCE or _DATE.fullmatch(value) is not None
+    return is_finite_number(value) and key.lower().rpartition("_")[2] in ("time", "timestamp")
+
+
+def _shown(key: str, value: object) -> str:
+    return f"{printable(shorten(key, str))}={shorten(value)}"
 
 
 def _lookup(pattern: Mapping[str, T], names: Sequence[str], default: T) -> T:
@@ -276,9 +315,11 @@ def _wrong(key: str, value: object, allowed: str) -> AdapterMismatch:
 
 def _typed(content: Mapping[str, Any], key: str, kind: type[T], default: T) -> T:
     value = content.get(key)
-    if value is not None and not isinstance(value, kind):
+    if not value:
+        return default
+    if not isinstance(value, kind):
         raise _wrong(key, value, f"a {kind.__name__}")
-    return default if value is None else value
+    return value
 
 
 def _rank(value: object, key: str) -> int:
@@ -321,7 +362,7 @@ def _listed_names(content: Mapping[str, Any], key: str) -> tuple[str, ...]:
 
 def _choice(content: Mapping[str, Any], key: str, allowed: tuple[str, ...]) -> str:
     value = content.get(key)
-    if value is not None and value not in allowed:
+    if value and value not in allowed:
         raise _wrong(key, value, f"one of {', '.join(allowed)}")
     return value or allowed[0]
 

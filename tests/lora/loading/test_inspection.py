@@ -79,3 +79,20 @@ def test_control_characters_of_a_file_are_escaped(
         assert cli.main(["inspect", str(path), "--model", str(phi4), *options]) == 1
         page = capsys.readouterr().out
         assert "\x1b" not in page and "\x07" not in page and "\nforged" not in page
+
+
+def test_ignored_keys_of_the_configuration_are_listed(
+    tmp_path: Path, phi4: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(shutil.copytree(phi4.parent / "text", tmp_path / "a"))
+    config = json.loads((path / "adapter_config.json").read_text())
+    notes = {"next_feature": {}, "transformers_version": "5.30\n"}
+    (path / "adapter_config.json").write_text(json.dumps({**config, **notes}))
+    code, found = inspect(capsys, path, "--model", phi4)
+    assert code == 0 and found["ignored"] == ["next_feature={}", r"transformers_version='5.30\n'"]
+    assert cli.main(["inspect", str(path), "--model", str(phi4)]) == 0
+    assert "ignored: unknown key next_feature={}" in capsys.readouterr().out
+    (path / "adapter_config.json").write_text(json.dumps({**config, **notes, "peft_type": "VERA"}))
+    code, found = inspect(capsys, path, "--model", phi4)
+    assert code == 1 and found["ignored"] == []
+    assert found["refusals"] == ["peft_type VERA is not supported; allowed: LORA"]

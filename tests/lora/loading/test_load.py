@@ -240,6 +240,21 @@ def test_a_refused_config_key_names_the_adapter(
         load(path, index)
 
 
+def test_unknown_keys_that_are_off_are_ignored_with_one_warning(
+    tiny_llama: nn.Module, index: ModuleIndex, save_adapter: Any, edit_config: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = save_adapter(tiny_llama)
+    digest = load(path, index).digest
+    edit_config(path, next_feature=None, other_feature={"enabled": False}, transformers_version="5.30", eva_config={})
+    with caplog.at_level(logging.WARNING):
+        assert load(path, index).digest == digest
+    (message,) = caplog.messages
+    assert message == (
+        "adapter 'test': ignored unknown keys of adapter_config.json: next_feature=None, "
+        "other_feature={'enabled': False}, transformers_version='5.30'"
+    )
+
+
 def test_missing_and_corrupt_files(tiny_llama: nn.Module, index: ModuleIndex, save_adapter: Any) -> None:
     path = save_adapter(tiny_llama)
     file = path / "adapter_model.safetensors"

@@ -24,8 +24,7 @@ def config(**content: Any) -> PeftConfig:
 
 
 def test_every_key_of_the_installed_peft_is_classified() -> None:
-    known = {"peft_type"} | peft_config._UNDERSTOOD | peft_config._IRRELEVANT | peft_config._REFUSED.keys()
-    assert {field.name for field in dataclasses.fields(LoraConfig)} <= known
+    assert {field.name for field in dataclasses.fields(LoraConfig)} <= peft_config._KNOWN
 
 
 def test_a_default_config_of_peft_is_accepted(tmp_path: Path) -> None:
@@ -42,7 +41,6 @@ def test_a_default_config_of_peft_is_accepted(tmp_path: Path) -> None:
         ("use_qalora", True),
         ("kasa_config", {"beta": 1}),
         ("arrow_config", {"top_k": 3}),
-        ("brand_new_key", None),
         *(("init_lora_weights", init) for init in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga")),
         ("r", 0),
         ("r", -8),
@@ -68,6 +66,97 @@ def test_unsupported_values_are_refused_with_key_and_value(key: str, value: obje
     with pytest.raises(AdapterMismatch) as refused:
         config(**{key: value})
     assert key in str(refused.value) and repr(value) in str(refused.value)
+
+
+OFF = [None, False, 0, 0.0, -0.0, "", [], {}, {"enabled": False, "alpha": 3}, {"enable": False}]
+ON = [
+    *(True, 1, -1, 1e-9, "none", "false", "0", " ", "0.5", "bfloat16", [0], [None], [False], {"alpha": 0}),
+    *(
+        {"enabled": True},
+        {"enabled": None},
+        {"a": {"enabled": False}},
+        float("nan"),
+        "2026",
+        "1.2.3",
+        "2026-01-01 or so",
+    ),
+]
+
+
+@pytest.mark.parametrize("value", OFF, ids=repr)
+def test_an_unknown_feature_that_is_off_is_ignored(value: object) -> None:
+    content = {"feature_of_next_year": value, "Another-1": value}
+    assert config(**content) == config()
+    named = tuple(f"{key}={value!r}" for key in content)
+    assert peft_config.ignored_keys({"peft_type": "LORA", "r": 4, "eva_config": value, **content}) == named
+
+
+@pytest.mark.parametrize("value", ON, ids=repr)
+def test_an_unknown_feature_that_is_on_is_refused_by_name(value: object) -> None:
+    with pytest.raises(AdapterMismatch) as refused:
+        config(feature_of_next_year=value)
+    assert f"the key feature_of_next_year={value!r} is unknown" in str(refused.value)
+    assert peft_config.ignored_keys({"feature_of_next_year": value}) == ()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("transformers_version", "5.30"),
+        ("Unsloth_Version", "2026.1.1"),
+        ("version", "1"),
+        ("_name_or_path", "/home/x"),
+        ("output_dir", "out/run-3"),
+        ("torch_dtype", "bfloat16"),
+        ("dtype", "float16"),
+        ("git_commit", "0a1b2c"),
+        ("wandb_url", "https://example.com/run"),
+        ("created_at", "last Monday"),
+        ("save_timestamp", 1767225600.5),
+        ("training_time", 3600),
+        ("saved", "2026-11-30"),
+        ("saved", "2026-11-30T12:30:01.5+01:00"),
+        ("saved", "2026-11-30 12:30:01Z"),
+    ],
+)
+def test_provenance_is_ignored(key: str, value: object) -> None:
+    assert config(**{key: value}) == config()
+    assert peft_config.ignored_keys({key: value}) == (f"{key}={value!r}",)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("conversion", "x"), ("path_dropout", 0.1), ("version_scale", "2"), ("projection_path", ["a"])),
+        *(("transformers_version", 5), ("learning_rate_time_scale", 2.0), ("training_time", True), ("updates", "x")),
+    ],
+)
+def test_keys_that_only_look_like_provenance_are_refused(key: str, value: object) -> None:
+    with pytest.raises(AdapterMismatch, match=f"the key {key}="):
+        config(**{key: value})
+
+
+@pytest.mark.parametrize("key", peft_config._UNSUPPORTED)
+def test_an_unsupported_feature_may_be_off(key: str) -> None:
+    for value in OFF:
+        assert config(**{key: value}) == config()
+    with pytest.raises(AdapterMismatch, match=f"{key}={{'beta': 0}} is not supported: .*allowed: null, false or empty"):
+        config(**{key: {"beta": 0}})
+
+
+def test_known_features_may_be_off_in_any_spelling() -> None:
+    flags = ["use_rslora", "use_dora", "lora_bias", "use_bdlora", "ensure_weight_tying", "init_lora_weights"]
+    mappings = ["rank_pattern", "alpha_pattern", "trainable_token_indices"]
+    lists = ["modules_to_save", "target_parameters", "alora_invocation_tokens", "layer_replication"]
+    for value in (None, False, 0, "", [], {}):
+        assert config(**dict.fromkeys([*flags, *mappings, *lists, "bias"], value)) == config()
+    assert config(alpha_pattern={"q_proj": 0}).scaling_of("q_proj") == 0
+
+
+def test_unknown_keys_are_shortened_and_escaped() -> None:
+    with pytest.raises(AdapterMismatch) as refused:
+        config(**{"a\nb" + "c" * 1000: [1] * 10_000})
+    assert len(str(refused.value)) < 300 and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
