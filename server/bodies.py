@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, TypeAdapter, ValidationError, model_validator
 from pydantic_core import from_json
 from starlette.responses import JSONResponse
 
@@ -34,10 +34,22 @@ class _HashableFailFast(FailFast):
 FirstOnly = Annotated[list[T], _HashableFailFast()]
 
 
+def has_no_effect(value: Any) -> bool:
+    """Return whether an unknown field with this value can be ignored: it is null, false or empty."""
+    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
+
+
 class Body(BaseModel):
-    """JSON body that is refused if it has unknown fields."""
+    """JSON object that is refused if it has unknown fields, unless these are null, false or empty."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ignore_fields(cls, fields: Any) -> Any:
+        if not isinstance(fields, Mapping):
+            return fields
+        return {name: value for name, value in fields.items() if name in cls.model_fields or not has_no_effect(value)}
 
 
 class UTF8JSONResponse(JSONResponse):

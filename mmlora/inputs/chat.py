@@ -1,6 +1,7 @@
 """`ChatPrompt`: a validated conversation in OpenAI's format; its media are not fetched or decoded yet."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -12,7 +13,8 @@ from mmlora.processors.modalities import PART_MODALITIES
 from mmlora.utils.text import shorten
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
-MESSAGE_FIELDS: Final = frozenset({"role", "content", "name", "refusal", "tool_calls", "tool_call_id"})
+ROLE: Final = re.compile(r"[\w.-]{1,64}")  # templates write roles between control tokens
+UNSUPPORTED_FIELDS: Final = ("audio", "function_call")  # of messages: they stand for content that is not in the prompt
 PART_TYPES: Final = ("text", *PART_MODALITIES)
 
 
@@ -53,7 +55,8 @@ def read_messages(messages: Sequence[Message], *, is_strict: bool = False) -> li
         messages: each with `role` and `content`, which is a string or a list of parts: `text`, `image_url`,
             `input_audio`, `audio_url`, and from Python `image` (PIL) and `audio` (`(array, rate)`); a media part may
             have a `uuid`. Assistant messages may have `tool_calls`.
-        is_strict: allow only OpenAI's roles and message fields, and require content.
+        is_strict: require content, and refuse fields and roles that a template would misread. Other fields, and roles
+            that OpenAI does not have, go to the template.
 
     Raises:
         RequestError: a message is malformed.
@@ -100,20 +103,23 @@ def _read_message(message: Any, name: str, is_strict: bool) -> Turn:
 
 def _check_strictly(message: Message, name: str) -> None:
     role = message["role"]
-    if role not in ROLES:
+    if not ROLE.fullmatch(role):
         raise _unknown_role(role, name)
-    for field_name, value in message.items():
-        if field_name not in MESSAGE_FIELDS and value not in (None, []):
+    for field_name in UNSUPPORTED_FIELDS:
+        if message.get(field_name):
             shown = shorten(field_name)
             raise RequestError(f"{name} has the field {shown}, which this server does not support", "messages")
-    if message.get("tool_calls") and role != "assistant":
+    if message.get("tool_calls") and role in ROLES and role != "assistant":
         raise RequestError(f"{name} has tool_calls; only assistant messages may have them", "messages")
     if message.get("content") in (None, []) and role != "assistant":
-        raise RequestError(f"{name}.content is missing or empty; it must be text or a list of parts", "messages")
+        received = shorten(", ".join(map(repr, message)), str)
+        text = f"{name}.content is missing or empty; it must be text or a list of parts; the message has {received}"
+        raise RequestError(text, "messages")
 
 
 def _unknown_role(role: Any, name: str) -> RequestError:
-    return RequestError(f"{name}.role={shorten(role, json.dumps)} must be one of {', '.join(ROLES)}", "messages")
+    allowed = f"{', '.join(ROLES)}, or another role of the chat template (up to 64 letters, digits, _, . and -)"
+    return RequestError(f"{name}.role={shorten(role, json.dumps)} must be one of {allowed}", "messages")
 
 
 def _with_parsed_calls(message: Message, name: str) -> Message:

@@ -15,11 +15,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, create_m
 
 from mmlora.errors import ConstraintError, RequestError
 from mmlora.sampling_params import SamplingParams
-from mmlora.server.bodies import MAX_FIELDS, FirstOnly, parse_body
+from mmlora.server.bodies import MAX_FIELDS, Body, FirstOnly, has_no_effect, parse_body
 from mmlora.structured_outputs import CONSTRAINT_FIELDS, StructuredOutputsParams
 from mmlora.utils.text import shorten
 
 T = TypeVar("T")
+# Fields of OpenAI and vLLM that do not affect the output.
 HARMLESS_FIELDS: Final = frozenset(
     {
         "metadata",
@@ -27,9 +28,13 @@ HARMLESS_FIELDS: Final = frozenset(
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
+        "return_mm_kwargs",
+        "return_token_offsets",
         "safety_identifier",
         "service_tier",
+        "session_id",
         "store",
+        "stream_interval",
         "user",
     }
 )
@@ -37,16 +42,20 @@ HARMLESS_FIELDS: Final = frozenset(
 REPLACED_FIELDS: Final = {
     f"guided_{kind}": f'structured_outputs={{"{kind}": …}}' for kind in ("json", "regex", "choice", "grammar")
 }
-# Fields of other servers that are not supported, with the values that have no effect.
+# Fields of other servers that are not supported, with the values that have no effect, among them vLLM's defaults. Other
+# fields may be null, false or empty.
 NEUTRAL_EXTRAS: Final[Mapping[str, tuple[JsonValue, ...]]] = {
     **dict.fromkeys(REPLACED_FIELDS, (None,)),
     "allowed_token_ids": (None,),
     "bad_words": (None, []),
+    "include_reasoning": (None, True),
     "length_penalty": (None, 1),
     "logits_processors": (None, []),
     "return_token_ids": (None, False),
     "return_tokens_as_token_ids": (None, False),
+    "routed_experts_prompt_start": (None, 0),
     "spaces_between_special_tokens": (None, True),
+    "thinking_token_budget": (None, -1),
     "truncate_prompt_tokens": (None,),
     "use_beam_search": (None, False),
 }
@@ -96,10 +105,9 @@ def _check_stream_options(value: Any) -> Any:
     return value
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     """Options of a stream. `include_usage` adds a last chunk with the token counts; obfuscation is never added."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
     include_usage: bool = False
     include_obfuscation: bool = False
 
@@ -176,13 +184,14 @@ def check_other_fields(others: Mapping[str, Any], neutral_values: Mapping[str, t
 
     Args:
         others: fields that are not in the request model.
-        neutral_values: by field, the values without effect.
+        neutral_values: by field, the values without effect; those of other fields are null, false and empty ones.
 
     Raises:
         RequestError: naming the first such field.
     """
     for name, value in others.items():
-        if name in HARMLESS_FIELDS or value in neutral_values.get(name, ()):
+        is_neutral = value in neutral_values[name] if name in neutral_values else has_no_effect(value)
+        if is_neutral or name in HARMLESS_FIELDS:
             continue
         shown = shorten(value, json.dumps)
         if name in neutral_values:

@@ -112,7 +112,7 @@ def test_a_text_over_the_context_length_is_still_tokenized(server: RunningServer
         ({"prompt": "a" * 200_000}, 400, "prompt", "200000 characters"),
         ({"messages": []}, 400, "messages", "messages"),
         ({"messages": CHAT, "add_special_tokens": True}, 400, "add_special_tokens", "needs a prompt"),
-        ({"messages": [{"role": "banana", "content": "x"}]}, 400, "messages", "messages[0].role"),
+        ({"messages": [{"role": "<|banana|>", "content": "x"}]}, 400, "messages", "messages[0].role"),
         ({"messages": [{"role": "user"}]}, 400, "messages", "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, 400, None, "video"),
         ({"messages": [{"role": "user", "content": [3]}]}, 400, None, "content part"),

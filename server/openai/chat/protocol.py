@@ -54,7 +54,7 @@ class ChatCompletionRequest(ToolRequest):
     NEUTRAL_VALUES = {
         "add_special_tokens": (None, False),
         "audio": (None,),
-        "chat_template": (None,),
+        "chat_template": (None, ""),
         "documents": (None, []),
         "function_call": (None, "none"),
         "functions": (None, []),

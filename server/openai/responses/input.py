@@ -6,13 +6,11 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from mmlora.errors import RequestError
+from mmlora.server.bodies import has_no_effect
 from mmlora.server.openai.output import Json
 from mmlora.utils.text import shorten
 
 INPUT_ROLES = ("system", "developer", "user", "assistant")
-INPUT_MESSAGE_FIELDS = ("type", "role", "content", "id", "status", "phase")
-CALL_FIELDS = ("type", "call_id", "name", "arguments", "id", "status")
-OUTPUT_FIELDS = ("type", "call_id", "output", "id", "status")
 PART_FIELDS = {
     "input_text": ("type", "text", "prompt_cache_breakpoint"),
     "input_image": ("type", "image_url", "detail", "uuid", "prompt_cache_breakpoint"),
@@ -71,13 +69,11 @@ def _message(item: Json, place: str) -> Json:
     role = item.get("role")
     if role not in INPUT_ROLES:
         raise _must_be(f"{place}.role", role, f"one of {', '.join(INPUT_ROLES)}")
-    _check_fields(item, INPUT_MESSAGE_FIELDS, place)
     return {"role": role, "content": _content(item, "content", place)}
 
 
 def _call(item: Json, place: str) -> Json:
     """Return a call in the form of `tool_calls`, its arguments parsed."""
-    _check_fields(item, CALL_FIELDS, place)
     text, arguments = _text(item, "arguments", place), None
     with contextlib.suppress(ValueError, RecursionError):
         arguments = json.loads(text)
@@ -88,7 +84,6 @@ def _call(item: Json, place: str) -> Json:
 
 
 def _output(item: Json, call_ids: Collection[str], place: str) -> Json:
-    _check_fields(item, OUTPUT_FIELDS, place)
     call_id = _text(item, "call_id", place)
     if call_id not in call_ids:
         raise _must_be(f"{place}.call_id", call_id, "the call_id of an earlier function_call")
@@ -134,7 +129,7 @@ def _part(part: Any, place: str) -> Json:
 
 def _check_fields(received: Mapping[str, Any], allowed: Collection[str], place: str) -> None:
     for field, value in received.items():
-        if field not in allowed and value is not None:
+        if field not in allowed and not has_no_effect(value):
             raise RequestError(f"{place} has the field {shorten(field)}, which this server does not support", place)
 
 

@@ -47,10 +47,10 @@ class ResponsesRequest(ToolRequest):
     NEUTRAL_VALUES = {
         "background": (None, False),
         "context_management": (None, []),
-        "conversation": (None,),
+        "conversation": (None, ""),
         "max_tool_calls": (None,),
         "moderation": (None,),
-        "previous_response_id": (None,),
+        "previous_response_id": (None, ""),
         "prompt": (None,),
         "reasoning": (None, {}, {"effort": None, "summary": None}),
         "truncation": (None, "disabled"),

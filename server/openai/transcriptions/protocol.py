@@ -14,6 +14,7 @@ from mmlora.server.openai.transcriptions.form import parse_form
 from mmlora.utils.text import shorten
 
 LISTS = ("include", "timestamp_granularities")
+EMPTY_TEXTS = ("null", "none", "false", "[]", "{}")  # as forms write values that have no effect in unknown fields
 # The output is one text without stop strings and special tokens.
 FormSamplingFields = sampling_model(
     SamplingParams,
@@ -65,7 +66,8 @@ class AudioRequest(FormSamplingFields, CommonFields):  # type: ignore[valid-type
         """
         fields = {name: _read_field(name, contents) for name, contents in parse_form(content_type, body).items()}
         request = validate_fields(cls, {name: value for name, value in fields.items() if value is not None})
-        check_other_fields(request.model_extra or {}, cls.NEUTRAL_VALUES)
+        others = {name: value for name, value in (request.model_extra or {}).items() if not _is_empty(value)}
+        check_other_fields(others, cls.NEUTRAL_VALUES)
         request.check()
         return request
 
@@ -140,6 +142,10 @@ def checked_language(code: str, field: str) -> str:
         message = f"{field}={shorten(code)} must be an ISO 639-1 code, one of {', '.join(sorted(LANGUAGES))}"
         raise RequestError(message, field)
     return code.lower()
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, str) and value.lower() in EMPTY_TEXTS
 
 
 def _read_field(name: str, contents: list[bytes]) -> bytes | str | list[str] | None:

@@ -75,7 +75,7 @@ def url(data: bytes) -> str:
         ({"prompt": "a", "n": 2, "best_of": 3}, "best_of", "best_of=3"),
         ({"prompt": "a", "best_of": 2}, "best_of", "which is 1"),
         ({"prompt": "a", "suffix": "b"}, "suffix", "suffix"),
-        ({"prompt": "a", "messages": []}, "messages", "unknown field"),
+        ({"prompt": "a", "messages": [1]}, "messages", "unknown field"),
         ({"prompt": "a", "x" * 10**6: "y" * 10**6}, "x" * 80, "unknown field"),
         ({"prompt": "a", "logprobs": True}, "logprobs", "integer"),
         ({"prompt": "a", "echo": "yes"}, "echo", "boolean"),

@@ -15,6 +15,7 @@ from mmlora.errors import RequestError
 from mmlora.server.openai.chat.protocol import ChatCompletionRequest, parse_chat_request
 from mmlora.server.openai.completions.protocol import CompletionRequest, parse_completion_request
 from mmlora.server.openai.protocol import HARMLESS_FIELDS, NEUTRAL_EXTRAS, GenerationRequest
+from mmlora.server.openai.responses.protocol import ResponsesRequest
 
 PAGE = Path(__file__).parents[3] / "docs" / "http.md"
 CHAT_PARAMS = (
@@ -74,6 +75,134 @@ def test_fields_without_effect_are_accepted() -> None:
     assert parse_chat_request(json_bytes(fields)).messages
     neutral = {name: values[-1] for name, values in {**NEUTRAL_EXTRAS, **CompletionRequest.NEUTRAL_VALUES}.items()}
     assert parse_completion_request(json_bytes({**neutral, "prompt": "x"})).prompts == ["x"]
+
+
+# The defaults of vLLM's request models, which some clients send in every request.
+VLLM_DEFAULTS: dict[str, Any] = {
+    "allowed_token_ids": None,
+    "bad_words": [],
+    "cache_salt": None,
+    "detokenize": None,
+    "ec_transfer_params": None,
+    "frequency_penalty": None,
+    "ignore_eos": False,
+    "include_reasoning": True,
+    "include_stop_str_in_output": False,
+    "kv_transfer_params": None,
+    "length_penalty": 1.0,
+    "logit_bias": None,
+    "logprob_token_ids": None,
+    "media_io_kwargs": {},
+    "min_p": None,
+    "min_tokens": 0,
+    "mm_processor_kwargs": None,
+    "n": 1,
+    "priority": 0,
+    "prompt_embeds": None,
+    "prompt_logprobs": None,
+    "repetition_detection": None,
+    "response_format": None,
+    "return_mm_kwargs": True,
+    "return_prompt_text": False,
+    "return_token_offsets": False,
+    "return_tokens_as_token_ids": None,
+    "routed_experts_prompt_start": 0,
+    "seed": None,
+    "session_id": "a",
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+    "stop": [],
+    "stop_token_ids": [],
+    "stream": False,
+    "stream_interval": 4,
+    "stream_options": None,
+    "structured_outputs": None,
+    "thinking_token_budget": None,
+    "top_k": None,
+    "truncate_prompt_tokens": None,
+    "truncation_side": None,
+    "use_beam_search": False,
+    "vllm_xargs": {},
+    "watermarking": None,
+}
+CHAT_DEFAULTS = {
+    "add_generation_prompt": True,
+    "add_special_tokens": False,
+    "chat_template": None,
+    "chat_template_kwargs": None,
+    "continue_final_message": False,
+    "documents": None,
+    "echo": False,
+    "logprobs": False,
+    "max_completion_tokens": None,
+    "max_tokens": None,
+    "parallel_tool_calls": True,
+    "reasoning_effort": None,
+    "tool_choice": "none",
+    "tools": None,
+    "top_logprobs": 0,
+}
+RESPONSE_DEFAULTS = {
+    "background": False,
+    "enable_response_messages": False,
+    "include": None,
+    "previous_input_messages": None,
+    "previous_response": None,
+    "previous_response_id": None,
+    "prompt": None,
+    "service_tier": "auto",
+    "store": True,
+    "text": None,
+    "tool_choice": "auto",
+    "tools": [],
+    "top_logprobs": 0,
+    "truncation": "disabled",
+}
+CHAT_BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
+PARSERS: list[Any] = [
+    pytest.param(parse_chat_request, CHAT_BODY, id="chat completions"),
+    pytest.param(parse_completion_request, {"prompt": "x"}, id="completions"),
+    pytest.param(ResponsesRequest.parse, {"input": "x"}, id="responses"),
+]
+
+
+def test_the_defaults_of_vllm_are_accepted() -> None:
+    assert parse_chat_request(json_bytes({**CHAT_BODY, **VLLM_DEFAULTS, **CHAT_DEFAULTS})).messages
+    assert parse_completion_request(json_bytes({"prompt": "x", **VLLM_DEFAULTS, "suffix": None})).prompts == ["x"]
+    assert ResponsesRequest.parse(json_bytes({"input": "x", **VLLM_DEFAULTS, **RESPONSE_DEFAULTS})).input == "x"
+
+
+@pytest.mark.parametrize(("parse", "body"), PARSERS)
+def test_an_unknown_field_without_a_value_is_ignored(parse: Any, body: dict[str, Any]) -> None:
+    empty: list[Any] = [None, False, "", [], {}]
+    assert parse(json_bytes({**body, **{f"future_{index}": value for index, value in enumerate(empty)}}))
+    assert parse(json_bytes({**body, "stream": True, "stream_options": {"future": False, "include_usage": True}}))
+    for value in (0, True, "a", [0], {"a": None}, 1.5):
+        with pytest.raises(RequestError, match="unknown field 'future' with value") as caught:
+            parse(json_bytes({**body, "future": value}))
+        assert caught.value.param == "future"
+
+
+@pytest.mark.parametrize(("parse", "body"), PARSERS)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("spaces_between_special_tokens", False),
+        ("include_reasoning", False),
+        ("length_penalty", 0),
+        ("use_beam_search", True),
+        ("thinking_token_budget", 0),
+        ("logprob_token_ids", [3]),
+        ("vllm_xargs", {"a": 1}),
+        ("guided_json", {}),
+    ],
+)
+def test_a_value_of_vllm_that_changes_the_output_is_refused(
+    parse: Any, body: dict[str, Any], field: str, value: Any
+) -> None:
+    with pytest.raises(RequestError, match=field) as caught:
+        parse(json_bytes({**body, field: value}))
+    assert caught.value.param == field
 
 
 def json_bytes(fields: dict[str, Any]) -> bytes:

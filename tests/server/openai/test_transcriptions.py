@@ -223,7 +223,7 @@ def test_empty_fields_and_fields_without_effect_are_ignored(server: RunningServe
         ({"extra": {"seed": "1.5"}}, "seed", "integer"),
         ({"extra": {"max_tokens": 2, "max_completion_tokens": 3}}, "max_completion_tokens", "differ"),
         ({"extra": {"n": 2}}, "n", '"2"'),
-        ({"extra": {"priority": 2}}, None, "priority=2"),
+        ({"extra": {"priority": 2}}, "priority", "priority=2"),
         ({"extra": {"stop": "x"}}, "stop", "does not support"),
         ({"extra": {"to_language": "de"}}, "to_language", "does not support"),
         ({"extra": {"hotwords": "x"}}, "hotwords", "does not support"),
@@ -234,7 +234,7 @@ def test_empty_fields_and_fields_without_effect_are_ignored(server: RunningServe
     ],
 )
 def test_unsupported_fields_are_refused_by_name(
-    server: RunningServer, wav: bytes, options: dict[str, Any], param: str | None, named: str
+    server: RunningServer, wav: bytes, options: dict[str, Any], param: str, named: str
 ) -> None:
     with pytest.raises(BadRequestError) as refused:
         transcribe(server, wav, **options)
