@@ -11,23 +11,25 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeVar, get_args
 
 from mmlora.config import EngineArgs
 from mmlora.engine.llm_engine import LLMEngine
 from mmlora.engine.metrics import OPEN_RECORDS, EngineMetrics, EngineSummary, RequestHistograms, RequestRecord
 from mmlora.errors import EngineDeadError, MMLoRAError
 from mmlora.inputs.engine_input import EngineInput
-from mmlora.inputs.input_processor import Prompt
+from mmlora.inputs.input_processor import Prompt, media_of
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.store.manager import LoRAInfo, LoRAManager
 from mmlora.outputs import RequestOutput
+from mmlora.processors.media.loader import PromptMedia
 from mmlora.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
+PoolName = Literal["input", "media", "loader"]
 NUM_LOADERS: Final = 16  # most only wait, for a load in another thread or for the end of a step
 
 
@@ -110,7 +112,8 @@ class AsyncLLM:
 
     Args:
         args: all options of the engine.
-        num_workers: threads that tokenize prompts and process media; adapters are loaded in other threads.
+        num_workers: threads that process requests with media, and as many for requests of text only; adapters are
+            loaded in other threads.
 
     Raises:
         ConfigError, AdapterError: see `LLMEngine`.
@@ -129,8 +132,10 @@ class AsyncLLM:
         self.default_adapters = engine.default_adapters
         self.host_cache = engine.host_cache
         self.histograms = RequestHistograms()
-        self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="mmlora-input")
-        self._loaders = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="mmlora-loader")
+        self._pools: dict[PoolName, ThreadPoolExecutor] = {
+            name: ThreadPoolExecutor(count, thread_name_prefix=f"mmlora-{name}")
+            for name, count in zip(get_args(PoolName), (num_workers, num_workers, NUM_LOADERS), strict=True)
+        }
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, RequestStream] = {}  # used by the engine thread only
         self._preparing: list[RequestRecord] = []  # being processed in the pool; used by event loops only
@@ -180,17 +185,20 @@ class AsyncLLM:
             return "shutting down"
         return "ready" if self.is_alive else "dead"
 
-    async def run_in_pool(self, function: Callable[..., T], *args: Any, is_load: bool = False) -> T:
-        """Run blocking work in a thread pool; with `is_load` in the separate pool for work that may load adapters.
+    async def run_in_pool(self, function: Callable[..., T], *args: Any, pool: PoolName = "input") -> T:
+        """Run blocking work in a thread pool.
+
+        Args:
+            pool: `input` for work on text; `media` for large bodies and media, so that text does not wait for them;
+                `loader` for work that may load adapters.
 
         Raises:
             EngineDeadError: the engine was shut down.
             EngineInUseError: after a fork, which has none of the threads.
         """
         self.engine.lock.check_process()
-        pool = self._loaders if is_load else self._pool
         try:
-            future = asyncio.get_running_loop().run_in_executor(pool, function, *args)
+            future = asyncio.get_running_loop().run_in_executor(self._pools[pool], function, *args)
         except RuntimeError:  # the pool was shut down
             raise EngineDeadError("the engine has stopped and serves no further request") from None
         return await future
@@ -242,9 +250,16 @@ class AsyncLLM:
         process = functools.partial(
             self.engine.process_input, request_id, prompt, sampling_params, lora_request, priority
         )
+        media = media_of(prompt)
+        pool: PoolName = "media" if media is not None else "input"
         self._preparing.append(record)
         try:
-            request_input = await self.run_in_pool(process, is_load=self.engine.must_load_lora(lora_request))
+            must_load = self.engine.must_load_lora(lora_request)
+            request_input = await self.run_in_pool(process, pool="loader" if must_load else pool)
+        except asyncio.CancelledError:
+            if isinstance(media, PromptMedia):
+                media.cancel()
+            raise
         finally:
             self._preparing.remove(record)
         return PreparedRequest(request_input, RequestStream(record, self.histograms))
@@ -281,7 +296,7 @@ class AsyncLLM:
             EngineDeadError: the engine has stopped.
         """
         if is_pinned:
-            await self.run_in_pool(self.engine.lora.pin, lora, self._run_in_engine, is_load=True)
+            await self.run_in_pool(self.engine.lora.pin, lora, self._run_in_engine, pool="loader")
         else:
             await self.change_loras(functools.partial(self.engine.lora.unpin, lora))
 
@@ -300,7 +315,7 @@ class AsyncLLM:
             self._run_in_engine(self.engine.sync_slots)
             return result
 
-        return await self.run_in_pool(change_and_sync, is_load=True)
+        return await self.run_in_pool(change_and_sync, pool="loader")
 
     async def list_loras(self) -> list[LoRAInfo]:
         """Return the state of every known adapter; see `LoRAMethods.list_loras`."""
@@ -334,10 +349,11 @@ class AsyncLLM:
     def shutdown(self) -> None:
         """Abort all requests, and stop the engine thread and the pools; returns when they have stopped."""
         self._is_stopping = True
+        self.media.workers.close()
         self._inbox.put(None)
         self._thread.join()
-        self._pool.shutdown()
-        self._loaders.shutdown()
+        for pool in self._pools.values():
+            pool.shutdown()
 
     def _send(self, message: Callable[[], None], *, ignore_stopped: bool = False) -> None:
         """Queue a message, which the engine thread calls between two steps.

@@ -12,7 +12,13 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeGuard
 
 from mmlora.errors import ConfigError
-from mmlora.processors.media.items import DEFAULT_CACHE_BYTES, DEFAULT_FETCH_TIMEOUT_S, DEFAULT_LIMITS, MediaLimits
+from mmlora.processors.media.items import (
+    DEFAULT_CACHE_BYTES,
+    DEFAULT_DECODE_TIMEOUT_S,
+    DEFAULT_FETCH_TIMEOUT_S,
+    DEFAULT_LIMITS,
+    MediaLimits,
+)
 from mmlora.processors.modalities import MODALITIES
 
 if TYPE_CHECKING:  # `mmlora --help` needs the options, not torch
@@ -20,6 +26,7 @@ if TYPE_CHECKING:  # `mmlora --help` needs the options, not torch
 
 DTYPE_NAMES: Final = ("float32", "float", "float16", "half", "bfloat16")
 AUTO = "auto"
+MAX_DECODE_WORKERS: Final = 4  # by default
 DOMAIN = re.compile(r"(\*\.)?[^\s/:@*]*")
 Groups = Mapping[str, str]  # titles to the names of options, for `--help`
 POSITIVE: Final = (
@@ -78,6 +85,10 @@ class EngineArgs:
         allowed_media_networks: networks that http(s) URLs may reach in addition to public addresses, such as
             `10.0.0.0/8`.
         media_fetch_timeout: time limit for fetching an http(s) URL in seconds, redirects included.
+        media_decode_timeout: time limit for decoding all media of one prompt in seconds; the process that decodes is
+            killed.
+        media_decode_workers: maximum number of processes that decode media; by default the number of CPU cores, but at
+            most 4.
         media_cache_memory_bytes: size of the cache of media with a client-assigned uuid; 0 disables it.
         mm_processor_kwargs: options of the model's media processor for every request.
         chat_template: Jinja template, or a file with one, that replaces the tokenizer's.
@@ -122,6 +133,8 @@ class EngineArgs:
     allowed_media_domains: Sequence[str] | None = None
     allowed_media_networks: Sequence[str] | None = None
     media_fetch_timeout: float = DEFAULT_FETCH_TIMEOUT_S
+    media_decode_timeout: float = DEFAULT_DECODE_TIMEOUT_S
+    media_decode_workers: int | None = None
     media_cache_memory_bytes: int = DEFAULT_CACHE_BYTES
     mm_processor_kwargs: Mapping[str, Any] | None = None
     chat_template: str | None = None
@@ -133,7 +146,7 @@ class EngineArgs:
         "enable_tower_connector_lora",
         "media": "limit_mm_per_prompt mm_processor_kwargs max_media_bytes max_image_pixels max_audio_seconds "
         "max_audio_samples max_decoded_media_bytes allowed_local_media_path allowed_media_domains "
-        "allowed_media_networks media_fetch_timeout media_cache_memory_bytes",
+        "allowed_media_networks media_fetch_timeout media_decode_timeout media_decode_workers media_cache_memory_bytes",
         "memory": "kv_cache_memory_bytes gpu_memory_utilization block_size enable_prefix_caching "
         "encoder_cache_memory_bytes",
         "scheduling": "scheduling_policy max_num_seqs max_num_batched_tokens max_logprobs enforce_eager",
@@ -191,6 +204,11 @@ class EngineArgs:
         )
 
     @property
+    def num_decode_workers(self) -> int:
+        """Maximum number of processes that decode media."""
+        return self.media_decode_workers or min(MAX_DECODE_WORKERS, os.cpu_count() or 1)
+
+    @property
     def num_host_loras(self) -> int:
         """Number of adapters kept in host memory."""
         return self.max_cpu_loras if self.max_cpu_loras is not None else 4 * self.max_loras
@@ -208,7 +226,13 @@ class EngineArgs:
             value = getattr(self, name)
             if not _is_int(value) or value < 1:
                 yield self._problem(name, "must be a positive integer")
-        for name in ("max_model_len", "kv_cache_memory_bytes", "max_lora_rank", "max_cpu_loras"):
+        for name in (
+            "max_model_len",
+            "kv_cache_memory_bytes",
+            "max_lora_rank",
+            "max_cpu_loras",
+            "media_decode_workers",
+        ):
             value = getattr(self, name)
             if value is not None and (not _is_int(value) or value < 1):
                 yield self._problem(name, "must be a positive integer or None")
@@ -249,7 +273,7 @@ class EngineArgs:
             yield self._problem("max_cpu_loras", f"must be at least max_loras={self.max_loras}")
 
     def _check_media(self) -> Iterator[str]:
-        for name in ("max_audio_seconds", "media_fetch_timeout"):
+        for name in ("max_audio_seconds", "media_fetch_timeout", "media_decode_timeout"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
                 yield self._problem(name, "must be a positive number of seconds")

@@ -23,6 +23,7 @@ class Modality:
         recognizes: returns whether a file is of this modality by its first bytes; names and MIME types are ignored.
         accepts: returns whether an object (not bytes) is content of this modality.
         decode: decodes encoded bytes within limits.
+        receive: receives a decoded item from another process, see `MediaItem.receive`.
         convert: converts an object for which `accepts` is true, within limits.
         part_types: types of content parts in chat messages, each with the form of its content.
         processor_part: the attribute of a `transformers` processor that prepares its items.
@@ -36,6 +37,7 @@ class Modality:
     recognizes: Callable[[bytes], bool]
     accepts: Callable[[object], bool]
     decode: Callable[[bytes, MediaLimits], MediaItem]
+    receive: Callable[[Mapping[str, Any], Callable[[int], bytearray], MediaLimits], MediaItem]
     convert: Callable[[Any, MediaLimits], MediaItem]
     part_types: Mapping[str, ContentForm]
     processor_part: str
@@ -50,6 +52,7 @@ AUDIO: Final = Modality(
     recognizes=audio.is_audio_file,
     accepts=audio.is_audio_pair,
     decode=audio.decode_audio,
+    receive=audio.AudioItem.receive,
     convert=audio.audio_from_pair,
     part_types={"audio": "object", "audio_url": "url", "input_audio": "base64"},
     processor_part="feature_extractor",
@@ -63,6 +66,7 @@ IMAGE: Final = Modality(
     recognizes=image.is_image_file,
     accepts=image.is_image_object,
     decode=image.decode_image,
+    receive=image.ImageItem.receive,
     convert=image.image_from_object,
     part_types={"image": "object", "image_url": "url"},
     processor_part="image_processor",

@@ -54,6 +54,8 @@ def _serve(engine_args: EngineArgs, args: ServerArgs, tls: ssl.SSLContext | None
     with listening(args.host, args.port, args.uds) as listener:
         llm = AsyncLLM(engine_args)
         try:
+            if llm.processor is not None:
+                llm.media.workers.start()
             models = load_served_models(llm, args.lora_modules)
             start_resolution(llm, models, os.environ)
             url = format_url(listener, is_tls=tls is not None, root_path=args.root_path)

@@ -1,5 +1,7 @@
 """`LLM`: its arguments, its outputs, and the effect of every sampling option."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -428,3 +430,24 @@ def test_siblings_of_a_failed_sequence_affect_no_other_request(monkeypatch: pyte
     ended = {output.request_id: output for output in outputs if output.finished}
     assert "could not be activated" in str(ended["siblings"].error)
     assert ended["base"].error is None and len(ended["base"].outputs[0].token_ids) == 8
+
+
+SCRIPT = """
+import sys
+from mmlora import LLM, SamplingParams
+
+print("script started")
+llm = LLM(sys.argv[1], device="cpu", max_model_len=256)
+prompt = {"prompt": "<|image|>hello", "multi_modal_data": {"image": open(sys.argv[2], "rb").read()}}
+output, = llm.generate(prompt, SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
+print(len(output.outputs[0].token_ids))
+"""
+
+
+def test_a_script_without_a_main_guard_decodes_media(tiny_phi4, tmp_path):
+    script, image = tmp_path / "script.py", tmp_path / "image.png"
+    script.write_text(SCRIPT)
+    Image.new("RGB", (42, 42), "red").save(image)
+    command = [sys.executable, str(script), str(tiny_phi4), str(image)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.stdout.split("\n") == ["script started", "2", ""], run.stderr

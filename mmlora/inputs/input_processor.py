@@ -27,7 +27,6 @@ from mmlora.processors.media.loader import (
     PromptMedia,
     check_counts,
     check_decoded_bytes,
-    load_media,
     why_unsupported,
 )
 from mmlora.processors.placeholders import PlaceholderRange, expand_placeholders
@@ -42,6 +41,13 @@ MAX_SALT_CHARS: Final = 1024  # the engine thread hashes it, and caches keep it
 MAX_CHARS_PER_TOKEN: Final = 256  # more than the longest token of any vocabulary in use
 MAX_TEMPLATES: Final = 32  # cached chat templates
 Prompt = str | Sequence[int] | Mapping[str, Any] | ChatPrompt
+
+
+def media_of(prompt: Prompt) -> object:
+    """Return the media of a prompt as they were given, None without."""
+    if isinstance(prompt, ChatPrompt):
+        return prompt.media
+    return prompt.get("multi_modal_data") or None if isinstance(prompt, Mapping) else None
 
 
 class InputProcessor:
@@ -84,6 +90,8 @@ class InputProcessor:
             networks=args.allowed_media_networks or (),
             timeout_s=args.media_fetch_timeout,
             cache_bytes=args.media_cache_memory_bytes,
+            num_workers=args.num_decode_workers,
+            decode_timeout_s=args.media_decode_timeout,
         )
         self.max_model_len = max_model_len
         self._args = args
@@ -277,10 +285,10 @@ class InputProcessor:
         counts = {modality: len(items) for modality, items in listed.items()}
         check_counts(counts, allowed, self._args.limit_mm_per_prompt)
         loaded: dict[str, list[MediaItem]] = {}
-        num_bytes = 0
+        num_bytes, budget = 0, self.media.workers.new_budget()
         for modality in sorted(listed):
             for content in listed[modality]:
-                item = load_media(content, self.media.limits, expected=modality)
+                item = self.media.load(content, expected=modality, budget=budget)
                 num_bytes += item.num_bytes
                 check_decoded_bytes(num_bytes, self.media.limits)
                 loaded.setdefault(modality, []).append(item)

@@ -6,10 +6,10 @@ soundfile, PyAV and librosa are optional and are imported on first use.
 import errno
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -87,6 +87,22 @@ class AudioItem(MediaItem):
     @property
     def num_bytes(self) -> int:
         return self.samples.nbytes
+
+    @property
+    def dimensions(self) -> dict[str, int]:
+        return {"num_samples": len(self.samples), "sample_rate": self.sample_rate}
+
+    def chunks(self) -> Iterator[memoryview]:
+        yield self.samples.data.cast("B")
+
+    @classmethod
+    def receive(cls, header: Mapping[str, Any], read: Callable[[int], bytearray], limits: MediaLimits) -> Self:
+        num_samples, rate = int(header["num_samples"]), int(header["sample_rate"])
+        if not 0 < num_samples <= limits.max_samples:
+            raise ValueError(f"audio of {num_samples} samples is not within the limits")
+        samples = np.frombuffer(read(4 * num_samples), np.float32)
+        samples.setflags(write=False)
+        return cls(str(header["content_hash"]), samples, rate)
 
 
 def audio_format(data: bytes) -> str | None:

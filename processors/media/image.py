@@ -2,9 +2,9 @@
 
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -42,6 +42,24 @@ class ImageItem(MediaItem):
     def num_bytes(self) -> int:
         return 3 * self.image.width * self.image.height
 
+    @property
+    def dimensions(self) -> dict[str, int]:
+        return {"width": self.image.width, "height": self.image.height}
+
+    def chunks(self) -> Iterator[bytes]:
+        return (self.image.crop(box).tobytes() for box in strips(*self.image.size))
+
+    @classmethod
+    def receive(cls, header: Mapping[str, Any], read: Callable[[int], bytearray], limits: MediaLimits) -> Self:
+        width, height = int(header["width"]), int(header["height"])
+        if not 0 < width * height <= limits.max_pixels or width < 1:
+            raise ValueError(f"an image of {width}x{height} px is not within the limits")
+        image = Image.new("RGB", (width, height))
+        for box in strips(width, height):
+            size = width, box[3] - box[1]
+            image.paste(Image.frombytes("RGB", size, read(3 * size[0] * size[1])), box)
+        return cls(str(header["content_hash"]), image)
+
 
 def is_image_file(data: bytes) -> bool:
     """Return whether a file is an image of a supported format, by its first bytes."""
@@ -65,6 +83,8 @@ def decode_image(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> ImageItem
         raise MediaError(f"image is larger than the allowed {limits.max_pixels} px: {error}") from error
     except UnidentifiedImageError as error:  # its text has the address of our buffer
         raise MediaError(f"cannot decode the image content ({len(data)} bytes): its header is damaged") from error
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged headers
         raise MediaError(f"cannot decode the image content ({len(data)} bytes): {error}") from error
     return image_from_pil(image, limits)
@@ -107,6 +127,8 @@ def image_from_pil(image: Image.Image, limits: MediaLimits = DEFAULT_LIMITS) -> 
         raise MediaError(f"image of {width}x{height} px is larger than the allowed {limits.max_pixels} px")
     try:
         image.load()
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's plugins, as in `decode_image`
         raise MediaError(
             f"cannot decode the {image.format or image.mode} image of {width}x{height} px: {error}"
@@ -134,6 +156,8 @@ def _oriented(image: Image.Image) -> Image.Image:
         if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
             return image  # which `exif_transpose` would copy
         return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
     except Exception:  # a damaged EXIF block does not make an image unusable
         return image
 
@@ -160,12 +184,14 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
     """Scale 0…65535 to 0…255; Pillow's own conversion clips at 255 instead."""
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)  # [height, width]
     if values.min() < 0 or values.max() > 65535:
         raise MediaError(
             f"image of mode {image.mode!r} holds values {values.min()} to {values.max()}: 0 to 65535 are allowed"
         )
-    gray = ((values + 128) // 257).astype(np.uint8)
+    gray = np.empty(values.shape, np.uint8)
+    for _, top, _, bottom in strips(*image.size):
+        gray[top:bottom] = (values[top:bottom].astype(np.int64) + 128) // 257
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         gray[values == transparent] = 255

@@ -2,8 +2,9 @@
 
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar, Self, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,29 @@ class MediaItem(ABC):
     @abstractmethod
     def num_bytes(self) -> int:
         """Size of the decoded content."""
+
+    @property
+    @abstractmethod
+    def dimensions(self) -> dict[str, int]:
+        """What describes the content in `chunks`, for `receive`."""
+
+    @abstractmethod
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        """Yield the decoded content as bytes, to send it to another process."""
+
+    @classmethod
+    @abstractmethod
+    def receive(cls, header: Mapping[str, Any], read: Callable[[int], bytearray], limits: "MediaLimits") -> Self:
+        """Return the item that another process has sent.
+
+        Args:
+            header: `content_hash` and `dimensions` of the item.
+            read: returns the next bytes of its `chunks`.
+            limits: within which the item must be.
+
+        Raises:
+            ValueError: it is not within the limits.
+        """
 
 
 def is_array(content: object) -> TypeGuard[Any]:
@@ -70,4 +94,5 @@ class MediaLimits:
 
 DEFAULT_LIMITS = MediaLimits()
 DEFAULT_FETCH_TIMEOUT_S = 10.0
+DEFAULT_DECODE_TIMEOUT_S = 20.0
 DEFAULT_CACHE_BYTES = 256 * 2**20

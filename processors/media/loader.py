@@ -3,24 +3,27 @@
 import asyncio
 import base64
 import binascii
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote, unquote_to_bytes
 
 from mmlora.errors import MediaError, MediaNotFound
 from mmlora.processors.fetch.file_source import FileSource
+from mmlora.processors.media.audio import AudioItem
 from mmlora.processors.media.cache import CachedMedia, MediaCache
 from mmlora.processors.media.items import (
     DEFAULT_CACHE_BYTES,
+    DEFAULT_DECODE_TIMEOUT_S,
     DEFAULT_FETCH_TIMEOUT_S,
     DEFAULT_LIMITS,
     MediaItem,
     MediaLimits,
     is_array,
 )
-from mmlora.processors.modalities import MODALITIES, ContentForm, Modality
+from mmlora.processors.media.worker_pool import DecodeBudget, WorkerPool
+from mmlora.processors.modalities import AUDIO, MODALITIES, ContentForm, Modality
 from mmlora.utils.text import shorten
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 MAX_URLS: Final = 128  # http(s) URLs of one prompt, so that a request cannot flood another server
 MAX_UUID_CHARS: Final = 256
 HTTP_SCHEMES: Final = ("http", "https")
+Decode = Callable[[Modality, bytes], MediaItem]
 SCHEMES: Final = "data:, http:, https: and file:"
 
 _MAX_SCHEME_CHARS: Final = 32
@@ -97,6 +101,11 @@ class MediaLoader:
         networks: allowed addresses of http(s) URLs besides public ones.
         timeout_s: of one http(s) URL.
         cache_bytes: capacity of the media cache.
+        num_workers: maximum number of processes that decode.
+        decode_timeout_s: for decoding all media of one prompt.
+
+    Attributes:
+        workers: decode encoded content; started on first use.
 
     Raises:
         ConfigError: the directory does not exist.
@@ -111,8 +120,11 @@ class MediaLoader:
         networks: Sequence[str] = (),
         timeout_s: float = DEFAULT_FETCH_TIMEOUT_S,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
+        num_workers: int = 1,
+        decode_timeout_s: float = DEFAULT_DECODE_TIMEOUT_S,
     ) -> None:
         self.limits = limits
+        self.workers = WorkerPool(limits, num_workers=num_workers, timeout_s=decode_timeout_s)
         self.cache = MediaCache(cache_bytes)
         self._files = FileSource(local_path, limits) if local_path is not None else None
         self._domains = domains
@@ -134,12 +146,29 @@ class MediaLoader:
             raise MediaError("reading media from http(s) URLs needs the package httpx") from error
         return HTTPSource(self._domains, parse_networks(self._networks), self._timeout_s, self.limits)
 
-    def load_url(self, url: str, *, expected: str | None = None) -> MediaItem:
+    def load(self, content: object, *, expected: str | None = None, budget: DecodeBudget | None = None) -> MediaItem:
+        """Decode one item of any form that `load_media` accepts; encoded content in a worker process.
+
+        Args:
+            content, expected: see `load_media`.
+            budget: time for decoding, shared by the media of a prompt; by default a new one.
+
+        Raises:
+            MediaError: the content is unusable, or decoding takes too long.
+        """
+        return load_media(content, self.limits, expected=expected, decode=self._decode(budget))
+
+    def load_base64(self, data: str | bytes, *, expected: str | None, budget: DecodeBudget | None = None) -> MediaItem:
+        """Load base64 content; see `load_base64` and `load`."""
+        return load_base64(data, self.limits, expected=expected, decode=self._decode(budget))
+
+    def load_url(self, url: str, *, expected: str | None = None, budget: DecodeBudget | None = None) -> MediaItem:
         """Load a `data:`, `http:`, `https:` or `file:` URL; downloads block the calling thread.
 
         Args:
             url: names and MIME types in it are ignored; the content decides.
             expected: the modality that the content must have, None for any.
+            budget: see `load`.
 
         Raises:
             MediaError: it is not allowed, cannot be read, is too large, or its content is unusable.
@@ -148,14 +177,16 @@ class MediaLoader:
             raise MediaError(f"a media URL must be a string, got a {type(url).__name__}")
         scheme = _scheme_of(url)
         if scheme in HTTP_SCHEMES:
-            return self.decode(url, self.http.read([url]).result()[url], expected)
+            return self.load_url_content(url, self.http.read([url]).result()[url], expected, budget)
         if scheme == "file" and self._files is not None:
-            return self.decode(url, self._files.read(url), expected)
+            return self.load_url_content(url, self._files.read(url), expected, budget)
         if scheme == "file":
             raise MediaError("file: URLs are not allowed; --allowed-local-media-path DIRECTORY allows those in it")
-        return load_data_url(url, self.limits, expected=expected)
+        return load_data_url(url, self.limits, expected=expected, decode=self._decode(budget))
 
-    def decode(self, url: str, content: bytes, expected: str | None) -> MediaItem:
+    def load_url_content(
+        self, url: str, content: bytes, expected: str | None, budget: DecodeBudget | None = None
+    ) -> MediaItem:
         """Decode the content of a URL. Errors do not quote the content, which the client may not be allowed to read.
 
         Raises:
@@ -163,11 +194,19 @@ class MediaLoader:
         """
         if sniff_modality(content[:64]) is None:
             raise MediaError(f"media URL {shorten(url)} leads to content that is neither audio nor an image")
-        return load_media(content, self.limits, expected=expected)
+        return self.load(content, expected=expected, budget=budget)
+
+    def _decode(self, budget: DecodeBudget | None) -> Decode:
+        if budget is not None:
+            self.workers.check_open(budget)  # before base64 is decoded
+        return partial(self.workers.decode, budget=budget or self.workers.new_budget())
 
 
 class PromptMedia:
     """The media of one prompt: fetched without blocking a thread, then decoded within the limits of a prompt.
+
+    Attributes:
+        audio_duration_s: of all clips in seconds, when they have been loaded.
 
     Args:
         loader: of the engine.
@@ -179,7 +218,9 @@ class PromptMedia:
         self._loader = loader
         self._references = references
         self._caller = caller
+        self.audio_duration_s = 0.0
         self._fetched: dict[str, bytes] = {}
+        self._budget = loader.workers.new_budget()
 
     async def fetch(self) -> None:
         """Download the http(s) URLs that are not in the media cache; cancelling stops the downloads.
@@ -208,7 +249,14 @@ class PromptMedia:
             num_bytes += item.num_bytes
             check_decoded_bytes(num_bytes, self._loader.limits)
             items.setdefault(reference.modality, []).append(item)
+        self.audio_duration_s = sum(
+            item.duration_s for item in items.get(AUDIO.name, ()) if isinstance(item, AudioItem)
+        )
         return items
+
+    def cancel(self) -> None:
+        """End the decoding of this prompt's media: `load` raises a `MediaError`, now or when it is called."""
+        self._loader.workers.cancel(self._budget)
 
     def _load_item(self, reference: MediaReference) -> MediaItem:
         cached = self._cached_item(reference)
@@ -233,13 +281,14 @@ class PromptMedia:
             raise MediaNotFound(
                 f"no media item is held for the uuid {reference.uuid!r} (any more); send it with its content"
             )
+        loader, expected, budget = self._loader, reference.modality, self._budget
         if reference.form == "base64":
-            return load_base64(content, self._loader.limits, expected=reference.modality)
+            return loader.load_base64(content, expected=expected, budget=budget)
         if reference.form == "object":
-            return load_media(content, self._loader.limits, expected=reference.modality)
+            return loader.load(content, expected=expected, budget=budget)
         if reference.http_url in self._fetched:
-            return self._loader.decode(content, self._fetched[content], reference.modality)
-        return self._loader.load_url(content, expected=reference.modality)
+            return loader.load_url_content(content, self._fetched[content], expected, budget)
+        return loader.load_url(content, expected=expected, budget=budget)
 
 
 def parse_references(
@@ -285,7 +334,13 @@ def sniff_modality(data: bytes) -> Modality | None:
     return next((modality for modality in MODALITIES.values() if modality.recognizes(data)), None)
 
 
-def load_media(content: object, limits: MediaLimits = DEFAULT_LIMITS, *, expected: str | None = None) -> MediaItem:
+def load_media(
+    content: object,
+    limits: MediaLimits = DEFAULT_LIMITS,
+    *,
+    expected: str | None = None,
+    decode: Decode | None = None,
+) -> MediaItem:
     """Decode one audio clip or image of any accepted form.
 
     Args:
@@ -293,6 +348,7 @@ def load_media(content: object, limits: MediaLimits = DEFAULT_LIMITS, *, expecte
             URLs are not content and are refused.
         limits: byte, pixel and duration limits; what an item claims is checked before it is decoded.
         expected: the modality that the content must have, None for any.
+        decode: decodes bytes; by default this process does.
 
     Raises:
         MediaError: unusable content, or content of another modality than `expected`.
@@ -306,7 +362,7 @@ def load_media(content: object, limits: MediaLimits = DEFAULT_LIMITS, *, expecte
         data = bytes(content)
         if len(data) > limits.max_bytes:
             raise MediaError(f"media content of {len(data)} bytes is larger than the allowed {limits.max_bytes} bytes")
-        return modality.decode(data, limits)
+        return modality.decode(data, limits) if decode is None else decode(modality, data)
     return modality.convert(content, limits)
 
 
@@ -339,7 +395,9 @@ def check_decoded_bytes(num_bytes: int, limits: MediaLimits) -> None:
         )
 
 
-def load_data_url(url: str, limits: MediaLimits = DEFAULT_LIMITS, *, expected: str | None = None) -> MediaItem:
+def load_data_url(
+    url: str, limits: MediaLimits = DEFAULT_LIMITS, *, expected: str | None = None, decode: Decode | None = None
+) -> MediaItem:
     """Load a `data:` URL (RFC 2397), base64 or percent-encoded; its MIME type is ignored.
 
     Raises:
@@ -357,14 +415,20 @@ def load_data_url(url: str, limits: MediaLimits = DEFAULT_LIMITS, *, expected: s
     if url[5:comma].rstrip().lower().endswith(";base64"):
         if url.find("%", comma) < 0:
             _check_base64_size(url, comma + 1, limits)
-            return load_base64(url[comma + 1 :], limits, expected=expected)
+            return load_base64(url[comma + 1 :], limits, expected=expected, decode=decode)
         _check_size((len(url) - comma - 1) // 4, limits)  # a lower bound: each character may be written as three
-        return load_base64(unquote(url[comma + 1 :]), limits, expected=expected)
+        return load_base64(unquote(url[comma + 1 :]), limits, expected=expected, decode=decode)
     _check_size(len(url) - comma - 1 - 2 * url.count("%", comma), limits)
-    return load_media(unquote_to_bytes(url[comma + 1 :]), limits, expected=expected)
+    return load_media(unquote_to_bytes(url[comma + 1 :]), limits, expected=expected, decode=decode)
 
 
-def load_base64(data: str | bytes, limits: MediaLimits = DEFAULT_LIMITS, *, expected: str | None = None) -> MediaItem:
+def load_base64(
+    data: str | bytes,
+    limits: MediaLimits = DEFAULT_LIMITS,
+    *,
+    expected: str | None = None,
+    decode: Decode | None = None,
+) -> MediaItem:
     """Load base64 content; whitespace, missing padding and the URL-safe alphabet are accepted.
 
     Raises:
@@ -379,7 +443,7 @@ def load_base64(data: str | bytes, limits: MediaLimits = DEFAULT_LIMITS, *, expe
         decoded = base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise MediaError(f"malformed base64 media ({shorten(data)}): {error}") from error
-    return load_media(decoded, limits, expected=expected)
+    return load_media(decoded, limits, expected=expected, decode=decode)
 
 
 def _check_base64_size(text: str, start: int, limits: MediaLimits) -> None:

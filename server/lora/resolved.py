@@ -54,7 +54,7 @@ class _AdapterLoader:
         self._host_cache = host_cache
 
     async def __call__(self, request: LoRARequest) -> None:
-        await self._llm.run_in_pool(self._load, request, is_load=True)
+        await self._llm.run_in_pool(self._load, request, pool="loader")
 
     def _load(self, request: LoRARequest) -> None:
         request = _as_directory(request)

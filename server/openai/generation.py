@@ -5,12 +5,12 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Final, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mmlora.async_llm import AsyncLLM, PreparedRequest
+from mmlora.async_llm import AsyncLLM, PoolName, PreparedRequest
 from mmlora.errors import EngineDeadError, MMLoRAError, RequestError
 from mmlora.inputs.input_processor import Prompt
 from mmlora.processors.media.loader import PromptMedia
@@ -24,6 +24,7 @@ from mmlora.server.openai.output import Outputs, ResponseBuilder, close, raise_f
 from mmlora.server.openai.protocol import CommonFields
 
 T = TypeVar("T")
+MAX_TEXT_BYTES: Final = 2**20  # larger bodies are parsed in the threads for media
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,9 @@ class GenerationService(ABC):
             MMLoRAError: the request cannot be served, or failed before the response began.
         """
         body = await read_body(request, self._max_request_bytes, is_json=self.TAKES_JSON)
+        pool: PoolName = "media" if len(body) > MAX_TEXT_BYTES else "input"
         with rename_param(self.FIELDS):
-            generation = await self._llm.run_in_pool(self._parse, request, body, CALLER.get())
+            generation = await self._llm.run_in_pool(self._parse, request, body, CALLER.get(), pool=pool)
             outputs = self._generate(generation)
             return await respond_with(request, generation.builder, outputs, is_stream=bool(generation.request.stream))
 

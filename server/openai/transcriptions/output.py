@@ -6,6 +6,7 @@ from dataclasses import asdict
 from starlette.responses import PlainTextResponse, Response
 
 from mmlora.outputs import RequestOutput
+from mmlora.processors.media.loader import PromptMedia
 from mmlora.server.openai.logprobs import list_logprobs
 from mmlora.server.openai.output import DONE, Json, ResponseBuilder, count_tokens, event
 from mmlora.server.openai.transcriptions.protocol import AudioRequest
@@ -18,15 +19,15 @@ class TranscriptionBuilder(ResponseBuilder):
 
     Args:
         form: the request.
-        duration_s: duration of the clip in seconds.
+        media: the clip, whose duration is known when it has been decoded.
         language: English name of the text's language, if known.
         separator: string between the detected language and the text in the model's output; None if the output is only
             the text.
     """
 
-    def __init__(self, form: AudioRequest, duration_s: float, language: str | None, separator: str | None) -> None:
+    def __init__(self, form: AudioRequest, media: PromptMedia, language: str | None, separator: str | None) -> None:
         self._form = form
-        self._duration_s = duration_s
+        self._media = media
         self._language = language
         self._separator = separator
         self._raw = ""  # the model's output so far
@@ -50,10 +51,10 @@ class TranscriptionBuilder(ResponseBuilder):
         return {
             "task": self._form.TASK,
             "language": self._language or self._detected_language() or UNKNOWN_LANGUAGE,
-            "duration": self._duration_s,
+            "duration": self._media.audio_duration_s,
             "text": self._text,
             **self._end_fields(),
-            "usage": {"type": "duration", "seconds": self._duration_s},
+            "usage": {"type": "duration", "seconds": self._media.audio_duration_s},
         }
 
     def events(self, output: RequestOutput) -> Iterator[str]:

@@ -8,8 +8,6 @@ from starlette.requests import Request
 from mmlora.async_llm import AsyncLLM
 from mmlora.errors import RequestError
 from mmlora.models.transcription import LANGUAGES, TranscriptionPrompt
-from mmlora.processors.media.audio import AudioItem
-from mmlora.processors.media.loader import load_media
 from mmlora.server.errors import Refusal
 from mmlora.server.lora.served_models import ServedModels
 from mmlora.server.openai.generation import Generation, GenerationService
@@ -42,12 +40,8 @@ class TranscriptionService(GenerationService):
         form = self._kind.parse(request.headers.get("content-type"), body)
         prompt = self._prompt()
         instruction, language = _instruction(prompt, form)
-        clip = load_media(form.file, self._llm.media.limits, expected="audio")
-        assert isinstance(clip, AudioItem)
-        separator = prompt.language_separator if form.language is None else None
-        builder = TranscriptionBuilder(form, clip.duration_s, language, separator)
         # One user message: the clip, and the instruction unless the template adds it.
-        content: list[dict[str, Any]] = [{"type": "audio", "audio": clip}]
+        content: list[dict[str, Any]] = [{"type": "audio", "audio": form.file}]
         template_kwargs: dict[str, Any] = {}
         if prompt.chat_template is not None:
             code = form.language
@@ -63,6 +57,9 @@ class TranscriptionService(GenerationService):
             cache_salt=form.cache_salt,
             caller=caller,
         )
+        assert chat.media is not None
+        separator = prompt.language_separator if form.language is None else None
+        builder = TranscriptionBuilder(form, chat.media, language, separator)
         params = self._llm.default_sampling_params(**form.sampling_options())
         return Generation(form, {f"transcription-{uuid.uuid4().hex}": chat}, chat.media, params, builder)
 
