@@ -7,7 +7,7 @@ from mmlora.server.openai.chat.protocol import ChatCompletionRequest
 from mmlora.server.openai.logprobs import list_logprobs, list_prompt_logprobs
 from mmlora.server.openai.output import ChoicesBuilder, Json
 from mmlora.server.openai.tools.choice import ToolCalling
-from mmlora.server.openai.tools.parser import Piece, TextParser, ToolCallDelta
+from mmlora.server.openai.tools.parser import Piece, TextParser, ToolCallDelta, join_calls
 
 
 class ChatCompletionBuilder(ChoicesBuilder):
@@ -37,7 +37,7 @@ class ChatCompletionBuilder(ChoicesBuilder):
         self._tool_calling = tool_calling
         self._prefix = prefix
         self._parsers: dict[int, TextParser | None] = {}  # by choice
-        self._callers: set[int] = set()  # choices with tool calls
+        self._callers: dict[int, bool] = {}  # choices with tool calls, and whether the last one is complete
 
     def complete(self, outputs: list[RequestOutput]) -> Json:
         """Return the whole completion, with the log probabilities of the prompt if requested."""
@@ -52,7 +52,7 @@ class ChatCompletionBuilder(ChoicesBuilder):
         pieces = self._pieces(parts[-1].index, "".join(part.text for part in parts), is_last=True)
         content = self._prefix + "".join(piece for piece in pieces if isinstance(piece, str))
         message: Json = {"role": "assistant", "content": content, "refusal": None}
-        calls = [self._call(piece) for piece in pieces if isinstance(piece, ToolCallDelta)]
+        calls = [self._call(call) for call in join_calls(pieces)]
         if calls:
             message |= {"content": content or None, "tool_calls": calls}
         return {
@@ -90,8 +90,9 @@ class ChatCompletionBuilder(ChoicesBuilder):
         if parser is None:
             return [text] if text else []
         pieces = [*parser.feed(text), *(parser.finish() if is_last else ())]
-        if any(isinstance(piece, ToolCallDelta) for piece in pieces):
-            self._callers.add(index)
+        for piece in pieces:
+            if isinstance(piece, ToolCallDelta):
+                self._callers[index] = piece.is_last
         return pieces
 
     def _call(self, piece: ToolCallDelta) -> Json:
@@ -102,7 +103,9 @@ class ChatCompletionBuilder(ChoicesBuilder):
         return {"id": self._tool_calling.new_call_id(), "type": "function", "function": function}
 
     def _finish_reason(self, completion: CompletionOutput) -> str | None:
-        is_call = completion.finish_reason == "stop" and completion.index in self._callers
+        # Without a stop string or stop token, a constraint or the end of the text ended the output.
+        is_complete = self._callers.get(completion.index) is True or completion.stop_reason is None
+        is_call = completion.finish_reason == "stop" and completion.index in self._callers and is_complete
         return "tool_calls" if is_call else completion.finish_reason
 
     def _logprobs(self, parts: Iterable[CompletionOutput]) -> Json | None:

@@ -119,17 +119,19 @@ class OutputItems:
         pieces: list[Piece] = self._parser.feed(text) if self._parser is not None else [text] if text else []
         return [event for piece in pieces for event in self._add_piece(piece)]
 
-    def finish(self, status: str) -> list[Event]:
+    def finish(self, status: str, *, is_stopped: bool = False) -> list[Event]:
         """End the output and return the events; an output without text is one empty message.
 
         Args:
             status: status of the last item, unless it has been completed.
+            is_stopped: a stop string or stop token ended the output, which leaves a call incomplete.
         """
         pieces = self._parser.finish() if self._parser is not None else []
         events = [event for piece in pieces for event in self._add_piece(piece)]
         if self._num_items == 0 or (self._logprobs and isinstance(self._open, MessageItem)):
             events += self._add_piece("")
-        return events + self._close_item(status)
+        is_cut = is_stopped and isinstance(self._open, FunctionCallItem)
+        return events + self._close_item("incomplete" if is_cut else status)
 
     def content(self, status: str) -> list[Json]:
         """Return the items so far.

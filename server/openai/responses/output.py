@@ -46,7 +46,7 @@ class ResponseObjectBuilder(ResponseBuilder):
         self._outputs = outputs
         for output in outputs:
             self._feed(output)
-        self._items.finish(self._status)
+        self._finish()
         return self._response(self._status)
 
     def events(self, output: RequestOutput) -> Iterator[str]:
@@ -61,7 +61,7 @@ class ResponseObjectBuilder(ResponseBuilder):
 
     def last_events(self) -> Iterator[str]:
         """Yield the events that end the last item, and the whole response."""
-        yield from self._events(self._items.finish(self._status))
+        yield from self._events(self._finish())
         yield self._event(f"response.{self._status}", response=self._response(self._status))
 
     def failure(self, error: Exception) -> Iterator[str]:
@@ -74,6 +74,9 @@ class ResponseObjectBuilder(ResponseBuilder):
         delta = output.outputs[0]
         logprobs = list_logprobs([delta], self._num_top) if self._num_top is not None else []
         return self._items.feed(delta.text, list(map(_token, logprobs)))
+
+    def _finish(self) -> list[Event]:
+        return self._items.finish(self._status, is_stopped=self._outputs[-1].outputs[0].stop_reason is not None)
 
     @property
     def _status(self) -> str:

@@ -12,8 +12,9 @@ from pydantic import JsonValue
 
 from mmlora.errors import RequestError
 from mmlora.server.openai.protocol import check_other_fields
-from mmlora.server.openai.tools.formats import REQUIRED_FORMAT, find_format
-from mmlora.server.openai.tools.parser import NamedToolParser, TextParser, ToolCallParser
+from mmlora.server.openai.tools.forced import NamedToolParser, RequiredToolParser
+from mmlora.server.openai.tools.formats import find_format
+from mmlora.server.openai.tools.parser import TextParser, ToolCallParser
 from mmlora.structured_outputs import ANY_OBJECT, StructuredOutputsParams
 from mmlora.utils.text import shorten
 
@@ -117,10 +118,11 @@ class ToolCalling:
         """
         if choice.name is not None:
             return NamedToolParser(choice.name)
-        format = REQUIRED_FORMAT if choice.must_call else self._format
-        if not choice.tools or format is None:
+        if choice.must_call:
+            return RequiredToolParser(choice.tools)
+        if not choice.tools or self._format is None:
             return None
-        return ToolCallParser(format, choice.tools, self._special_marks if skips_special_tokens else ())
+        return ToolCallParser(self._format, choice.tools, self._special_marks if skips_special_tokens else ())
 
     def new_call_id(self) -> str:
         """Return a new call id in the form that the model's chat template requires."""

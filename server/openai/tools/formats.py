@@ -70,7 +70,6 @@ FORMATS = (
     ),
 )
 PARSER_NAMES = tuple(entry.name for entry in FORMATS)
-REQUIRED_FORMAT = ToolCallFormat("required", bare="[")  # output under the constraint of a required call
 
 
 def find_format(name: str, template: str) -> ToolCallFormat | None:

@@ -4,8 +4,8 @@ Text that is not a valid call of an offered tool is content, markers included un
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from mmlora.server.openai.tools.blocks import Block, Call, JSONBlock, Tools, XMLBlock
@@ -24,7 +24,7 @@ class ToolCallDelta:
         index: number of the call in its choice.
         arguments: JSON text, or the next part of it.
         name: name of the tool at the start of a call; None afterwards.
-        is_last: the call is complete. False if its end is known only at the end of the output.
+        is_last: the call is complete. False if more follows, or the end is known only at the end of the output.
     """
 
     index: int
@@ -48,20 +48,15 @@ class TextParser(Protocol):
         ...
 
 
-class NamedToolParser:
-    """Parser of an output that consists of the arguments of one tool."""
-
-    def __init__(self, name: str) -> None:
-        self._name: str | None = name
-
-    def feed(self, text: str) -> list[Piece]:
-        """Return the text delta as arguments."""
-        name, self._name = self._name, None
-        return [ToolCallDelta(0, text, name)] if text or name is not None else []
-
-    def finish(self) -> list[Piece]:
-        """Return nothing: no text is buffered."""
-        return []
+def join_calls(pieces: Iterable[Piece]) -> list[ToolCallDelta]:
+    """Return one delta per call with its name and all its arguments."""
+    calls: dict[int, ToolCallDelta] = {}
+    for piece in pieces:
+        if isinstance(piece, ToolCallDelta):
+            call = calls.get(piece.index)
+            arguments = piece.arguments if call is None else call.arguments + piece.arguments
+            calls[piece.index] = replace(call or piece, arguments=arguments, is_last=piece.is_last)
+    return list(calls.values())
 
 
 class ToolCallParser:

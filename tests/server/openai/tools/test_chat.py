@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -130,8 +131,25 @@ def test_a_named_tool_is_called(server: RunningServer) -> None:
 def test_max_tokens_truncates_a_call(server: RunningServer) -> None:
     named = taken(create(server, tool_choice=NAMED, max_tokens=4))
     assert named["reason"] == "length" and len(named["calls"]) == 1
-    required = taken(create(server, tool_choice="required", max_tokens=4))
-    assert required["reason"] == "length" and not required["calls"] and required["content"].startswith("[")
+    for num_tokens in (1, 4, 12, 16, 18, 40, 60):
+        options: dict[str, Any] = {"tool_choice": "required", "max_tokens": num_tokens, "seed": 1, "n": 2}
+        answer, chunks = create(server, **options), create_stream(server, **options)
+        for index in range(2):
+            required = taken(answer, index)
+            assert required == joined(chunks, index) and required["content"] is None and required["calls"]
+            assert required["reason"] == "length"
+            for call in required["calls"]:
+                assert any(name.startswith(call["name"]) for name in SCHEMAS) and "name" not in call["arguments"]
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+def test_a_stop_string_leaves_a_call_incomplete(server: RunningServer, choice: Any) -> None:
+    options: dict[str, Any] = {"tool_choice": choice, "seed": 3, "stop": [","]}
+    found = taken(create(server, **options))
+    assert found == joined(create_stream(server, **options))
+    assert found["content"] is None and found["reason"] == "stop" and len(found["calls"]) == 1
+    with pytest.raises(ValueError):
+        json.loads(found["calls"][0]["arguments"])
 
 
 @pytest.mark.parametrize("choice", [None, "auto"])

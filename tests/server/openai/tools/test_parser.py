@@ -8,8 +8,8 @@ import json
 import pytest
 
 from mmlora.server.openai.tools.blocks import kinds_of
-from mmlora.server.openai.tools.formats import FORMATS, REQUIRED_FORMAT, find_format
-from mmlora.server.openai.tools.parser import NamedToolParser, Piece, TextParser, ToolCallDelta, ToolCallParser
+from mmlora.server.openai.tools.formats import FORMATS, find_format
+from mmlora.server.openai.tools.parser import Piece, TextParser, ToolCallDelta, ToolCallParser
 
 PROPERTIES = {
     "get_weather": {"city": {"type": "string"}},
@@ -135,8 +135,6 @@ CASES = [
     ("qwen3_coder", "<function=add>a = 1</function>", "<function=add>a = 1</function>", NO_CALLS),
     ("qwen3_coder", f"<tool_call>{W}</tool_call>", f"<tool_call>{W}</tool_call>", NO_CALLS),
     ("qwen3_coder", "a <b> <tool_call> <func> c", "a <b> <tool_call> <func> c", NO_CALLS),
-    ("required", f"[{W},\n {S}]", "", [WEATHER, SUM]),
-    ("required", f"[{W},", f"[{W},", NO_CALLS),
 ]
 
 
@@ -162,7 +160,7 @@ def parse(parser: TextParser, *parts: str) -> tuple[str, list[tuple[str, object]
 
 
 def new_parser(name: str) -> ToolCallParser:
-    format = REQUIRED_FORMAT if name == "required" else find_format(name, "")
+    format = find_format(name, "")
     assert format is not None
     return ToolCallParser(format, TOOLS)
 
@@ -287,12 +285,6 @@ def test_xml_values_have_the_types_of_their_schemas(schema: object, text: str, v
     tool = {"name": "add", "parameters": {"properties": {"a": schema}, "$defs": definitions}}
     parser = ToolCallParser(XML, {"add": {"type": "function", "function": tool}})
     assert parse(parser, xml("add", a=text)) == ("", [("add", {"a": value})])
-
-
-def test_arguments_of_a_named_tool_are_streamed() -> None:
-    parser = NamedToolParser("add")
-    pieces = [*parser.feed('{"a"'), *parser.feed(""), *parser.feed(": 1}"), *parser.finish()]
-    assert pieces == [ToolCallDelta(0, '{"a"', "add"), ToolCallDelta(0, ": 1}")]
 
 
 @pytest.mark.parametrize(

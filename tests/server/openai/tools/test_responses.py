@@ -140,12 +140,30 @@ def test_max_output_tokens_truncates_a_call(server: RunningServer, say: Callable
     named = respond(server, "go", **CALLING | {"tool_choice": NAMED, "max_output_tokens": 4})
     (item,) = items_of(named)
     assert named.status == item[2] == "incomplete" and item[0] == "add"
-    required = respond(server, "go", **CALLING | {"tool_choice": "required", "max_output_tokens": 4})
-    ((text, status),) = items_of(required)
-    assert required.status == status == "incomplete" and text.startswith("[")
+    for num_tokens in (1, 4, 12, 16, 18, 40, 60):
+        options: dict[str, Any] = {
+            "tool_choice": "required",
+            "max_output_tokens": num_tokens,
+            "extra_body": {"seed": 1},
+        }
+        required = respond(server, "go", **CALLING | options)
+        items = items_of(required)
+        assert items == items_of(gathered(stream(server, "go", **CALLING | options)))
+        assert required.status == "incomplete" and all(item.type == "function_call" for item in required.output)
+        assert [item[2] for item in items[:-1]] == ["completed"] * (len(items) - 1)
+        assert items[-1][2] == ("completed" if items[-1][1].endswith("}") else "incomplete")
     say(f"{CALL}\n{CALL}")
     cut = gathered(stream(server, "go", tools=TOOLS, max_output_tokens=len(CALL) + 1))
     assert [item[2] for item in items_of(cut)] == ["completed"] and cut.status == "incomplete"
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+def test_a_stop_string_leaves_a_call_incomplete(server: RunningServer, choice: Any) -> None:
+    options = {"tool_choice": choice, "extra_body": {"seed": 3, "stop": [","]}}
+    found = respond(server, "go", **CALLING | options)
+    ((_, _, status),) = items_of(found)
+    assert (found.status, status) == ("completed", "incomplete")
+    assert items_of(gathered(stream(server, "go", **CALLING | options))) == items_of(found)
 
 
 ADDED = ("add", '{"a": 1, "to": "x"}', "completed")
