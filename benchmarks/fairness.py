@@ -4,6 +4,8 @@ Arrivals are Poisson-distributed over scheduler steps and adapters are Zipf-dist
 on every machine and only times differ. Base requests are served with the adapter traffic and then alone.
 
     .venv/bin/python benchmarks/fairness.py
+
+With `--completions 128`, measure a short request instead that arrives after one with so many completions.
 """
 
 import argparse
@@ -118,6 +120,33 @@ def serve(options: argparse.Namespace, jobs: list[Job]) -> Run:
     return run
 
 
+def measure_short_request(adapter: int | None, num_completions: int) -> None:
+    """Print how long a request of 8 tokens takes that arrives 10 steps after one with many completions of 200."""
+    engine = LLMEngine(EngineArgs(assistant_path(), enable_lora=True))
+    engine.process_input("load", PROMPT, None, lora_request(adapter))
+    if num_completions:
+        many = SamplingParams(n=num_completions, seed=0, max_tokens=200, ignore_eos=True)
+        engine.add_request("many", PROMPT, many, BASE)
+    for _ in range(10):
+        engine.step()
+    start_s = time.monotonic()
+    short = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+    engine.add_request("short", PROMPT, short, lora_request(adapter))
+    seen: list[tuple[int, float]] = []
+    num_steps = 0
+    while engine.has_unfinished_requests:
+        outputs = engine.step()
+        num_steps += 1
+        if any(output.request_id == "short" for output in outputs):
+            seen.append((num_steps, time.monotonic() - start_s))
+    (first, first_s), (last, last_s) = seen[0], seen[-1]
+    kind = "base" if adapter is None else "adapter"
+    print(
+        f"{kind} request after n={num_completions}: first token after {first} steps "
+        f"{first_s:.2f} s, end after {last} steps {last_s:.2f} s; all work {time.monotonic() - start_s:.1f} s"
+    )
+
+
 def describe(what: str, values: list[tuple[int, float]]) -> str:
     """Return mean, p99 and maximum, in steps and ms, as a line."""
     steps, times = (sorted(column) for column in zip(*values, strict=True))
@@ -137,7 +166,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--adapter-rate", type=float, default=0.5, help="adapter requests per step")
     parser.add_argument("--base-rate", type=float, default=0.5, help="base requests per step")
+    parser.add_argument("--completions", type=int, help="measure a short request after one with so many completions")
     options = parser.parse_args()
+    if options.completions is not None:
+        for count in (0, options.completions):
+            for adapter in (None, 0):
+                measure_short_request(adapter, count)
+        return
     jobs = make_jobs(options)
     alone = [Job(job.arrival_step, None, job.num_tokens) for job in jobs if job.adapter is None]
     for what, traffic in (("with adapters", jobs), ("alone", alone)):

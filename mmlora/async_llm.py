@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeVar, get_args
 
 from mmlora.config import EngineArgs
@@ -235,8 +235,13 @@ class AsyncLLM:
         request_id: str | None = None,
         lora_request: LoRARequest | object | None = None,
         priority: int = 0,
+        group: str | None = None,
     ) -> PreparedRequest:
         """Process a request for `run` without queueing it, so that several can be validated before any is started.
+
+        Args:
+            prompt, sampling_params, request_id, lora_request, priority: as in `generate`.
+            group: name of requests that share the turns of one request, such as the prompts of one HTTP request.
 
         Raises:
             RequestError: the request cannot be served.
@@ -262,6 +267,7 @@ class AsyncLLM:
             raise
         finally:
             self._preparing.remove(record)
+        request_input = replace(request_input, group=group)
         return PreparedRequest(request_input, RequestStream(record, self.histograms))
 
     async def run(self, prepared: PreparedRequest) -> AsyncGenerator[RequestOutput, None]:

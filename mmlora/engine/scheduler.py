@@ -1,107 +1,17 @@
 """`Scheduler`: chooses the sequences of the next step, and how many tokens of each are computed."""
 
 import heapq
-from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from mmlora.engine.block_manager import BlockManager
 from mmlora.engine.sequence import Sequence, Status
+from mmlora.engine.waiting_queue import Entry, QueuePosition, WaitingQueue
 from mmlora.errors import AdapterError
 from mmlora.inputs.engine_input import MediaInput
-from mmlora.lora.adapter import Adapter, AdapterIdentity
 from mmlora.lora.layers.slots import LoRASlots
 
 MAX_WAIT_STEPS = 32  # an adapter that has waited longer for a slot makes the slots in use drain
-
-
-@dataclass(frozen=True)
-class QueuePosition:
-    """Position of a sequence in the waiting queue: by priority, lower first, then by `order`.
-
-    `step` is the scheduler step in which the sequence was queued.
-    """
-
-    order: int
-    step: int
-    priority: int = 0
-
-    def __lt__(self, other: "QueuePosition") -> bool:
-        return (self.priority, self.order) < (other.priority, other.order)
-
-
-Lane = list[tuple[QueuePosition, Sequence]]  # sorted; no two positions are equal, so sequences are never compared
-
-
-class WaitingQueue:
-    """Waiting sequences in one lane per adapter, and one for the base model; each lane is sorted by queue position.
-
-    Adding and removing cost a binary search, and reading a head is O(1). A lane whose head cannot start costs the
-    scheduler one look per step.
-    """
-
-    def __init__(self) -> None:
-        self._lanes: dict[AdapterIdentity | None, Lane] = {}
-        self._positions: dict[Sequence, QueuePosition] = {}
-        self._front = 0
-        self._back = 0
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def __iter__(self) -> Iterator[Sequence]:
-        return (seq for _, seq in heapq.merge(*self._lanes.values()))
-
-    @property
-    def num_base(self) -> int:
-        """Number of waiting sequences without an adapter."""
-        return len(self._lanes.get(None, ()))
-
-    def append(self, seq: Sequence, step: int) -> None:
-        """Add a sequence behind all others of its priority."""
-        self._back += 1
-        self._insert(seq, QueuePosition(self._back, step, seq.priority))
-
-    def appendleft(self, seq: Sequence, step: int) -> None:
-        """Add a sequence before all others of its priority."""
-        self._front -= 1
-        self._insert(seq, QueuePosition(self._front, step, seq.priority))
-
-    def remove(self, seq: Sequence) -> None:
-        """Remove a sequence; one that is not waiting is ignored."""
-        position = self._positions.pop(seq, None)
-        if position is None:
-            return
-        key = _key(seq.adapter)
-        lane = self._lanes[key]
-        del lane[bisect_left(lane, (position, seq))]
-        if not lane:
-            del self._lanes[key]
-
-    def head(self, adapter: Adapter | None) -> tuple[QueuePosition, Sequence] | None:
-        """Return the first sequence of an adapter's lane (None: the base model's); None if the lane is empty."""
-        lane = self._lanes.get(_key(adapter))
-        return lane[0] if lane is not None else None
-
-    def heads(self) -> list[tuple[QueuePosition, Sequence]]:
-        """Return the first sequence of every lane, unordered."""
-        return [lane[0] for lane in self._lanes.values()]
-
-    def adapter_heads(self) -> list[tuple[QueuePosition, Sequence]]:
-        """Return the first sequence of every adapter's lane, unordered."""
-        return [lane[0] for key, lane in self._lanes.items() if key is not None]
-
-    def last_order(self, adapter: Adapter, count: int) -> int:
-        """Return the greatest order among the first `count` sequences of a non-empty lane."""
-        return max(position.order for position, _ in self._lanes[_key(adapter)][:count])
-
-    def _insert(self, seq: Sequence, position: QueuePosition) -> None:
-        self._positions[seq] = position
-        insort(self._lanes.setdefault(_key(seq.adapter), []), (position, seq))
-
-
-def _key(adapter: Adapter | None) -> AdapterIdentity | None:
-    return adapter.identity if adapter is not None else None
 
 
 @dataclass(frozen=True)
@@ -174,6 +84,10 @@ class Scheduler:
     With `is_by_priority` there are no turns and no shares: waiting sequences start by (priority, arrival), with or
     without an adapter, and running ones are preempted in the reverse order. While the first waiting sequence lacks a
     slot, no sequence of a worse priority starts with an adapter that is not resident, so that a slot drains for it.
+
+    Turns are taken by groups, not by sequences (`WaitingQueue`): a request with many sequences, or a batch of prompts,
+    counts as one. A waiting sequence whose group has at least two running sequences fewer than another one preempts the
+    youngest of the largest group when places or blocks are lacking, so that its request does not wait until they end.
     """
 
     def __init__(
@@ -196,7 +110,8 @@ class Scheduler:
         self.num_steps = 0
         self.num_preemptions = 0
         self._is_base_turn = True
-        self._gates = [0] * (slots.max_loras if slots is not None else 0)  # by slot: last order that its round admits
+        num_slots = slots.max_loras if slots is not None else 0
+        self._admitted = [frozenset[int]()] * num_slots  # by slot: orders of the sequences of its round
 
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence."""
@@ -222,7 +137,7 @@ class Scheduler:
         if seq.status is Status.FINISHED:
             return
         if seq.status is Status.RUNNING:
-            self.running.remove(seq)
+            self._stop(seq)
         else:
             self.waiting.remove(seq)
         self._release(seq)
@@ -243,13 +158,13 @@ class Scheduler:
         return num_scheduled
 
     def _make_room(self, step: _Step, seq: Sequence, num_tokens: int) -> bool:
-        """Allocate blocks for a running sequence, preempting the worst priority first, then the latest start.
+        """Allocate blocks for a running sequence; preempt the worst priority, the largest group, the latest start.
 
         Returns:
             False if the sequence itself had to be preempted.
         """
         while not self.block_manager.can_allocate(seq, num_tokens):
-            victim = max(reversed(self.running), key=lambda running: running.priority)
+            victim = max(reversed(self.running), key=lambda seq: (seq.priority, self.waiting.num_running(seq)))
             self._preempt(step, victim)
             if victim is seq:
                 return False
@@ -263,11 +178,15 @@ class Scheduler:
 
     def recompute(self, seq: Sequence) -> None:
         """Requeue a running sequence at the front, to recompute its KV from the start; it keeps its tokens."""
-        self.running.remove(seq)
+        self._stop(seq)
         self._release(seq)
         seq.num_computed_tokens = 0
         seq.status = Status.WAITING
         self.waiting.appendleft(seq, self.num_steps)
+
+    def _stop(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self.waiting.count_end(seq)
 
     def _release(self, seq: Sequence) -> None:
         self.block_manager.free(seq)
@@ -285,63 +204,95 @@ class Scheduler:
     def _start_base(self, step: _Step) -> int:
         num_started = 0
         while step.is_open and (head := self.waiting.head(None)) is not None:
-            if len(self.running) >= self.max_num_seqs and not self._preempt_for_base(step):
+            is_full = len(self.running) >= self.max_num_seqs
+            if is_full and not self._preempt_for_base(step) and not self._preempt_for(step, head[1]):
                 break
             num_started += self._start(step, head[1])
         return num_started
 
     def _start_adapters(self, step: _Step) -> int:
         max_num_running = self.max_num_seqs - min(self.waiting.num_base, self._num_reserved_for_base())
-        heads = self.waiting.adapter_heads() if len(self.running) < max_num_running else []
-        return self._start_in_order(step, heads, max_num_running)
+        return self._start_in_order(step, self.waiting.adapter_heads(), max_num_running)
 
-    def _start_in_order(self, step: _Step, heads: list[tuple[QueuePosition, Sequence]], max_num_running: int) -> int:
+    def _start_in_order(self, step: _Step, heads: list[Entry], max_num_running: int) -> int:
         """Start waiting sequences, given the heads of their lanes, skipping those without a slot; return how many."""
         num_started = 0
         heapq.heapify(heads)
         first_skipped: QueuePosition | None = None
         is_draining = False
-        while heads and step.is_open and len(self.running) < max_num_running:
-            position, seq = heapq.heappop(heads)
+        while heads and step.is_open and (len(self.running) < max_num_running or self._is_owed_place(heads[0][1])):
+            position, head = heapq.heappop(heads)
             is_outranked = first_skipped is not None and first_skipped.priority < position.priority
-            if seq.adapter is None or self._has_slot(seq, position, is_draining, is_outranked):
-                num_started += self._start(step, seq)
-                head = self.waiting.head(seq.adapter)
-                if head is not None:
-                    heapq.heappush(heads, head)
-            else:
+            seq = self._with_slot(head, is_draining, is_outranked)
+            if seq is None:
                 first_skipped = first_skipped or position
                 is_draining |= self.num_steps - position.step > MAX_WAIT_STEPS
+                continue
+            if len(self.running) >= max_num_running and not self._preempt_for(step, seq):
+                break
+            num_started += self._start(step, seq)
+            next_head = self.waiting.head(seq.adapter)
+            if next_head is not None:
+                heapq.heappush(heads, next_head)
         return num_started
 
-    def _num_reserved_for_base(self) -> int:
-        """Return how many more running sequences are reserved for the base model."""
-        num_for_adapters = max(1, self.max_num_seqs // 4)
-        return max(0, self.max_num_seqs - num_for_adapters - sum(seq.adapter is None for seq in self.running))
+    def _num_reserved_for_base(self, num_fewer: int = 0) -> int:
+        """Return how many more running sequences are reserved for the base model, if it had `num_fewer` than it has."""
+        num_for_adapters, num_base = max(1, self.max_num_seqs // 4), sum(seq.adapter is None for seq in self.running)
+        return max(0, self.max_num_seqs - num_for_adapters - num_base + num_fewer)
 
     def _preempt_for_base(self, step: _Step) -> bool:
-        """Preempt the youngest adapter sequence, unless the base model already has its share."""
-        victim = next((seq for seq in reversed(self.running) if seq.adapter is not None), None)
-        if victim is None or self._num_reserved_for_base() == 0:
+        """Preempt the youngest adapter sequence of the largest group, unless the base model already has its share."""
+        victims = [seq for seq in reversed(self.running) if seq.adapter is not None]
+        if not victims or self._num_reserved_for_base() == 0:
             return False
-        self._preempt(step, victim)
+        self._preempt(step, max(victims, key=self.waiting.num_running))
         return True
 
-    def _has_slot(self, seq: Sequence, position: QueuePosition, is_draining: bool, is_outranked: bool) -> bool:
-        """Return whether a slot is available for an adapter sequence.
+    def _is_owed_place(self, seq: Sequence) -> bool:
+        """Return whether some group has at least two running sequences more than the group of a waiting sequence."""
+        return self.waiting.max_running > self.waiting.num_running(seq) + 1
+
+    def _preempt_for(self, step: _Step, seq: Sequence) -> bool:
+        """Preempt the youngest sequence of the largest group for a waiting sequence that is owed its place.
+
+        No sequence of a better priority is preempted, and no base-model sequence within its share for an adapter's.
+        """
+        if not self._is_owed_place(seq):
+            return False
+        spares_base = seq.adapter is not None and not self.is_by_priority and self._num_reserved_for_base(1) > 0
+        limit = self.waiting.num_running(seq) + 1
+        victims = [
+            running
+            for running in reversed(self.running)
+            if self.waiting.num_running(running) > limit
+            and running.priority >= seq.priority
+            and not (spares_base and running.adapter is None)
+        ]
+        if not victims:
+            return False
+        self._preempt(step, max(victims, key=self.waiting.num_running))
+        return True
+
+    def _with_slot(self, head: Sequence, is_draining: bool, is_outranked: bool) -> Sequence | None:
+        """Return the sequence of a lane that may start, None if no slot is available for its adapter.
 
         Args:
-            seq, position: the waiting sequence.
+            head: the first sequence of the lane.
             is_draining: an older sequence is overdue for a slot.
             is_outranked: a sequence of a better priority lacks a slot.
         """
-        assert self.slots is not None and seq.adapter is not None
+        if head.adapter is None:
+            return head
+        assert self.slots is not None
         if not (is_draining or is_outranked):
-            return self.slots.can_activate(seq.adapter)
-        slot = self.slots.slot_of(seq.adapter.identity)
+            return head if self.slots.can_activate(head.adapter) else None
+        slot = self.slots.slot_of(head.adapter.identity)
         if slot is None:
-            return False
-        return self._is_pinned(slot) or (not is_outranked and position.order <= self._gates[slot])
+            return None
+        if self._is_pinned(slot):
+            return head
+        return None if is_outranked else self.waiting.head_among(head.adapter, self._admitted[slot])
 
     def _is_pinned(self, slot: int) -> bool:
         """Return whether a pin holds a slot; draining would not free it."""
@@ -352,10 +303,11 @@ class Scheduler:
         """Start a waiting sequence; without free blocks it keeps waiting, without its adapter it fails."""
         start = self.block_manager.match_prefix(seq)
         num_tokens = step.max_tokens(seq, start)
-        if not self.block_manager.can_allocate(seq, start + num_tokens):
-            self.block_manager.free(seq)
-            step.is_out_of_blocks = True
-            return False
+        while not self.block_manager.can_allocate(seq, start + num_tokens):
+            if not self._preempt_for(step, seq):
+                self.block_manager.free(seq)
+                step.is_out_of_blocks = True
+                return False
         if not self._acquire_slot(seq):
             return False
         self.block_manager.allocate(seq, start + num_tokens)
@@ -365,6 +317,7 @@ class Scheduler:
         seq.status = Status.RUNNING
         self.waiting.remove(seq)
         self.running.append(seq)
+        self.waiting.count_start(seq)
         step.add(seq, start, num_tokens)
         return True
 
@@ -380,5 +333,5 @@ class Scheduler:
             return False
         self.slots.retain(seq.slot)
         if not is_resident:
-            self._gates[seq.slot] = self.waiting.last_order(seq.adapter, self.max_num_seqs)
+            self._admitted[seq.slot] = self.waiting.first_orders(seq.adapter, self.max_num_seqs)
         return True

@@ -4,6 +4,7 @@ A request has `n` sequences, one per completion.
 """
 
 import time
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -90,6 +91,12 @@ class Sequence:
     def adapter_start(self) -> int:
         """First token that the adapter applies to; earlier ones are the base model's."""
         return self.request.input.adapter_start
+
+    @property
+    def group(self) -> Hashable:
+        """What the sequence shares its turns with: its request, or the requests that were sent with it."""
+        group = self.request.input.group
+        return group if group is not None else self.request
 
     @property
     def priority(self) -> int:

@@ -51,6 +51,7 @@ class EngineInput:
     adapter_start: int = 0  # first token with the adapter applied; above 0 for an activated LoRA (aLoRA)
     layout: PromptLayout = PromptLayout()
     priority: int = 0  # lower runs earlier
+    group: str | None = None  # requests of a group share the turns of one request; None: the request has its own
     cache_salt: str | None = None  # only requests with the same salt share cached prefixes and encoded media
     matchers: tuple[Matcher, ...] = ()  # one per output at its start state; empty without a constraint
     num_media_tokens: Mapping[str, int] = field(default_factory=dict)  # placeholder tokens in the prompt, by modality

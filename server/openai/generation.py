@@ -104,10 +104,11 @@ class GenerationService(ABC):
         lora_request = await self._models.find_adapter(request.model, request.lora)
         if generation.media is not None:
             await generation.media.fetch()
-        ready = []
+        ready, priority = [], request.priority or 0
+        group = next(iter(generation.prompts))  # all prompts share the turns of one request
         for index, (request_id, prompt) in enumerate(generation.prompts.items()):
             with name_prompt(index, len(generation.prompts)), self._models.log_failures(request.model, request.lora):
-                ready.append(await self._llm.prepare(prompt, params, request_id, lora_request, request.priority or 0))
+                ready.append(await self._llm.prepare(prompt, params, request_id, lora_request, priority, group))
         if params.prompt_logprobs is not None:
             num_tokens = sum(len(prepared.input.prompt_token_ids) for prepared in ready)
             vocab_size = len(self._llm.tokenizer)

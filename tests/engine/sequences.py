@@ -53,6 +53,18 @@ def make_sequence(
     return seq
 
 
+def make_group(
+    length: int = 3, n: int = 1, adapter: Adapter | None = None, max_tokens: int = 4, **others: Any
+) -> list[Sequence]:
+    """Return the `n` sequences of one request, or `n` requests if `others` has the name of their `group`."""
+    params = SamplingParams(max_tokens=max_tokens)
+    seqs = [make_sequence(range(length), params=params, adapter=adapter, **others) for _ in range(n)]
+    for index, seq in enumerate(seqs):
+        if others.get("group") is None:
+            seq.request, seq.index = seqs[0].request, index
+    return seqs
+
+
 def make_adapter(name: str, uid: int = 1, generation: int = 0) -> Adapter:
     """Return an adapter without matrices."""
     return Adapter(name, f"digest of {name}", None, Path("/nowhere"), {}, AdapterReport(0, {}), uid, generation)

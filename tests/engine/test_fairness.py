@@ -15,9 +15,11 @@ from torch import nn
 from mmlora import BASE, EngineArgs, LLMEngine, LoRARequest, SamplingParams
 from mmlora.engine.block_manager import BlockManager
 from mmlora.engine.scheduler import MAX_WAIT_STEPS, Scheduler
+from mmlora.engine.sequence import Status
 from mmlora.lora.layers.slots import LoRASlots
 from tests.checkpoints import AdapterSpec, randomize_adapter, save_adapter, save_text_model
-from tests.engine.sequences import make_adapter, make_sequence
+from tests.engine.sequences import make_adapter, make_group, make_sequence
+from tests.engine.test_scheduler import A, B, C, add, make_scheduler, run_to_end, step
 
 NUM_ADAPTERS, NUM_SLOTS = 64, 4
 MAX_TOKENS = 64
@@ -263,3 +265,131 @@ def test_the_real_engine_is_fair(model_with_adapters, capsys):
 @pytest.mark.slow
 def test_the_real_engine_is_fair_for_long(model_with_adapters, capsys):
     check_engine(model_with_adapters, make_traffic(1, 1500, adapter_rate=1), capsys)
+
+
+@pytest.mark.parametrize(
+    "adapters", [(None, None), (A, A), (None, A), (A, None), (A, B)], ids="base AA base-A A-base AB".split()
+)
+@pytest.mark.parametrize("kind", ["n", "batch"])
+def test_a_request_with_many_sequences_does_not_hold_back_another(adapters, kind):
+    scheduler = make_scheduler(max_loras=2)
+    group = "batch" if kind == "batch" else None
+    big = make_group(n=40, adapter=adapters[0], max_tokens=100, group=group)
+    for seq in big:
+        scheduler.add(seq)
+    for _ in range(10):
+        step(scheduler)
+    assert len(scheduler.running) == 8
+    short = make_group(adapter=adapters[1])[0]
+    scheduler.add(short)
+    for _ in range(5):
+        step(scheduler)
+    assert short.status is Status.FINISHED and scheduler.num_preemptions == 1
+    assert len(scheduler.running) in (7, 8)
+    run_to_end(scheduler)
+    assert all(seq.num_output_tokens == 100 for seq in big)
+
+
+def test_a_request_with_many_sequences_leaves_blocks_for_another():
+    scheduler = make_scheduler(num_blocks=24, max_num_seqs=16)
+    for seq in make_group(n=16, max_tokens=60):
+        scheduler.add(seq)
+    while scheduler.num_preemptions == 0:
+        step(scheduler)
+    assert scheduler.block_manager.num_free_blocks < 3
+    short = make_group(length=9)[0]
+    scheduler.add(short)
+    for _ in range(5):
+        step(scheduler)
+    assert short.status is Status.FINISHED
+    run_to_end(scheduler)
+
+
+def test_two_large_groups_share_the_places_and_then_leave_each_other_alone():
+    scheduler = make_scheduler(num_blocks=200, max_num_seqs=8)
+    first, second = make_group(n=20, max_tokens=50), make_group(n=20, max_tokens=50)
+    for seqs in (first, second):
+        for seq in seqs:
+            scheduler.add(seq)
+        for _ in range(5):
+            step(scheduler)
+    assert [sum(seq in seqs for seq in scheduler.running) for seqs in (first, second)] == [4, 4]
+    assert scheduler.num_preemptions == 4
+    run_to_end(scheduler)
+    assert scheduler.num_preemptions == 4, "places that become free are shared without preemption"
+
+
+def test_requests_of_one_sequence_each_are_not_preempted_for_places():
+    scheduler = make_scheduler(max_num_seqs=4)
+    for _ in range(12):
+        add(scheduler, max_tokens=9)
+        step(scheduler)
+    run_to_end(scheduler)
+    assert scheduler.num_preemptions == 0
+
+
+def test_a_group_preempts_no_better_priority():
+    blocks = BlockManager(64, 4, enable_prefix_caching=False)
+    scheduler = Scheduler(blocks, LoRASlots(nn.Module(), 1, "cpu"), 4, 64, is_by_priority=True)
+    for seq in make_group(n=8, max_tokens=20, priority=1):
+        scheduler.add(seq)
+    step(scheduler)
+    worse, equal = make_group(priority=2)[0], make_group(priority=1)[0]
+    scheduler.add(worse)
+    for _ in range(3):
+        step(scheduler)
+    assert worse.status is Status.WAITING and scheduler.num_preemptions == 0
+    scheduler.add(equal)
+    step(scheduler)
+    assert equal.status is Status.RUNNING and scheduler.num_preemptions == 1
+    run_to_end(scheduler)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_groups_all_finish_without_endless_preemption(seed):
+    rng = random.Random(seed)
+    scheduler = make_scheduler(
+        num_blocks=rng.choice([24, 200]), max_loras=2, max_num_seqs=rng.choice([1, 5, 16]), prefix_caching=True
+    )
+    seqs = []
+    for _ in range(60):
+        if rng.random() < 0.4:
+            adapter = rng.choice([None, None, A, B, C])
+            group = make_group(rng.randint(1, 12), rng.choice([1, 1, 1, 6, 30]), adapter, rng.randint(1, 12))
+            seqs += group
+            for seq in group:
+                scheduler.add(seq)
+        step(scheduler)
+    run_to_end(scheduler, 20_000)
+    assert all(seq.num_output_tokens == seq.params.max_tokens for seq in seqs)
+    if scheduler.block_manager.num_blocks > 100:
+        assert scheduler.num_preemptions <= len(seqs)
+
+
+@pytest.mark.parametrize("adapter", [None, 0])
+def test_the_outputs_of_groups_are_those_of_each_alone(model_with_adapters, adapter):
+    model, paths = model_with_adapters
+    options = {"max_num_seqs": 6, "max_model_len": 128, "enable_lora": True}
+    engine = LLMEngine(EngineArgs(str(model), **options))
+    lora = BASE if adapter is None else LoRARequest("a", 1, str(paths[adapter]))
+    several = SamplingParams(n=20, seed=3, temperature=1.0, max_tokens=30, ignore_eos=True)
+    short = SamplingParams(seed=4, temperature=1.0, max_tokens=3, ignore_eos=True)
+
+    def finish():
+        outputs = []
+        while engine.has_unfinished_requests:
+            outputs += engine.step()
+        return {o.request_id: [completion.token_ids for completion in o.outputs] for o in outputs if o.finished}
+
+    alone = {}
+    for name, params in (("big", several), ("short", short)):
+        engine.add_request(name, [5, 6, 7], params, lora)
+        alone |= finish()
+    engine.add_request("big", [5, 6, 7], several, lora)
+    for _ in range(10):
+        engine.step()
+    assert len(engine.scheduler.running) == 6
+    engine.add_request("short", [5, 6, 7], short, lora)
+    outputs = [output for _ in range(3) for output in engine.step()]
+    assert [o.outputs[0].token_ids for o in outputs if o.request_id == "short" and o.finished] == alone["short"]
+    assert finish()["big"] == alone["big"] and engine.scheduler.num_preemptions == 1

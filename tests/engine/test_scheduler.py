@@ -7,11 +7,12 @@ from torch import nn
 
 from mmlora import SamplingParams
 from mmlora.engine.block_manager import BlockManager
-from mmlora.engine.scheduler import MAX_WAIT_STEPS, QueuePosition, Scheduler, WaitingQueue
+from mmlora.engine.scheduler import MAX_WAIT_STEPS, Scheduler
 from mmlora.engine.sequence import Status
+from mmlora.engine.waiting_queue import QueuePosition, WaitingQueue
 from mmlora.errors import AdapterError
 from mmlora.lora.layers.slots import LoRASlots
-from tests.engine.sequences import make_adapter, make_sequence
+from tests.engine.sequences import make_adapter, make_group, make_sequence
 
 A, B, C = (make_adapter(name, uid) for uid, name in enumerate("ABC", 1))
 
@@ -431,7 +432,7 @@ def test_the_queue_is_first_in_first_out_with_requeued_sequences_in_front():
     assert list(queue) == [*reversed(front), *back] and len(queue) == 6 and queue.num_base == 1
     assert queue.head(None) == (QueuePosition(2, 3), back[1])
     assert sorted(queue.adapter_heads()) == [(QueuePosition(-2, 5), front[1]), (QueuePosition(-1, 5), front[0])]
-    assert [queue.last_order(A, count) for count in (1, 2, 3, 9)] == [-2, 1, 4, 4]
+    assert [queue.first_orders(A, count) for count in (1, 2, 3, 9)] == [{-2}, {-2, 1}, {-2, 1, 4}, {-2, 1, 4}]
 
 
 def test_removing_a_sequence():
@@ -463,3 +464,51 @@ def test_random_changes_match_a_list():
             head = queue.head(adapter)
             assert (head[1] if head else None) is (lane[0] if lane else None)
     assert list(queue) == model and len(queue) == len(model)
+
+
+def test_groups_take_turns_in_the_queue():
+    queue = WaitingQueue()
+    big, small = make_group(n=3), make_group(n=1)
+    for seq in [*big, *small]:
+        queue.append(seq, 0)
+    assert queue.head(None)[1] is big[0]
+    queue.remove(big[0])
+    queue.count_start(big[0])
+    assert queue.head(None)[1] is small[0]
+    queue.remove(small[0])
+    queue.count_start(small[0])
+    assert queue.head(None)[1] is big[1]
+    queue.count_start(big[1])
+    queue.count_end(big[0])
+    queue.count_end(big[1])
+    assert (queue.num_running(big[0]), queue.num_running(small[0]), queue.max_running) == (0, 1, 1)
+
+
+def test_the_queue_of_groups_matches_a_list():
+    rng, queue, waiting, running = random.Random(1), WaitingQueue(), [], []
+    requests = [make_sequence(adapter=rng.choice([A, B, None])) for _ in range(8)]
+    for step in range(3000):
+        action = rng.random()
+        if action < 0.5:
+            seq = make_sequence(group=rng.choice(["x", "y", None]), adapter=rng.choice([A, None]))
+            if rng.random() < 0.5:
+                seq.request = rng.choice(requests).request
+            is_front = rng.random() < 0.2
+            (queue.appendleft if is_front else queue.append)(seq, step)
+            waiting.insert(0 if is_front else len(waiting), seq)
+        elif action < 0.8 and waiting:
+            seq = waiting.pop(rng.randrange(len(waiting)))
+            queue.remove(seq)
+            queue.count_start(seq)
+            running.append(seq)
+        elif running:
+            queue.count_end(running.pop(rng.randrange(len(running))))
+        groups = [seq.group for seq in running]
+        assert queue.max_running == max(map(groups.count, groups), default=0)
+        for adapter in (A, B, None):
+            lane = [seq for seq in waiting if seq.adapter is adapter]
+            head, first = queue.head(adapter), min(lane, key=lambda seq: groups.count(seq.group), default=None)
+            assert (head[1] if head else None) is first
+            if head is not None:
+                assert head[0].num_running == groups.count(first.group)
+        assert queue.num_base == sum(seq.adapter is None for seq in waiting) and list(queue) == waiting

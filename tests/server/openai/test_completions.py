@@ -116,6 +116,18 @@ def test_usage_counts_cached_tokens(server: RunningServer) -> None:
     assert usage.prompt_tokens_details.cached_tokens == sum(n or 0 for n in cached) > 16
 
 
+def test_the_prompts_of_a_request_share_its_turns(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_input, groups = server.llm.engine.add_input, list[list[str | None]]()
+    monkeypatch.setattr(
+        server.llm.engine, "add_input", lambda value: (groups[-1].append(value.group), add_input(value))
+    )
+    for prompts in (TEXTS, TEXTS, TEXTS[:1]):
+        groups.append([])
+        complete(server, prompts, max_tokens=1)
+    assert [len(group) for group in groups] == [3, 3, 1] and all(None not in group for group in groups)
+    assert all(len(set(group)) == 1 for group in groups) and len({group[0] for group in groups}) == 3
+
+
 def test_sampling_fields_reach_the_engine(server: RunningServer, llm: LLM) -> None:
     greedy = generate(llm, TEXTS[0])[0].outputs[0]
     fields: list[dict[str, Any]] = [
