@@ -78,7 +78,7 @@ class EngineArgs:
         max_image_pixels: maximum image size, width x height.
         max_audio_seconds: maximum audio duration in seconds.
         max_audio_samples: maximum number of audio samples, at any sampling rate.
-        max_decoded_media_bytes: maximum decoded size of all media of one prompt, in bytes.
+        max_decoded_media_bytes: maximum size of all media of one prompt, decoded and as features, in bytes.
         allowed_local_media_path: directory whose files `file:` URLs may read; by default none.
         allowed_media_domains: hosts that http(s) URLs may name, `example.org` or `*.example.org`; by default every host
             with public addresses, and with an empty string none.

@@ -45,6 +45,11 @@ class ProcessedMedia:
         """Number of embeddings that the tower returns for the item."""
         return self.num_tokens if self.embed_positions is None else len(self.embed_positions)
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
 
 class MultiModalProcessor(ABC):
     """Converts media items to tensors for one model; thread-safe, called from a pool.

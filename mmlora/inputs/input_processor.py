@@ -15,6 +15,7 @@ from mmlora.inputs.adapter_policy import choose_adapter
 from mmlora.inputs.chat import ChatPrompt, check_tools, read_messages
 from mmlora.inputs.chat_template import ChatTemplate, Message, Tools, load_chat_template
 from mmlora.inputs.engine_input import EngineInput, MediaInput
+from mmlora.inputs.media_budget import MediaBudget, too_long
 from mmlora.lora.adapter import Adapter
 from mmlora.lora.mix import LoRAMix, MixCache
 from mmlora.lora.request import BASE, LoRARequest
@@ -217,9 +218,10 @@ class InputProcessor:
             text, token_ids = self._tokenize(fields)
             items = self._load_media(fields.get("multi_modal_data") or {})
             options, salt = fields.get("mm_processor_kwargs"), fields.get("cache_salt")
-        processed = self._process_media(items, options)
+        field = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
+        processed = self._process_media(items, options, token_ids, field)
         token_ids, ranges = self._expand(token_ids, processed)
-        self._check_tokens(token_ids, "messages" if isinstance(prompt, ChatPrompt) else "prompt")
+        self._check_tokens(token_ids, field)
         lora_request, adapter, choice = self._choose_adapter(set(items), lora_request)
         adapter_start = 0
         if adapter is not None and adapter.invocation_tokens:
@@ -295,14 +297,17 @@ class InputProcessor:
         return loaded
 
     def _process_media(
-        self, items: Mapping[str, list[MediaItem]], kwargs: Mapping[str, Any] | None
+        self, items: Mapping[str, list[MediaItem]], kwargs: Mapping[str, Any] | None, token_ids: list[int], field: str
     ) -> list[ProcessedMedia]:
-        """Compute the tensors of the media, sorted by modality."""
+        """Compute the tensors of the media of a prompt, sorted by modality, unless they are too large together."""
         if not items:
             return []
         assert self.processor is not None
         options = {**(self._args.mm_processor_kwargs or {}), **(kwargs or {})}
-        return [self.processor.process(item, options) for modality in sorted(items) for item in items[modality]]
+        num_text_tokens = sum(token not in self._placeholder_ids for token in token_ids)
+        limit = self.media.limits.max_decoded_bytes
+        budget = MediaBudget(num_text_tokens, self.max_model_len, limit, field)
+        return budget.process([item for modality in sorted(items) for item in items[modality]], self.processor, options)
 
     def _expand(
         self, token_ids: list[int], processed: list[ProcessedMedia]
@@ -395,11 +400,7 @@ class InputProcessor:
         if not token_ids:
             raise RequestError("the prompt is empty; at least one token is needed", field)
         if len(token_ids) >= self.max_model_len:
-            raise ContextLengthExceeded(
-                f"the prompt has {len(token_ids)} tokens; this model's maximum context length is "
-                f"{self.max_model_len} tokens, max_model_len={self.max_model_len}, and the output needs at least one",
-                field,
-            )
+            raise too_long(f"{len(token_ids)} tokens", self.max_model_len, field)
         for token in token_ids:
             if not isinstance(token, int) or not (0 <= token < self.vocab_size or token in self._placeholder_ids):
                 message = f"token id {shorten(token)} is outside the vocabulary of {self.vocab_size}"

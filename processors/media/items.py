@@ -77,14 +77,14 @@ class MediaLimits:
         max_pixels: width x height in px.
         max_duration_s: length of a clip in seconds.
         max_samples: length of a clip in samples at its own rate.
-        max_decoded_bytes: decoded size of all media of one prompt in bytes.
+        max_decoded_bytes: size of all media of one prompt in bytes, decoded and as features.
     """
 
     max_bytes: int = 64 * 1024 * 1024
     max_pixels: int = 64_000_000
     max_duration_s: float = 600.0
     max_samples: int = 32_000_000
-    max_decoded_bytes: int = 512 * 1024 * 1024
+    max_decoded_bytes: int = 1024 * 1024 * 1024
 
     def __post_init__(self) -> None:
         for field in fields(self):
