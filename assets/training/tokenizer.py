@@ -17,15 +17,22 @@ END_OF_TEXT, USER, ASSISTANT, SYSTEM, END, AUDIO, IMAGE = SPECIAL_TOKENS = (
     "<|audio|>",
     "<|image|>",
 )
+# The model was not trained to call tools, and their schemas would confuse it: the prompt has only their names.
 CHAT_TEMPLATE = (
+    "{%- if tools -%}{{- '<|system|>' -}}"
+    "{%- for tool in tools -%}{{- tool['function']['name'] + ' ' -}}{%- endfor -%}"
+    "{{- '<|end|>' -}}{%- endif -%}"
     "{%- for message in messages -%}"
-    "{{- '<|' + message['role'] + '|>' -}}"
+    "{{- '<|' + ('user' if message['role'] == 'tool' else message['role']) + '|>' -}}"
     "{%- if message['content'] is string -%}{{- message['content'] -}}"
     "{%- else -%}{%- for part in message['content'] -%}"
     "{%- if part['type'] in ('image', 'image_url', 'input_image') -%}{{- '<|image|>' -}}"
     "{%- elif part['type'] in ('audio', 'input_audio', 'audio_url') -%}{{- '<|audio|>' -}}"
     "{%- elif 'text' in part -%}{{- part['text'] -}}{%- endif -%}"
     "{%- endfor -%}{%- endif -%}"
+    "{%- for call in message['tool_calls'] or [] -%}"
+    "{{- '<tool_call>' + call['function'] | tojson + '</tool_call>' -}}"
+    "{%- endfor -%}"
     "{{- '<|end|>' -}}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"

@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
 
 import pytest
 from openai import BadRequestError, OpenAI
 
 from mmlora.assets.audio import AudioAsset
-from mmlora.async_llm import AsyncLLM
-from mmlora.cli.options import parse_options
-from mmlora.server.api import build_app
-from mmlora.server.launch import load_served_models
 from tests.processors.media.files import FORMATS, RATE, encode
-from tests.server.conftest import run_app
 
 SAMPLES = {
     "mary_had_lamb": "mary had a little lamb its fleece was white as snow",
     "two_plus_three": "what is two plus three",
     "what_color_is_the_circle": "what color is the circle",
 }
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[OpenAI]:
-    engine_args, server_args = parse_options({}, {})
-    llm = AsyncLLM(engine_args)
-    try:
-        with (
-            run_app(build_app(llm, load_served_models(llm, server_args.lora_modules))) as address,
-            OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
-        ):
-            yield client
-    finally:
-        llm.shutdown()
 
 
 @pytest.mark.parametrize("name", SAMPLES)
