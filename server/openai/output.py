@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, ClassVar, Final, TypeVar
@@ -23,6 +24,7 @@ from mmlora.processors.modalities import MODALITIES
 from mmlora.server.bodies import UTF8JSONResponse
 from mmlora.server.errors import error_body
 from mmlora.server.http.admission import Deadline
+from mmlora.server.openai.protocol import GenerationRequest
 
 logger = logging.getLogger(__name__)
 Json = dict[str, Any]
@@ -134,25 +136,28 @@ class ChoicesBuilder(ResponseBuilder):
 
     Attributes:
         WHOLE, CHUNK: the `object` of a whole response and of a chunk of a stream.
+        EMPTY_DELTA: content of a chunk without text.
 
     Args:
         request_id: the response's id.
         model: model name in the response.
-        include_usage: end a stream with the token counts.
+        fields: the request, which selects token counts and token ids.
     """
 
     WHOLE: ClassVar[str]
     CHUNK: ClassVar[str]
+    EMPTY_DELTA: ClassVar[Json]
 
-    def __init__(self, request_id: str, model: str, *, include_usage: bool = False) -> None:
-        self._include_usage = include_usage
+    def __init__(self, request_id: str, model: str, fields: GenerationRequest) -> None:
+        self._include_usage, self._continuous_usage = fields.include_usage, fields.continuous_usage
+        self._has_token_ids = bool(fields.return_token_ids)
         self._request_id = request_id
         self._model = model
         self._created = int(time.time())
         self._begun: set[int] = set()
         self._finished: set[int] = set()
         self._last: dict[str, RequestOutput] = {}
-        self._num_tokens = 0
+        self._num_tokens: Counter[int] = Counter()  # by choice
 
     def complete(self, outputs: list[RequestOutput]) -> Json:
         """Return the whole response, built from all output deltas."""
@@ -163,7 +168,8 @@ class ChoicesBuilder(ResponseBuilder):
         first, choices = self.lora(outputs), []
         for parts in sorted(deltas.values(), key=lambda parts: self._index(parts[0], 0)):
             for place in range(len(parts[0].outputs)):
-                choice = self._choice(parts[-1], [part.outputs[place] for part in parts])
+                deltas_of_choice = [part.outputs[place] for part in parts]
+                choice = {**self._choice(parts[-1], deltas_of_choice), **self._token_ids(deltas_of_choice)}
                 # A response names one adapter; choices of prompts with another adapter name theirs.
                 differing = {} if parts[-1].lora == first else {"lora": asdict(parts[-1].lora)}
                 choices.append({**choice, **differing})
@@ -188,17 +194,20 @@ class ChoicesBuilder(ResponseBuilder):
             index = self._index(output, completion.index)
             if index not in self._begun:
                 self._begun.add(index)
-                yield self._chunk(index, self._first_delta(output), output.lora)
+                choice = {**self._first_delta(output), **self._token_ids([])}
+                yield {**self._chunk(output, index, choice, output.lora), **self._first_fields(output)}
         new = [part for part in output.outputs if self._index(output, part.index) not in self._finished]
         self._count(output, new)
         for completion in new:
             index = self._index(output, completion.index)
-            content = self._delta(output, completion)
+            content, token_ids = self._delta(output, completion), self._token_ids([completion])
+            if content is None and any(token_ids.values()):  # tokens without text
+                content = self.EMPTY_DELTA
             if content is not None:
-                yield self._chunk(index, content, None)
+                yield self._chunk(output, index, {**content, **token_ids}, None)
             if completion.finish_reason is not None:
                 self._finished.add(index)
-                yield self._chunk(index, self._last_delta(completion), output.lora)
+                yield self._chunk(output, index, {**self._last_delta(completion), **self._token_ids([])}, output.lora)
 
     @abstractmethod
     def _choice(self, last: RequestOutput, parts: list[CompletionOutput]) -> Json:
@@ -207,6 +216,10 @@ class ChoicesBuilder(ResponseBuilder):
     @abstractmethod
     def _first_delta(self, output: RequestOutput) -> Json:
         """Return the content of a choice's first chunk."""
+
+    def _first_fields(self, output: RequestOutput) -> Json:
+        """Return fields of a choice's first chunk that are not part of the choice."""
+        return {}
 
     @abstractmethod
     def _delta(self, output: RequestOutput, completion: CompletionOutput) -> Json | None:
@@ -222,19 +235,30 @@ class ChoicesBuilder(ResponseBuilder):
 
     def _count(self, output: RequestOutput, new: Iterable[CompletionOutput]) -> None:
         self._last[output.request_id] = output
-        self._num_tokens += sum(len(completion.token_ids) for completion in new)
+        for completion in new:
+            self._num_tokens[self._index(output, completion.index)] += len(completion.token_ids)
 
     def _usage(self) -> Json:
-        return count_tokens(self._last.values(), self._num_tokens)
+        return count_tokens(self._last.values(), self._num_tokens.total())
+
+    def _token_ids(self, parts: Iterable[CompletionOutput]) -> Json:
+        """Return the field of a choice with the ids of its tokens, if requested."""
+        return {"token_ids": [i for part in parts for i in part.token_ids]} if self._has_token_ids else {}
+
+    def _prompt_token_ids(self, output: RequestOutput) -> Json:
+        """Return the field with the ids of a prompt, if requested."""
+        return {"prompt_token_ids": output.prompt_token_ids} if self._has_token_ids else {}
 
     def _head(self, kind: str, choice: LoRAChoice | None) -> Json:
         head: Json = {"id": self._request_id, "object": kind, "created": self._created, "model": self._model}
         return head if choice is None else {**head, "lora": asdict(choice)}
 
-    def _chunk(self, index: int, content: Json, lora: LoRAChoice | None) -> Json:
+    def _chunk(self, output: RequestOutput, index: int, content: Json, lora: LoRAChoice | None) -> Json:
         choice: Json = {"index": index, "logprobs": None, "finish_reason": None, **content}
-        usage = {"usage": None} if self._include_usage else {}
-        return {**self._head(self.CHUNK, lora), "choices": [choice], **usage}
+        chunk = {**self._head(self.CHUNK, lora), "choices": [choice]}
+        if not self._include_usage:
+            return chunk
+        return {**chunk, "usage": count_tokens([output], self._num_tokens[index]) if self._continuous_usage else None}
 
 
 async def respond_with(request: Request, builder: ResponseBuilder, outputs: Outputs, *, is_stream: bool) -> Response:

@@ -51,7 +51,6 @@ NEUTRAL_EXTRAS: Final[Mapping[str, tuple[JsonValue, ...]]] = {
     "include_reasoning": (None, True),
     "length_penalty": (None, 1),
     "logits_processors": (None, []),
-    "return_token_ids": (None, False),
     "return_tokens_as_token_ids": (None, False),
     "routed_experts_prompt_start": (None, 0),
     "spaces_between_special_tokens": (None, True),
@@ -106,10 +105,17 @@ def _check_stream_options(value: Any) -> Any:
 
 
 class StreamOptions(Body):
-    """Options of a stream. `include_usage` adds a last chunk with the token counts; obfuscation is never added."""
+    """Options of a stream.
 
-    include_usage: bool = False
-    include_obfuscation: bool = False
+    Attributes:
+        include_usage: add a last chunk with the token counts; by default if `continuous_usage_stats` is set.
+        continuous_usage_stats: add to each chunk its choice's token counts so far, unless `include_usage` is false.
+        include_obfuscation: accepted; obfuscation is never added.
+    """
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class CommonFields(BaseModel):
@@ -136,13 +142,20 @@ class GenerationRequest(SamplingFields, CommonFields):  # type: ignore[valid-typ
     stream_options: Annotated[StreamOptions | None, BeforeValidator(_check_stream_options)] = None
     mm_processor_kwargs: dict[str, Any] | None = None
     prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
 
     @property
     def include_usage(self) -> bool:
         """Whether the stream ends with a usage chunk."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        options = self.stream_options or StreamOptions()
+        return bool(options.continuous_usage_stats if options.include_usage is None else options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether each chunk of the stream has the token counts so far."""
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     @classmethod
     def parse(cls, body: bytes) -> Self:
@@ -153,7 +166,7 @@ class GenerationRequest(SamplingFields, CommonFields):  # type: ignore[valid-typ
         """
         request = parse_body(cls, body)
         check_other_fields(request.model_extra or {}, {**NEUTRAL_EXTRAS, **cls.NEUTRAL_VALUES})
-        if request.stream_options is not None and not request.stream:
+        if any(option for _, option in request.stream_options or ()) and not request.stream:
             raise RequestError("stream_options needs stream=true", "stream_options")
         return request
 

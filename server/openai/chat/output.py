@@ -1,6 +1,7 @@
 """`ChatCompletionBuilder`: chat completions, whole or in chunks."""
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 from mmlora.outputs import CompletionOutput, RequestOutput
 from mmlora.server.openai.chat.protocol import ChatCompletionRequest
@@ -22,6 +23,7 @@ class ChatCompletionBuilder(ChoicesBuilder):
 
     WHOLE = "chat.completion"
     CHUNK = "chat.completion.chunk"
+    EMPTY_DELTA: ClassVar[Json] = {"delta": {}}
 
     def __init__(
         self,
@@ -32,7 +34,7 @@ class ChatCompletionBuilder(ChoicesBuilder):
         *,
         prefix: str,
     ) -> None:
-        super().__init__(request_id, model, include_usage=request.include_usage)
+        super().__init__(request_id, model, request)
         self._request = request
         self._tool_calling = tool_calling
         self._prefix = prefix
@@ -40,13 +42,11 @@ class ChatCompletionBuilder(ChoicesBuilder):
         self._callers: dict[int, bool] = {}  # choices with tool calls, and whether the last one is complete
 
     def complete(self, outputs: list[RequestOutput]) -> Json:
-        """Return the whole completion, with the log probabilities of the prompt if requested."""
-        completion = super().complete(outputs)
-        if self._request.prompt_logprobs is None:
-            return completion
-        last = outputs[-1]
-        listed = list_prompt_logprobs(last.prompt_token_ids, last.prompt_logprobs or (), self._request.prompt_logprobs)
-        return {**completion, "prompt_logprobs": listed}
+        """Return the whole completion, with the log probabilities and the ids of the prompt's tokens if requested."""
+        last, num_top, listed = outputs[-1], self._request.prompt_logprobs, None
+        if num_top is not None:
+            listed = list_prompt_logprobs(last.prompt_token_ids, last.prompt_logprobs or (), num_top)
+        return {**super().complete(outputs), "prompt_logprobs": listed, **self._prompt_token_ids(last)}
 
     def _choice(self, last: RequestOutput, parts: list[CompletionOutput]) -> Json:
         pieces = self._pieces(parts[-1].index, "".join(part.text for part in parts), is_last=True)
@@ -65,6 +65,9 @@ class ChatCompletionBuilder(ChoicesBuilder):
 
     def _first_delta(self, output: RequestOutput) -> Json:
         return {"delta": {"role": "assistant", "content": self._prefix}}
+
+    def _first_fields(self, output: RequestOutput) -> Json:
+        return self._prompt_token_ids(output)
 
     def _delta(self, output: RequestOutput, completion: CompletionOutput) -> Json | None:
         logprobs = self._logprobs([completion])

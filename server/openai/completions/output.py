@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from mmlora.engine.detokenizer import Detokenizer
+from mmlora.errors import RequestError
 from mmlora.outputs import CompletionOutput, RequestOutput
 from mmlora.server.openai.completions.protocol import CompletionRequest
 from mmlora.server.openai.logprobs import (
@@ -15,6 +16,8 @@ from mmlora.server.openai.logprobs import (
     prompt_offsets,
 )
 from mmlora.server.openai.output import ChoicesBuilder, Json
+
+MAX_PROMPT_IDS = 500_000  # of one prompt, in all its choices
 
 
 @dataclass(frozen=True)
@@ -40,19 +43,28 @@ class CompletionBuilder(ChoicesBuilder):
     """
 
     WHOLE = CHUNK = "text_completion"
+    EMPTY_DELTA: ClassVar[Json] = {"text": ""}
 
     def __init__(self, response_id: str, model: str, request: CompletionRequest, tokenizer: Any) -> None:
-        super().__init__(response_id, model, include_usage=request.include_usage)
+        super().__init__(response_id, model, request)
         self._request = request
         self._tokenizer = tokenizer
-        self.repeats_prompt = bool(request.echo) or request.prompt_logprobs is not None
+        self.repeats_prompt = bool(request.echo or request.return_token_ids) or request.prompt_logprobs is not None
         self.request_ids = [f"{response_id}-{index}" for index in range(len(request.prompts))]
         self._prompt_indices = {name: index for index, name in enumerate(self.request_ids)}
         self._prefixes: dict[str, _Prefix] = {}  # by request id
         self._detokenizers: dict[int, Detokenizer] = {}  # by choice; their text still has the stop strings
 
     def begin(self, output: RequestOutput) -> None:
-        """Prepare the part that repeats the prompt; takes a while for long prompts."""
+        """Prepare the part that repeats the prompt; takes a while for long prompts.
+
+        Raises:
+            RequestError: the choices would repeat too many token ids.
+        """
+        num_ids = len(output.prompt_token_ids) * len(output.outputs)
+        if self._has_token_ids and num_ids > MAX_PROMPT_IDS:
+            message = f"n={len(output.outputs)} choices would repeat {num_ids} token ids of their prompt"
+            raise RequestError(f"{message}; the limit is {MAX_PROMPT_IDS}", "n")
         listed = None
         if self._request.prompt_logprobs is not None:
             known = output.prompt_logprobs or ()
@@ -75,19 +87,18 @@ class CompletionBuilder(ChoicesBuilder):
     def _choice(self, last: RequestOutput, parts: list[CompletionOutput]) -> Json:
         prefix = self._prefix(last)
         text = "" if self._request.is_prompt_only else "".join(part.text for part in parts)
-        choice: Json = {
+        return {
             "index": self._index(last, parts[-1].index),
             "logprobs": join_legacy_logprobs(prefix.logprobs, self._logprobs(last, parts)),
             **self._last_delta(parts[-1]),
             "text": prefix.text + text,
+            "prompt_logprobs": prefix.prompt_logprobs,
+            **self._prompt_token_ids(last),
         }
-        if self._request.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prefix.prompt_logprobs
-        return choice
 
     def _first_delta(self, output: RequestOutput) -> Json:
         prefix = self._prefix(output)
-        return {"text": prefix.text, "logprobs": prefix.logprobs}
+        return {"text": prefix.text, "logprobs": prefix.logprobs, **self._prompt_token_ids(output)}
 
     def _delta(self, output: RequestOutput, completion: CompletionOutput) -> Json | None:
         logprobs = self._logprobs(output, [completion])
@@ -102,6 +113,9 @@ class CompletionBuilder(ChoicesBuilder):
 
     def _count(self, output: RequestOutput, new: Iterable[CompletionOutput]) -> None:
         super()._count(output, () if self._request.is_prompt_only else new)
+
+    def _token_ids(self, parts: Iterable[CompletionOutput]) -> Json:
+        return super()._token_ids(() if self._request.is_prompt_only else parts)
 
     def _prefix(self, output: RequestOutput) -> _Prefix:
         return self._prefixes.get(output.request_id, _Prefix())

@@ -62,6 +62,7 @@ class ResponsesRequest(ToolRequest):
     instructions: str | None = None
     n: Literal[1] | None = None
     prompt_logprobs: None = None
+    return_token_ids: Literal[False] | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     include: FirstOnly[Includable] | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None

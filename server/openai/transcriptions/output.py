@@ -66,6 +66,8 @@ class TranscriptionBuilder(ResponseBuilder):
             content: Json = {"type": "transcript.text.delta", "delta": delta}
             if self._form.has_logprobs:
                 content["logprobs"] = logprobs
+            if self._form.continuous_usage:
+                content["usage"] = self._usage()
             yield event({**content, "lora": asdict(output.lora)} if is_first else content)
 
     def last_events(self) -> Iterator[str]:
@@ -96,18 +98,22 @@ class TranscriptionBuilder(ResponseBuilder):
     def _end_fields(self) -> Json:
         """Return the fields that a whole response and the last event of a stream have in addition to the text."""
         assert self._last is not None
-        counts = count_tokens([self._last], self._num_tokens)
-        details = counts["prompt_tokens_details"]
         logprobs = {"logprobs": self._logprobs} if self._form.has_logprobs else {}
         return {
             **logprobs,
             "finish_reason": self._last.outputs[0].finish_reason,
-            "usage": {
-                "type": "tokens",
-                "input_tokens": counts["prompt_tokens"],
-                "output_tokens": counts["completion_tokens"],
-                "total_tokens": counts["total_tokens"],
-                "input_token_details": {name: details[name] for name in ("audio_tokens", "text_tokens")},
-            },
+            "usage": self._usage(),
             "lora": asdict(self._last.lora),
+        }
+
+    def _usage(self) -> Json:
+        assert self._last is not None
+        counts = count_tokens([self._last], self._num_tokens)
+        details = counts["prompt_tokens_details"]
+        return {
+            "type": "tokens",
+            "input_tokens": counts["prompt_tokens"],
+            "output_tokens": counts["completion_tokens"],
+            "total_tokens": counts["total_tokens"],
+            "input_token_details": {name: details[name] for name in ("audio_tokens", "text_tokens")},
         }

@@ -48,9 +48,15 @@ class AudioRequest(FormSamplingFields, CommonFields):  # type: ignore[valid-type
     response_format: Literal["json", "text", "verbose_json"] = "json"
     stream: bool = False
     stream_include_usage: bool | None = None  # the last event of a stream always has the token counts
+    stream_continuous_usage_stats: bool | None = None
     temperature: float = 0.0
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     priority: int = 0
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether each event of the stream has the token counts so far."""
+        return bool(self.stream_continuous_usage_stats) and self.stream_include_usage is not False
 
     @property
     def has_logprobs(self) -> bool:

@@ -145,6 +145,31 @@ def test_adapters_are_chosen_and_reported_as_in_chats(server: RunningServer, wav
     assert transcribe(server, wav).to_dict()["lora"]["reason"] == "default:audio"
 
 
+@pytest.mark.parametrize(
+    ("fields", "is_counted"),
+    [
+        ({"stream_continuous_usage_stats": "true", "stream_include_usage": "true"}, True),
+        ({"stream_continuous_usage_stats": "true"}, True),
+        ({"stream_continuous_usage_stats": "true", "stream_include_usage": "false"}, False),
+        ({"stream_include_usage": "true"}, False),
+    ],
+)
+def test_each_event_can_count_tokens(
+    server: RunningServer, wav: bytes, fields: dict[str, str], is_counted: bool
+) -> None:
+    *deltas, last = transcribe(server, wav, stream=True, extra={**fields, "ignore_eos": "true"})
+    assert [hasattr(event, "usage") for event in deltas] == [is_counted] * len(deltas)
+    if is_counted:
+        counts = [event.usage["output_tokens"] for event in deltas]
+        assert counts == sorted(counts) and len(set(counts)) > 2 and counts[-1] <= last.usage.output_tokens == LIMIT
+        assert {event.usage["input_tokens"] for event in deltas} == {last.usage.input_tokens}
+
+
+def test_unknown_fields_without_a_value_are_ignored(server: RunningServer, wav: bytes) -> None:
+    empty = {f"future_{index}": text for index, text in enumerate(("", "null", "false", "False", "[]", "{}"))}
+    assert transcribe(server, wav, extra=empty).text == transcribe(server, wav).text
+
+
 @pytest.mark.parametrize("options", [{}, {"stream": True}, {"response_format": "text"}])
 def test_headers_name_the_adapter_and_the_reason(server: RunningServer, wav: bytes, options: dict[str, Any]) -> None:
     with (
