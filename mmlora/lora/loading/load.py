@@ -9,6 +9,7 @@ import torch
 
 from mmlora.errors import AdapterMismatch
 from mmlora.lora.adapter import PARTS, Adapter, AdapterReport, digest_adapter, digest_media_modules
+from mmlora.lora.loading.conversions import Target
 from mmlora.lora.loading.files import CONFIG_FILE, AdapterFiles
 from mmlora.lora.loading.foreign_keys import explain
 from mmlora.lora.loading.module_index import ModuleIndex
@@ -47,14 +48,14 @@ def load_adapter(
     try:
         config = PeftConfig.from_dict(files.config)
         _check_gathered(files.tensors)
-        keys, unmatched = _match(files.tensors, index, strict)
-        reader = ModuleReader(files.tensors, index, config, dtype, max_lora_rank)
+        keys, targets, unmatched = _match(files.tensors, index, strict)
+        reader = ModuleReader(files.tensors, targets, index, config, dtype, max_lora_rank)
         modules = {}
         for module in sorted(keys):
             _check_part(module, index.part_of(module), config, allow_media_parts)
             modules[module] = reader.read(module, keys[module])
         _tie_token_rows(modules, index)
-        _check_complete(modules, index, config)
+        _check_complete(modules, targets, index, config)
         _check_invocation(modules, index, config)
     except AdapterMismatch as error:
         raise AdapterMismatch(f"adapter {name!r} ({files.origin}): {error}") from None
@@ -107,23 +108,23 @@ def _check_gathered(tensors: Mapping[str, torch.Tensor]) -> None:
 
 def _match(
     tensors: Mapping[str, torch.Tensor], index: ModuleIndex, strict: bool
-) -> tuple[dict[str, list[TensorKey]], list[str]]:
-    """Return the parsed keys by the model's module name, and the keys that match no module."""
+) -> tuple[dict[str, list[TensorKey]], dict[str, Target], list[str]]:
+    """Return the parsed keys by the model's module name, the place of each module, and the keys without a module."""
     found = _find_modules(tensors, index)
     unmatched = sorted(tensors.keys() - found.keys())
     keys: dict[str, list[TensorKey]] = defaultdict(list)
-    for key, module in found.values():
+    for key, target in found.values():
         if key.role != "training":
-            keys[module].append(key)
+            keys[target.module].append(key)
     if not keys or (strict and unmatched):
         raise AdapterMismatch(_describe(tensors, unmatched, index, is_nothing=not keys))
-    return keys, unmatched
+    return keys, {key.module: target for key, target in found.values()}, unmatched
 
 
-def _find_modules(keys: Iterable[str], index: ModuleIndex) -> dict[str, tuple[TensorKey, str]]:
-    """Return the parsed keys with the model's module names; those that match no module are left out."""
+def _find_modules(keys: Iterable[str], index: ModuleIndex) -> dict[str, tuple[TensorKey, Target]]:
+    """Return the parsed keys with the places of their modules; those that match no module are left out."""
     parsed = {key: found for key in keys if (found := parse_key(key)) is not None}
-    resolved = index.resolve(list({found.module for found in parsed.values()}))
+    resolved = index.resolve({found.module for found in parsed.values()})
     return {
         key: (found, resolved[found.module])
         for key, found in parsed.items()
@@ -143,8 +144,12 @@ def _describe(tensors: Collection[str], unmatched: list[str], index: ModuleIndex
     return f"{reason}; {cause}" if cause else f"{reason} (strict=False ignores them)"
 
 
-def _has_parameter(key: TensorKey, module: str, index: ModuleIndex) -> bool:
-    return key.role != "parameter" or index.parameter(module, key.parameter) is not None
+def _has_parameter(key: TensorKey, target: Target, index: ModuleIndex) -> bool:
+    if key.role != "parameter":
+        return True
+    if target.parameter:
+        return key.parameter == "weight" and target.expert is None
+    return index.parameter(target.module, key.parameter) is not None
 
 
 def _check_part(module: str, part: str, config: PeftConfig, allow_media_parts: bool) -> None:
@@ -169,10 +174,13 @@ def _tie_token_rows(modules: dict[str, ModuleWeights], index: ModuleIndex) -> No
         modules[index.output_layer] = replace(target, token_rows=source.token_rows)
 
 
-def _check_complete(modules: Mapping[str, ModuleWeights], index: ModuleIndex, config: PeftConfig) -> None:
+def _check_complete(
+    modules: Mapping[str, ModuleWeights], targets: Mapping[str, Target], index: ModuleIndex, config: PeftConfig
+) -> None:
     """Refuse a file without the tensors that its configuration lists."""
     for entry in config.modules_to_save:
         saved = [name for name in index.modules if name.endswith(entry)]
+        saved += [target.module for name, target in targets.items() if name.endswith(entry)]
         owners = [owner for name in saved for owner in index.modules if owner == name or owner.startswith(f"{name}.")]
         missing = [name for name in owners if index.has_parameters(name) and name not in modules]
         if not saved or missing:

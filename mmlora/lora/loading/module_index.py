@@ -1,8 +1,6 @@
 """Modules of a model by name: how each can be adapted, and their names in older adapter files."""
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -11,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mmlora.lora.adapter import PARTS
 from mmlora.lora.layers.uniform import convolution_of
+from mmlora.lora.loading.conversions import Target, WeightConversions
 
 
 class ModuleIndex:
@@ -35,7 +34,7 @@ class ModuleIndex:
         key_mapping: Mapping[str, str] | None = None,
     ) -> None:
         self._part_of = part_of
-        self._renamings = _checkpoint_renamings(model, key_mapping)
+        self._conversions = WeightConversions(model, key_mapping)
         self.modules: dict[str, nn.Module] = {name: module for name, module in model.named_modules() if name}
         # Tensors of the base model: during a forward pass, a module may hold tensors of an adapter instead.
         self._tensors = {name: {**module._parameters, **module._buffers} for name, module in self.modules.items()}
@@ -58,19 +57,24 @@ class ModuleIndex:
         """Return whether a module has direct parameters, not counting those of its children."""
         return any(parameter is not None for parameter in self.modules[name]._parameters.values())
 
-    def resolve(self, names: Sequence[str]) -> dict[str, str]:
-        """Return the model's module name for each name in an adapter file; names without a module are left out.
+    def resolve(self, names: Iterable[str]) -> dict[str, Target]:
+        """Return where the model has the weight of each module in an adapter file; names without one are left out.
 
-        Names that the model does not have are renamed as transformers renames checkpoints: published adapters use
+        Names that the model does not have are converted as transformers converts checkpoints: published adapters use
         the names of transformers 4.
         """
-        renamings = copy.deepcopy(self._renamings)  # some are stateful across keys
-        resolved = {}
-        for name in sorted(names):
-            renamed = name if name in self.modules else _rename(name, renamings)
-            if renamed in self.modules:
-                resolved[name] = renamed
-        return resolved
+        names = set(names)
+        own = {name: Target(name) for name in names & self.modules.keys()}
+        converted = self._conversions.convert(names - own.keys())
+        return {**own, **{name: target for name, target in converted.items() if self._exists(target)}}
+
+    def _exists(self, target: Target) -> bool:
+        if target.module not in self.modules or not target.parameter:
+            return target.module in self.modules
+        parameter = self.parameter(target.module, target.parameter)
+        if parameter is None or target.expert is None:
+            return parameter is not None
+        return parameter.ndim == 3 and target.expert < parameter.shape[0] and parameter.shape[1] % target.num_parts == 0
 
     def part_of(self, name: str) -> str:
         """Return the part of the model that a module belongs to."""
@@ -126,20 +130,3 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     out_features, in_features = weight.shape if isinstance(module, nn.Linear) else reversed(weight.shape)
     return in_features, out_features
-
-
-def _checkpoint_renamings(model: nn.Module, key_mapping: Mapping[str, str] | None) -> list[Any]:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
-    if not isinstance(model, PreTrainedModel):
-        return []
-    transforms = get_model_conversion_mapping(model, dict(key_mapping) if key_mapping else None, add_legacy=False)
-    return [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-
-
-def _rename(name: str, renamings: Sequence[Any]) -> str:
-    key = f"{name}.weight"
-    for renaming in renamings:
-        key, _ = renaming.rename_source_key(key)
-    return key.removesuffix(".weight")

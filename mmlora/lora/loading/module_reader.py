@@ -1,8 +1,9 @@
 """Tensors of a PEFT file: parse their keys, check their shapes and convert them to the `ModuleWeights` of a module."""
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -10,7 +11,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mmlora.errors import AdapterMismatch
+from mmlora.lora.loading.conversions import Target
 from mmlora.lora.loading.files import CONFIG_FILE
+from mmlora.lora.loading.fused_experts import fuse_experts
 from mmlora.lora.loading.module_index import ModuleIndex, linear_shape
 from mmlora.lora.loading.peft_config import PeftConfig
 from mmlora.lora.weights import LoRAWeights, ModuleWeights, TokenRows
@@ -86,6 +89,7 @@ class ModuleReader:
 
     Args:
         tensors: all tensors of its file.
+        targets: where the model has the weight of each module in the file.
         index: modules of the model.
         config: of the adapter.
         dtype: of the low-rank matrices.
@@ -98,12 +102,14 @@ class ModuleReader:
     def __init__(
         self,
         tensors: Mapping[str, torch.Tensor],
+        targets: Mapping[str, Target],
         index: ModuleIndex,
         config: PeftConfig,
         dtype: torch.dtype,
         max_lora_rank: int | None,
     ) -> None:
         self._tensors = tensors
+        self._targets = targets
         self._index = index
         self._config = config
         self._dtype = dtype
@@ -121,6 +127,15 @@ class ModuleReader:
             AdapterMismatch: a tensor is missing, has the wrong shape or values, or is not selected by the
                 configuration.
         """
+        own = [key for key in keys if not self._targets[key.module].parameter]
+        converted = [key for key in keys if self._targets[key.module].parameter]
+        weights = self._own_weights(module, own) if own else ModuleWeights()
+        return self._add_converted(module, weights, converted) if converted else weights
+
+    def _own_weights(self, module: str, keys: Sequence[TensorKey]) -> ModuleWeights:
+        """Return the changes by tensors that name the module itself."""
+        if len(names := {key.module for key in keys}) > 1:
+            raise AdapterMismatch(f"several sets of tensors match one module: {', '.join(sorted(names))}")
         by_depth, parameters = _group_keys(keys)
         name = keys[0].module
         kind = self._index.kind_of(module)
@@ -132,10 +147,10 @@ class ModuleReader:
             if not roles:
                 continue
             if kind == "other":
-                parameter = self._nested_parameter(name, module, depth, next(iter(roles.values())))
-                loras[parameter] = self._parameter_lora(name, module, parameter, roles)
+                parameter, known_as = self._nested_parameter(name, module, depth, next(iter(roles.values())))
+                loras[parameter] = self._parameter_lora(module, parameter, roles, known_as)
             else:
-                self._check_selected(name, module)
+                self._check_selected(module, self._names(name, module))
                 loras["weight"] = self._lora(name, module, kind, roles)
         replaced = {
             parameter: tensor
@@ -146,6 +161,58 @@ class ModuleReader:
             return ModuleWeights(None, replaced, loras, token_rows)
         return ModuleWeights(loras.get("weight"), replaced, {}, token_rows)
 
+    def _add_converted(self, module: str, weights: ModuleWeights, keys: Sequence[TensorKey]) -> ModuleWeights:
+        """Add the changes by tensors of modules of transformers 4 whose weights are in parameters of this module."""
+        loras, replaced = dict(weights.parameter_loras), dict(weights.parameters)
+        experts: dict[str, dict[Target, LoRAWeights]] = defaultdict(dict)
+        by_name: dict[str, list[TensorKey]] = defaultdict(list)
+        for key in keys:
+            by_name[key.module].append(key)
+        for name, named in sorted(by_name.items()):
+            target = self._targets[name]
+            by_depth, parameters = _group_keys(named)
+            is_known = target.parameter in (loras if by_depth else replaced) or target in experts[target.parameter]
+            if is_known or len(by_depth) > 1:
+                raise AdapterMismatch(f"several sets of tensors match one weight: {name} is one of them")
+            for roles in by_depth.values():
+                if target.expert is None:
+                    loras[target.parameter] = self._converted_lora(name, target, roles)
+                else:
+                    experts[target.parameter][target] = self._expert_lora(name, target, roles)
+            for key in parameters.values():
+                tensor = self._parameter(name, module, replace(key, parameter=target.parameter), has_lora=False)
+                replaced.update({target.parameter: tensor} if tensor is not None else {})
+        for parameter, pieces in experts.items():
+            base = self._index.parameter(module, parameter)
+            assert base is not None
+            if pieces:
+                loras[parameter] = fuse_experts(pieces, base.shape)
+        return replace(weights, parameters=replaced, parameter_loras=loras)
+
+    def _converted_lora(self, name: str, target: Target, roles: Mapping[str, TensorKey]) -> LoRAWeights:
+        """Return the change of a parameter that was the weight of a module of its own in transformers 4."""
+        names: tuple[str, ...] = (f"{name}.weight", f"{target.module}.{target.parameter}")
+        if not any(map(self._config.targets_parameter, names)):
+            names = (name,)
+            self._check_selected(name, names)
+        return self._parameter_lora(target.module, target.parameter, roles, names)
+
+    def _expert_lora(self, name: str, target: Target, roles: Mapping[str, TensorKey]) -> LoRAWeights:
+        """Return the change of one expert's weight, which was a Linear of transformers 4."""
+        self._check_selected(name, [name])
+        found = self._found(name, roles)
+        self._check_pair(name, roles)
+        rank = self._rank(name, name)
+        base = self._index.parameter(target.module, target.parameter)
+        assert base is not None
+        _, out_features, in_features = base.shape
+        self._check_linear(name, found, rank, in_features, out_features // target.num_parts)
+        self._check_extras(name, "linear", found)
+        if found.keys() != {"lora_A", "lora_B"}:
+            option = "use_dora" if "magnitude" in found else "lora_bias"
+            raise AdapterMismatch(f"{option} is not supported for {name}: the experts are fused in {target.module}")
+        return self._cast(name, found, self._config.scaling_of(name))
+
     def _lora(self, name: str, module: str, kind: str, roles: Mapping[str, TensorKey]) -> LoRAWeights:
         found = self._found(module, roles)
         self._check_pair(module, roles)
@@ -155,7 +222,7 @@ class ModuleReader:
             self._transpose(module, kind, found)
         rank = self._rank(module, *names)
         if kind == "linear":
-            self._check_linear(module, found, rank)
+            self._check_linear(module, found, rank, *linear_shape(self._index.modules[module]))
         elif kind == "embedding":
             self._check_embedding(module, found, rank)
         else:
@@ -197,8 +264,7 @@ class ModuleReader:
         self.max_rank = max(self.max_rank, rank)
         return rank
 
-    def _check_linear(self, module: str, found: _Roles, rank: int) -> None:
-        in_features, out_features = linear_shape(self._index.modules[module])
+    def _check_linear(self, module: str, found: _Roles, rank: int, in_features: int, out_features: int) -> None:
         self._expand_blocks(found, in_features, out_features, rank)
         what = f"Linear({in_features}, {out_features})"
         self._check_shapes(module, found, rank, what, (rank, in_features), (out_features, rank))
@@ -258,22 +324,30 @@ class ModuleReader:
             if num_blocks > 1 and not rest and height % num_blocks == 0:
                 found[role] = torch.block_diag(*blocks.chunk(num_blocks))  # type: ignore[no-untyped-call]
 
-    def _nested_parameter(self, name: str, module: str, depth: int, key: TensorKey) -> str:
-        """Return the parameter of the low-rank matrices at a depth: PEFT wraps the first parameter innermost."""
+    def _nested_parameter(self, name: str, module: str, depth: int, key: TensorKey) -> tuple[str, tuple[str, ...]]:
+        """Return the parameter of the low-rank matrices at a depth, and the names that select it.
+
+        PEFT wraps the first parameter innermost. The weight of a router may be selected as a module: it was a Linear in
+        transformers 4.
+        """
         own = self._index.modules[module]._parameters
         targets = [p for p in own if any(self._config.targets_parameter(f"{n}.{p}") for n in (name, module))]
+        if not targets and depth == 0 and "weight" in own and any(map(self._config.selects, (name, module))):
+            return "weight", (name, module)
         if depth >= len(targets):
             kind = type(self._index.modules[module]).__name__
             raise AdapterMismatch(
                 f"tensor {key.key}: {module} is a {kind}, of which target_parameters selects {len(targets)} parameters"
             )
-        return targets[len(targets) - 1 - depth]
+        parameter = targets[len(targets) - 1 - depth]
+        return parameter, (f"{name}.{parameter}", f"{module}.{parameter}")
 
-    def _parameter_lora(self, name: str, module: str, parameter: str, roles: Mapping[str, TensorKey]) -> LoRAWeights:
+    def _parameter_lora(
+        self, module: str, parameter: str, roles: Mapping[str, TensorKey], names: Sequence[str]
+    ) -> LoRAWeights:
         found, base = self._found(module, roles), self._index.parameter(module, parameter)
         self._check_pair(module, roles)
         assert base is not None
-        names = (f"{name}.{parameter}", f"{module}.{parameter}")
         rank = self._rank(module, *names)
         if base.ndim not in (2, 3) or found.keys() != {"lora_A", "lora_B"}:
             raise AdapterMismatch(
@@ -321,17 +395,17 @@ class ModuleReader:
             raise AdapterMismatch(f"tensor {key.key} {cause}")
         return self._checked(module, key.parameter, tensor, base.dtype)
 
-    def _check_selected(self, name: str, module: str) -> None:
-        """Refuse low-rank matrices for a module that the configuration does not select.
+    def _check_selected(self, module: str, names: Sequence[str]) -> None:
+        """Refuse low-rank matrices for a module that the configuration selects by none of its names.
 
         A regular expression may also match the name without `model.`: Phi-4-multimodal's adapters were trained by a
         model that wraps only its decoder, but saved under the names of the whole model.
         """
         config = self._config
         is_pattern = isinstance(config.target_modules, str) and not config.exclude_modules
-        selected = any(map(config.selects, self._names(name, module)))
+        selected = any(map(config.selects, names))
         selected = selected or (is_pattern and config.selects(module.removeprefix("model.")))
-        if not selected and not any(config.targets_parameter(f"{known}.weight") for known in (name, module)):
+        if not selected and not any(config.targets_parameter(f"{known}.weight") for known in names):
             raise AdapterMismatch(
                 f"{CONFIG_FILE} does not select {module}, but there are tensors for it "
                 "(target_modules, exclude_modules, layers_to_transform, layers_pattern)"
@@ -370,8 +444,6 @@ def _group_keys(keys: Sequence[TensorKey]) -> tuple[dict[int, dict[str, TensorKe
         first = known.setdefault(key.parameter if key.role == "parameter" else key.role, key)
         if first is not key and first.origin == key.origin:
             raise AdapterMismatch(f"tensors {first.key} and {key.key} name the same matrix")
-    if len(names := {key.module for key in keys}) > 1:
-        raise AdapterMismatch(f"several sets of tensors match one module: {', '.join(sorted(names))}")
     return by_depth, parameters
 
 

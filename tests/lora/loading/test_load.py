@@ -12,6 +12,7 @@ from torch import nn
 
 from mmlora.errors import AdapterError, AdapterMismatch, AdapterNotFound
 from mmlora.lora.adapter import Adapter
+from mmlora.lora.loading.conversions import Target
 from mmlora.lora.loading.files import read_adapter
 from mmlora.lora.loading.load import load_adapter
 from mmlora.lora.loading.module_index import ModuleIndex
@@ -76,8 +77,8 @@ def test_names_of_transformers_4_are_renamed() -> None:
         "language_model.x.q_proj",
     ]
     new = ["model.language_model.layers.0.self_attn.q_proj", "model.multi_modal_projector.linear_1"]
-    assert index.resolve(old) == dict(zip(old, new, strict=False))
-    assert index.resolve(new) == dict(zip(new, new, strict=True))
+    assert index.resolve(old) == {name: Target(module) for name, module in zip(old, new, strict=False)}
+    assert index.resolve(new) == {name: Target(name) for name in new}
 
 
 def replace_key(old: str, new: str) -> Callable[[Tensors], Tensors]:

@@ -94,7 +94,7 @@ def index_of(family: str) -> ModuleIndex:
 @pytest.mark.parametrize(("family", "part"), [(family, part) for family, names in PUBLISHED.items() for part in names])
 def test_older_names_match_a_module_of_their_part(family: str, part: str) -> None:
     name, index = PUBLISHED[family][part], index_of(family)
-    found = index.resolve([name])
+    found = {old: target.module for old, target in index.resolve([name]).items()}
     assert list(found) == [name]
     own = found[name]
     assert own.split(".")[-1] == name.split(".")[-1]
