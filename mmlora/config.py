@@ -29,9 +29,16 @@ AUTO = "auto"
 MAX_DECODE_WORKERS: Final = 4  # by default
 DOMAIN = re.compile(r"(\*\.)?[^\s/:@*]*")
 Groups = Mapping[str, str]  # titles to the names of options, for `--help`
+DEFAULT_MAX_LORAS: Final = 8
+DEFAULT_MAX_NUM_SEQS: Final = 64
+DEFAULT_MAX_NUM_BATCHED_TOKENS: Final = 2048
 POSITIVE: Final = (
-    *("max_num_seqs", "max_num_batched_tokens", "block_size", "max_loras", "encoder_cache_memory_bytes"),
+    *("block_size", "encoder_cache_memory_bytes"),
     *("max_media_bytes", "max_image_pixels", "max_audio_samples", "max_decoded_media_bytes"),
+)
+POSITIVE_OR_NONE: Final = (
+    *("max_model_len", "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens"),
+    *("max_loras", "max_lora_rank", "max_cpu_loras", "media_decode_workers"),
 )
 PRIORITY = "priority"
 SCHEDULING_POLICIES = ("fcfs", PRIORITY)
@@ -53,9 +60,12 @@ class EngineArgs:
             turns TF32 off in cuDNN for the whole process.
         device: `auto` (CUDA if available), `cpu` or `cuda`.
         seed: seed of requests without a seed.
-        max_model_len: maximum length of prompt plus output in tokens; by default the model's context length.
-        max_num_seqs: maximum number of sequences in one step.
-        max_num_batched_tokens: maximum number of tokens in one step; longer prompts are prefilled in chunks.
+        max_model_len: maximum length of prompt plus output in tokens; by default the model's context length, or what
+            the KV cache holds if that is less.
+        max_num_seqs: maximum number of sequences in one step; by default 64, or `max_num_batched_tokens` if that is
+            less.
+        max_num_batched_tokens: maximum number of tokens in one step; longer prompts are prefilled in chunks. By default
+            2048, or `max_num_seqs` if that is more.
         scheduling_policy: `fcfs` (first come, first served, with fair turns for the base model and each adapter) or
             `priority` (lowest `priority` of a request first).
         block_size: tokens in one KV cache block.
@@ -65,8 +75,9 @@ class EngineArgs:
         encoder_cache_memory_bytes: size of the cache of encoded media.
         enable_prefix_caching: reuse KV blocks of equal prefixes (same tokens, media, adapter and cache salt).
         enforce_eager: accepted for compatibility; this version always runs eagerly.
-        enable_lora: allow adapters.
-        max_loras: maximum number of adapters in one step (device slots).
+        enable_lora: allow adapters; by default on if an option names adapters, such as `default_mm_loras`.
+        max_loras: maximum number of adapters in one step (device slots); by default 8, or `max_cpu_loras` if that is
+            less.
         max_lora_rank: maximum adapter rank; unlimited by default.
         max_cpu_loras: number of adapters kept in host memory, by default `4 * max_loras`.
         lora_registry: SQLite file that keeps adapters loaded at run time across restarts.
@@ -107,8 +118,8 @@ class EngineArgs:
     device: str = "auto"
     seed: int = 0
     max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
     scheduling_policy: str = "fcfs"
     block_size: int = 16
     kv_cache_memory_bytes: int | None = None
@@ -116,8 +127,8 @@ class EngineArgs:
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
-    enable_lora: bool = False
-    max_loras: int = 8
+    enable_lora: bool | None = None
+    max_loras: int | None = None
     max_lora_rank: int | None = None
     max_cpu_loras: int | None = None
     lora_registry: str | None = None
@@ -209,14 +220,40 @@ class EngineArgs:
         return self.media_decode_workers or min(MAX_DECODE_WORKERS, os.cpu_count() or 1)
 
     @property
+    def uses_lora(self) -> bool:
+        """Whether adapters are allowed: `enable_lora`, or its default."""
+        if self.enable_lora is not None:
+            return self.enable_lora
+        return bool(self.default_mm_loras) or self.lora_registry is not None
+
+    @property
+    def num_seqs(self) -> int:
+        """Maximum number of sequences in one step: `max_num_seqs`, or its default."""
+        if self.max_num_seqs is not None:
+            return self.max_num_seqs
+        return min(DEFAULT_MAX_NUM_SEQS, self.max_num_batched_tokens or DEFAULT_MAX_NUM_SEQS)
+
+    @property
+    def num_batched_tokens(self) -> int:
+        """Maximum number of tokens in one step: `max_num_batched_tokens`, or its default."""
+        return self.max_num_batched_tokens or max(DEFAULT_MAX_NUM_BATCHED_TOKENS, self.num_seqs)
+
+    @property
+    def num_slots(self) -> int:
+        """Number of device slots for adapters: `max_loras`, or its default."""
+        if self.max_loras is not None:
+            return self.max_loras
+        return min(DEFAULT_MAX_LORAS, self.max_cpu_loras or DEFAULT_MAX_LORAS)
+
+    @property
     def num_host_loras(self) -> int:
-        """Number of adapters kept in host memory."""
-        return self.max_cpu_loras if self.max_cpu_loras is not None else 4 * self.max_loras
+        """Number of adapters kept in host memory: `max_cpu_loras`, or its default."""
+        return self.max_cpu_loras if self.max_cpu_loras is not None else 4 * self.num_slots
 
     @property
     def max_pinned_loras(self) -> int:
         """Maximum number of pinned adapters: one device slot stays free; with a single slot, one place on the host."""
-        return (self.max_loras if self.max_loras > 1 else self.num_host_loras) - 1
+        return (self.num_slots if self.num_slots > 1 else self.num_host_loras) - 1
 
     def _problem(self, name: str, allowed: str) -> str:
         return f"{name}={getattr(self, name)!r}: {allowed}"
@@ -226,16 +263,12 @@ class EngineArgs:
             value = getattr(self, name)
             if not _is_int(value) or value < 1:
                 yield self._problem(name, "must be a positive integer")
-        for name in (
-            "max_model_len",
-            "kv_cache_memory_bytes",
-            "max_lora_rank",
-            "max_cpu_loras",
-            "media_decode_workers",
-        ):
+        for name in POSITIVE_OR_NONE:
             value = getattr(self, name)
             if value is not None and (not _is_int(value) or value < 1):
                 yield self._problem(name, "must be a positive integer or None")
+        yield from self._check_order("max_num_batched_tokens", "max_num_seqs")
+        yield from self._check_order("max_cpu_loras", "max_loras")
         if not _is_int(self.seed):
             yield self._problem("seed", "must be an integer")
         if not _is_int(self.max_logprobs) or self.max_logprobs < -1:
@@ -262,15 +295,18 @@ class EngineArgs:
     def _check_lora(self) -> Iterator[str]:
         if self.default_mm_loras not in (None, AUTO) and not isinstance(self.default_mm_loras, Mapping):
             yield self._problem("default_mm_loras", f"must map modalities to adapter paths, or be {AUTO!r}")
-        elif self.default_mm_loras and not self.enable_lora:
+        elif self.default_mm_loras and not self.uses_lora:
             yield self._problem("default_mm_loras", "needs enable_lora=True")
         if self.lora_registry is not None and not (isinstance(self.lora_registry, str) and self.lora_registry):
             yield self._problem("lora_registry", "must be a file path")
-        elif self.lora_registry is not None and not self.enable_lora:
+        elif self.lora_registry is not None and not self.uses_lora:
             yield self._problem("lora_registry", "needs enable_lora=True")
-        counts = self.max_cpu_loras, self.max_loras
-        if _is_int(counts[0]) and _is_int(counts[1]) and counts[0] < counts[1]:
-            yield self._problem("max_cpu_loras", f"must be at least max_loras={self.max_loras}")
+
+    def _check_order(self, larger: str, smaller: str) -> Iterator[str]:
+        """Check two options against each other if both were given; the default of one follows the other."""
+        values = getattr(self, larger), getattr(self, smaller)
+        if _is_int(values[0]) and _is_int(values[1]) and values[0] < values[1]:
+            yield self._problem(larger, f"must be at least {smaller}={values[1]}")
 
     def _check_media(self) -> Iterator[str]:
         for name in ("max_audio_seconds", "media_fetch_timeout", "media_decode_timeout"):

@@ -81,7 +81,7 @@ def build_app(
         tool_call_parser: see `ToolCalling`.
     """
     app = FastAPI(title="mmlora", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
-    admission = admission or Admission(llm.args.max_num_seqs)
+    admission = admission or Admission(llm.args.num_seqs)
     app.include_router(generation_routes(llm, models, max_request_bytes, tool_call_parser))
     app.include_router(model_routes(models))
     app.include_router(adapter_routes(llm, models, is_allowed=allow_lora_updates))

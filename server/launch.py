@@ -81,7 +81,7 @@ def build_server(
 ) -> HTTPServer:
     """Build the application and its server, which calls `on_ready` when it accepts connections."""
     admission = Admission(
-        llm.args.max_num_seqs,
+        llm.args.num_seqs,
         args.max_queued_requests,
         request_timeout=args.request_timeout,
         body_timeout=args.body_timeout,
@@ -243,7 +243,7 @@ def summarize(llm: AsyncLLM, models: ServedModels, args: ServerArgs, url: str) -
         "kv_cache_bytes": engine.kv_cache_bytes,
         "kv_cache_tokens": engine.kv_cache_tokens,
         "encoder_cache_bytes": engine.encoder_cache_bytes,
-        "max_num_seqs": options.max_num_seqs,
+        "max_num_seqs": options.num_seqs,
         "max_queued_requests": args.max_queued_requests,
         "request_timeout": args.request_timeout,
         "num_api_keys": len(args.api_keys),

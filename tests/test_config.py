@@ -32,10 +32,8 @@ WRONG = [
     ("max_loras", "8"),
     ("max_lora_rank", 0),
     ("max_cpu_loras", 0),
-    ("max_cpu_loras", 7),
     ("max_cpu_loras", "9"),
     ("default_mm_loras", ["audio"]),
-    ("default_mm_loras", {"audio": "path"}),
     ("limit_mm_per_prompt", {"video": 1}),
     ("limit_mm_per_prompt", {"audio": -1}),
     ("limit_mm_per_prompt", {"audio": True}),
@@ -98,15 +96,58 @@ def test_valid_options_are_accepted(name, value):
 
 def test_all_problems_are_in_one_message():
     with pytest.raises(ConfigError) as error:
-        EngineArgs(model="m", max_num_seqs=0, dtype="int8", device="tpu", default_mm_loras={"audio": "p"})
+        EngineArgs(model="m", max_num_seqs=0, dtype="int8", device="tpu", default_mm_loras=["audio"])
     for name in ("max_num_seqs=0", "dtype='int8'", "device='tpu'", "default_mm_loras="):
         assert name in str(error.value)
 
 
 def test_default_adapters_need_enable_lora():
     with pytest.raises(ConfigError, match=r"default_mm_loras=.*needs enable_lora=True"):
-        EngineArgs(model="m", default_mm_loras={"audio": "p"})
+        EngineArgs(model="m", default_mm_loras={"audio": "p"}, enable_lora=False)
     assert EngineArgs(model="m", default_mm_loras={"audio": "p"}, enable_lora=True).default_mm_loras == {"audio": "p"}
+
+
+@pytest.mark.parametrize(
+    ("given", "seqs", "tokens", "slots", "host"),
+    [
+        ({}, 64, 2048, 8, 32),
+        ({"max_cpu_loras": 2}, 64, 2048, 2, 2),
+        ({"max_cpu_loras": 1}, 64, 2048, 1, 1),
+        ({"max_cpu_loras": 20}, 64, 2048, 8, 20),
+        ({"max_loras": 12}, 64, 2048, 12, 48),
+        ({"max_loras": 3, "max_cpu_loras": 3}, 64, 2048, 3, 3),
+        ({"max_num_seqs": 5000}, 5000, 5000, 8, 32),
+        ({"max_num_batched_tokens": 24}, 24, 24, 8, 32),
+        ({"max_num_batched_tokens": 100}, 64, 100, 8, 32),
+        ({"max_num_seqs": 3, "max_num_batched_tokens": 3}, 3, 3, 8, 32),
+    ],
+    ids=str,
+)
+def test_defaults_follow_the_options_that_are_given(given, seqs, tokens, slots, host):
+    args = EngineArgs("m", **given)
+    assert (args.num_seqs, args.num_batched_tokens, args.num_slots, args.num_host_loras) == (seqs, tokens, slots, host)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_cpu_loras": 2, "max_loras": 3}, "max_cpu_loras=2: must be at least max_loras=3"),
+        ({"max_num_batched_tokens": 8, "max_num_seqs": 9}, "max_num_batched_tokens=8: must be at least max_num_seqs=9"),
+    ],
+    ids=str,
+)
+def test_options_that_contradict_each_other_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        EngineArgs("m", **options)
+
+
+@pytest.mark.parametrize(
+    "option", [{"default_mm_loras": "auto"}, {"default_mm_loras": {"audio": "p"}}, {"lora_registry": "f"}]
+)
+def test_options_that_name_adapters_enable_lora_unless_it_is_off(option):
+    assert EngineArgs("m", **option).uses_lora and not EngineArgs("m", max_loras=2).uses_lora
+    with pytest.raises(ConfigError, match="needs enable_lora=True"):
+        EngineArgs("m", enable_lora=False, **option)
 
 
 def test_an_unknown_option_is_refused_with_the_allowed_ones():

@@ -152,6 +152,29 @@ def test_unknown_options_of_the_engine_are_refused(tiny_phi4):
         LLM("/no/such/model")
 
 
+def test_the_default_length_is_what_the_kv_cache_holds(tiny_phi4, caplog):
+    llm = LLM(str(tiny_phi4), kv_cache_memory_bytes=100_000)
+    tokens = llm.llm_engine.max_model_len
+    assert (
+        16 <= tokens < 512 and f"max_model_len={tokens}: the KV cache holds no more of the model's 512" in caplog.text
+    )
+    (output,) = llm.generate([[97] * (tokens - 4)], SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)
+    assert output.error is None and len(output.outputs[0].token_ids) == 4
+    with pytest.raises(RequestError, match=f"{tokens + 1} tokens"):
+        llm.generate([[97] * (tokens + 1)], use_tqdm=False)
+    with pytest.raises(ConfigError, match=f"holds {tokens} tokens, less than max_model_len=512"):
+        LLM(str(tiny_phi4), kv_cache_memory_bytes=100_000, max_model_len=512)
+
+
+def test_two_adapters_on_the_host_are_enough(tiny_phi4, adapter_a, adapter_b):
+    llm = LLM(str(tiny_phi4), enable_lora=True, max_cpu_loras=2, max_model_len=64)
+    assert llm.llm_engine.summary().num_lora_slots == 2
+    assert [o.lora.adapter for o in llm.generate(["x", "x"], GREEDY, [adapter_a, adapter_b], use_tqdm=False)] == [
+        "a",
+        "b",
+    ]
+
+
 def test_adapters_need_enable_lora(tiny_phi4, adapter_a):
     engine = engine_of(tiny_phi4)
     with pytest.raises(RequestError, match="adapter 'a' is requested, but the engine has enable_lora=False"):

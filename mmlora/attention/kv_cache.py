@@ -66,6 +66,14 @@ def kv_cache_bytes(args: EngineArgs, device: torch.device, weight_bytes: int = 0
     return int(free - weight_bytes - (1 - args.gpu_memory_utilization) * total)
 
 
+def fit_max_model_len(args: EngineArgs, block_bytes: int, num_bytes: int, max_model_len: int) -> int:
+    """Return `max_model_len`, or what `num_bytes` hold if that is less and the option was not given."""
+    num_tokens = num_bytes // block_bytes * args.block_size
+    if args.max_model_len is not None or num_tokens < 1:
+        return max_model_len
+    return min(max_model_len, num_tokens)
+
+
 def num_kv_blocks(args: EngineArgs, block_bytes: int, num_bytes: int, max_model_len: int) -> int:
     """Return how many blocks fit into `num_bytes`, capped at what `max_num_seqs` sequences can use.
 
@@ -80,4 +88,4 @@ def num_kv_blocks(args: EngineArgs, block_bytes: int, num_bytes: int, max_model_
             f"max_model_len={max_model_len}: give kv_cache_memory_bytes={blocks_per_seq * block_bytes} or more, "
             "or a smaller max_model_len"
         )
-    return min(num_blocks, blocks_per_seq * args.max_num_seqs * 2)
+    return min(num_blocks, blocks_per_seq * args.num_seqs * 2)

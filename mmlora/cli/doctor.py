@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from transformers import PretrainedConfig
 
-from mmlora.attention.kv_cache import KVLayout, kv_cache_bytes, num_kv_blocks
+from mmlora.attention.kv_cache import KVLayout, fit_max_model_len, kv_cache_bytes, num_kv_blocks
 from mmlora.cli.model_table import Parity, read_parity
 from mmlora.cli.options import DOCTOR_OPTIONS
 from mmlora.config import EngineArgs
@@ -188,7 +188,7 @@ def _examine(args: EngineArgs, path: Path, config: PretrainedConfig, facts: dict
     dtype = resolve_dtype(args.dtype, config, device)
     facts["dtype"] = str(dtype).removeprefix("torch.")
     facts["context_length"] = resolve_max_model_len(None, config)
-    max_model_len = facts["max_model_len"] = resolve_max_model_len(args.max_model_len, config)
+    max_model_len = resolve_max_model_len(args.max_model_len, config)
     processor = get_processor(config, path, load_tokenizer(args, path))
     facts["modalities"] = tuple(sorted(processor.modalities)) if processor is not None else ()
     model = load_meta_model(config)
@@ -199,12 +199,14 @@ def _examine(args: EngineArgs, path: Path, config: PretrainedConfig, facts: dict
     )
     weight_bytes = facts["weight_bytes"] = sum(p.numel() * _itemsize(p, dtype) for p in model.parameters())
     block_bytes = KVLayout.from_config(config, args.block_size, dtype).block_bytes
+    num_bytes = kv_cache_bytes(args, device, weight_bytes)
+    max_model_len = facts["max_model_len"] = fit_max_model_len(args, block_bytes, num_bytes, max_model_len)
     facts["kv_token_bytes"] = block_bytes // args.block_size
     facts["kv_bytes"] = facts["kv_token_bytes"] * -(-max_model_len // args.block_size) * args.block_size
     tensors = read_headers(args.model, args.revision, path)
     facts["stored_bytes"] = count_bytes(tensors)
     check_weights(model, tensors, find_layout(path))
-    num_kv_blocks(args, block_bytes, kv_cache_bytes(args, device, weight_bytes), max_model_len)
+    num_kv_blocks(args, block_bytes, num_bytes, max_model_len)
 
 
 def _itemsize(parameter: torch.Tensor, dtype: torch.dtype) -> int:

@@ -173,6 +173,8 @@ def parse_options(
         values["model"] = model
     if "model" not in values:
         _add_assistant(values)
+    if values.get("lora_modules"):
+        values.setdefault("enable_lora", True)
     server_values = {flag.name: values.pop(flag.name) for flag in server_flags if flag.name in values}
     with _collected(problems):
         engine_args = EngineArgs(**values)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from mmlora.attention import choose_backend
-from mmlora.attention.kv_cache import KVLayout, kv_cache_bytes, num_kv_blocks
+from mmlora.attention.kv_cache import KVLayout, fit_max_model_len, kv_cache_bytes, num_kv_blocks
 from mmlora.config import PRIORITY, EngineArgs
 from mmlora.engine.block_manager import BlockManager
 from mmlora.engine.model_runner import ModelRunner
@@ -42,6 +43,8 @@ from mmlora.models.longrope import replace_longrope
 from mmlora.models.transcription import PROMPT_FIELD, TranscriptionPrompt, read_checkpoint_prompt
 from mmlora.structured_outputs import ConstraintCompiler
 from mmlora.towers.encoder import MediaEncoder
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_LORA_IDS = 2**62  # ids of default adapters start here, far from ids that callers choose
 GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -98,7 +101,7 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
     check_decoder(model, towers, backend, layout, max_model_len)
     long_length = replace_longrope(model)
     adapters = LoadedAdapters()
-    if args.enable_lora:
+    if args.uses_lora:
         index = ModuleIndex(model, towers.part_of if towers is not None else None, get_key_mapping(path))
         load = functools.partial(
             load_adapter,
@@ -108,7 +111,11 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
             allow_media_parts=args.enable_tower_connector_lora,
         )
         adapters = _load_adapters(args, model, load, device, default_paths, path)
-    num_blocks = num_kv_blocks(args, layout.block_bytes, kv_cache_bytes(args, device), max_model_len)
+    num_bytes, limit = kv_cache_bytes(args, device), max_model_len
+    max_model_len = fit_max_model_len(args, layout.block_bytes, num_bytes, limit)
+    if max_model_len < limit:
+        logger.warning("max_model_len=%d: the KV cache holds no more of the model's %d tokens", max_model_len, limit)
+    num_blocks = num_kv_blocks(args, layout.block_bytes, num_bytes, max_model_len)
     kv_cache = backend.allocate(layout, num_blocks, device)
     block_manager = BlockManager(num_blocks, args.block_size, enable_prefix_caching=args.enable_prefix_caching)
     stop_ids, sampling_defaults, transcription = _generation_config(args, path, config, tokenizer)
@@ -133,8 +140,8 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
         scheduler=Scheduler(
             block_manager,
             adapters.slots,
-            args.max_num_seqs,
-            args.max_num_batched_tokens,
+            args.num_seqs,
+            args.num_batched_tokens,
             is_by_priority=args.scheduling_policy == PRIORITY,
         ),
         adapters=adapters,
@@ -165,7 +172,7 @@ def _load_adapters(
     defaults = _load_defaults(default_paths, default_cache, model_path)
     default_load_s = {entry.name: entry.load_s for entry in default_cache.entries}
     host_cache = HostCache(load, max_cpu_loras=args.num_host_loras, max_pinned=args.max_pinned_loras, registry=registry)
-    slots = LoRASlots(model, args.max_loras, device)
+    slots = LoRASlots(model, args.num_slots, device)
     lora = LoRAManager(host_cache, slots, [adapter for _, adapter in defaults.values()], registry)
     return LoadedAdapters(host_cache, slots, lora, defaults, default_load_s)
 

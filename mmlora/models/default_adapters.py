@@ -53,7 +53,7 @@ def choose_default_adapters(args: EngineArgs, config: PretrainedConfig, path: Pa
         The mapping of `default_mm_loras`; for `auto`, the adapters in the model's directory.
     """
     given = args.default_mm_loras
-    if not args.enable_lora or isinstance(given, Mapping):
+    if not args.uses_lora or isinstance(given, Mapping):
         return given if isinstance(given, Mapping) else None
     found = find_default_adapters(config, path)
     if given == AUTO and found:

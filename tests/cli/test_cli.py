@@ -115,6 +115,15 @@ def test_without_a_model_the_bundled_assistant_is_served(served: Callable[..., S
     assert served("--default-mm-loras", "{}")[0].default_mm_loras == {}
 
 
+def test_adapters_that_are_named_enable_lora(served: Callable[..., Served]) -> None:
+    assert served("m", "--lora-modules", "a=b")[0].uses_lora
+    assert served("m", "--default-mm-loras", '{"audio": "a"}')[0].uses_lora
+    assert not served("m", "--max-cpu-loras", "2")[0].uses_lora
+    assert not served("m", "--no-enable-lora", "--lora-modules", "a=b")[0].uses_lora, "refused when they are loaded"
+    engine, server = served("--max-cpu-loras", "2")
+    assert (engine.num_slots, engine.num_host_loras, len(server.lora_modules)) == (2, 2, 1)
+
+
 def test_command_line_wins_over_environment(served: Callable[..., Served], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MMLORA_MAX_LORAS", "5")
     monkeypatch.setenv("MMLORA_SEED", "6")
@@ -199,9 +208,10 @@ def test_every_option_has_a_flag_and_a_help_text() -> None:
     defaults = {flag.name: flag.help.partition(" (default: ")[2] for flag in flags}
     expected = {
         "port": "8000)",
-        "max_loras": "8)",
+        "block_size": "16)",
         "allowed_methods": "*)",
-        "enable_lora": "off)",
+        "max_loras": "",
+        "log_requests": "off)",
         "uds": "",
         "root_path": "",
     }
@@ -220,7 +230,7 @@ def test_every_option_has_a_flag_and_a_help_text() -> None:
         (["--api-key", "[" * 10**5], "not JSON"),
         (["--lora-modules", '{"a":' * 10**5], "not JSON"),
         (["--default-mm-loras", "[]"], "JSON object"),
-        (["m", "--default-mm-loras", '{"audio": "x"}'], "needs enable_lora=True"),
+        (["m", "--no-enable-lora", "--default-mm-loras", '{"audio": "x"}'], "needs enable_lora=True"),
         (["--lora-modules", "nameonly"], "name=path"),
         (["--lora-modules", '{"name": "a"}'], "a name and a path"),
         (["--lora-modules", '{"name": "a", "path": "b", "rank": 3}'], "base_model_name"),
@@ -369,7 +379,7 @@ def models(tiny_phi4: Path, tiny_adapters: dict[str, Path], tmp_path_factory: py
         (["{phi4}", "--enable-lora", "--max-lora-rank", "8", "--lora-modules", "a={speech}"], "rank"),
         (["{phi4}", "--enable-lora", "--lora-modules", "a={other}"], "q_proj"),
         (["{phi4}", "--enable-lora", "--lora-modules", "a=b/no-such-adapter"], "no-such-adapter"),
-        (["{phi4}", "--lora-modules", "a={speech}"], "needs enable_lora=True"),
+        (["{phi4}", "--no-enable-lora", "--lora-modules", "a={speech}"], "needs enable_lora=True"),
         (["{phi4}", "--enable-lora", "--default-mm-loras", '{{"video": "{speech}"}}'], "must be one of audio, image"),
         (["{llama}", "--enable-lora", "--default-mm-loras", '{{"audio": "{speech}"}}'], "takes text only"),
         (

@@ -238,7 +238,7 @@ def test_defaults_that_cannot_apply_are_a_config_error(tiny_phi4, tiny_adapters,
     with pytest.raises(ConfigError, match="the model takes text only"):
         LLM(str(text_model), enable_lora=True, default_mm_loras={"audio": adapter})
     with pytest.raises(ConfigError, match="default_mm_loras=.*needs enable_lora=True"):
-        LLM(str(tiny_phi4), default_mm_loras={"audio": adapter})
+        LLM(str(tiny_phi4), enable_lora=False, default_mm_loras={"audio": adapter})
     with pytest.raises(AdapterNotFound, match="/no/such/adapter"):
         LLM(str(tiny_phi4), enable_lora=True, default_mm_loras={"audio": "/no/such/adapter"})
     with pytest.raises(AdapterMismatch, match="rank 5 .* exceeds max_lora_rank=2"):

@@ -136,7 +136,7 @@ def test_other_values_are_refused(value: Any, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         EngineArgs("m", enable_lora=True, default_mm_loras=value)
     with pytest.raises(ConfigError, match="default_mm_loras='auto': needs enable_lora=True"):
-        EngineArgs("m", default_mm_loras="auto")
+        EngineArgs("m", enable_lora=False, default_mm_loras="auto")
 
 
 def test_auto_on_the_command_line_and_in_the_environment(capsys: pytest.CaptureFixture[str]) -> None:
