@@ -58,6 +58,7 @@ def build_app(
     allow_lora_updates: bool = False,
     log_requests: bool = False,
     admission: Admission | None = None,
+    metrics_prefix: str = ServerArgs.metrics_prefix,
     cors: CORS | None = None,
     allowed_hosts: AllowedHosts | None = None,
     root_path: str = "",
@@ -74,6 +75,7 @@ def build_app(
         allow_lora_updates: whether clients may load and unload adapters.
         log_requests: log prompts and hashes of media in the access log.
         admission: limits on open requests and their duration; by default those of `ServerArgs`.
+        metrics_prefix: see `ServerArgs`.
         cors: origins whose pages may use the server; by default only its own.
         allowed_hosts: hosts that requests may address; by default all.
         root_path: path prefix under which a reverse proxy serves the application.
@@ -96,7 +98,7 @@ def build_app(
         app.add_middleware(HostCheck, hosts=allowed_hosts)
     if cors is not None:
         cors.add_to(app)
-    add_metrics(app, llm, admission, log_requests=log_requests, tracer=tracer)
+    add_metrics(app, llm, admission, prefix=metrics_prefix, log_requests=log_requests, tracer=tracer)
     if root_path:
         app.add_middleware(RootPath, root_path=root_path)
     _add_error_handlers(app)

@@ -12,6 +12,7 @@ from mmlora.errors import ConfigError
 from mmlora.server.openai.tools.formats import PARSER_NAMES
 from mmlora.utils.text import shorten
 
+METRICS_PREFIX: Final = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 LOG_FORMATS: Final = ("text", "json")
 _ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^A-Z\s/?#@*]+")  # as browsers send it: lower case, without a path
 _HOST_PATTERN: Final = re.compile(r"\*|(\*\.)?[^\s/?#@:*\[\]]+|\[?[0-9a-fA-F:.]*:[0-9a-fA-F:.]*\]?")
@@ -93,6 +94,7 @@ class ServerArgs:
             or trace.
         log_format: text, or json (one object per line).
         log_requests: include prompts, and hashes and sizes of media, in the access log.
+        metrics_prefix: part of the names in /metrics before the colon; `vllm` for dashboards and routers made for vLLM.
         otlp_traces_endpoint: URL of an OpenTelemetry collector that accepts OTLP over HTTP, such as
             http://localhost:4318/v1/traces; needs the extra `tracing`.
 
@@ -129,6 +131,7 @@ class ServerArgs:
     uvicorn_log_level: str = "info"
     log_format: str = "text"
     log_requests: bool = False
+    metrics_prefix: str = "mmlora"
     otlp_traces_endpoint: str | None = None
 
     GROUPS: ClassVar[Groups] = {
@@ -136,13 +139,17 @@ class ServerArgs:
         "security": "api_key allowed_origins allowed_methods allowed_headers allow_credentials allowed_hosts",
         "server limits": "max_request_bytes max_queued_requests max_connections header_timeout body_timeout "
         "request_timeout write_timeout keep_alive_timeout drain_timeout",
-        "logging": "uvicorn_log_level log_format log_requests otlp_traces_endpoint",
+        "logging": "uvicorn_log_level log_format log_requests metrics_prefix otlp_traces_endpoint",
         "LoRA": "lora_modules",
         "tools": "enable_auto_tool_choice tool_call_parser",
     }
 
     def __post_init__(self) -> None:
         problems = [*self._check_numbers(), *self._check_network(), *self._check_security()]
+        if not METRICS_PREFIX.fullmatch(self.metrics_prefix):
+            problems.append(
+                f"metrics_prefix={self.metrics_prefix!r}: must consist of letters, digits and _, no digit first"
+            )
         parsers = ("auto", *PARSER_NAMES)
         choices = {"uvicorn_log_level": LOG_LEVELS, "log_format": LOG_FORMATS, "tool_call_parser": parsers}
         for name, allowed in choices.items():

@@ -96,6 +96,7 @@ def build_server(
         log_requests=args.log_requests,
         tracer=tracer,
         admission=admission,
+        metrics_prefix=args.metrics_prefix,
         cors=cors if args.allowed_origins else None,
         allowed_hosts=allowed_hosts(args),
         root_path=args.root_path,

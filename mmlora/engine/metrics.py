@@ -25,7 +25,12 @@ from mmlora.towers.encoder import MediaEncoder
 
 @dataclass(frozen=True)
 class AdapterMetrics:
-    """Metrics of one adapter, all versions together; or of one `LoRAMix`, while requests use it."""
+    """Metrics of one adapter, all versions together; or of one `LoRAMix`, while requests use it.
+
+    Attributes:
+        is_pinned: whether the adapter is exempt from eviction, on the host and in its slot.
+        rank: largest rank of its modules; 0 while nothing holds the adapter in memory.
+    """
 
     name: str
     is_default: bool
@@ -36,6 +41,8 @@ class AdapterMetrics:
     num_loads: int
     load_s: float
     is_mix: bool = False
+    is_pinned: bool = False
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class EngineMetrics:
         total_prompt_tokens: of requests that were scheduled.
         total_prefix_queries: prompt tokens looked up in the prefix cache.
         total_cached_tokens: prompt tokens found there.
+        block_size: tokens of one KV block.
         max_loras: number of slots; 0 without LoRA.
         total_encoder_hits, total_encoder_misses: media items found in the encoder cache, and encoded.
         num_host_adapter_bytes: all adapter versions in host memory, defaults included.
@@ -66,6 +74,7 @@ class EngineMetrics:
     total_preemptions: int
     num_kv_blocks: int
     num_kv_blocks_used: int
+    block_size: int
     total_encoder_hits: int
     total_encoder_misses: int
     num_encoder_cache_bytes: int
@@ -158,6 +167,7 @@ def measure(
         total_preemptions=scheduler.num_preemptions,
         num_kv_blocks=block_manager.num_blocks,
         num_kv_blocks_used=block_manager.num_blocks - block_manager.num_free_blocks,
+        block_size=block_manager.block_size,
         total_encoder_hits=encoder.num_hits if encoder is not None else 0,
         total_encoder_misses=encoder.num_encoded if encoder is not None else 0,
         num_encoder_cache_bytes=encoder.num_bytes if encoder is not None else 0,
@@ -183,15 +193,19 @@ def _adapters(
     for name, is_mix in dict.fromkeys([*((name, False) for name in infos), *requested]):
         key = (name, False, is_mix)  # also of a removed adapter that requests still use
         info = None if is_mix else infos.get(name)
-        is_on_host, is_on_device = (info.is_on_host, info.is_on_device) if info else (False, False)
-        num_loads, load_s = (info.num_loads, info.load_s) if info else (0, 0.0)
         counts = num_running[key], num_waiting[key]
-        yield AdapterMetrics(name, False, *counts, is_on_host, is_on_device, num_loads, load_s, is_mix)
+        if info is None:
+            yield AdapterMetrics(name, False, *counts, False, False, 0, 0.0, is_mix)
+            continue
+        places, rank = (info.is_on_host, info.is_on_device), info.rank
+        yield AdapterMetrics(
+            name, False, *counts, *places, info.num_loads, info.load_s, is_pinned=info.is_pinned, rank=rank
+        )
     for adapter in defaults.values():
         key = adapter.name, True, False
         counts = num_running[key], num_waiting[key]
-        load_s = default_load_s[adapter.name]
-        yield AdapterMetrics(adapter.name, True, *counts, True, lora.is_on_device(adapter), 1, load_s)
+        is_on_device, load_s, rank = lora.is_on_device(adapter), default_load_s[adapter.name], adapter.report.max_rank
+        yield AdapterMetrics(adapter.name, True, *counts, True, is_on_device, 1, load_s, rank=rank)
 
 
 def _kinds_of(requests: list[Request], defaults: Container[AdapterIdentity]) -> Iterator[tuple[str, bool, bool]]:

@@ -1,7 +1,8 @@
 """`GET /metrics`: metrics in Prometheus' text format or OpenMetrics.
 
 `EngineMetrics` and `RequestHistograms` are plain numbers; a collector turns them into samples at each scrape, in the
-thread pool of the web framework. Each application has its own registry. Metric names are vLLM's where vLLM has them.
+thread pool of the web framework. Each application has its own registry. Metric names are vLLM's where vLLM has them:
+routers such as the Kubernetes inference gateway find the load, the adapters and the KV cache by these names.
 """
 
 import time
@@ -12,6 +13,7 @@ from fastapi import FastAPI, Request
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics.exposition import ALLOWUTF8
 from prometheus_client.registry import Collector
 from starlette.responses import PlainTextResponse, Response
 
@@ -22,34 +24,48 @@ from mmlora.server.observability.access_log import AccessLog, HttpCounts
 from mmlora.server.observability.tracing import Tracer
 from mmlora.utils.text import as_utf8
 
-METRIC_PREFIX = "mmlora:"
 FINISH_REASONS = ("stop", "length", "abort", "error")
 LabelledValues = Mapping[Any, float]  # keys: tuples of label values, in the order of the labels
 
 
 def add_metrics(
-    app: FastAPI, llm: AsyncLLM, admission: Admission, *, log_requests: bool = False, tracer: Tracer | None = None
+    app: FastAPI,
+    llm: AsyncLLM,
+    admission: Admission,
+    *,
+    prefix: str = "mmlora",
+    log_requests: bool = False,
+    tracer: Tracer | None = None,
 ) -> None:
-    """Add the access log and `GET /metrics` to an application; see `AccessLog` for `log_requests` and `tracer`."""
+    """Add the access log and `GET /metrics` to an application.
+
+    Args:
+        llm, admission: what is measured.
+        prefix: what metric names have before the colon.
+        log_requests, tracer: see `AccessLog`.
+    """
     counts = HttpCounts()
     app.add_middleware(AccessLog, counts=counts, log_requests=log_requests, tracer=tracer)
     registry = CollectorRegistry()
-    registry.register(EngineCollector(llm, counts, admission))
+    registry.register(EngineCollector(llm, counts, admission, prefix))
 
     @app.get("/metrics", response_class=PlainTextResponse)
     def metrics(request: Request) -> Response:  # not a coroutine: runs in a thread, off the event loop
+        encode: Any
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(registry), headers={"content-type": content_type})
+        # Colons are legal in names of every format, but some encoders replace them, unless they escape nothing.
+        content = encode(registry, escaping=ALLOWUTF8)
+        return Response(content, headers={"content-type": content_type.partition("; escaping=")[0]})
 
 
 class EngineCollector(Collector):
     """Collects the metrics of one engine, and the requests that its server received (`counts`) and refused."""
 
-    def __init__(self, llm: AsyncLLM, counts: HttpCounts, admission: Admission) -> None:
+    def __init__(self, llm: AsyncLLM, counts: HttpCounts, admission: Admission, prefix: str) -> None:
         self._llm = llm
         self._counts = counts
         self._admission = admission
-        self._factory = _MetricFactory(llm.model_name)
+        self._factory = _MetricFactory(prefix, llm.model_name)
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics of one scrape."""
@@ -57,6 +73,7 @@ class EngineCollector(Collector):
         yield from _request_metrics(make, metrics)
         yield from _cache_metrics(make, metrics)
         yield from _adapter_metrics(make, metrics)
+        yield from _residency_metrics(make, metrics)
         yield from _latency_metrics(make, self._llm.histograms)
         refused = _labelled(self._admission.num_refused.copy())
         yield make.gauge(
@@ -70,19 +87,20 @@ class EngineCollector(Collector):
 class _MetricFactory:
     """Creates metric families with the name prefix and `model_name` as the first label."""
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, prefix: str, model_name: str) -> None:
+        self._prefix = f"{prefix}:"
         self._model_name = as_utf8(model_name)
 
     def counter(self, name: str, text: str, values: float | LabelledValues, labels: Sequence[str] = ()) -> Metric:
-        return self._fill(CounterMetricFamily(METRIC_PREFIX + name, text, labels=["model_name", *labels]), values)
+        return self._fill(CounterMetricFamily(self._prefix + name, text, labels=["model_name", *labels]), values)
 
     def gauge(self, name: str, text: str, values: float | LabelledValues, labels: Sequence[str] = ()) -> Metric:
-        return self._fill(GaugeMetricFamily(METRIC_PREFIX + name, text, labels=["model_name", *labels]), values)
+        return self._fill(GaugeMetricFamily(self._prefix + name, text, labels=["model_name", *labels]), values)
 
     def histogram(self, name: str, text: str, histogram: Histogram) -> Metric:
         counts = histogram.counts()
         ends = [*(f"{bound:g}" for bound in counts.bounds), "+Inf"]
-        family = HistogramMetricFamily(METRIC_PREFIX + name, text, labels=["model_name"])
+        family = HistogramMetricFamily(self._prefix + name, text, labels=["model_name"])
         family.add_metric([self._model_name], list(zip(ends, counts.cumulative, strict=True)), counts.total)
         return family
 
@@ -108,6 +126,9 @@ def _request_metrics(make: _MetricFactory, metrics: EngineMetrics) -> Iterator[M
 def _cache_metrics(make: _MetricFactory, metrics: EngineMetrics) -> Iterator[Metric]:
     usage = metrics.num_kv_blocks_used / metrics.num_kv_blocks
     yield make.gauge("kv_cache_usage_perc", "Fraction of KV blocks in use (0 to 1)", usage)
+    sizes = {(str(metrics.block_size), str(metrics.num_kv_blocks)): 1.0}
+    text = "Tokens of a KV block, and number of KV blocks; the value is always 1"
+    yield make.gauge("cache_config_info", text, sizes, ("block_size", "num_gpu_blocks"))
     yield make.counter(
         "prefix_cache_queries", "Prompt tokens looked up in the prefix cache", metrics.total_prefix_queries
     )
@@ -144,6 +165,25 @@ def _adapter_metrics(make: _MetricFactory, metrics: EngineMetrics) -> Iterator[M
         info,
         ("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
     )
+
+
+def _residency_metrics(make: _MetricFactory, metrics: EngineMetrics) -> Iterator[Metric]:
+    """Yield where adapters are loaded: at most one series per adapter, which ends when it is evicted or unloaded."""
+    loaded = {}
+    for adapter in metrics.adapters:
+        if adapter.is_on_host or adapter.is_on_device:
+            level = "gpu" if adapter.is_on_device else "cpu"
+            loaded[adapter.name, level, str(adapter.is_pinned).lower(), str(adapter.rank)] = 1.0
+    yield make.gauge(
+        "lora_adapter_loaded",
+        "Loaded adapters: level is gpu for those in a slot, cpu for others in host memory; the value is always 1",
+        loaded,
+        ("adapter_name", "level", "pinned", "rank"),
+    )
+    num_gpu, num_cpu = (sum(getattr(a, name) for a in metrics.adapters) for name in ("is_on_device", "is_on_host"))
+    yield make.gauge("num_gpu_loaded_lora_adapters", "Adapters in slots, without mixes", num_gpu)
+    yield make.gauge("num_cpu_loaded_lora_adapters", "Adapters in host memory, also those in slots", num_cpu)
+    yield make.gauge("max_gpu_lora_adapters", "Number of slots", metrics.max_loras)
 
 
 def _latency_metrics(make: _MetricFactory, histograms: RequestHistograms) -> Iterator[Metric]:

@@ -37,6 +37,7 @@ class LoRAInfo:
         num_requests: unfinished requests on any version of it.
         num_loads, load_s: number of loads, and the seconds they took.
         problem: why it cannot be used; None when it can.
+        rank: largest rank of its modules; 0 while nothing holds it in memory.
     """
 
     request: LoRARequest
@@ -50,6 +51,7 @@ class LoRAInfo:
     num_loads: int
     load_s: float
     problem: str | None
+    rank: int = 0
 
     @property
     def name(self) -> str:
@@ -309,6 +311,7 @@ def _info(entry: CacheEntry, resident: Set[AdapterIdentity], num_requests: Mappi
         num_loads=entry.num_loads,
         load_s=entry.load_s,
         problem=entry.problem,
+        rank=version.report.max_rank if version is not None else 0,
     )
 
 

@@ -15,8 +15,9 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from mmlora.errors import ConfigError
 from mmlora.server.api import build_app
-from mmlora.server.args import LoRAModule
+from mmlora.server.args import LoRAModule, ServerArgs
 from mmlora.server.launch import load_served_models
 from tests.server.conftest import (
     RunningServer,
@@ -167,6 +168,72 @@ def test_adapters_have_separate_series_that_end_when_unloaded(
     assert {dict(labels).get("adapter") for _, labels in scrape(server)} == {"audio", "audio2", None}
 
 
+def loaded(found: Scrape) -> dict[str, tuple[str, str, str]]:
+    """Return level, pinned and rank of each loaded adapter."""
+    labels = [dict(labels) for (name, labels), value in found.items() if name == "lora_adapter_loaded" and value == 1]
+    assert len({entry["adapter_name"] for entry in labels}) == len(labels)
+    return {entry["adapter_name"]: (entry["level"], entry["pinned"], entry["rank"]) for entry in labels}
+
+
+def counts(found: Scrape) -> list[float | None]:
+    names = ("num_gpu_loaded_lora_adapters", "num_cpu_loaded_lora_adapters", "max_gpu_lora_adapters")
+    return [found(name) for name in names]
+
+
+def test_where_adapters_are_loaded(start_server: ServerFactory, adapters: dict[str, str], wav: bytes) -> None:
+    """As the Kubernetes inference gateway expects it: one series per adapter that is loaded, with its place."""
+    modules = LoRAModule("vision", adapters["vision"]), LoRAModule("words", adapters["words"])
+    server = start_server(*modules, default_mm_loras={"audio": adapters["speech"]}, max_cpu_loras=2)
+    ranks = {name: str(adapter.report.max_rank) for name, adapter in cached_adapters(server).items()}
+    found = scrape(server)
+    assert loaded(found) == {name: ("cpu", "false", ranks[name]) for name in ("audio", "vision", "words")}
+    assert counts(found) == [0, 3, 2] and all(int(rank) > 0 for rank in ranks.values())
+    server.ask(input_audio_part(wav))
+    server.ask(QUESTION, model="words")
+    server.ask(QUESTION, lora=[{"name": "vision", "scale": 0.5}])  # a mix needs a slot but is not an adapter
+    found = scrape(server)
+    levels = {name: level for name, (level, _, _) in loaded(found).items()}
+    assert levels["vision"] == "cpu" and list(levels.values()).count("gpu") == 1 == counts(found)[0]
+    asyncio.run(server.llm.pin_lora("words"))
+    found = scrape(server)
+    assert loaded(found)["words"] == ("gpu", "true", ranks["words"])
+    asyncio.run(server.llm.add_lora("third", adapters["speech"]))  # evicts the adapter that is not pinned
+    found = scrape(server)
+    assert set(loaded(found)) == {"audio", "words", "third"} and counts(found)[1] == 3
+    asyncio.run(server.llm.remove_lora("third"))
+    assert set(loaded(scrape(server))) == {"audio", "words"}
+
+
+def cached_adapters(server: RunningServer) -> dict[str, Any]:
+    assert server.llm.host_cache is not None
+    cached = {entry.name: entry.adapter for entry in server.llm.host_cache.entries}
+    return cached | {key: adapter for key, (_, adapter) in server.llm.input_processor._defaults.items()}
+
+
+def test_a_server_without_adapters_reports_no_slots(start_server: ServerFactory) -> None:
+    found = scrape(start_server(enable_lora=False))
+    assert loaded(found) == {} and counts(found) == [0, 0, 0]
+
+
+def test_the_prefix_renames_all_metrics(server: RunningServer) -> None:
+    with run_app(build_app(server.llm, load_served_models(server.llm), metrics_prefix="vllm")) as address:
+        page = httpx.get(f"{address}/metrics").text
+    names = {sample.name for family in text_string_to_metric_families(page) for sample in family.samples}
+    own = {name for name, _ in scrape(server)}
+    assert {name.removeprefix("vllm:") for name in names} >= own - {"http_requests_total"}
+    assert all(name.startswith("vllm:") for name in names) and "mmlora" not in page
+    blocks = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+    (info,) = [sample.labels for sample in blocks if sample.name == "vllm:cache_config_info"]
+    metrics = server.llm.metrics
+    assert (info["block_size"], info["num_gpu_blocks"]) == (str(metrics.block_size), str(metrics.num_kv_blocks))
+
+
+@pytest.mark.parametrize("prefix", ["", "1a", "a:b", "a b", "ä", "a-b"])
+def test_a_prefix_that_is_no_metric_name_is_refused(prefix: str) -> None:
+    with pytest.raises(ConfigError, match="metrics_prefix"):
+        ServerArgs(metrics_prefix=prefix)
+
+
 def test_a_scrape_does_not_wait_for_the_running_step(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scrape returns while the engine is blocked in a step."""
     runner, may_go = server.llm.engine.runner, threading.Event()
@@ -299,7 +366,7 @@ def test_the_dashboard_queries_exactly_the_exported_metrics(server: RunningServe
     assert len(queries) > 10 and asked <= exported, asked - exported
     shown = {re.sub(r"_(bucket|sum|count)$", "", name) for name in asked}
     hidden = {re.sub(r"_(bucket|sum|count)$", "", name) for name in exported} - shown
-    assert hidden <= {"mmlora:lora_requests_info"}, "every metric has a panel"
+    assert hidden <= {"mmlora:lora_requests_info", "mmlora:cache_config_info"}, "every metric has a panel"
     assert [variable["type"] for variable in dashboard["templating"]["list"]][0] == "datasource"
     sources = {target["datasource"]["uid"] for panel in dashboard["panels"] for target in panel.get("targets", ())}
     assert sources == {"${datasource}"}
