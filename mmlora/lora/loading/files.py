@@ -36,16 +36,18 @@ class AdapterFiles:
         config: the parsed `adapter_config.json`.
         tensors: by the keys of the file.
         path: the directory it was read from; None for an adapter from memory.
+        given_path: the path or Hub id that was asked for, which may be relative.
     """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor]
     path: Path | None = None
+    given_path: str | None = None
 
     @property
     def origin(self) -> str:
-        """Directory or `memory`, for messages."""
-        return "memory" if self.path is None else str(self.path)
+        """Where it is from, for messages: the path as it was given, so that clients learn nothing of the server."""
+        return self.given_path or ("memory" if self.path is None else str(self.path))
 
 
 def files_from_memory(config: object, tensors: object) -> AdapterFiles:
@@ -74,8 +76,12 @@ def files_from_memory(config: object, tensors: object) -> AdapterFiles:
     return AdapterFiles(content, {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()})
 
 
-def read_adapter(directory: Path) -> AdapterFiles:
+def read_adapter(directory: Path, given_path: str | None = None) -> AdapterFiles:
     """Read both files of an adapter directory.
+
+    Args:
+        directory: see `resolve_adapter_path`.
+        given_path: what it was resolved from, named in errors; by default the directory.
 
     Raises:
         AdapterNotFound: a file is missing.
@@ -83,14 +89,15 @@ def read_adapter(directory: Path) -> AdapterFiles:
             be read.
         AdapterError: the tensors are truncated or corrupt.
     """
-    config = _read_config(directory / CONFIG_FILE)
+    shown = given_path or str(directory)
+    config = _read_config(directory / CONFIG_FILE, shown)
     try:
-        return AdapterFiles(config, read_tensors(directory), directory)
+        return AdapterFiles(config, _read_tensors(directory, shown), directory, given_path)
     except AdapterError:
         reason = method_refusal(config)
         if reason is None:
             raise
-        raise AdapterMismatch(f"{directory}: {CONFIG_FILE}: {reason}") from None
+        raise AdapterMismatch(f"{shown}: {CONFIG_FILE}: {reason}") from None
 
 
 def method_refusal(config: Mapping[str, Any]) -> str | None:
@@ -105,8 +112,12 @@ def method_refusal(config: Mapping[str, Any]) -> str | None:
     return f"peft_type {shorten(method, str if is_name else repr)} is not supported; allowed: {METHOD}{hint}"
 
 
-def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
+def _read_tensors(directory: Path, shown: str) -> dict[str, torch.Tensor]:
     """Read all tensors of an adapter into memory, without a memory map, so that later changes of the file are not seen.
+
+    Args:
+        directory: of the adapter.
+        shown: the directory in errors.
 
     Raises:
         AdapterNotFound: there is no safetensors file.
@@ -116,7 +127,7 @@ def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         pickled = sorted(file.name for file in directory.glob("adapter_model*") if file.name != WEIGHTS_FILE)
         found = f"; {', '.join(pickled)} cannot be used: only safetensors is read" if pickled else ""
-        raise AdapterNotFound(f"no {WEIGHTS_FILE} in {directory}{found}")
+        raise AdapterNotFound(f"no {WEIGHTS_FILE} in {shown}{found}")
     content = b""
     try:
         content = path.read_bytes()
@@ -124,7 +135,14 @@ def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
         _check_keys(content)
         return tensors
     except (SafetensorError, OSError, ValueError, KeyError, MemoryError) as error:
-        raise AdapterError(f"{path} ({len(content)} bytes) is not a valid safetensors file: {error}") from None
+        raise AdapterError(
+            f"{WEIGHTS_FILE} in {shown} ({len(content)} bytes) is not a valid safetensors file: {reason_of(error)}"
+        ) from None
+
+
+def reason_of(error: Exception) -> str:
+    """Return the text of an error without the file name that the operating system adds."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def resolve_adapter_path(path: str | Path) -> Path:
@@ -135,7 +153,7 @@ def resolve_adapter_path(path: str | Path) -> Path:
             either with `@revision`; only the adapter's two files are downloaded.
 
     Raises:
-        AdapterNotFound: neither exists; the message names what was tried.
+        AdapterNotFound: neither exists; the message names the path as it was given, never what it was resolved to.
         ResolverError: the download cannot be written to disk.
     """
     try:
@@ -143,24 +161,24 @@ def resolve_adapter_path(path: str | Path) -> Path:
         if directory.is_dir():
             return directory.resolve()
         exists = directory.exists()
-        unversioned = Path(str(directory).rpartition("@")[0])
-        has_revision = "@" in str(path) and unversioned.is_dir()
+        has_revision = "@" in str(path) and Path(str(directory).rpartition("@")[0]).is_dir()
     except (RuntimeError, OSError, ValueError) as error:
-        raise AdapterNotFound(f"adapter path {str(path)!r} cannot be used: {error}") from None
+        raise AdapterNotFound(f"adapter path {str(path)!r} cannot be used: {reason_of(error)}") from None
     if exists:
         raise AdapterNotFound(f"adapter path {str(path)!r} is a file; it must be a PEFT directory or a Hub id")
     if has_revision:
+        unversioned = str(path).rpartition("@")[0]
         raise AdapterNotFound(f"adapter path {str(path)!r}: {unversioned} is a directory, which has no revisions")
     match = _HUB_PATH.fullmatch(str(path))
     if match is None:
         raise AdapterNotFound(
-            f"adapter path {str(path)!r} is neither a directory (tried {directory.absolute()}) nor a Hub id; allowed "
-            "are a directory, org/repo and org/repo/subfolder, the last two also with @revision"
+            f"adapter path {str(path)!r} is neither a directory nor a Hub id; allowed are a directory, org/repo and "
+            "org/repo/subfolder, the last two also with @revision"
         )
-    return _download(match, directory.absolute())
+    return _download(match)
 
 
-def _download(match: re.Match[str], tried: Path) -> Path:
+def _download(match: re.Match[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     folder = match["folder"].strip("/")
@@ -170,25 +188,28 @@ def _download(match: re.Match[str], tried: Path) -> Path:
     except Exception as error:  # huggingface_hub has no common base class: HTTP, validation, cache, connection
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             raise ResolverError(f"adapter {match[0]!r} cannot be downloaded: {error.strerror}") from error
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise AdapterNotFound(f"adapter {match[0]!r}: no directory {tried}, and not on the Hub ({reason})") from error
+        reason = f"{type(error).__name__}: {reason_of(error)}".splitlines()[0]
+        raise AdapterNotFound(
+            f"adapter {match[0]!r}: no directory of this name, and not on the Hub ({reason})"
+        ) from error
     directory = Path(snapshot) / folder
     if not directory.is_dir():
         raise AdapterNotFound(f"adapter {match[0]!r}: {match['repo']} on the Hub has no adapter in {folder!r}")
     return directory
 
 
-def _read_config(path: Path) -> Mapping[str, Any]:
+def _read_config(path: Path, shown: str | None = None) -> Mapping[str, Any]:
+    shown = shown or str(path.parent)
     if not path.is_file():
-        raise AdapterNotFound(f"no {CONFIG_FILE} in {path.parent}; a PEFT directory has one")
+        raise AdapterNotFound(f"no {CONFIG_FILE} in {shown}; a PEFT directory has one")
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ValueError(f"it has {path.stat().st_size} bytes; the limit is {MAX_CONFIG_BYTES}")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise AdapterMismatch(f"{path} cannot be read as JSON: {error}") from None
+        raise AdapterMismatch(f"{CONFIG_FILE} in {shown} cannot be read as JSON: {reason_of(error)}") from None
     if not isinstance(content, dict):
-        raise AdapterMismatch(f"{path} contains a {type(content).__name__}; it must be a JSON object")
+        raise AdapterMismatch(f"{CONFIG_FILE} in {shown} contains a {type(content).__name__}; it must be a JSON object")
     return content
 
 

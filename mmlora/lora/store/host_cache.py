@@ -20,7 +20,7 @@ from weakref import WeakSet, WeakValueDictionary, ref
 
 from mmlora.errors import AdapterError, AdapterNotFound
 from mmlora.lora.adapter import Adapter
-from mmlora.lora.loading.files import AdapterFiles, read_adapter, resolve_adapter_path
+from mmlora.lora.loading.files import AdapterFiles, read_adapter, reason_of, resolve_adapter_path
 from mmlora.lora.request import MEMORY, LoRARequest
 from mmlora.lora.store.registry import AdapterRecord, AdapterRegistry
 
@@ -116,11 +116,11 @@ class CacheEntry:
             try:
                 adapter = load_adapter(files or self._read(source, is_reload), self.name)
             except (OSError, MemoryError, RuntimeError) as error:  # disk failures, or no memory for the matrices
-                reason = str(error) or type(error).__name__
+                reason = reason_of(error) or type(error).__name__
                 raise AdapterError(f"adapter {self.name!r} could not be loaded: {reason}") from error
             if not is_reload and self.digest not in (None, adapter.digest):
                 raise AdapterError(
-                    f"adapter {self.name!r}: the files in {adapter.path} changed since it was loaded (digest "
+                    f"adapter {self.name!r}: the files in {source.lora_path} changed since it was loaded (digest "
                     f"{str(self.digest)[:12]}, now {adapter.digest[:12]}); load_inplace=True or reload_lora accepts "
                     "the new files"
                 )
@@ -144,8 +144,8 @@ class CacheEntry:
                 "and config loads it"
             )
         if not is_reload and self.directory is not None and self.directory.is_dir():
-            return read_adapter(self.directory)
-        return read_adapter(resolve_adapter_path(source.lora_path))
+            return read_adapter(self.directory, source.lora_path)
+        return read_adapter(resolve_adapter_path(source.lora_path), source.lora_path)
 
 
 class HostCache:

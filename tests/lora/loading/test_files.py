@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from mmlora.errors import AdapterError, AdapterMismatch, AdapterNotFound
-from mmlora.lora.loading.files import files_from_memory, read_adapter, resolve_adapter_path
+from mmlora.lora.loading.files import files_from_memory, read_adapter, reason_of, resolve_adapter_path
 
 COMMIT = "0123456789012345678901234567890123456789"
 
@@ -61,7 +62,7 @@ def test_hub_paths(hub: Any, tmp_path: Path, path: str, revision: str | None, fo
 
 
 def test_missing_hub_adapters_are_named(hub: Any) -> None:
-    with pytest.raises(AdapterNotFound, match=r"no directory .*org/other, and not on the Hub .*is offline"):
+    with pytest.raises(AdapterNotFound, match=r"'org/other': no directory .*, and not on the Hub .*is offline"):
         resolve_adapter_path("org/other")
     with pytest.raises(AdapterNotFound, match="org/many on the Hub has no adapter in 'nothing'"):
         resolve_adapter_path("org/many/nothing")
@@ -225,6 +226,61 @@ def test_an_adapter_from_memory_is_a_copy_with_pefts_own_configuration(adapter: 
     tensors[key].zero_()
     assert torch.equal(files.tensors[key], before) and (files.path, files.origin) == (None, "memory")
     assert files.config["target_modules"] == ["down_proj", "q_proj"] and files.config["peft_type"] == "LORA"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "rel",
+        "./rel",
+        "sub/../rel",
+        "rel@v1",
+        "link",
+        "~/rel",
+        "nowhere/at/all/deep",
+        "../nowhere",
+        "rel/a.txt",
+        "x" * 300,
+    ],
+    ids=lambda path: path[:20],
+)
+def test_errors_name_the_path_as_it_was_given(
+    hub: Any, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: Path
+) -> None:
+    """Clients that load adapters must not learn the working or home directory of the server."""
+    home = tmp_path / "secret-place"
+    for folder in ("rel", "sub"):
+        (home / folder).mkdir(parents=True)
+    (home / "rel/a.txt").write_text("x")
+    (home / "link").symlink_to(home / "rel")
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("HOME", str(home))
+    messages = []
+    changes: list[Any] = [
+        lambda: None,
+        lambda: shutil.copytree(adapter, home / "rel", dirs_exist_ok=True),
+        lambda: (home / "rel/adapter_model.safetensors").write_bytes(b"x"),
+        lambda: (home / "rel/adapter_model.safetensors").unlink(),
+        lambda: (home / "rel/adapter_config.json").write_text('{"peft_type": "VERA"}'),
+        lambda: (home / "rel/adapter_config.json").write_text("[]"),
+        lambda: (home / "rel/adapter_config.json").write_text("["),
+    ]
+    for change in changes:
+        change()
+        try:
+            files = read_adapter(resolve_adapter_path(path), path)
+            assert files.origin == path
+        except AdapterError as error:
+            messages.append(str(error))
+    assert len(messages) >= 6 and all(path[:9] in message for message in messages)
+    assert not any("secret" in message for message in messages)
+
+
+def test_reasons_of_the_operating_system_have_no_file_name(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as missing:
+        (tmp_path / "a").read_bytes()
+    assert reason_of(missing.value) == "No such file or directory" and str(tmp_path) in str(missing.value)
+    assert reason_of(ValueError("x")) == "x" and reason_of(OSError("only text")) == "only text"
 
 
 @pytest.mark.parametrize(

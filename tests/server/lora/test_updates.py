@@ -299,3 +299,23 @@ def test_client_loaded_adapters_are_restored_after_a_restart(
                 assert chat(running, "started").status_code == chat(running, "sql").status_code == 200
         finally:
             llm.shutdown()
+
+
+@pytest.mark.parametrize(
+    "path", ["missing/at/all/x", "./empty", "broken", "other", "~/broken", "org/nothing", "broken@v"]
+)
+def test_errors_do_not_tell_where_the_server_runs(
+    server: RunningServer, adapters: dict[str, str], path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "secret-place"
+    for folder in ("empty", "broken", "other"):
+        (home / folder).mkdir(parents=True)
+    (home / "broken/adapter_config.json").write_text("[")
+    shutil.copytree(adapters["words"], home / "other", dirs_exist_ok=True)
+    (home / "other/adapter_config.json").write_text('{"peft_type": "VERA"}')
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("HOME", str(home))
+    answer = load(server, lora_name="a", lora_path=path)
+    assert answer.status_code in (400, 404), answer.text
+    message = answer.json()["error"]["message"]
+    assert path.removeprefix("./") in message and "secret" not in message and str(Path.cwd().parent) not in message
