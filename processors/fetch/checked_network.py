@@ -13,6 +13,7 @@ from typing import Any, Final
 import httpcore
 
 from mmlora.errors import ConfigError, MediaError
+from mmlora.utils.text import shorten
 
 MAX_TRIED: Final = 4  # addresses of one host
 
@@ -78,7 +79,7 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
             found = []
         addresses = list(dict.fromkeys(ip_address(entry[4][0]) for entry in found))
         if not addresses:
-            raise MediaError(f"the host {host!r} of a media URL cannot be found")
+            raise MediaError(f"the host {shorten(host)} of a media URL cannot be found")
         if not all(is_public(address) or is_within(address, self._networks) for address in addresses):
             raise _refusal(host)
         return addresses
@@ -127,6 +128,6 @@ def _is_own_machine(stream: httpcore.AsyncNetworkStream) -> bool:
 def _refusal(host: str) -> MediaError:
     """Name the host but not its addresses, so that clients cannot explore the internal network."""
     return MediaError(
-        f"the host {host!r} of a media URL has an address that is not allowed; allowed are public addresses and those "
-        "of --allowed-media-networks"
+        f"the host {shorten(host)} of a media URL has an address that is not allowed; allowed are public addresses and "
+        "those of --allowed-media-networks"
     )

@@ -8,7 +8,7 @@ import ssl
 import threading
 from collections.abc import AsyncIterator, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import cached_property
 from typing import Final
 
@@ -109,18 +109,21 @@ class HTTPSource:
             raise MediaError(f"media URL of {len(url)} characters; the limit is {MAX_HTTP_URL_CHARS}")
         try:
             target = httpx.URL(url)
+            host, *others = _spellings(target)
+        except UnicodeError:
+            raise MediaError("malformed media URL: it has characters that a URL cannot have") from None
         except (httpx.InvalidURL, ValueError) as error:
-            raise MediaError(f"malformed media URL: {error}") from None
+            raise MediaError(f"malformed media URL: {shorten(error, str, 160)}") from None
         if target.userinfo:
-            raise MediaError(f"media URL for the host {target.host!r} contains a user name or password; remove it")
-        if target.scheme not in ("http", "https") or not target.host:
+            raise MediaError(f"media URL for the host {shorten(host)} contains a user name or password; remove it")
+        if target.scheme not in ("http", "https") or not host:
             raise MediaError(f"media URL {shown} leads to {shorten(url)}; it must be an http(s) URL")
         if target.port is not None and target.port not in (*WEB_PORTS, *FREE_PORTS):
             allowed = f"{', '.join(map(str, WEB_PORTS))} and {FREE_PORTS[0]} to {FREE_PORTS[-1]}"
             raise MediaError(f"media URL with port {target.port}; allowed are {allowed}")
-        if not self._is_allowed(_plain(target.raw_host.decode("ascii")), _plain(target.host)):
+        if not self._is_allowed(_plain(host), *map(_plain, others)):
             allowed = ", ".join(self._domains or ()) or "none"
-            raise MediaError(f"media URL with host {target.host!r}; --allowed-media-domains allows {allowed}")
+            raise MediaError(f"media URL with host {shorten(host)}; --allowed-media-domains allows {allowed}")
         return target
 
     def _is_allowed(self, *hosts: str) -> bool:
@@ -187,6 +190,18 @@ def _fetch_loop() -> asyncio.AbstractEventLoop:
             threading.Thread(target=loop.run_forever, name="mmlora-fetch", daemon=True).start()
             _loops.append(loop)
         return _loops[0]
+
+
+def _spellings(target: httpx.URL) -> list[str]:
+    """Return the host of a URL: as DNS knows it, and in Unicode if it is an international name.
+
+    Raises:
+        UnicodeError: it contains characters that no host may contain.
+    """
+    spellings = [target.raw_host.decode("ascii")]
+    with suppress(UnicodeError):  # not valid IDNA 2008, as the names with emojis that DNS has
+        spellings.append(target.host)
+    return spellings
 
 
 def _plain(host: str) -> str:

@@ -103,6 +103,18 @@ def test_dns_rebinding_after_the_check_has_no_effect(names, png):
     assert peers == ["127.0.0.1"]
 
 
+@pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent"])
+def test_a_host_that_is_rebound_between_two_redirects_is_refused(names, png, status):
+    names.addresses["rebind.example"] = [["127.0.0.1"], ["127.0.0.1"], ["127.0.0.2"]]
+    routes = {"/secret": http_response(png)}
+    with run_web_server(routes) as web:
+        routes["/1"] = http_response(b"", "Location: /2", status=status)
+        routes["/2"] = http_response(b"", f"Location: {web.url('/secret', 'rebind.example')}", status=status)
+        message, _ = refuse(web.url("/1", "rebind.example"))
+    assert "'rebind.example'" in message and "not allowed" in message and "127.0.0" not in message
+    assert web.paths == ["/1", "/2"] and len(names.lookups) == 3  # one lookup for each connection
+
+
 def test_the_next_address_is_tried_if_one_refuses(names, png):
     names.addresses["two.example"] = [["127.0.0.3", "127.0.0.1"]]
     with run_web_server({"/a": http_response(png)}, host="127.0.0.1") as web:
@@ -176,6 +188,37 @@ def test_bad_urls_are_refused_by_name(url, named):
     with pytest.raises(MediaError, match=named) as refusal:
         load(url)
     assert "secret" not in str(refusal.value) and len(str(refusal.value)) < 400
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        "xn--", "XN--", "xn--.example", "a.xn--a", "xn--a-.example", "xn--\x80", "xn--" + "a" * 60,
+        "xn--zckzah..example", "a..example", ".example", "-", "%41.example", "[fe80::1%25eth0]", "[fe80::1%25eth0]ä",
+        "ä" * 300, "\udc80",
+    ],
+    ids=lambda host: ascii(host[:20]),
+)  # fmt: skip
+def test_a_malformed_host_is_refused(names, scheme, host):
+    for url in (f"{scheme}://{host}/a.png", f"{scheme}://{host}:8080/"):
+        message, _ = refuse(url)
+        assert "cannot be found" in message or "malformed" in message or "not allowed" in message, message
+        assert len(message) < 300
+        with run_web_server({"/": redirect(url.encode("utf-8", "replace").decode("latin-1"))}) as web:
+            refuse(web.url("/"))
+
+
+@pytest.mark.parametrize("host", ["xn--ls8h.example", "xn--a.example", "xn--a-.example", "a_b.example", "xn--"])
+def test_a_host_that_dns_knows_is_fetched_though_idna_does_not_allow_it(names, monkeypatch, png, tmp_path, host):
+    names.addresses[host] = [["127.0.0.1"]]
+    server_tls, trusting = _certificate("media.example", tmp_path)
+    monkeypatch.setattr(httpcore, "default_ssl_context", lambda: trusting)
+    with run_web_server({"/": http_response(png)}) as web:
+        assert load(web.url("/", host)).modality == "image"
+        assert load(web.url("/", host), domains=[host]).modality == "image"
+    with run_web_server({"/": http_response(png)}, server_tls) as web:
+        assert "CERTIFICATE_VERIFY_FAILED" in refuse(web.url("/", host, "https"))[0]
 
 
 def test_only_allowed_hosts_are_fetched(names, png):
