@@ -67,6 +67,20 @@ class AdapterMismatch(AdapterError):
     """The adapter does not fit the model: unknown modules, wrong shapes, unsupported options."""
 
 
+class RegistryError(AdapterError):
+    """The file of the adapter registry cannot be read or written; nothing has changed.
+
+    Attributes:
+        reason: the message without the path of the file, which clients must not see.
+        is_temporary: whether a later attempt may succeed: the file is locked, or its disk is full.
+    """
+
+    def __init__(self, message: str, reason: str, *, is_temporary: bool) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.is_temporary = is_temporary
+
+
 class ResolverError(MMLoRAError):
     """Resolvers failed to look up an adapter name: unreachable, too slow, or broken."""
 

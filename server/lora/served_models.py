@@ -7,10 +7,10 @@
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, TypeGuard
+from typing import Any, Final, TypeGuard
 from weakref import WeakValueDictionary
 
 from mmlora.errors import AdapterError, AdapterNotFound, RequestError
@@ -22,6 +22,9 @@ from mmlora.server.errors import Refusal
 from mmlora.utils.text import is_finite_number, shorten
 
 logger = logging.getLogger(__name__)
+
+MAX_NAMES: Final = 8  # in one message: there may be thousands of adapters
+MAX_NAME_CHARS: Final = 40
 
 ModelCard = dict[str, Any]
 LoRAField = str | list[dict[str, Any]] | None
@@ -148,26 +151,31 @@ class ServedModels:
             taken = self._adapters.get(adapter.name)
             may_replace = replace and taken is not None and taken.default_for is None
             if self.is_base(adapter.name) or (taken is not None and not may_replace):
-                raise RequestError(f"the name {shorten(adapter.name)} is taken; served models are {self._list_names()}")
+                raise RequestError(f"the name {shorten(adapter.name)} is taken; {self._list_names()}")
             self._adapters = {**self._adapters, adapter.name: adapter}
 
-    def remove_adapter(self, name: str) -> ServedAdapter:
-        """Stop serving an adapter and return it. The caller removes it from the engine.
+    def find_removable(self, name: str) -> ServedAdapter:
+        """Return a served adapter that may be removed.
 
         Raises:
             RequestError: it is a default, which cannot be unloaded.
             AdapterNotFound: there is no adapter of this name.
         """
+        adapter = self._adapters.get(name)
+        if adapter is None:
+            raise AdapterNotFound(f"the adapter {shorten(name)} does not exist; {self._list_names()}")
+        if adapter.default_for is not None:
+            raise RequestError(f"the adapter {name!r} is the default for {adapter.default_for} and cannot be unloaded")
+        return adapter
+
+    def remove_adapter(self, name: str) -> ServedAdapter:
+        """Stop serving an adapter and return it. The caller removes it from the engine.
+
+        Raises:
+            RequestError, AdapterNotFound: see `find_removable`.
+        """
         with self._lock:
-            adapter = self._adapters.get(name)
-            if adapter is None:
-                raise AdapterNotFound(
-                    f"the adapter {shorten(name)} does not exist; served models are {self._list_names()}"
-                )
-            if adapter.default_for is not None:
-                raise RequestError(
-                    f"the adapter {name!r} is the default for {adapter.default_for} and cannot be unloaded"
-                )
+            adapter = self.find_removable(name)
             self._adapters = {other: self._adapters[other] for other in self._adapters if other != name}
             return adapter
 
@@ -206,7 +214,7 @@ class ServedModels:
         if self._names_adapter(model):
             named = adapters.get(model)
             if named is None:
-                message = f"the model {shorten(model)} does not exist; served models are {self._list_names()}"
+                message = f"the model {shorten(model)} does not exist; {self._list_names()}"
                 raise Refusal(404, message, param="model", code="model_not_found")
         if lora is None:
             return named.request if named else None
@@ -262,7 +270,7 @@ class ServedModels:
         return model is not None and not self.is_base(model)
 
     def _list_names(self) -> str:
-        return ", ".join(map(repr, self.names))
+        return f"served models are {_list_some(self.names)}"
 
     def _build_adapter_card(self, adapter: ServedAdapter) -> ModelCard:
         request = adapter.request
@@ -300,10 +308,17 @@ class ServedModels:
         }
 
 
+def _list_some(names: Sequence[str]) -> str:
+    """List the first names for a message, and say how many there are beyond."""
+    shown = ", ".join(shorten(name, max_chars=MAX_NAME_CHARS) for name in names[:MAX_NAMES])
+    num_more = len(names) - MAX_NAMES
+    return f"{shown} and {num_more} more (/v1/models lists all)" if num_more > 0 else shown
+
+
 def _served_adapter(adapters: Mapping[str, ServedAdapter], name: str) -> ServedAdapter:
     adapter = adapters.get(name)
     if adapter is None:
-        allowed = ", ".join(map(repr, adapters)) or "none"
+        allowed = _list_some(list(adapters)) or "none"
         message = (
             f"the adapter {shorten(name)} does not exist; served adapters are {allowed}; [] selects the base model"
         )

@@ -2,6 +2,7 @@
 
 import logging
 import secrets
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,7 @@ from pydantic import Field
 from starlette.responses import PlainTextResponse
 
 from mmlora.async_llm import AsyncLLM
-from mmlora.errors import AdapterNotFound, RequestError
+from mmlora.errors import AdapterNotFound, RegistryError, RequestError
 from mmlora.lora.request import MAX_INT_ID, MEMORY, LoRARequest
 from mmlora.lora.store.host_cache import HostCache
 from mmlora.server.bodies import Body, body_schema, parse_body
@@ -92,6 +93,7 @@ class AdapterUpdates:
 
         Raises:
             RequestError: the name is not available, or the adapter cannot be used; nothing has changed.
+            Refusal: 5xx if the adapter registry cannot be written; nothing has changed.
         """
         name = body.lora_name
         if not name.isprintable():
@@ -99,7 +101,7 @@ class AdapterUpdates:
         if body.lora_path.startswith(MEMORY):
             message = f"lora_path is {shorten(body.lora_path)}; it must be a directory or a Hub id"
             raise RequestError(message, "lora_path")
-        await self._llm.change_loras(partial(self._load, body, self._host_cache()))
+        await self._change(partial(self._load, body, self._host_cache()))
         logger.info("adapter %r was loaded from %r", name, body.lora_path)
         return f"Success: LoRA adapter '{name}' added successfully"
 
@@ -111,13 +113,23 @@ class AdapterUpdates:
 
         Raises:
             RequestError: there is no such adapter, or it cannot be unloaded.
+            Refusal: 5xx if the adapter registry cannot be written; nothing has changed.
         """
         if body.lora_name is None and body.lora_int_id is None:
             raise RequestError("lora_name or lora_int_id is required", "lora_name")
         name = body.lora_name if body.lora_name is not None else self._name_of(body.lora_int_id)
-        await self._llm.change_loras(partial(self._unload, name, body.lora_int_id, self._host_cache()))
+        await self._change(partial(self._unload, name, body.lora_int_id, self._host_cache()))
         logger.info("adapter %r was unloaded", name)
         return f"Success: LoRA adapter '{name}' removed successfully"
+
+    async def _change(self, change: Callable[[], None]) -> None:
+        try:
+            await self._llm.change_loras(change)
+        except RegistryError as error:
+            logger.error("%s", error)
+            status, headers = (503, {"retry-after": "1"}) if error.is_temporary else (500, None)
+            message = f"{error.reason}; nothing has changed; the server's log names the file"
+            raise Refusal(status, message, code="registry_error", headers=headers) from error
 
     def _host_cache(self) -> HostCache:
         host_cache = self._llm.host_cache
@@ -173,11 +185,14 @@ class AdapterUpdates:
                     f"the id of {shorten(name)} is {served.request.lora_int_id}"
                 )
                 raise RequestError(message, "lora_int_id")
+            self._models.find_removable(name)
+            with suppress(AdapterNotFound):  # it was removed through the Python API
+                host_cache.unrecord(name)  # first: if the registry cannot be written, nothing has changed
             adapter = self._models.remove_adapter(name)  # before the host cache, so that no new request selects it
             try:
-                with suppress(AdapterNotFound):  # it was removed through the Python API
+                with suppress(AdapterNotFound):
                     host_cache.remove(name)
-            except RequestError:  # the registry is not writable
+            except RequestError:
                 self._models.add_adapter(adapter)
                 raise
 

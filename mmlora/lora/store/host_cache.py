@@ -306,6 +306,15 @@ class HostCache:
             self._record_pin(entry, False)
             self._set_pinned(entry, False)
 
+    def unrecord(self, lora: str | int) -> None:
+        """Remove an adapter from the registry, so that the next start does not load it; it stays in the cache.
+
+        Raises:
+            AdapterError: it is unknown, or the registry cannot be written.
+        """
+        with self._locked_entry(lora) as entry:
+            self._unrecord(entry)
+
     def remove(self, lora: str | int) -> None:
         """Remove an adapter. Running requests keep it; new ones are refused until `forget_drained`.
 
@@ -313,8 +322,7 @@ class HostCache:
             AdapterError: it is unknown, or the registry cannot be written.
         """
         with self._locked_entry(lora) as entry:
-            if self._registry is not None and entry.is_recorded:
-                self._registry.remove(entry.name)
+            self._unrecord(entry)
             with self._lock:
                 self.draining[entry.name] = entry.uid
                 self._forget(entry)
@@ -514,6 +522,11 @@ class HostCache:
         self._registry.save(
             AdapterRecord(entry.name, entry.request.lora_int_id, path, source.base_model_name, digest, entry.is_pinned)
         )
+
+    def _unrecord(self, entry: CacheEntry) -> None:
+        if self._registry is not None and entry.is_recorded:
+            self._registry.remove(entry.name)
+            entry.is_added = False
 
     def _record_pin(self, entry: CacheEntry, is_pinned: bool) -> None:
         if self._registry is not None and entry.is_recorded:

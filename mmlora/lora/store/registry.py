@@ -7,12 +7,13 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Final
 
-from mmlora.errors import AdapterError, ConfigError
+from mmlora.errors import AdapterError, ConfigError, RegistryError
 from mmlora.lora.request import LoRARequest
 
 APPLICATION_ID: Final = 0x6D6D6C6F  # "mmlo" in the file header
 SCHEMA_VERSION: Final = 1
-BUSY_TIMEOUT_S: Final = 30.0  # maximum wait for the lock of another writer
+BUSY_TIMEOUT_S: Final = 5.0  # maximum wait for the lock of another writer, which needs milliseconds
+TEMPORARY: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL)
 
 _CREATE = """
 CREATE TABLE IF NOT EXISTS adapters (
@@ -50,16 +51,16 @@ class AdapterRegistry:
     """Records of adapters in a file that several threads and processes may share; each change is one transaction.
 
     Args:
-        path: of the file, created if missing.
+        path: of the file, created if missing, but not again if it is deleted later.
 
     Raises:
         ConfigError: the file cannot be opened, is damaged, or belongs to another program or version.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._path = Path(path).expanduser()
+        self._path = Path(path).expanduser().absolute()  # the process may change its directory
         try:
-            with self._transaction("opened") as connection:
+            with self._transaction("opened", mode="rwc") as connection:
                 self._check_or_create(connection)
             self.records()
         except AdapterError as error:
@@ -69,7 +70,8 @@ class AdapterRegistry:
         """Return all records, oldest first.
 
         Raises:
-            AdapterError: the file cannot be read, or a record has invalid values.
+            RegistryError: the file cannot be read.
+            AdapterError: a record has invalid values.
         """
         with self._transaction("read") as connection:
             rows = connection.execute(f"SELECT {_COLUMNS} FROM adapters ORDER BY rowid").fetchall()
@@ -85,7 +87,7 @@ class AdapterRegistry:
         """Insert or update the record of a name. An existing pin is kept, because another process may have set it.
 
         Raises:
-            AdapterError: the file cannot be written.
+            RegistryError: the file cannot be written.
         """
         with self._transaction("written") as connection:
             connection.execute(
@@ -99,7 +101,7 @@ class AdapterRegistry:
         """Update whether an adapter is pinned, if it has a record.
 
         Raises:
-            AdapterError: the file cannot be written.
+            RegistryError: the file cannot be written.
         """
         with self._transaction("written") as connection:
             connection.execute("UPDATE adapters SET is_pinned = ? WHERE name = ?", (is_pinned, name))
@@ -108,7 +110,7 @@ class AdapterRegistry:
         """Delete the record of a name if there is one.
 
         Raises:
-            AdapterError: the file cannot be written.
+            RegistryError: the file cannot be written.
         """
         with self._transaction("written") as connection:
             connection.execute("DELETE FROM adapters WHERE name = ?", (name,))
@@ -128,19 +130,32 @@ class AdapterRegistry:
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     @contextmanager
-    def _transaction(self, done: str) -> Iterator[sqlite3.Connection]:
+    def _transaction(self, done: str, mode: str = "rw") -> Iterator[sqlite3.Connection]:
         """Open a connection for one transaction, so that any thread may use it, and take the write lock at once.
 
         Args:
             done: participle for error messages, such as "read" in "cannot be read".
+            mode: of SQLite: `rw`, or `rwc` to create a missing file.
 
         Raises:
-            AdapterError: SQLite fails.
+            RegistryError: SQLite fails.
         """
         try:
-            with closing(sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None)) as connection:
+            with closing(self._connect(mode)) as connection:
                 connection.execute("BEGIN IMMEDIATE")
                 yield connection
                 connection.execute("COMMIT")  # closing without a commit rolls back
-        except (sqlite3.Error, ValueError) as error:  # such as a name or path that is not UTF-8
-            raise AdapterError(f"the adapter registry {self._path} cannot be {done}: {error}") from error
+        except (sqlite3.Error, ValueError) as error:  # ValueError: such as a name or path that is not UTF-8
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the upper bits, which are details
+            problem = f"cannot be {done}: {error}"
+            raise RegistryError(
+                f"the adapter registry {self._path} {problem}",
+                f"the adapter registry {problem}",
+                is_temporary=code in TEMPORARY,
+            ) from error
+
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        if "\0" in str(self._path):
+            raise ValueError("its path contains a null character")  # where SQLite would end it
+        uri = f"{self._path.as_uri()}?mode={mode}"
+        return sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mmlora.errors import AdapterError, ConfigError
+from mmlora.errors import AdapterError, ConfigError, RegistryError
+from mmlora.lora.store import registry as registry_module
 from mmlora.lora.store.registry import AdapterRecord, AdapterRegistry
 
 RECORD = AdapterRecord("sql", 7, "/adapters/sql", None, "d1", False)
@@ -116,3 +117,44 @@ def test_a_file_damaged_later_is_an_adapter_error(file: Path) -> None:
         registry.save(RECORD)
     with pytest.raises(AdapterError, match="cannot be read"):
         registry.records()
+
+
+def test_a_deleted_file_is_an_error_and_is_not_created_again(file: Path) -> None:
+    registry = AdapterRegistry(file)
+    file.unlink()
+    for change in (lambda: registry.save(RECORD), lambda: registry.remove("sql"), registry.records):
+        with pytest.raises(RegistryError, match=str(file)) as failed:
+            change()
+        assert not failed.value.is_temporary and str(file.parent) not in failed.value.reason
+    assert not file.exists()
+
+
+def test_a_locked_file_is_a_temporary_error_after_a_while(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = AdapterRegistry(file)
+    monkeypatch.setattr(registry_module, "BUSY_TIMEOUT_S", 0.2)
+    with closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(RegistryError, match="locked") as failed:
+            registry.save(RECORD)
+        assert failed.value.is_temporary and str(file.parent) not in failed.value.reason
+        with pytest.raises(ConfigError, match=f"lora_registry='{file}' cannot be used: database is locked"):
+            AdapterRegistry(file)
+    registry.save(RECORD)
+    assert registry.records() == [RECORD]
+
+
+def test_a_relative_path_is_that_of_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    registry = AdapterRegistry("a registry?#%41.sqlite")
+    monkeypatch.chdir("/")
+    registry.save(RECORD)
+    assert [path.name for path in tmp_path.iterdir()] == ["a registry?#%41.sqlite"]
+
+
+@pytest.mark.parametrize("name", [":memory:", "a\0b", "caf\udce9"], ids=ascii)
+def test_special_names_are_files_or_errors(tmp_path: Path, name: str) -> None:
+    try:
+        AdapterRegistry(tmp_path / name).save(RECORD)
+    except ConfigError as error:
+        assert "\0" in name and "lora_registry=" in str(error)
+    assert [path.name for path in tmp_path.iterdir()] == ([] if "\0" in name else [name])

@@ -21,11 +21,12 @@ import pytest
 
 from mmlora.async_llm import AsyncLLM
 from mmlora.config import EngineArgs
-from mmlora.errors import AdapterNotFound, ConfigError, RequestError
+from mmlora.errors import AdapterNotFound, ConfigError, MMLoRAError, RequestError
 from mmlora.lora.adapter import AdapterReport
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.resolver import LoRAResolver, LoRAResolverRegistry, derive_lora_id, resolver_loop
 from mmlora.server.api import build_app
+from mmlora.server.errors import Refusal
 from mmlora.server.launch import load_served_models
 from mmlora.server.lora.resolved import start_resolution
 from mmlora.server.lora.served_models import ServedAdapter, ServedModels
@@ -332,6 +333,25 @@ def test_names_are_added_and_removed() -> None:
         models.remove_adapter("sql")
     with pytest.raises(RequestError, match="'audio' is the default for audio and cannot be unloaded"):
         models.remove_adapter("audio")
+
+
+def test_messages_list_only_the_first_of_many_names() -> None:
+    adapters = [served(f"{index}-{'x' * 250}") for index in range(2000)]
+    models = ServedModels("base", "root", 10, adapters)
+    for refused in (
+        lambda: models.select_adapter("y" * 300, None),
+        lambda: models.select_adapter(None, "y" * 300),
+        lambda: models.remove_adapter("y" * 300),
+        lambda: models.add_adapter(adapters[7]),
+        lambda: models.model_card("y" * 300),
+    ):
+        with pytest.raises(MMLoRAError) as error:
+            refused()
+        assert len(str(error.value)) < 600, str(error.value)
+    with pytest.raises(Refusal, match=r"'0-x.*, '6-x.* and 1993 more \(/v1/models lists all\)$"):
+        models.select_adapter("y", None)
+    with pytest.raises(Refusal, match=r"'7-x.* and 1992 more \(/v1/models lists all\); \[\] selects the base model$"):
+        models.select_adapter(None, "y")
 
 
 def test_names_are_thread_safe() -> None:

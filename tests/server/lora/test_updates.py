@@ -22,7 +22,7 @@ from mmlora.errors import AdapterError
 from mmlora.server.api import build_app
 from mmlora.server.args import LoRAModule
 from mmlora.server.launch import load_served_models
-from tests.server.conftest import RunningServer, post_json, run_app, text_part
+from tests.server.conftest import RunningServer, input_audio_part, post_json, run_app, text_part
 from tests.server.lora.admin import (
     BASE_NAMES,
     card,
@@ -195,6 +195,20 @@ def test_a_refused_unload_gives_a_reason(
 def test_an_invalid_body_is_400(server: RunningServer, content: bytes) -> None:
     for route in ("load", "unload"):
         error_of(post_json(f"{server.address}/v1/{route}_lora_adapter", content), 400)
+
+
+def test_a_default_stays_when_another_name_of_its_files_is_unloaded(
+    server: RunningServer, adapters: dict[str, str], wav: bytes
+) -> None:
+    def adapter_of_audio() -> Any:
+        return server.ask(input_audio_part(wav), text_part("x"))["lora"]
+
+    before = adapter_of_audio()
+    assert before["reason"] == "default:audio"
+    assert load(server, lora_name="copy", lora_path=adapters["speech"]).status_code == 200
+    assert unload(server, lora_name="copy").status_code == 200
+    assert adapter_of_audio() == before
+    assert chat(server, "copy").status_code == 404 and chat(server, "audio").status_code == 200
 
 
 def test_a_large_body_is_refused(server: RunningServer) -> None:
