@@ -106,8 +106,8 @@ class LLM(LoRAMethods):
         """Generate the next message of one conversation, or of each in a list.
 
         Args:
-            messages: OpenAI-style, with parts `text`, `image_url`, `input_audio`, `audio_url`, `image` (PIL)
-                and `audio` (`(array, rate)`).
+            messages: OpenAI-style, with parts `text`, `image_url`, `input_audio`, `audio_url`, `image` and `audio` (a
+                URL, a path, base64, a PIL image or `(array, rate)`).
             sampling_params, use_tqdm, lora_request, priority: as in `generate`.
             chat_template: used instead of the model's template.
             add_generation_prompt: whether the prompt ends with the start of an assistant message; by default it does,

@@ -12,6 +12,8 @@ from mmlora.processors.media.items import MediaItem, MediaLimits
 
 ContentForm = Literal["url", "base64", "object"]
 
+_ANY_MEDIA: Final = ("url", "path", "base64")  # fields of transformers' parts
+
 
 @dataclass(frozen=True)
 class Modality:
@@ -25,7 +27,7 @@ class Modality:
         decode: decodes encoded bytes within limits.
         receive: receives a decoded item from another process, see `MediaItem.receive`.
         convert: converts an object for which `accepts` is true, within limits.
-        part_types: types of content parts in chat messages, each with the form of its content.
+        part_types: types of content parts in chat messages, each with the fields that may have its content.
         processor_part: the attribute of a `transformers` processor that prepares its items.
         config_name: the attribute of a model's configuration that holds the tower's.
         features_method: the method of a `transformers` model that encodes its items.
@@ -39,7 +41,7 @@ class Modality:
     decode: Callable[[bytes, MediaLimits], MediaItem]
     receive: Callable[[Mapping[str, Any], Callable[[int], bytearray], MediaLimits], MediaItem]
     convert: Callable[[Any, MediaLimits], MediaItem]
-    part_types: Mapping[str, ContentForm]
+    part_types: Mapping[str, tuple[str, ...]]
     processor_part: str
     config_name: str
     features_method: str
@@ -54,7 +56,11 @@ AUDIO: Final = Modality(
     decode=audio.decode_audio,
     receive=audio.AudioItem.receive,
     convert=audio.audio_from_pair,
-    part_types={"audio": "object", "audio_url": "url", "input_audio": "base64"},
+    part_types={
+        "audio": ("audio", "audio_url", *_ANY_MEDIA),
+        "audio_url": ("audio_url",),
+        "input_audio": ("input_audio",),
+    },
     processor_part="feature_extractor",
     config_name="audio_config",
     features_method="get_audio_features",
@@ -68,7 +74,12 @@ IMAGE: Final = Modality(
     decode=image.decode_image,
     receive=image.ImageItem.receive,
     convert=image.image_from_object,
-    part_types={"image": "object", "image_url": "url"},
+    part_types={
+        "image": ("image", "image_url", *_ANY_MEDIA),
+        "image_url": ("image_url",),
+        "input_image": ("image_url",),
+        "image_pil": ("image_pil",),
+    },
     processor_part="image_processor",
     config_name="vision_config",
     features_method="get_image_features",

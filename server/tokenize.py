@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 
 from mmlora.async_llm import AsyncLLM
 from mmlora.errors import RequestError
+from mmlora.inputs.content_parts import type_of
 from mmlora.processors.modalities import PART_MODALITIES
 from mmlora.server.bodies import Body, FirstOnly, UTF8JSONResponse, body_schema, parse_body
 from mmlora.server.http.admission import read_body
@@ -155,7 +156,7 @@ class TokenService:
 def _check_text_only(message: Mapping[str, Any], name: str) -> None:
     content = message.get("content")
     for part in content if isinstance(content, list) else ():
-        kind = part.get("type") if isinstance(part, Mapping) else None
+        kind = type_of(part) if isinstance(part, Mapping) else None
         if isinstance(kind, str) and kind in PART_MODALITIES:
             text = (
                 f"{name}.content has a part of type {kind!r}; /tokenize takes text only "

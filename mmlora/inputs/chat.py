@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from mmlora.errors import RequestError
-from mmlora.inputs.chat_template import ChatTemplate, Message, Part, Tools, Turn
-from mmlora.processors.media.loader import MediaReference, PromptMedia, why_unsupported
-from mmlora.processors.modalities import PART_MODALITIES
-from mmlora.utils.text import shorten
+from mmlora.inputs.chat_template import ChatTemplate, Message, Tools, Turn
+from mmlora.inputs.content_parts import read_part
+from mmlora.processors.media.loader import PromptMedia
+from mmlora.utils.text import describe_type, shorten
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 ROLE: Final = re.compile(r"[\w.-]{1,64}")  # templates write roles between control tokens
 UNSUPPORTED_FIELDS: Final = ("audio", "function_call")  # of messages: they stand for content that is not in the prompt
-PART_TYPES: Final = ("text", *PART_MODALITIES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +51,11 @@ def read_messages(messages: Sequence[Message], *, is_strict: bool = False) -> li
     """Validate messages and split their content into parts.
 
     Args:
-        messages: each with `role` and `content`, which is a string or a list of parts: `text`, `image_url`,
-            `input_audio`, `audio_url`, and from Python `image` (PIL) and `audio` (`(array, rate)`); a media part may
-            have a `uuid`. Assistant messages may have `tool_calls`.
-        is_strict: require content, and refuse fields and roles that a template would misread. Other fields, and roles
-            that OpenAI does not have, go to the template.
+        messages: each with `role` and `content`, which is a string or a list of parts: `text`, and `image_url`,
+            `input_audio`, `audio_url`, `image`, `audio` and so on (see `docs/engine.md`); a media part may have a
+            `uuid`. Assistant messages may have `tool_calls`.
+        is_strict: require content, and refuse Python objects as media, and fields and roles that a template would
+            misread. Other fields, and roles that OpenAI does not have, go to the template.
 
     Raises:
         RequestError: a message is malformed.
@@ -78,7 +77,7 @@ def check_tools(tools: Any) -> None:
         RequestError: naming the first malformed tool.
     """
     if not isinstance(tools, Sequence) or isinstance(tools, str):
-        raise RequestError(f"tools is a {type(tools).__name__}; it must be a list of tools")
+        raise RequestError(f"tools is {describe_type(tools)}; it must be a list of tools")
     for index, tool in enumerate(tools):
         function = tool.get("function") if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -89,7 +88,8 @@ def _read_message(message: Any, name: str, is_strict: bool) -> Turn:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         if is_strict and isinstance(message, Mapping):
             raise _unknown_role(message.get("role"), name)
-        raise RequestError(f"a message must be a mapping with a 'role' and 'content', got {shorten(message)}")
+        received = "an object without a role" if isinstance(message, Mapping) else describe_type(message)
+        raise RequestError(f"{name} is {received}; it must be an object with a 'role' and 'content'")
     if is_strict:
         _check_strictly(message, name)
     content = message.get("content")
@@ -97,8 +97,8 @@ def _read_message(message: Any, name: str, is_strict: bool) -> Turn:
     if content is None or isinstance(content, str):
         return message, [content or ""]
     if not isinstance(content, Sequence):
-        raise RequestError(f"content is a {type(content).__name__}; it must be text or a list of parts")
-    return message, [_read_part(part) for part in content]
+        raise RequestError(f"{name}.content is {describe_type(content)}; it must be text or a list of parts")
+    return message, [read_part(part, allows_objects=not is_strict) for part in content]
 
 
 def _check_strictly(message: Message, name: str) -> None:
@@ -133,8 +133,7 @@ def _with_parsed_calls(message: Message, name: str) -> Message:
     if calls in (None, []):
         return message
     if not isinstance(calls, Sequence) or isinstance(calls, str):
-        kind = type(calls).__name__
-        raise RequestError(f"{name}.tool_calls is a {kind}; it must be a list of calls")
+        raise RequestError(f"{name}.tool_calls is {describe_type(calls)}; it must be a list of calls")
     return {**message, "tool_calls": [_parse_call(call, f"{name}.tool_calls[{i}]") for i, call in enumerate(calls)]}
 
 
@@ -151,38 +150,3 @@ def _parse_call(call: Any, name: str) -> dict[str, Any]:
         shown = shorten(function["arguments"])
         raise RequestError(f"{name}.function.arguments is {shown}; it must be a JSON object, as text")
     return {**call, "type": "function", "function": {**function, "arguments": arguments}}
-
-
-def _read_part(part: Any) -> Part:
-    if isinstance(part, str):
-        return part
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind not in PART_TYPES:
-        reason = why_unsupported(str(kind)) or f"allowed: {', '.join(PART_TYPES)}"
-        raise RequestError(f"content part of type {kind!r}; {reason}")
-    value, uuid = part.get(kind), part.get("uuid")
-    if value is None and (kind == "text" or uuid is None):
-        raise RequestError(f"content part of type {kind!r} lacks its {kind!r} field")
-    if kind != "text":
-        return _reference(str(kind), value, uuid)
-    if not isinstance(value, str):
-        found = type(value).__name__
-        raise RequestError(f"content part of type 'text' has a {found}; it must be a string")
-    return value
-
-
-def _reference(kind: str, value: Any, uuid: Any) -> MediaReference:
-    """Return the reference of a media part; without a value it refers to the cached item with the uuid."""
-    modality, form = PART_MODALITIES[kind].name, PART_MODALITIES[kind].part_types[kind]
-    if value is None or form == "object":
-        return MediaReference(modality, value, "object", uuid)
-    if form == "base64":
-        return MediaReference(modality, _string_field(value, kind, "data"), form, uuid)
-    return MediaReference(modality, value if isinstance(value, str) else _string_field(value, kind, "url"), form, uuid)
-
-
-def _string_field(value: Any, kind: str, name: str) -> str:
-    found = value.get(name) if isinstance(value, Mapping) else None
-    if not isinstance(found, str):
-        raise RequestError(f"content part of type {kind!r} needs {kind}.{name} as a string")
-    return found

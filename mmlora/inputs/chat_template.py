@@ -8,12 +8,11 @@ from typing import Any, Final
 from jinja2 import TemplateError
 
 from mmlora.errors import ConfigError, RequestError
-from mmlora.processors.media.loader import MediaReference
+from mmlora.inputs.content_parts import Part
 from mmlora.utils.text import shorten
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
-Part = str | MediaReference
 Turn = tuple[Message, list[Part]]  # a message, and the parts of its content
 
 MAX_REASON_CHARS: Final = 400

@@ -35,7 +35,7 @@ from mmlora.sampling_params import SamplingParams
 from mmlora.structured_outputs import ConstraintCompiler, Matcher
 from mmlora.towers.base import PromptLayout, Towers
 from mmlora.towers.encoder import encoder_key
-from mmlora.utils.text import shorten
+from mmlora.utils.text import describe_type, shorten
 
 PROMPT_KEYS: Final = ("prompt", "prompt_token_ids", "multi_modal_data", "mm_processor_kwargs", "cache_salt")
 MAX_SALT_CHARS: Final = 1024  # the engine thread hashes it, and caches keep it
@@ -275,7 +275,7 @@ class InputProcessor:
         if isinstance(data, PromptMedia):
             return data.load()
         if not isinstance(data, Mapping):
-            raise RequestError(f"multi_modal_data is a {type(data).__name__}; it must map modalities to items")
+            raise RequestError(f"multi_modal_data is {describe_type(data)}; it must map modalities to items")
         allowed = sorted(self.processor.modalities) if self.processor is not None else []
         contents = {str(modality): found for modality, found in data.items()}
         unknown = sorted(modality for modality in contents if modality not in allowed)
@@ -439,7 +439,7 @@ def _prompt_fields(prompt: str | Sequence[int] | Mapping[str, Any]) -> Mapping[s
         _check_types(prompt)
         return prompt
     if not isinstance(prompt, Sequence):
-        raise RequestError(f"prompt is a {type(prompt).__name__}; it must be text, token ids or a mapping")
+        raise RequestError(f"prompt is {describe_type(prompt)}; it must be text, token ids or a mapping")
     fields = {"prompt_token_ids": prompt}
     _check_types(fields)
     return fields
@@ -476,7 +476,7 @@ def encode_text(
 def _check_types(fields: Mapping[str, Any]) -> None:
     text, ids = fields.get("prompt"), fields.get("prompt_token_ids")
     if text is not None and not isinstance(text, str):
-        raise RequestError(f"'prompt' is a {type(text).__name__}; it must be text")
+        raise RequestError(f"'prompt' is {describe_type(text)}; it must be text")
     is_ids = isinstance(ids, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
     if ids is not None and not is_ids:
         raise RequestError("'prompt_token_ids' must be a list of integers")
@@ -485,7 +485,7 @@ def _check_types(fields: Mapping[str, Any]) -> None:
 
 def _check_options(options: object, salt: object) -> None:
     if options is not None and not isinstance(options, Mapping):
-        message = f"mm_processor_kwargs is a {type(options).__name__}; it must be a mapping"
+        message = f"mm_processor_kwargs is {describe_type(options)}; it must be a mapping"
         raise RequestError(message, "mm_processor_kwargs")
     if salt is not None and not (isinstance(salt, str) and salt):
         raise RequestError(f"cache_salt={shorten(salt)} must be non-empty text", "cache_salt")

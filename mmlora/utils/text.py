@@ -1,8 +1,17 @@
 """Plain values as text: shortened for error messages, escaped for a terminal, sizes in binary units."""
 
 import math
-from collections.abc import Callable
-from typing import Any, TypeGuard
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeGuard
+
+_JSON_TYPES: Final[dict[type | tuple[type, ...], str]] = {
+    type(None): "null",
+    bool: "a boolean",
+    (int, float): "a number",
+    str: "a string",
+    (list, tuple): "a list",
+    Mapping: "an object",
+}
 
 
 def is_finite_number(value: object) -> TypeGuard[int | float]:
@@ -13,6 +22,14 @@ def is_finite_number(value: object) -> TypeGuard[int | float]:
         return math.isfinite(value)
     except OverflowError:  # an integer beyond the range of floats
         return False
+
+
+def describe_type(value: object) -> str:
+    """Name the type of a value as JSON does, such as `an object`; other types have their Python name."""
+    for types, name in _JSON_TYPES.items():
+        if isinstance(value, types):
+            return name
+    return f"a {type(value).__name__}"
 
 
 def shorten(value: Any, show: Callable[[Any], str] = repr, max_chars: int = 80) -> str:

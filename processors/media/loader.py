@@ -24,7 +24,7 @@ from mmlora.processors.media.items import (
 )
 from mmlora.processors.media.worker_pool import DecodeBudget, WorkerPool
 from mmlora.processors.modalities import AUDIO, MODALITIES, ContentForm, Modality
-from mmlora.utils.text import shorten
+from mmlora.utils.text import describe_type, shorten
 
 if TYPE_CHECKING:
     from mmlora.processors.fetch.http_source import HTTPSource
@@ -174,7 +174,7 @@ class MediaLoader:
             MediaError: it is not allowed, cannot be read, is too large, or its content is unusable.
         """
         if not isinstance(url, str):
-            raise MediaError(f"a media URL must be a string, got a {type(url).__name__}")
+            raise MediaError(f"a media URL must be a string, got {describe_type(url)}")
         scheme = _scheme_of(url)
         if scheme in HTTP_SCHEMES:
             return self.load_url_content(url, self.http.read([url]).result()[url], expected, budget)
@@ -404,7 +404,7 @@ def load_data_url(
         MediaError: another scheme, malformed, too large, or unusable content.
     """
     if not isinstance(url, str):
-        raise MediaError(f"a media URL must be a string, got a {type(url).__name__}")
+        raise MediaError(f"a media URL must be a string, got {describe_type(url)}")
     scheme, colon, _ = url[:_MAX_SCHEME_CHARS].partition(":")
     if not colon or scheme.lower() != "data":
         named = f"scheme {scheme.lower()!r}" if colon else "no scheme"
@@ -435,7 +435,7 @@ def load_base64(
         MediaError: not base64, too large, or unusable content.
     """
     if not isinstance(data, str | bytes):
-        raise MediaError(f"base64 media must be a string, got a {type(data).__name__}")
+        raise MediaError(f"base64 media must be a string, got {describe_type(data)}")
     try:
         text = data.decode("ascii") if isinstance(data, bytes) else data
         _check_base64_size(text, 0, limits)

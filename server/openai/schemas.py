@@ -3,6 +3,7 @@
 They only describe. The protocol modules and `mmlora.inputs` check requests; the output modules build responses.
 """
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, Field, WithJsonSchema
@@ -39,12 +40,27 @@ def _content(parts: list[JsonSchema], min_items: int) -> WithJsonSchema:
     return WithJsonSchema({"anyOf": [json_schema(str), part_list]})
 
 
-CONTENT_FORMS: Final = {"url": MediaURL, "base64": EncodedMedia}  # Python objects cannot be sent
+def _media_part(part_type: str, fields: Iterable[str]) -> JsonSchema:
+    """Describe a part whose media are in one of the fields, or are the cached item of its uuid."""
+    properties = {"type": {"const": part_type}, **{field: MEDIA_FIELDS[field] for field in fields}, "uuid": UUID}
+    return {"type": "object", "properties": properties, "required": ["type"]}
+
+
+_URL: Final = json_schema(str | MediaURL)
+_ANY_FORM: Final = {"type": "string", "description": "data:, http:, https: or file: URL, absolute path, or base64"}
+UUID: Final = {"type": "string", "description": "the client's name for the item in the media cache"}
+MEDIA_FIELDS: Final = {
+    "image_url": _URL,
+    "audio_url": _URL,
+    "input_audio": json_schema(EncodedMedia),
+    **dict.fromkeys(("image", "audio", "url", "path"), _ANY_FORM),
+    "base64": json_schema(str),
+}
 CHAT_PARTS: Final = [_part("text", str)] + [
-    _part(part_type, CONTENT_FORMS[form])
+    _media_part(part_type, fields)
     for modality in MODALITIES.values()
-    for part_type, form in modality.part_types.items()
-    if form in CONTENT_FORMS
+    for part_type, fields in modality.part_types.items()
+    if all(field in MEDIA_FIELDS for field in fields)  # Python objects cannot be sent
 ]
 INPUT_PARTS: Final = [
     _part("input_text", str, "text"),
@@ -57,7 +73,10 @@ INPUT_PARTS: Final = [
 class Message(BaseModel):
     """Message of a chat."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: str = Field(
+        pattern=r"^[\w.-]{1,64}$",
+        description="system, developer, user, assistant, tool, or another role of the chat template",
+    )
     content: Annotated[Any, _content(CHAT_PARTS, 0)] | None = None
 
 

@@ -178,20 +178,58 @@ def test_template_arguments_reach_the_template():
     [
         ([], "at least one message"),
         ("hi", "must be a list"),
-        (["hi"], "must be a mapping"),
+        (["hi"], r"messages\[0\] is a string; it must be an object"),
         ([{"content": "hi"}], "'role' and 'content'"),
-        ([{"role": "user", "content": 5}], "content is a int"),
+        ([{"role": "user", "content": 5}], r"messages\[0\].content is a number; it must be text or a list of parts"),
         ([{"role": "user", "content": [{"type": "video_url"}]}], "'video_url'; videos are not supported"),
-        ([{"role": "user", "content": [5]}], "content part of type None"),
+        ([{"role": "user", "content": [5]}], "content part is a number; it must be"),
         ([{"role": "user", "content": [{"type": "text"}]}], "lacks its 'text' field"),
-        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "'text' has a int"),
-        ([{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}], "needs input_audio.data"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 5}}]}], "needs image_url.url"),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "'text' has a number; it must be a string"),
+        (
+            [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}],
+            "has null as 'data'; it must be an object with",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 5}}]}],
+            "has a number as 'url'; it must be a string, or an object",
+        ),
     ],
 )
 def test_a_malformed_message_is_refused_by_name(messages, message):
     with pytest.raises(RequestError, match=message):
         render_chat(messages)
+
+
+SHOWS_PARTS = (
+    "{% for m in messages %}{% for p in m['content'] %}[{% for k in p %}{{ k }}={{ p[k] }} {% endfor %}]"
+    "{% if p['type'] != 'text' %}<|{{ p['type'] }}|>{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+def test_the_template_sees_one_form_of_media_whatever_is_sent(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "a.wav").write_bytes(wav())
+    media = MediaLoader(local_path=str(tmp_path))
+    contents = {"image": [IMAGE, tmp_path / "a.png", png()], "audio": [AUDIO, f"{tmp_path}/a.wav", wav()]}
+    for kind, (sample, path, data) in contents.items():
+        url = url_of(data, "x/y")
+        parts = [{"type": kind, kind: content} for content in (sample, path, data, url)]
+        parts += [{"type": kind, "url": url}, {"type": f"{kind}_url", f"{kind}_url": {"url": url, "detail": "low"}}]
+        parts += [{"image_pil": IMAGE}] if kind == "image" else []
+        for part in parts:
+            prompt = render([part, "x"], chat_template=SHOWS_PARTS, media=media)
+            assert prompt["prompt"] == f"[type={kind} ]<|{kind}|>[type=text text=x ]"
+            assert [len(items) for items in prompt["multi_modal_data"].values()] == [1]
+
+
+@pytest.mark.parametrize("path", ["/etc/hostname", "/proc/self/cwd/a.png"])
+def test_files_are_read_in_python_only_where_they_are_allowed(path, tmp_path):
+    for field, value in (("image", path), ("path", path), ("url", f"file://{path}")):
+        part = {"type": "image", field: value}
+        with pytest.raises(MediaError, match="file: URLs are not allowed; --allowed-local-media-path"):
+            render([part])
+        with pytest.raises(MediaError, match="leads to no regular file under"):
+            render([part], media=MediaLoader(local_path=str(tmp_path)))
 
 
 def test_content_of_the_other_modality_is_refused():

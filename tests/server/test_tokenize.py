@@ -133,9 +133,15 @@ def test_media_are_refused_by_name(server: RunningServer, wav: bytes, png: bytes
         url_part("image_url", png, "image/png"),
         url_part("audio_url", wav, "audio/wav"),
     ):
-        messages = [CHAT[0], {"role": "user", "content": [text_part("hi"), part]}]
-        error = error_of(post(server, "tokenize", messages=messages), 400)
-        assert error["param"] == "messages"
+        untyped = {name: value for name, value in part.items() if name != "type"}
+        errors = [
+            error_of(
+                post(server, "tokenize", messages=[CHAT[0], {"role": "user", "content": [text_part("hi"), form]}]), 400
+            )
+            for form in (part, untyped)
+        ]
+        error = errors[0]
+        assert error == errors[1] and error["param"] == "messages"
         assert f"messages[1].content has a part of type {part['type']!r}; /tokenize takes text only" in error["message"]
 
 

@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from mmlora.errors import RequestError
+from mmlora.inputs.content_parts import OBJECT_TYPES, has_no_content
+from mmlora.processors.modalities import MODALITIES
 from mmlora.server.bodies import has_no_effect
 from mmlora.server.openai.output import Json
 from mmlora.utils.text import shorten
@@ -17,6 +19,13 @@ PART_FIELDS = {
     "input_audio": ("type", "input_audio", "uuid"),
     "output_text": ("type", "text", "annotations", "logprobs"),
     "refusal": ("type", "refusal"),
+}
+# Parts of chats; `mmlora.inputs.content_parts` checks their content.
+CHAT_PART_FIELDS = {
+    part_type: ("type", *fields, "uuid", "detail", "format")
+    for modality in MODALITIES.values()
+    for part_type, fields in modality.part_types.items()
+    if part_type not in (*PART_FIELDS, *OBJECT_TYPES)
 }
 
 
@@ -104,17 +113,21 @@ def _part(part: Any, place: str) -> Json:
     if not isinstance(part, dict):
         raise _must_be(place, part, "an object")
     kind = part.get("type")
+    if isinstance(kind, str) and kind in CHAT_PART_FIELDS:
+        _check_fields(part, CHAT_PART_FIELDS[kind], place)
+        return part
     if not isinstance(kind, str) or kind not in PART_FIELDS:
         raise _must_be(f"{place}.type", kind, f"one of {', '.join(PART_FIELDS)}")
     _check_fields(part, PART_FIELDS[kind], place)
+    media = part.get("image_url" if kind == "input_image" else "input_audio")
+    is_cached = part.get("uuid") is not None and has_no_content(media)
     match kind:
-        case "input_image" if part.get("image_url") is None and part.get("uuid") is not None:
-            return {"type": "image_url", "uuid": part["uuid"]}
+        case "input_image" | "input_audio" if is_cached:
+            return {"type": kind, "uuid": part["uuid"]}
         case "input_image":
-            url = _text(part, "image_url", place)
+            url = part.get("image_url")
+            url = _text(url, "url", f"{place}.image_url") if isinstance(url, dict) else _text(part, "image_url", place)
             return {"type": "image_url", "image_url": {"url": url}, "uuid": part.get("uuid")}
-        case "input_audio" if part.get("input_audio") is None and part.get("uuid") is not None:
-            return {"type": "input_audio", "uuid": part["uuid"]}
         case "input_audio":
             audio = part.get("input_audio")
             if not isinstance(audio, dict):

@@ -45,6 +45,7 @@ class ResponsesService(GenerationService):
             mm_processor_kwargs=fields.mm_processor_kwargs,
             cache_salt=fields.cache_salt,
             caller=caller,
+            is_strict=True,
         )
         request_id = f"resp_{uuid.uuid4().hex}"
         items = OutputItems(parser, self._tool_calling.new_call_id)

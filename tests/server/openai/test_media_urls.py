@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import itertools
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -266,3 +268,97 @@ def test_limits_and_allowed_sources_are_options(
     with pytest.raises(MediaError, match="have 3600 bytes or more when decoded; allowed are 3000"):
         strict.llm.engine.process_input("x", {"prompt": "x", "multi_modal_data": {"image": pictures}})
     assert not web.requests
+
+
+def other_forms(kind: str, data: bytes, path: str) -> list[dict[str, Any]]:
+    """Return the parts that transformers, Qwen, vLLM and the Responses API use for the same content."""
+    encoded, url = base64.b64encode(data).decode(), data_url(data)
+    parts: list[dict[str, Any]] = [
+        {"type": kind, field: form}
+        for field in (kind, "url", "path")
+        for form in (url, encoded, path, f"file://{path}")
+    ]
+    parts += [{"type": kind, "base64": form} for form in (url, encoded)]
+    parts += [{"type": kind, f"{kind}_url": {"url": url}}, {f"{kind}_url": url}, {kind: url}, {kind: path}]
+    parts += [{"type": f"{kind}_url", f"{kind}_url": form} for form in (url, {"url": url, "detail": "low"})]
+    if kind == "image":
+        return [*parts, {"type": "input_image", "image_url": url, "detail": "auto"}]
+    return [*parts, {"type": "input_audio", "input_audio": {"data": encoded, "format": "wav"}}]
+
+
+@pytest.mark.parametrize("kind", ["image", "audio"])
+def test_every_form_of_a_part_is_equivalent(
+    server: RunningServer, folder: Path, png: bytes, wav: bytes, kind: str
+) -> None:
+    data, path = {"image": (png, f"{folder}/a.png"), "audio": (wav, f"{folder}/a.wav")}[kind]
+    question = text_part("what is it?")
+    expected = content_of(server.ask(url_part(f"{kind}_url", data, "x/y"), question))
+    for part in other_forms(kind, data, path):
+        assert content_of(server.ask(part, question)) == expected, part.keys()
+        if str(part.get("type")).startswith("input_") or "type" not in part:
+            continue
+        with server.client as client:
+            content: Any = [{"role": "user", "content": [part, {"type": "input_text", "text": "what is it?"}]}]
+            answer = client.responses.create(model="tiny", input=content, max_output_tokens=4, temperature=0)
+        assert (answer.output_text, answer.usage.input_tokens if answer.usage else 0) == expected
+
+
+def test_an_empty_field_with_a_uuid_refers_to_the_cached_item(server: RunningServer, png: bytes) -> None:
+    first = content_of(server.ask(image_part(data_url(png), uuid="empty")))
+    for content in ({}, None, {"url": None}, {"url": None, "detail": "auto"}):
+        assert content_of(server.ask({"type": "image_url", "image_url": content, "uuid": "empty"})) == first
+        assert content_of(server.ask({"image_url": content, "uuid": "empty"})) == first
+        with server.client as client:
+            part: Any = {"type": "input_image", "image_url": content, "uuid": "empty"}
+            answer = client.responses.create(
+                model="tiny", input=[{"role": "user", "content": [part]}], max_output_tokens=4, temperature=0
+            )
+        assert answer.output_text == first[0]
+    assert content_of(server.ask({"type": "image", "uuid": "empty"})) == first
+
+
+@pytest.mark.parametrize("field", ["image", "url", "path", "image_url"])
+def test_files_elsewhere_are_refused_in_every_field(server: RunningServer, folder: Path, field: str) -> None:
+    for path in ("/etc/passwd", f"{folder}/../a.png", f"{folder}/missing.png", "/proc/self/environ", f"{folder}"):
+        for form in (path, f"file://{path}")[field == "image_url" :]:
+            with pytest.raises(BadRequestError, match="leads to no regular file under --allowed-local-media-path"):
+                server.ask({"type": "image", field: form})
+    for url in ("http://127.0.0.2/a.png", "http://169.254.169.254/", "http://localhost:1/a.png"):
+        with pytest.raises(BadRequestError, match="media URL|host"):
+            server.ask({"type": "image", field: url})
+
+
+def test_a_url_that_is_none_of_the_allowed_ones_is_refused_by_its_scheme(server: RunningServer) -> None:
+    for part in ({"type": "image", "image": "ftp://a/b.png"}, {"type": "image_url", "image_url": "gopher://x"}):
+        with pytest.raises(BadRequestError, match="allowed are data:, http:, https: and file: URLs"):
+            server.ask(part)
+
+
+def test_errors_of_parts_do_not_speak_of_python(server: RunningServer) -> None:
+    """Send the field of every type with values that do not fit, to both endpoints."""
+    values = (None, True, 5, "", "x", "/x", "data:,x", [], [[0.0], 16000], {}, {"url": 5}, {"data": "%"}, {"url": "x"})
+    kinds = (
+        "image",
+        "image_url",
+        "input_image",
+        "audio",
+        "audio_url",
+        "input_audio",
+        "text",
+        "video_url",
+        "image_pil",
+        7,
+    )
+    messages = set()
+    with httpx.Client(base_url=f"{server.address}/v1", timeout=60) as client:
+        for kind, value in itertools.product(kinds, values):
+            part = {"type": kind, "image_url" if kind == "input_image" else str(kind): value}
+            content = [{"role": "user", "content": [part]}]
+            for path, field in (("chat/completions", "messages"), ("responses", "input")):
+                response = client.post(path, json={"model": "tiny", field: content})
+                if response.status_code != 200:
+                    assert response.status_code == 400, response.text
+                    messages.add(response.json()["error"]["message"])
+    assert len(messages) > 60
+    python = re.compile(r"\b(dict|None|NoneType|tuple|PIL|array|bytes,|str|int|bool|float|load_\w+)\b")
+    assert not [text for text in messages if python.search(text)]
