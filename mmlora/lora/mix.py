@@ -1,6 +1,7 @@
 """`LoRAMix`: weighted sum of several adapters on one request, and the virtual adapter built from it."""
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
@@ -90,8 +91,8 @@ def mix_adapters(mix: LoRAMix, adapters: Sequence[Adapter]) -> Adapter:
     names = sorted({name for adapter in adapters for name in adapter.modules})
     modules = {}
     for name in names:
-        found = [(a.modules[name].lora, scale) for a, scale in zip(adapters, scales, strict=True) if name in a.modules]
-        modules[name] = ModuleWeights(_concatenate([(lora, scale) for lora, scale in found if lora is not None]))
+        found = [(a.modules[name], scale) for a, scale in zip(adapters, scales, strict=True) if name in a.modules]
+        modules[name] = _add_up(found)
     # The digest covers contents only, so that clients see the same digest of a mix in every process.
     contents = [[adapter.digest, scale] for adapter, scale in zip(adapters, scales, strict=True)]
     media = [[a.media_digest, scale] for a, scale in zip(adapters, scales, strict=True) if a.media_digest is not None]
@@ -100,7 +101,15 @@ def mix_adapters(mix: LoRAMix, adapters: Sequence[Adapter]) -> Adapter:
         {part: max(adapter.report.parts.get(part, 0) for adapter in adapters) for part in adapters[0].report.parts},
         max_rank=sum(adapter.report.max_rank for adapter in adapters),
     )
-    return Adapter(mix.lora_name, _digest(contents), _digest(media) if media else None, None, modules, report)
+    return Adapter(
+        mix.lora_name,
+        _digest(contents),
+        _digest(media) if media else None,
+        None,
+        modules,
+        report,
+        needs_own_pass=any(adapter.needs_own_pass for adapter in adapters),
+    )
 
 
 def _check_addable(adapter: Adapter) -> None:
@@ -110,22 +119,38 @@ def _check_addable(adapter: Adapter) -> None:
             raise RequestError(f"adapter {adapter.name!r} uses DoRA, whose magnitudes cannot be added up in a mix")
         if lora is not None and lora.lora_B.shape[1] != lora.lora_A.shape[0]:
             raise RequestError(f"adapter {adapter.name!r} adapts {name} by groups, which cannot be added up in a mix")
-        if weights.parameters or weights.parameter_loras or weights.token_rows is not None:
+        if weights.parameters or weights.token_rows is not None:
             raise RequestError(
-                f"adapter {adapter.name!r} replaces or changes parameters of {name}, which cannot be added up in a mix"
+                f"adapter {adapter.name!r} replaces parameters of {name}, which cannot be added up in a mix"
             )
     if adapter.invocation_tokens:
         raise RequestError(f"adapter {adapter.name!r} waits for its invocation tokens and cannot be in a mix")
 
 
+def _add_up(parts: Sequence[tuple[ModuleWeights, float]]) -> ModuleWeights:
+    loras = [(weights.lora, scale) for weights, scale in parts if weights.lora is not None]
+    by_parameter: dict[str, list[tuple[LoRAWeights, float]]] = defaultdict(list)
+    for weights, scale in parts:
+        for name, lora in weights.parameter_loras.items():
+            by_parameter[name].append((lora, scale))
+    return ModuleWeights(
+        _concatenate(loras) if loras else None,
+        parameter_loras={name: _concatenate(found) for name, found in by_parameter.items()},
+    )
+
+
 def _concatenate(parts: Sequence[tuple[LoRAWeights, float]]) -> LoRAWeights:
+    """Concatenate the ranks, those of each expert for a parameter of several matrices."""
+    num_experts = parts[0][0].num_experts
     factors = [scale * lora.scaling for lora, scale in parts]
-    lora_A = torch.cat([lora.lora_A for lora, _ in parts])
-    lora_B = torch.cat([lora.lora_B * factor for (lora, _), factor in zip(parts, factors, strict=True)], dim=1)
+    ranks_A = [lora.lora_A.reshape(num_experts, -1, *lora.lora_A.shape[1:]) for lora, _ in parts]
+    ranks_B = [lora.lora_B.reshape(len(lora.lora_B), -1, num_experts, *lora.lora_B.shape[2:]) for lora, _ in parts]
+    lora_A = torch.cat(ranks_A, dim=1).flatten(0, 1)
+    lora_B = torch.cat([ranks * factor for ranks, factor in zip(ranks_B, factors, strict=True)], dim=1).flatten(1, 2)
     if not torch.isfinite(lora_B).all():
         raise RequestError(f"the scales {[scale for _, scale in parts]} are too large for {lora_B.dtype} matrices")
     biases = [factor * lora.bias for (lora, _), factor in zip(parts, factors, strict=True) if lora.bias is not None]
-    return LoRAWeights(lora_A, lora_B, 1.0, sum(biases[1:], biases[0]) if biases else None)
+    return LoRAWeights(lora_A, lora_B, 1.0, sum(biases[1:], biases[0]) if biases else None, num_experts=num_experts)
 
 
 def _digest(content: object) -> str:

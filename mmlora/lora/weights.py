@@ -17,6 +17,7 @@ class LoRAWeights:
         scaling: `alpha / r`, or `alpha / √r` with rsLoRA.
         bias: bias of lora_B, `[out_features]` (`lora_bias`); `scaling` applies to it, too.
         magnitude: DoRA magnitudes, one value per output feature.
+        num_experts: number of matrices in a parameter `[num_experts, …, …]`; 1 for a single matrix.
     """
 
     lora_A: torch.Tensor
@@ -24,6 +25,7 @@ class LoRAWeights:
     scaling: float
     bias: torch.Tensor | None = None
     magnitude: torch.Tensor | None = None
+    num_experts: int = 1
 
     @property
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

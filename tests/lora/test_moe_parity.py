@@ -22,7 +22,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mmlora import LLM, LoRARequest
+from mmlora import LLM, LoRAMix, LoRARequest
 from mmlora.errors import AdapterMismatch
 from mmlora.lora.adapter import Adapter
 from mmlora.lora.layers.slots import LoRASlots
@@ -528,3 +528,28 @@ def test_the_engine_generates_what_the_changed_model_does(
     with recorded_logits(llm) as logits:
         (output,) = llm.generate([PROMPTS[0]], greedy(prompt_logprobs=0), reloaded, use_tqdm=False)
     check_equal(output, logits[output.request_id], continue_greedily(net, ids), name)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_a_mix_is_the_weighted_sum_of_the_changes(name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Experts, router, attention and fused experts, where one adapter lacks what another has."""
+    family, model = FAMILIES[name], load_reference(checkpoints[name])
+    every = cases(family)
+    chosen = {"rank-pattern": 0.5, "router": -0.7, "one-expert": 1.3, "attention": 0.4}
+    total = copy.deepcopy(model)
+    for seed, (case, scale) in enumerate(chosen.items()):
+        changed = dict(save(tmp_path / case, family, model, every[case], seed).named_parameters())
+        for key, parameter in total.named_parameters():
+            parameter += scale * (changed[key] - model.get_parameter(key))
+    with_peft(tmp_path / "router", model).save_pretrained(tmp_path / "router")  # in the format of transformers 5
+    options: dict[str, Any] = {"enable_lora": True, "max_logprobs": -1, "max_model_len": 128, "device": "cpu"}
+    llm = LLM(str(checkpoints[name]), dtype="float32", max_loras=2, **options)
+    parts = [
+        (LoRARequest(case, 1 + index, str(tmp_path / case)), scale)
+        for index, (case, scale) in enumerate(chosen.items())
+    ]
+    with recorded_logits(llm) as logits:
+        outputs = llm.generate([PROMPTS[0]] * 2, greedy(prompt_logprobs=0), [LoRAMix(parts), None], use_tqdm=False)
+    ids = llm.get_tokenizer()(PROMPTS[0]).input_ids
+    for output, net in zip(outputs, (total, model), strict=True):
+        check_equal(output, logits[output.request_id], continue_greedily(net, ids), name)

@@ -110,9 +110,8 @@ class LoRAWholeModule(LoRALayer):
         lora_A, lora_B = self.on_device(lora.lora_A).float(), self.on_device(lora.lora_B).float()
         if parameter.ndim == 2:
             return (lora.scaling * (lora_B @ lora_A)).to(parameter.dtype)
-        num_experts = parameter.shape[0]
-        by_expert_A = lora_A.view(num_experts, -1, lora_A.shape[-1])  # [num_experts, r, in]
-        by_expert_B = lora_B.view(lora_B.shape[0], -1, num_experts)  # [out, r, num_experts]
+        by_expert_A = lora_A.view(lora.num_experts, -1, lora_A.shape[1])  # [num_experts, r, in]
+        by_expert_B = lora_B.view(lora_B.shape[0], -1, lora.num_experts)  # [out, r, num_experts]
         is_transposed = getattr(self.base, "is_transposed", False)
         pattern = "ore,eri->eio" if is_transposed else "ore,eri->eoi"
         return (lora.scaling * torch.einsum(pattern, by_expert_B, by_expert_A)).to(parameter.dtype)

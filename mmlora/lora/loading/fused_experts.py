@@ -39,7 +39,7 @@ def fuse_experts(pieces: Mapping[Target, LoRAWeights], shape: torch.Size) -> LoR
     if not torch.isfinite(lora_B).all():
         raise AdapterMismatch(f"lora_B of an expert of {target.module} overflows {lora_B.dtype} with its scaling")
     scaling = first.scaling if is_uniform else 1.0
-    return LoRAWeights(lora_A.flatten(0, 1), lora_B.flatten(1), scaling)
+    return LoRAWeights(lora_A.flatten(0, 1), lora_B.flatten(1), scaling, num_experts=num_experts)
 
 
 def _rank_offsets(pieces: Mapping[Target, LoRAWeights]) -> tuple[dict[int, int], int]:

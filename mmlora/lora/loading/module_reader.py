@@ -359,7 +359,7 @@ class ModuleReader:
         rows = rank * num_experts
         what = f"{parameter} {list(base.shape)}"
         self._check_shapes(module, found, rank, what, (rows, in_features), (out_features, rows))
-        return self._cast(module, found, self._config.scaling_of(*names))
+        return replace(self._cast(module, found, self._config.scaling_of(*names)), num_experts=num_experts)
 
     def _token_rows(self, name: str, module: str, key: TensorKey) -> TokenRows:
         rows = self._found(module, {"token_rows": key})["token_rows"]
