@@ -4,6 +4,7 @@
 length) are in `mmlora.engine.loading`.
 """
 
+import logging
 import math
 import os
 import re
@@ -20,6 +21,7 @@ from mmlora.processors.media.items import (
     MediaLimits,
 )
 from mmlora.processors.modalities import MODALITIES
+from mmlora.utils.vllm_options import ignored_line, remove_vllm_options
 
 if TYPE_CHECKING:  # `mmlora --help` needs the options, not torch
     import torch
@@ -42,8 +44,8 @@ POSITIVE_OR_NONE: Final = (
 )
 PRIORITY = "priority"
 SCHEDULING_POLICIES = ("fcfs", PRIORITY)
-# Options that scripts written for vLLM pass, each with the only supported value.
-UNSUPPORTED: Final[Mapping[str, object]] = {"tensor_parallel_size": 1, "trust_remote_code": False, "quantization": None}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -170,26 +172,24 @@ class EngineArgs:
 
     @classmethod
     def from_kwargs(cls, model: str, **options: Any) -> "EngineArgs":
-        """Create options from the keywords of `LLM(...)`, which may include `UNSUPPORTED` ones at their only value.
+        """Create options from the keywords of `LLM(...)`, which may include those of vLLM that change nothing here.
 
         Raises:
             ConfigError: an option is unknown or invalid.
         """
         allowed = {field.name for field in fields(cls)}
-        unknown = sorted(set(options) - allowed - set(UNSUPPORTED))
+        options, ignored, problems = remove_vllm_options(options)
+        unknown = sorted(set(options) - allowed)
         if unknown:
             raise ConfigError(f"unknown option(s) {', '.join(unknown)}; allowed: {', '.join(sorted(allowed))}")
-        problems = [
-            f"{name}={value!r}: {only!r} is the only supported value"
-            for name, only in UNSUPPORTED.items()
-            if (value := options.pop(name, only)) != only
-        ]
         try:
             args = cls(model=model, **options)
         except ConfigError as error:
             raise ConfigError(*problems, *error.problems) from None
         if problems:
             raise ConfigError(*problems)
+        if ignored:
+            logger.warning("%s", ignored_line(ignored))
         return args
 
     @property
@@ -321,7 +321,7 @@ class EngineArgs:
         yield from self._check_media_hosts()
         limits = self.limit_mm_per_prompt if self.limit_mm_per_prompt is not None else {}
         if not isinstance(limits, Mapping) or any(
-            key not in MODALITIES or not _is_int(limit) or limit < 0 for key, limit in limits.items()
+            not _is_int(limit) or limit < 0 or (limit > 0 and key not in MODALITIES) for key, limit in limits.items()
         ):
             yield self._problem("limit_mm_per_prompt", f"must map {' or '.join(MODALITIES)} to a count of 0 or more")
         if self.mm_processor_kwargs is not None and not isinstance(self.mm_processor_kwargs, Mapping):

@@ -151,8 +151,8 @@ def test_options_that_name_adapters_enable_lora_unless_it_is_off(option):
 
 
 def test_an_unknown_option_is_refused_with_the_allowed_ones():
-    with pytest.raises(ConfigError, match=r"unknown option\(s\) max_lora, swap_space; allowed: .*max_loras"):
-        EngineArgs.from_kwargs("m", swap_space=4, max_lora=2)
+    with pytest.raises(ConfigError, match=r"unknown option\(s\) max_lora, no_such; allowed: .*max_loras"):
+        EngineArgs.from_kwargs("m", no_such=4, max_lora=2)
 
 
 @pytest.mark.parametrize(

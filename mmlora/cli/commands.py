@@ -14,11 +14,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, NoReturn
 
-from mmlora.cli.options import DOCTOR_OPTIONS, Flag, flags_of, parse_options
+from mmlora.cli.arguments import normalize
+from mmlora.cli.options import DOCTOR_OPTIONS, Flag, flags_of, json_options, parse_options, vllm_flags
 from mmlora.config import EngineArgs
 from mmlora.errors import AdapterError, ConfigError, MMLoRAError
 from mmlora.server.args import ServerArgs
 from mmlora.utils.text import one_line
+from mmlora.utils.vllm_options import ignored_line
+
+logger = logging.getLogger(__name__)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,8 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0 on success, 1 if an inspected adapter would be refused, 2 if the options, the model or an adapter
         cannot be used, 130 on Ctrl-C.
     """
-    arguments = [_with_dashes(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     parser = _build_parser()
+    try:
+        arguments = normalize(sys.argv[1:] if argv is None else argv, json_options())
+    except ConfigError as error:
+        parser.error(str(error))
     parsed, unknown = parser.parse_known_args(arguments)
     options = vars(parsed)
     command, run = options.pop("command"), options.pop("run")
@@ -62,11 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(unknown: Sequence[str], **arguments: Any) -> int:
-    engine_args, server_args = parse_options(arguments, os.environ, unknown)
+    engine_args, server_args, ignored = parse_options(arguments, os.environ, unknown)
     from mmlora.server.launch import serve
     from mmlora.server.observability.log_format import configure_logging
 
     configure_logging(server_args.log_format, server_args.uvicorn_log_level)
+    if ignored:
+        logger.warning("%s", ignored_line(ignored))
     serve(engine_args, server_args)
     return 0
 
@@ -164,6 +173,7 @@ def _add_serve_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "model", nargs="?", metavar="MODEL", help="directory or Hub id; by default the bundled assistant"
     )
+    command.add_argument("--model", dest="model_option", metavar="MODEL", help="the same as MODEL")
     command.add_argument("--config", metavar="FILE", help="YAML file of options, such as `max-loras: 4`")
     groups: dict[str, list[Flag]] = {title: [] for cls in (ServerArgs, EngineArgs) for title in cls.GROUPS}
     for flag in (*flags_of(EngineArgs), *flags_of(ServerArgs)):
@@ -172,9 +182,5 @@ def _add_serve_options(command: argparse.ArgumentParser) -> None:
         group = command.add_argument_group(title)
         for flag in flags:
             flag.add_to(group)
-
-
-def _with_dashes(argument: str) -> str:
-    """Return `--max-loras` for `--max_loras`, and other arguments and values unchanged."""
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
+    for flag in vllm_flags():
+        flag.add_to(command)

@@ -17,11 +17,13 @@ from typing import Any, Final, Union, get_args, get_origin
 
 import yaml
 
+from mmlora.cli.arguments import parse_int, parse_value
 from mmlora.config import AUTO, EngineArgs
 from mmlora.errors import ConfigError
 from mmlora.server.args import LoRAModule, ServerArgs
 from mmlora.utils.environment import parse_bool
 from mmlora.utils.text import shorten
+from mmlora.utils.vllm_options import SAME_VALUES, SHORT_FLAGS, VLLM_OPTIONS, remove_vllm_options
 
 ENV_PREFIX: Final = "MMLORA_"
 ASSISTANT_NAME: Final = "assistant"
@@ -41,6 +43,7 @@ class Flag:
         metavar: placeholder of the value in `--help`.
         is_list: several values are allowed.
         is_single_allowed: a list of one value becomes that value.
+        short: another spelling on the command line, such as `-tp`.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Flag:
     metavar: str
     is_list: bool = False
     is_single_allowed: bool = False
+    short: str | None = None
 
     @property
     def option(self) -> str:
@@ -67,7 +71,8 @@ class Flag:
         elif self.is_list:
             group.add_argument(self.option, action="append", nargs="+", metavar=self.metavar, help=text)
         else:
-            group.add_argument(self.option, metavar=self.metavar, help=text)
+            names = (self.option,) if self.short is None else (self.short, self.option)
+            group.add_argument(*names, dest=self.name, metavar=self.metavar, help=text)
 
     def may_hold_model(self, argument: Any) -> bool:
         """Return whether a list on the command line may have consumed the MODEL that was meant to follow it."""
@@ -107,17 +112,20 @@ class Flag:
         if value is None or (isinstance(value, list) and not self.is_list):
             raise ValueError(f"{shorten(value)} is not allowed")
         entries = value if isinstance(value, list) else [value]
-        return self._collect([self.parse(entry if isinstance(entry, str) else json.dumps(entry)) for entry in entries])
+        return self._collect([self._parse(entry if isinstance(entry, str) else json.dumps(entry)) for entry in entries])
 
     def _parse_all(self, texts: Sequence[str], source: str, value: object) -> Any:
         """Parse strings; an error names the source and shows its value."""
         try:
             if self.parse is str and self.is_list:
                 texts = [entry for text in texts for entry in _parse_list(text)]
-            return self._collect([self.parse(text) for text in texts])
+            return self._collect([self._parse(text) for text in texts])
         except (ValueError, ConfigError) as error:
             shown = "***" if self.name in SECRETS else shorten(value)
             raise ConfigError(f"{source}={shown}: {error}") from None
+
+    def _parse(self, text: str) -> Any:
+        return text if (self.name, text) in SAME_VALUES else self.parse(text)
 
     def _collect(self, values: list[Any]) -> Any:
         return values[0] if not self.is_list or (self.is_single_allowed and len(values) == 1) else values
@@ -136,15 +144,40 @@ def flags_of(cls: type[EngineArgs] | type[ServerArgs]) -> list[Flag]:
     return flags
 
 
+def vllm_flags() -> list[Flag]:
+    """Return the options of vLLM that are ignored; `--help` does not show them."""
+    return [
+        Flag(
+            name,
+            argparse.SUPPRESS,
+            "",
+            parse_bool if option.is_switch else parse_value,
+            "VALUE",
+            short=SHORT_FLAGS.get(name),
+        )
+        for name, option in VLLM_OPTIONS.items()
+    ]
+
+
+def json_options() -> set[str]:
+    """Return the options whose values may be JSON objects, in the spelling of the command line."""
+    flags = [*flags_of(EngineArgs), *flags_of(ServerArgs), *vllm_flags()]
+    return {flag.option for flag in flags if flag.parse in (_parse_json, _parse_json_or_auto, parse_value)}
+
+
 def parse_options(
     arguments: Mapping[str, Any], environment: Mapping[str, str], unknown: Sequence[str] = ()
-) -> tuple[EngineArgs, ServerArgs]:
+) -> tuple[EngineArgs, ServerArgs, list[str]]:
     """Combine command line, environment and file.
 
     Args:
-        arguments: of the command line by field name, None where absent; `config` is the path of the file.
+        arguments: of the command line by field name, None where absent; `config` is the path of the file, and
+            `model_option` the value of `--model`.
         environment: with the `MMLORA_…` variables.
         unknown: arguments that the parser did not recognize.
+
+    Returns:
+        The options of engine and server, and vLLM's that are ignored, with the reasons.
 
     Raises:
         ConfigError: with every unknown option and every value that cannot be parsed or is not allowed.
@@ -152,15 +185,19 @@ def parse_options(
     server_flags = flags_of(ServerArgs)
     flags = [*flags_of(EngineArgs), *server_flags]
     problems = list(_unknown_arguments(unknown, ["--config", *(flag.option for flag in flags)]))
+    flags += vllm_flags()
     values: dict[str, Any] = {}
     if file := arguments.get("config") or environment.get(f"{ENV_PREFIX}CONFIG"):
         with _collected(problems):
             values, wrong = read_config_file(file, flags)
             problems += wrong
-    model = arguments.get("model") or environment.get(f"{ENV_PREFIX}MODEL")
+    named = [name for name in (arguments.get("model"), arguments.get("model_option")) if name]
+    if len(set(named)) > 1:
+        problems.append(f"--model {named[1]}: another MODEL is given: {named[0]}")
+    model = named[0] if named else environment.get(f"{ENV_PREFIX}MODEL")
     for flag in flags:
         argument = arguments.get(flag.name)
-        if arguments.get("model") is None and flag.may_hold_model(argument):
+        if not named and flag.may_hold_model(argument):
             problems.append(
                 f"{flag.option}: its last value may be meant as MODEL; put MODEL first, or repeat the option"
             )
@@ -169,6 +206,8 @@ def parse_options(
                 values[flag.name] = flag.read_argument(argument)
             elif flag.variable in environment:
                 values[flag.name] = flag.read_variable(environment[flag.variable])
+    values, ignored, refused = remove_vllm_options(values)
+    problems += refused
     if model:
         values["model"] = model
     if "model" not in values:
@@ -182,7 +221,7 @@ def parse_options(
         server_args = ServerArgs(**server_values)
     if problems:
         raise ConfigError(*problems)
-    return engine_args, server_args
+    return engine_args, server_args, ignored
 
 
 def read_config_file(path: str, flags: Sequence[Flag]) -> tuple[dict[str, Any], list[str]]:
@@ -267,7 +306,7 @@ def _flag(name: str, hint: Any, text: str, group: str) -> Flag:
     if bool in kinds:
         return Flag(name, text, group, parse_bool, "")
     if int in kinds:
-        return Flag(name, text, group, _parse_int, "N")
+        return Flag(name, text, group, parse_int, "N")
     if float in kinds:
         return Flag(name, text, group, _parse_float, "SECONDS" if name.endswith("_timeout") else "X")
     return Flag(name, text, group, str, "VALUE")
@@ -290,13 +329,6 @@ def _argument_help(doc: str) -> dict[str, str]:
         return {}
     entries = re.findall(r"^ +(\w+): (.*?)(?=^ +\w+: |\Z)", section[1] + "\n", re.DOTALL | re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in entries}
-
-
-def _parse_int(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError("must be an integer") from None
 
 
 def _parse_float(text: str) -> float:

@@ -153,7 +153,8 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
 
 
 def _check_limits(args: EngineArgs, modalities: frozenset[str]) -> None:
-    unknown = sorted(set(args.limit_mm_per_prompt or ()) - modalities)
+    limits = args.limit_mm_per_prompt or {}
+    unknown = sorted({name for name, limit in limits.items() if limit > 0} - modalities)
     if unknown:
         takes = ", ".join(sorted(modalities)) or "text only"
         raise ConfigError(f"limit_mm_per_prompt names {', '.join(unknown)}; the model takes {takes}")

@@ -16,7 +16,7 @@ from tests.server.conftest import run_app
 
 @pytest.fixture(scope="session")
 def client() -> Iterator[OpenAI]:
-    engine_args, server_args = parse_options({}, {})
+    engine_args, server_args, _ = parse_options({}, {})
     llm = AsyncLLM(engine_args)
     try:
         with (

@@ -141,9 +141,9 @@ def test_other_values_are_refused(value: Any, reason: str) -> None:
 
 def test_auto_on_the_command_line_and_in_the_environment(capsys: pytest.CaptureFixture[str]) -> None:
     options = {"model": "m", "enable_lora": True}
-    engine, _ = parse_options(options, {"MMLORA_DEFAULT_MM_LORAS": "auto"})
+    engine, *_ = parse_options(options, {"MMLORA_DEFAULT_MM_LORAS": "auto"})
     assert engine.default_mm_loras == "auto"
-    engine, _ = parse_options({**options, "default_mm_loras": "auto"}, {"MMLORA_DEFAULT_MM_LORAS": "{}"})
+    engine, *_ = parse_options({**options, "default_mm_loras": "auto"}, {"MMLORA_DEFAULT_MM_LORAS": "{}"})
     assert engine.default_mm_loras == "auto"
     assert cli.main(["serve", "m", "--enable-lora", "--default-mm-loras", "always"]) == 2
     assert "auto is also allowed" in capsys.readouterr().err
