@@ -40,6 +40,8 @@ DECODERS: Final[Mapping[str, tuple[str, ...]]] = {
     "matroska": ("opus", "vorbis", "aac", "mp3float", "flac"),
     "ogg": ("opus", "vorbis", "flac"),
 }
+# Frames of one second at the highest sampling rate; damaged ones take time, too, but have no duration.
+MAX_PACKETS_PER_S: Final = {"mp3": 48_000 / 1152, "aac": 96_000 / 960, "others": 1000.0}
 _RAW_STREAMS: Final = ("mp3", "aac", "ogg")  # may be cut anywhere: the first and the last frame may be incomplete
 _MAX_STREAMS: Final = 32  # of one container
 _FFMPEG_OPTIONS: Final = {"protocol_whitelist": "none", "max_streams": str(_MAX_STREAMS + 1)}
@@ -291,7 +293,7 @@ def _read_ffmpeg(data: bytes, name: str, limits: MediaLimits) -> tuple[Samples, 
             if track.duration is not None and (claimed is not None or name == "mp4"):  # otherwise it is an estimate
                 rate = checked_rate(track.codec_context.rate)
                 _check_duration(int(track.duration * track.time_base * rate), rate, limits)
-            samples, rate, num_packets = _decode_track(container, track, limits, skips_damage=name in _RAW_STREAMS)
+            samples, rate, num_packets = _decode_track(container, track, limits, name)
     except av.FFmpegError as error:
         # FFmpeg's MP4 demuxer reports a stream beyond the limit as ENOMEM.
         is_limit = error.errno == errno.ENOMEM
@@ -314,23 +316,22 @@ def _audio_track(tracks: Sequence[Any], name: str) -> Any:
     return track
 
 
-def _decode_track(container: Any, track: Any, limits: MediaLimits, *, skips_damage: bool) -> tuple[Samples, int, int]:
-    """Return mono samples, their rate and the number of packets.
-
-    Args:
-        skips_damage: skip packets that cannot be decoded instead of raising.
-    """
+def _decode_track(container: Any, track: Any, limits: MediaLimits, name: str) -> tuple[Samples, int, int]:
+    """Return mono samples, their rate and the number of packets; of raw streams, damaged packets are skipped."""
     import av
 
     blocks, num_frames, num_packets = [np.empty(0, np.float32)], 0, 0
+    max_packets = int(limits.max_duration_s * MAX_PACKETS_PER_S.get(name, MAX_PACKETS_PER_S["others"])) + 100
     rates: set[int] = set()
     converters: dict[tuple[str, str], Any] = {}
     for packet in container.demux(track):
         num_packets += packet.size > 0
+        if num_packets > max_packets:
+            raise MediaError(f"the {name} audio has more than {max_packets} frames, too many for its allowed duration")
         try:
             frames = packet.decode()
         except av.InvalidDataError:
-            if not skips_damage:
+            if name not in _RAW_STREAMS:
                 raise
             continue
         for frame in frames:

@@ -14,6 +14,9 @@ MAX_MP4_SAMPLES: Final = 4_000_000  # packets of all tracks; FFmpeg's index has 
 MAX_MP4_TAGS: Final = 1_000  # FFmpeg compares each tag with all others
 MAX_METADATA_BYTES: Final = 1 << 18  # of a Matroska file, which may consist of tags
 MAX_EBML_ELEMENTS: Final = 1_000_000
+MAX_MP4_BOXES: Final = 1 << 17  # at the top level; a fragment has two
+MAX_OGG_PAGES: Final = 1 << 18
+MAX_ID3_TAGS: Final = 64  # in front of the audio
 MAX_INNER_ID3_BYTES: Final = 1 << 16  # of an ID3 tag within raw AAC, which may contain many frames
 
 _OGG_HEADER_BYTES = 27
@@ -32,8 +35,11 @@ _XING_WINDOW = 64  # bytes from the start of a frame; the tag begins at 36 at th
 
 def skip_id3(data: bytes) -> bytes:
     """Return audio without the ID3v2 tags in front of it, which may contain images and thousands of frames."""
-    position = 0
+    position = count = 0
     while data[position : position + 3] == b"ID3" and len(data) >= position + 10:
+        count += 1
+        if count > MAX_ID3_TAGS:
+            raise MediaError(f"the audio has more than the allowed {MAX_ID3_TAGS} ID3 tags")
         has_footer = data[position + 5] & 0x10
         position += 10 + _synchsafe(data[position + 6 : position + 10]) + (10 if has_footer else 0)
     return data[position:]
@@ -63,7 +69,9 @@ def is_chained_ogg(data: bytes) -> bool:
 
 
 def _check_ogg(data: bytes) -> None:
-    for position, end in _ogg_pages(data):
+    for count, (position, end) in enumerate(_ogg_pages(data), start=1):
+        if count > MAX_OGG_PAGES:
+            raise MediaError(f"the Ogg file has more than the allowed {MAX_OGG_PAGES} pages")
         if end > len(data) and not _is_joined_midway(data):
             raise MediaError(f"truncated OGG: the page at byte {position} is longer than the {len(data)} bytes given")
 
@@ -91,8 +99,11 @@ def _ogg_pages(data: bytes) -> Iterator[tuple[int, int]]:
 
 def _check_mp4(data: bytes) -> None:
     """Check the top-level boxes. Tables of constant-size samples have no entries, so they can claim billions."""
-    num_samples, position = 0, 0
+    num_samples = num_boxes = position = 0
     while position + 8 <= len(data):
+        num_boxes += 1
+        if num_boxes > MAX_MP4_BOXES:
+            raise MediaError(f"the MP4 has more than the allowed {MAX_MP4_BOXES} boxes")
         size, kind = int.from_bytes(data[position : position + 4], "big"), data[position + 4 : position + 8]
         if size == 1:
             size = int.from_bytes(data[position + 8 : position + 16], "big")

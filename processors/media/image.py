@@ -10,6 +10,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from mmlora.errors import MediaError
+from mmlora.processors.media.image_structure import check_image_structure
 from mmlora.processors.media.items import DEFAULT_LIMITS, MediaItem, MediaLimits, is_array, to_numpy
 
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a")
@@ -74,9 +75,10 @@ def decode_image(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> ImageItem
     """Decode the first frame of PNG, JPEG, WebP, GIF or BMP bytes; the size in the header is checked first.
 
     Raises:
-        MediaError: undecodable, truncated, or more than `limits.max_pixels`.
+        MediaError: undecodable, truncated, more than `limits.max_pixels`, or too many parts.
     """
     _check_complete(data)
+    check_image_structure(data)
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except _BOMB as error:
