@@ -51,7 +51,8 @@ def read_part(part: Any, *, allows_objects: bool = True) -> Part:
     if uuid is not None and has_no_content(value):
         return MediaReference(modality.name, None, "object", uuid)
     if value is None:
-        raise RequestError(f"content part of type {kind!r} lacks its {field!r} field")
+        fields = " or ".join(modality.part_types[kind])
+        raise RequestError(f"content part of type {kind!r} lacks its content: it needs {fields}")
     content, form = _read_content(value, field, f"{field} of a content part of type {kind!r}", allows_objects)
     return MediaReference(modality.name, content, form, uuid)
 

@@ -6,12 +6,15 @@ libsndfile, FFmpeg and browsers, `read_wav` takes the samples that are there.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 from mmlora.errors import MediaError
 
 EXTENSIBLE: Final = 0xFFFE  # the format tag is the start of a GUID at the end of the format
 MPEG_LAYER_3: Final = 0x55
+
+MAX_CHUNKS: Final = 10_000  # encoders write a few; empty ones take 8 bytes
 
 _MIN_FORMAT_BYTES: Final = 16
 _LARGE_FILE_IDS: Final = (b"RF64", b"BW64")  # the size of their data is in the chunk ds64
@@ -58,7 +61,7 @@ def read_wav(data: bytes) -> Wav:
     The samples reach to the end of the file if the size of their chunk is too large, or 0 although samples follow.
 
     Raises:
-        MediaError: a chunk before the samples is truncated, or there is no format or no data chunk.
+        MediaError: a chunk before the samples is truncated, there is no format or no data chunk, or too many chunks.
     """
     header: bytes | None = None
     large_size = 0
@@ -71,8 +74,8 @@ def read_wav(data: bytes) -> Wav:
                 size = len(data)
             return Wav(header, data[start : start + size])
         if start + size > len(data):
-            present = max(len(data) - start, 0)
-            raise MediaError(f"truncated WAV: its {name!r} chunk claims {size} bytes, {present} are there")
+            shown, present = name.decode("latin-1"), max(len(data) - start, 0)
+            raise MediaError(f"truncated WAV: its {shown!r} chunk claims {size} bytes, {present} are there")
         if name == b"ds64":
             large_size = int.from_bytes(data[start + 8 : start + 16], "little")
         if name == b"fmt ":
@@ -84,10 +87,10 @@ def read_wav(data: bytes) -> Wav:
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     """Yield the name of each chunk, and the start and the claimed size of its content."""
-    if data[:4] == b"riff":
-        yield from _wave64_chunks(data)
-    else:
-        yield from _riff_chunks(data, 12)
+    for count, chunk in enumerate(_wave64_chunks(data) if data[:4] == b"riff" else _riff_chunks(data, 12)):
+        if count == MAX_CHUNKS:
+            raise MediaError(f"the WAV has more than the allowed {MAX_CHUNKS} chunks")
+        yield chunk
 
 
 def _riff_chunks(data: bytes, position: int) -> Iterator[tuple[bytes, int, int]]:
@@ -112,7 +115,7 @@ def _is_chunks(data: bytes, position: int) -> bool:
     if data[:4] == b"riff":
         return position == len(data)
     end = position
-    for name, start, size in _riff_chunks(data, position):
+    for name, start, size in islice(_riff_chunks(data, position), MAX_CHUNKS):
         if not (name.isascii() and name.decode().isprintable()):
             return False
         end = start + size

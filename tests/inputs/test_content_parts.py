@@ -126,7 +126,7 @@ def test_a_uuid_without_content_refers_to_the_cached_item(kind):
         assert summary({"type": kind, "uuid": "u", **content}) == expected
     assert summary({"type": "input_audio", "input_audio": {"data": None, "format": "wav"}, "uuid": "u"})[1] is None
     for content in ({}, {field: None}, {field: {}}, {field: {"url": None}}) if kind != "image_pil" else ():
-        with pytest.raises(RequestError, match="lacks its|null as|is an object"):
+        with pytest.raises(RequestError, match="lacks its content|null as|is an object"):
             read_part({"type": kind, **content}, allows_objects=False)
 
 
@@ -156,9 +156,9 @@ def test_text_in_every_form(kind):
         ({"type": "text", "text": None}, "lacks its 'text' field"),
         ({"type": "refusal", "text": "a"}, "lacks its 'refusal' field"),
         ({"type": "text", "text": {"a": 1}}, "'text' has an object; it must be a string"),
-        ({"type": "image"}, "'image' lacks its 'image' field"),
-        ({"type": "image", "source": {"type": "base64", "data": PNG}}, "'image' lacks its 'image' field"),
-        ({"type": "input_image", "file_id": "f"}, "lacks its 'image_url' field"),
+        ({"type": "image"}, "'image' lacks its content: it needs image or image_url or url or path or base64"),
+        ({"type": "image", "source": {"type": "base64", "data": PNG}}, "'image' lacks its content"),
+        ({"type": "input_image", "file_id": "f"}, "lacks its content: it needs image_url$"),
         ({"type": "image", "image": DATA, "url": WEB}, "'image' has image and url; send one of them"),
         ({"type": "image_url", "image_url": 5}, "is a number; it must be a string, or an object with 'url'"),
         ({"type": "image_url", "image_url": [DATA]}, "is a list; it must be a string"),
