@@ -71,6 +71,11 @@ class MultiModalProcessor(ABC):
         self._token_ids = dict(token_ids)
         self._tokens = {modality: placeholder_text(tokenizer, modality, i) for modality, i in token_ids.items()}
 
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The settings from which numbers of placeholders follow, for messages."""
+        return {}
+
     def placeholder_token(self, modality: str) -> str:
         """Return the placeholder of one item in the text of a prompt."""
         return self._tokens[self._checked(modality)]

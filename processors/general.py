@@ -14,13 +14,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
-from mmlora.errors import MediaError, RequestError
+from mmlora.errors import ConfigError, MediaError, RequestError
 from mmlora.processors.base import MultiModalProcessor, ProcessedMedia, placeholder_id
 from mmlora.processors.media.audio import RESAMPLER, AudioItem, resample
 from mmlora.processors.media.image import ImageItem
 from mmlora.processors.media.items import MediaItem
 from mmlora.processors.modalities import IMAGE, MODALITIES
 from mmlora.processors.pretrained import load_processor
+from mmlora.processors.settings import SETTINGS
 
 TEXT_KEYS: Final = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
 MAX_REMAINDER_S: Final = 0.1  # the end of a clip, which does not fill a frame
@@ -69,7 +70,19 @@ class GeneralProcessor(MultiModalProcessor):
     def prompt_token_id(self, modality: str, tokenizer: Any) -> int:
         """Return the placeholder token of prompts; in most families it is the one that embeddings replace."""
         token = getattr(self._processor, f"{modality}_token", None)
-        return self._embed_ids[modality] if token is None else int(tokenizer.convert_tokens_to_ids(str(token)))
+        if token is None:
+            return self._embed_ids[modality]
+        token_id = tokenizer.convert_tokens_to_ids(str(token))
+        if token_id in (None, tokenizer.unk_token_id):
+            raise ConfigError(f"the processor has {modality}_token={str(token)!r}, which the tokenizer lacks")
+        return int(token_id)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """See `MultiModalProcessor.settings`: those of the processor and its parts, under the names of `SETTINGS`."""
+        owners = (self._processor, *self._parts.values())
+        values = ((name, getattr(owner, name, None)) for name in SETTINGS for owner in owners)
+        return {name: value for name, value in values if value is not None}
 
     def process(self, item: MediaItem, options: Mapping[str, Any] | None = None) -> ProcessedMedia:
         """See `MultiModalProcessor.process`; only images have options, those of the model's image processor."""

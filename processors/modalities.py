@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+import numpy as np
+
 from mmlora.processors.media import audio, image
 from mmlora.processors.media.items import MediaItem, MediaLimits
 
@@ -32,6 +34,7 @@ class Modality:
         config_name: the attribute of a model's configuration that holds the tower's.
         features_method: the method of a `transformers` model that encodes its items.
         tower: the part of a model, as LoRA reports name it.
+        blank: returns an object of small, blank content, which is processed and encoded when a model is loaded.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Modality:
     config_name: str
     features_method: str
     tower: str
+    blank: Callable[[], object]
 
 
 AUDIO: Final = Modality(
@@ -65,6 +69,7 @@ AUDIO: Final = Modality(
     config_name="audio_config",
     features_method="get_audio_features",
     tower="audio_tower",
+    blank=lambda: (np.zeros(16000, np.float32), 16000),
 )
 IMAGE: Final = Modality(
     name="image",
@@ -84,6 +89,7 @@ IMAGE: Final = Modality(
     config_name="vision_config",
     features_method="get_image_features",
     tower="vision_tower",
+    blank=lambda: np.zeros((48, 64, 3), np.uint8),
 )
 MODALITIES: Final[Mapping[str, Modality]] = {modality.name: modality for modality in (AUDIO, IMAGE)}
 # By the type of a content part.

@@ -10,6 +10,16 @@ import torch
 from mmlora.processors.base import ProcessedMedia
 
 
+class EmbeddingCountError(ValueError):
+    """A tower has returned more or fewer embeddings than there are placeholders."""
+
+
+def check_num_embeds(num_embeds: int, num_placeholders: int) -> None:
+    """Raise `EmbeddingCountError` if the numbers differ."""
+    if num_embeds != num_placeholders:
+        raise EmbeddingCountError(f"the tower returned {num_embeds} embeddings for {num_placeholders} placeholders")
+
+
 @dataclass(frozen=True)
 class BidirectionalSpan:
     """Tokens `[start, end)` of a prompt that all attend to each other; a step computes all of them or none.

@@ -14,7 +14,7 @@ import torch
 from mmlora.errors import MediaError, MMLoRAError
 from mmlora.lora.layers.base import LoRAState
 from mmlora.processors.base import ProcessedMedia
-from mmlora.towers.base import Towers
+from mmlora.towers.base import Towers, check_num_embeds
 
 EncoderKey = tuple[tuple[str, object], ...]
 
@@ -115,10 +115,7 @@ class MediaEncoder:
                 with self._lora_state.uniform(first.slot):
                     embeds = self.towers.encode(first.media.modality, first.mode, items)
             for item, rows in zip(items, embeds, strict=True):
-                if rows.shape[0] != item.num_embeds:
-                    raise ValueError(
-                        f"the tower returned {rows.shape[0]} embeddings for {item.num_embeds} placeholders"
-                    )
+                check_num_embeds(rows.shape[0], item.num_embeds)
         except (ValueError, RuntimeError, IndexError) as error:
             if len(jobs) > 1:  # retry one by one, so that only the item at fault fails
                 return {key: result for job in jobs for key, result in self._encode_group([job]).items()}

@@ -10,7 +10,7 @@ from torch import nn
 
 from mmlora.processors.base import ProcessedMedia
 from mmlora.processors.modalities import AUDIO, MODALITIES
-from mmlora.towers.base import BidirectionalSpan, PromptLayout, Towers
+from mmlora.towers.base import BidirectionalSpan, PromptLayout, Towers, check_num_embeds
 
 CONNECTOR = re.compile(r"merger|projector")  # of families that have it inside a tower
 TOWER_CONFIGS = {m.config_name: m.tower for m in MODALITIES.values()} | {"encoder_config": AUDIO.tower}
@@ -91,7 +91,9 @@ class GeneralTowers:
     def encode(self, modality: str, mode: str, items: Sequence[ProcessedMedia]) -> list[torch.Tensor]:
         """See `Towers.encode`."""
         features = self.features(modality, self.batch_tensors(items))
-        return list(torch.split(features, [item.num_embeds for item in items]))
+        counts = [item.num_embeds for item in items]
+        check_num_embeds(features.shape[0], sum(counts))
+        return list(torch.split(features, counts))
 
     def batch_tensors(self, items: Sequence[ProcessedMedia]) -> dict[str, torch.Tensor]:
         """Return the tensors of all items as a batch, on the model's device and in its dtype."""

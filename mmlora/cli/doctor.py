@@ -30,6 +30,7 @@ from mmlora.models.loader import (
     resolve_max_model_len,
     resolve_model_path,
 )
+from mmlora.models.media_check import check_media, process_blank_media
 from mmlora.models.weights import check_weights, count_bytes, read_headers
 from mmlora.utils.library_errors import LIBRARY_ERRORS
 from mmlora.utils.text import one_line, printable, size_text
@@ -190,6 +191,7 @@ def _examine(args: EngineArgs, path: Path, config: PretrainedConfig, facts: dict
     facts["context_length"] = resolve_max_model_len(None, config)
     max_model_len = resolve_max_model_len(args.max_model_len, config)
     processor = get_processor(config, path, load_tokenizer(args, path))
+    blank = process_blank_media(processor, args.mm_processor_kwargs)
     facts["modalities"] = tuple(sorted(processor.modalities)) if processor is not None else ()
     model = load_meta_model(config)
     index = _module_index(model, path)
@@ -206,6 +208,7 @@ def _examine(args: EngineArgs, path: Path, config: PretrainedConfig, facts: dict
     tensors = read_headers(args.model, args.revision, path)
     facts["stored_bytes"] = count_bytes(tensors)
     check_weights(model, tensors, find_layout(path))
+    check_media(blank, processor, get_towers(model), is_meta=True)
     num_kv_blocks(args, block_bytes, num_bytes, max_model_len)
 
 

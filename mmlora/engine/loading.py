@@ -32,6 +32,7 @@ from mmlora.models.decoder_check import check_decoder
 from mmlora.models.default_adapters import choose_default_adapters
 from mmlora.models.families import find_family, find_layout, get_key_mapping, get_processor, get_towers
 from mmlora.models.loader import (
+    load_meta_model,
     load_model,
     load_tokenizer,
     resolve_device,
@@ -40,6 +41,7 @@ from mmlora.models.loader import (
     resolve_model_path,
 )
 from mmlora.models.longrope import replace_longrope
+from mmlora.models.media_check import check_media, process_blank_media
 from mmlora.models.transcription import PROMPT_FIELD, TranscriptionPrompt, read_checkpoint_prompt
 from mmlora.structured_outputs import ConstraintCompiler
 from mmlora.towers.encoder import MediaEncoder
@@ -95,10 +97,14 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
     default_paths = choose_default_adapters(args, config, path)
     default_paths = parse_defaults(default_paths, processor.modalities if processor is not None else ())
     _check_limits(args, processor.modalities if processor is not None else frozenset())
+    blank = process_blank_media(processor, args.mm_processor_kwargs)
+    if blank:  # without weights, as far as possible
+        blank = check_media(blank, processor, get_towers(load_meta_model(config)), is_meta=True)
     model = load_model(config, path, dtype=dtype, device=device)
     towers = get_towers(model)
     backend, layout = choose_backend(device), KVLayout.from_config(config, args.block_size, dtype)
     check_decoder(model, towers, backend, layout, max_model_len)
+    check_media(blank, processor, towers, is_meta=False)
     long_length = replace_longrope(model)
     adapters = LoadedAdapters()
     if args.uses_lora:
