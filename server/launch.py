@@ -29,7 +29,7 @@ from mmlora.server.lora.served_models import ServedAdapter, ServedModels
 from mmlora.server.observability.log_format import STARTUP_LOGGER
 from mmlora.server.observability.tracing import Tracer, tracing
 from mmlora.utils.environment import read_bool
-from mmlora.utils.text import printable, size_text
+from mmlora.utils.text import print_text, printable, size_text
 
 logger = logging.getLogger(STARTUP_LOGGER)
 
@@ -217,12 +217,12 @@ def _describe_tls_error(error: Exception) -> str:
 def announce(llm: AsyncLLM, models: ServedModels, args: ServerArgs, url: str) -> None:
     """Report that the server is ready, with a summary: as text, or as one object of the JSON log."""
     url = url if url.startswith("unix:") else f"{url}/v1"
-    print(f"mmlora is ready: {url} serves {', '.join(models.names)}", flush=True)
-    fields = summarize(llm, models, args, url)
-    if args.log_format == "json":
+    fields, is_json = summarize(llm, models, args, url), args.log_format == "json"
+    ready = f"mmlora is ready: {url} serves {', '.join(models.names)}"
+    if not print_text(ready if is_json else f"{ready}\n{format_summary(fields)}"):
+        logger.warning("standard output cannot be written; %s", ready)
+    if is_json:
         logger.info("mmlora is ready", extra={"fields": fields})
-    else:
-        print(format_summary(fields), flush=True)
 
 
 def summarize(llm: AsyncLLM, models: ServedModels, args: ServerArgs, url: str) -> dict[str, Any]:

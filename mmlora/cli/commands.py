@@ -19,7 +19,7 @@ from mmlora.cli.options import DOCTOR_OPTIONS, Flag, flags_of, json_options, par
 from mmlora.config import EngineArgs
 from mmlora.errors import AdapterError, ConfigError, MMLoRAError
 from mmlora.server.args import ServerArgs
-from mmlora.utils.text import one_line
+from mmlora.utils.text import one_line, print_text
 from mmlora.utils.vllm_options import ignored_line
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def _models(is_json: bool) -> int:
     from mmlora.cli.model_table import as_text, model_rows
 
     rows = model_rows()
-    print(json.dumps([asdict(row) for row in rows], indent=2) if is_json else as_text(rows))
+    print_text(json.dumps([asdict(row) for row in rows], indent=2) if is_json else as_text(rows))
     return 0
 
 
@@ -100,7 +100,7 @@ def _doctor(model: str | None, is_json: bool, **options: Any) -> int:
     args = EngineArgs(model or assistant_path(), **given)
     try:
         found = diagnose(args)
-        print(json.dumps(asdict(found), indent=2) if is_json else found.as_text())
+        print_text(json.dumps(asdict(found), indent=2) if is_json else found.as_text())
     except (*LIBRARY_ERRORS, MemoryError) as error:  # raised by libraries on malformed files
         raise ConfigError(f"model {args.model!r} cannot be inspected: {type(error).__name__}: {error}") from error
     return 2 if found.problem is not None else 0
@@ -114,7 +114,7 @@ def _inspect(adapter: str, model: str | None, is_json: bool) -> int:
     path = model or assistant_path()
     try:
         found = examine_adapter(adapter, path)
-        print(json.dumps(asdict(found), indent=2) if is_json else found.as_text())
+        print_text(json.dumps(asdict(found), indent=2) if is_json else found.as_text())
     except (RuntimeError, ValueError, OverflowError, MemoryError) as error:  # raised by libraries on malformed files
         reason = f"{type(error).__name__}: {error}"
         raise AdapterError(f"adapter {adapter!r} cannot be inspected for model {path!r}: {reason}") from error

@@ -1,6 +1,8 @@
-"""Plain values as text: shortened for error messages, escaped for a terminal, sizes in binary units."""
+"""Plain values as text: shortened for error messages, escaped for a terminal, sizes in binary units; printed."""
 
 import math
+import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeGuard
 
@@ -60,3 +62,19 @@ def one_line(text: str) -> str:
 def as_utf8(text: str) -> str:
     """Replace lone surrogates, which a file name that is not UTF-8 decodes to and no UTF-8 output can encode."""
     return text.encode("utf-8", "replace").decode()
+
+
+def print_text(text: str) -> bool:
+    """Print text and return whether that was possible: its reader may have gone, or the disk may be full.
+
+    Characters that the encoding of standard output lacks are escaped. After a failure, nothing more is printed.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        return True
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # what is still in the buffer is written at exit, which must not fail
+        os.close(nowhere)
+        return False
