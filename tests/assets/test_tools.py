@@ -19,7 +19,7 @@ PARAMETERS = {
 }
 WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "…", "parameters": PARAMETERS}}
 MULTIPLY = {"type": "function", "function": {"name": "multiply"}}
-OPTIONS: dict[str, Any] = {"model": "assistant", "temperature": 0, "max_tokens": 200, "tools": [WEATHER, MULTIPLY]}
+OPTIONS: dict[str, Any] = {"model": "assistant", "temperature": 0, "max_tokens": 800, "tools": [WEATHER, MULTIPLY]}
 # The template of release 0.2.0, which ignored tools.
 PLAIN = (
     "{%- for message in messages -%}{{- '<|' + message['role'] + '|>' -}}{%- if message['content'] is string -%}"
