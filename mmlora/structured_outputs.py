@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, NoReturn
@@ -38,6 +38,25 @@ JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \t\n\r]{1,40}"}
 
 
 @dataclass(frozen=True)
+class ReasoningMarks:
+    """Markers of the reasoning at the start of an output.
+
+    Attributes:
+        start, end: text or special tokens.
+        starts_open: outputs may begin inside the reasoning, without the first marker.
+    """
+
+    start: str
+    end: str
+    starts_open: bool = False
+
+    def is_open(self, prompt: str) -> bool:
+        """Return whether an output of this prompt begins inside the reasoning."""
+        prompt = prompt.rstrip()
+        return prompt.endswith(self.start) or (self.starts_open and not prompt.endswith(self.end))
+
+
+@dataclass(frozen=True)
 class StructuredOutputsParams:
     """Constraint on a completion; exactly one of the first five fields is set.
 
@@ -47,6 +66,8 @@ class StructuredOutputsParams:
         choice: texts, one of which is the completion.
         grammar: in Lark's syntax or in GBNF (`root ::= …`).
         json_object: True for any JSON object.
+        parts: constraints that `grammar`, in Lark's syntax, refers to as `@name`.
+        reasoning: markers of the reasoning; the constraint applies after it.
         name: the request field, for errors.
 
     Raises:
@@ -58,6 +79,8 @@ class StructuredOutputsParams:
     choice: Sequence[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    parts: Mapping[str, "StructuredOutputsParams"] | None = None
+    reasoning: ReasoningMarks | None = None
     name: str = "structured_outputs"
 
     def __post_init__(self) -> None:
@@ -90,7 +113,7 @@ class StructuredOutputsParams:
         raise ConstraintError(f"{self.name}: {reason}", self.name)
 
 
-CONSTRAINT_FIELDS = tuple(field.name for field in fields(StructuredOutputsParams) if field.name != "name")
+CONSTRAINT_FIELDS = ("json", "regex", "choice", "grammar", "json_object")
 
 
 class Matcher:
@@ -164,8 +187,12 @@ class ConstraintCompiler:
         self._hf_tokenizer = tokenizer
         self._stop_ids = stop_ids
 
-    def compile(self, params: StructuredOutputsParams) -> Matcher:
+    def compile(self, params: StructuredOutputsParams, prompt: str = "") -> Matcher:
         """Compile a constraint; usually takes milliseconds, up to seconds for the largest allowed ones.
+
+        Args:
+            params: the constraint.
+            prompt: the prompt's text, which may end inside the reasoning.
 
         Raises:
             ConstraintError: it is malformed, too complex, unsatisfiable, or allows only an empty completion.
@@ -179,7 +206,12 @@ class ConstraintCompiler:
         except (ValueError, TypeError) as error:
             params.refuse(f"constraints cannot read the tokenizer of this model: {error}")
         limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
-        matcher = LLMatcher(tokenizer, _grammar(params), log_level=0, limits=limits)
+        grammars = _grammars(params)
+        if params.reasoning is not None:
+            grammars[0]["name"] = "output"
+            is_open = params.reasoning.is_open(prompt)
+            grammars.insert(0, {"lark_grammar": _after_reasoning(params.reasoning, is_open, self._hf_tokenizer)})
+        matcher = LLMatcher(tokenizer, json.dumps({"grammars": grammars}), log_level=0, limits=limits)
         if matcher.is_error():
             params.refuse(_reason(matcher))
         start = Matcher(matcher, self._stop_ids)
@@ -195,16 +227,54 @@ class ConstraintCompiler:
         return from_tokenizer(self._hf_tokenizer, eos_token=sorted(self._stop_ids))
 
 
-def _grammar(params: StructuredOutputsParams) -> str:
-    """Return a constraint as a grammar of llguidance."""
+def token_or_text(tokenizer: Any, text: str) -> str:
+    """Return an expression of Lark for a marker that may be one token, which a literal would not match."""
+    token = added_token(tokenizer, text)
+    return json.dumps(text) if token is None else f"({json.dumps(text)} | <[{token}]>)"
+
+
+def added_token(tokenizer: Any, text: str) -> int | None:
+    """Return the id of a text that is an added token of a tokenizer, special or not; None if it is not."""
+    return next((i for i, added in tokenizer.added_tokens_decoder.items() if added.content == text), None)
+
+
+def _after_reasoning(marks: ReasoningMarks, is_open: bool, tokenizer: Any) -> str:
+    """Return the grammar of reasoning, which is optional unless it is open, and then `@output`."""
+    start, end = token_or_text(tokenizer, marks.start), json.dumps(marks.end)
+    token = added_token(tokenizer, marks.end)
+    # Text in a grammar does not match added tokens; llguidance calls all of them special.
+    others = sorted(i for i, added in tokenizer.added_tokens_decoder.items() if not added.special and i != token)
+    text = "(" + " | ".join(["/(?s:.+)/", *(f"<[{i}]>" for i in others)]) + ")*"
+    thought = f"{text} <[{token}]>" if token is not None else "to_end"
+    rules = "" if token is not None else f"\nto_end[suffix={end}]: /(?s:.*)/"
+    thinking = f"{start}? BLANKS? {thought} BLANKS?" if is_open else f"({start} {thought} BLANKS?)?"
+    return f"start: {thinking} @output\nBLANKS: /[ \\t\\r\\n]{{1,40}}/{rules}"
+
+
+def _grammars(params: StructuredOutputsParams) -> list[dict[str, Any]]:
+    """Return a constraint and its parts as grammars of llguidance; the first is where the output starts."""
+    parts = params.parts or {}
+    if sum(map(_size, parts.values())) > MAX_CONSTRAINT_CHARS:
+        params.refuse(f"the JSON schemas have more than {MAX_CONSTRAINT_CHARS} characters in all")
+    return [_grammar(params), *({**_grammar(part), "name": name} for name, part in parts.items())]
+
+
+def _size(params: StructuredOutputsParams) -> int:
+    return len(json.dumps(params.json))
+
+
+def _grammar(params: StructuredOutputsParams) -> dict[str, Any]:
+    """Return a constraint without its parts as a grammar of llguidance."""
     from llguidance import LLMatcher, grammar_from, regex_to_lark
 
     if params.regex is not None:
         # As in JSON schemas, \d is 0 to 9 and not the digits of all scripts.
-        return str(LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(params.regex, use_ascii='d')}/"))
+        return {"lark_grammar": f"start: /{regex_to_lark(params.regex, use_ascii='d')}/"}
     if params.choice is not None:
         # A single terminal: the parser fails with more than 2,000 alternatives of a rule.
-        return str(LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, params.choice))))
+        return {"lark_grammar": "start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, params.choice))}
+    if params.parts is not None:
+        return {"lark_grammar": params.grammar}
     if params.grammar is not None:
         if "%json" in params.grammar:
             params.refuse("grammar contains %json; use the json field for a JSON schema")
@@ -212,11 +282,12 @@ def _grammar(params: StructuredOutputsParams) -> str:
         if num_colons > MAX_COLONS:
             params.refuse(f"grammar has {num_colons} colons, one or two for each rule; the limit is {MAX_COLONS}")
         try:
-            return str(grammar_from("grammar", params.grammar))
+            return {"lark_grammar": str(grammar_from("grammar", params.grammar))}
         except (ValueError, RecursionError) as error:
             params.refuse(shorten(str(error), str, 400))
     schema = _checked_schema(params, ANY_OBJECT if params.json is None else params.json)
-    return str(LLMatcher.grammar_from_json_schema(schema, defaults=JSON_OPTIONS))
+    grammar = json.loads(LLMatcher.grammar_from_json_schema(schema, defaults=JSON_OPTIONS))["grammars"][0]
+    return {"json_schema": grammar["json_schema"]}
 
 
 def _reason(matcher: Any) -> str:

@@ -28,6 +28,8 @@ from mmlora.server.openai.chat.serving import ChatService
 from mmlora.server.openai.completions.protocol import CompletionRequest
 from mmlora.server.openai.completions.serving import CompletionService
 from mmlora.server.openai.generation import GenerationService
+from mmlora.server.openai.model_format import ModelFormat
+from mmlora.server.openai.reasoning import find_marks
 from mmlora.server.openai.responses.protocol import ResponsesRequest
 from mmlora.server.openai.responses.serving import ResponsesService
 from mmlora.server.openai.schemas import (
@@ -64,6 +66,7 @@ def build_app(
     root_path: str = "",
     tracer: Tracer | None = None,
     tool_call_parser: str | None = "auto",
+    reasoning_parser: str = "auto",
 ) -> FastAPI:
     """Build the application around a running engine.
 
@@ -81,10 +84,11 @@ def build_app(
         root_path: path prefix under which a reverse proxy serves the application.
         tracer: traces requests; the caller shuts it down.
         tool_call_parser: see `ToolCalling`.
+        reasoning_parser: see `find_marks`.
     """
     app = FastAPI(title="mmlora", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
     admission = admission or Admission(llm.args.num_seqs)
-    app.include_router(generation_routes(llm, models, max_request_bytes, tool_call_parser))
+    app.include_router(generation_routes(llm, models, max_request_bytes, tool_call_parser, reasoning_parser))
     app.include_router(model_routes(models))
     app.include_router(adapter_routes(llm, models, is_allowed=allow_lora_updates))
     app.include_router(token_routes(llm, models, max_request_bytes))
@@ -106,17 +110,20 @@ def build_app(
 
 
 def generation_routes(
-    llm: AsyncLLM, models: ServedModels, max_request_bytes: int, tool_call_parser: str | None
+    llm: AsyncLLM, models: ServedModels, max_request_bytes: int, tool_call_parser: str | None, reasoning_parser: str
 ) -> APIRouter:
     """Build the routes that generate text.
 
     Args:
         llm, models, max_request_bytes: see `build_app`.
         tool_call_parser: see `ToolCalling`.
+        reasoning_parser: see `find_marks`.
     """
     common = llm, models, max_request_bytes
-    tool_calling = ToolCalling(tool_call_parser, llm.input_processor.chat_template.source, llm.tokenizer)
-    chat, response = ChatService(*common, tool_calling), ResponsesService(*common, tool_calling)
+    template = llm.input_processor.chat_template.source
+    tool_calling = ToolCalling(tool_call_parser, template, llm.tokenizer)
+    model_format = ModelFormat(tool_calling, find_marks(reasoning_parser, template), llm.tokenizer)
+    chat, response = ChatService(*common, model_format), ResponsesService(*common, model_format)
     completion = CompletionService(*common)
     transcription = TranscriptionService(*common, TranscriptionRequest)
     translation = TranscriptionService(*common, TranslationRequest)

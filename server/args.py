@@ -9,6 +9,7 @@ from typing import ClassVar, Final
 
 from mmlora.config import Groups
 from mmlora.errors import ConfigError
+from mmlora.server.openai.reasoning import PARSER_NAMES as REASONING_PARSERS
 from mmlora.server.openai.tools.formats import PARSER_NAMES
 from mmlora.utils.text import shorten
 
@@ -80,6 +81,8 @@ class ServerArgs:
         enable_auto_tool_choice: let the model decide whether to call a tool.
         tool_call_parser: format of the model's tool calls: auto (detected from its chat template), mistral,
             phi4_mini_json, granite, qwen3_coder, hermes or llama3_json.
+        reasoning_parser: format of the model's reasoning: auto (detected from its chat template), none (reasoning is
+            content), qwen3, deepseek_v3, glm45, olmo3, deepseek_r1, mistral, seed_oss or granite.
         max_request_bytes: maximum size of a request body in bytes.
         max_queued_requests: maximum number of open requests beyond the `max_num_seqs` that run; further requests get
             status 429.
@@ -119,6 +122,7 @@ class ServerArgs:
     lora_modules: Sequence[LoRAModule] = ()
     enable_auto_tool_choice: bool = True
     tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
     max_request_bytes: int = 128 * 2**20
     max_queued_requests: int = 1024
     max_connections: int = 4096
@@ -141,7 +145,7 @@ class ServerArgs:
         "request_timeout write_timeout keep_alive_timeout drain_timeout",
         "logging": "uvicorn_log_level log_format log_requests metrics_prefix otlp_traces_endpoint",
         "LoRA": "lora_modules",
-        "tools": "enable_auto_tool_choice tool_call_parser",
+        "tools": "enable_auto_tool_choice tool_call_parser reasoning_parser",
     }
 
     def __post_init__(self) -> None:
@@ -151,7 +155,13 @@ class ServerArgs:
                 f"metrics_prefix={self.metrics_prefix!r}: must consist of letters, digits and _, no digit first"
             )
         parsers = ("auto", *PARSER_NAMES)
-        choices = {"uvicorn_log_level": LOG_LEVELS, "log_format": LOG_FORMATS, "tool_call_parser": parsers}
+        reasoning = ("auto", "none", *REASONING_PARSERS)
+        choices = {
+            "uvicorn_log_level": LOG_LEVELS,
+            "log_format": LOG_FORMATS,
+            "tool_call_parser": parsers,
+            "reasoning_parser": reasoning,
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 problems.append(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")

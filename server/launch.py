@@ -101,6 +101,7 @@ def build_server(
         allowed_hosts=allowed_hosts(args),
         root_path=args.root_path,
         tool_call_parser=args.tool_call_parser if args.enable_auto_tool_choice else None,
+        reasoning_parser=args.reasoning_parser,
     )
     config = uvicorn.Config(
         app,

@@ -247,7 +247,7 @@ class InputProcessor:
             layout=self._lay_out(token_ids, media),
             priority=priority,
             cache_salt=salt,
-            matchers=self._compile(params),
+            matchers=self._compile(params, text),
             num_media_tokens=num_media_tokens,
         )
 
@@ -365,11 +365,11 @@ class InputProcessor:
         assert self._host_cache is not None
         return self._host_cache.get(request)
 
-    def _compile(self, params: SamplingParams) -> tuple[Matcher, ...]:
+    def _compile(self, params: SamplingParams, prompt: str | None) -> tuple[Matcher, ...]:
         """Return one matcher per output. Copies are made here because copying a large matcher takes 30 ms."""
         if params.structured_outputs is None:
             return ()
-        start = self._constraints.compile(params.structured_outputs)
+        start = self._constraints.compile(params.structured_outputs, prompt or "")
         return (start, *(start.copy() for _ in range(params.n - 1)))
 
     def _check_params(self, params: SamplingParams) -> None:

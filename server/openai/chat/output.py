@@ -6,9 +6,10 @@ from typing import ClassVar
 from mmlora.outputs import CompletionOutput, RequestOutput
 from mmlora.server.openai.chat.protocol import ChatCompletionRequest
 from mmlora.server.openai.logprobs import list_logprobs, list_prompt_logprobs
+from mmlora.server.openai.model_format import OutputFormat
 from mmlora.server.openai.output import ChoicesBuilder, Json
-from mmlora.server.openai.tools.choice import ToolCalling
-from mmlora.server.openai.tools.parser import Piece, TextParser, ToolCallDelta, join_calls
+from mmlora.server.openai.reasoning import OutputParser
+from mmlora.server.openai.tools.parser import Piece, ReasoningDelta, ToolCallDelta, join_calls
 
 
 class ChatCompletionBuilder(ChoicesBuilder):
@@ -17,7 +18,7 @@ class ChatCompletionBuilder(ChoicesBuilder):
     Args:
         request_id, model: see `ChoicesBuilder`.
         request: the request.
-        tool_calling: how the model calls tools.
+        form: form of the outputs.
         prefix: text to repeat at the start of each choice.
     """
 
@@ -30,15 +31,15 @@ class ChatCompletionBuilder(ChoicesBuilder):
         request_id: str,
         model: str,
         request: ChatCompletionRequest,
-        tool_calling: ToolCalling,
+        form: OutputFormat,
         *,
         prefix: str,
     ) -> None:
         super().__init__(request_id, model, request)
         self._request = request
-        self._tool_calling = tool_calling
+        self._form = form
         self._prefix = prefix
-        self._parsers: dict[int, TextParser | None] = {}  # by choice
+        self._parsers: dict[int, OutputParser] = {}  # by choice
         self._callers: dict[int, bool] = {}  # choices with tool calls, and whether the last one is complete
 
     def complete(self, outputs: list[RequestOutput]) -> Json:
@@ -49,12 +50,13 @@ class ChatCompletionBuilder(ChoicesBuilder):
         return {**super().complete(outputs), "prompt_logprobs": listed, **self._prompt_token_ids(last)}
 
     def _choice(self, last: RequestOutput, parts: list[CompletionOutput]) -> Json:
-        pieces = self._pieces(parts[-1].index, "".join(part.text for part in parts), is_last=True)
+        pieces = [piece for part in parts for piece in self._pieces(last, part, is_last=part is parts[-1])]
         content = self._prefix + "".join(piece for piece in pieces if isinstance(piece, str))
-        message: Json = {"role": "assistant", "content": content, "refusal": None}
+        reasoning = _reasoning(pieces)
+        message: Json = {"role": "assistant", "content": content, "refusal": None, **reasoning}
         calls = [self._call(call) for call in join_calls(pieces)]
-        if calls:
-            message |= {"content": content or None, "tool_calls": calls}
+        if calls or reasoning:
+            message |= {"content": content or None, **({"tool_calls": calls} if calls else {})}
         return {
             "index": parts[-1].index,
             "message": message,
@@ -71,39 +73,41 @@ class ChatCompletionBuilder(ChoicesBuilder):
 
     def _delta(self, output: RequestOutput, completion: CompletionOutput) -> Json | None:
         logprobs = self._logprobs([completion])
-        pieces = self._pieces(completion.index, completion.text, is_last=completion.finish_reason is not None)
+        pieces = self._pieces(output, completion, is_last=completion.finish_reason is not None)
         calls = [{"index": piece.index, **self._call(piece)} for piece in pieces if isinstance(piece, ToolCallDelta)]
         content = "".join(piece for piece in pieces if isinstance(piece, str))
-        if not (content or calls or (logprobs and logprobs["content"])):
+        delta = {**_reasoning(pieces), **({"tool_calls": calls} if calls else {})}
+        if not (content or delta or (logprobs and logprobs["content"])):
             return None
-        delta = {**({"content": content} if content or not calls else {}), **({"tool_calls": calls} if calls else {})}
-        return {"delta": delta, "logprobs": logprobs}
+        return {"delta": {**({"content": content} if content or not delta else {}), **delta}, "logprobs": logprobs}
 
     def _last_delta(self, completion: CompletionOutput) -> Json:
         return {"delta": {}, "finish_reason": self._finish_reason(completion), "stop_reason": completion.stop_reason}
 
-    def _pieces(self, index: int, text: str, *, is_last: bool) -> list[Piece]:
-        """Split the next text of a choice into content and tool calls."""
+    def _pieces(self, output: RequestOutput, completion: CompletionOutput, *, is_last: bool) -> list[Piece]:
+        """Split the next text of a choice into reasoning, content and tool calls."""
+        index = completion.index
         if index not in self._parsers:
-            choice = self._request.tooling
-            skips = self._request.skip_special_tokens is not False
-            new_parser = self._tool_calling.new_parser
-            self._parsers[index] = new_parser(choice, skips_special_tokens=skips) if choice is not None else None
+            self._parsers[index] = self._form.new_parser(output.prompt)
         parser = self._parsers[index]
-        if parser is None:
-            return [text] if text else []
-        pieces = [*parser.feed(text), *(parser.finish() if is_last else ())]
+        pieces = parser.feed(completion.text, len(completion.token_ids)) + (parser.finish() if is_last else [])
         for piece in pieces:
             if isinstance(piece, ToolCallDelta):
                 self._callers[index] = piece.is_last
         return pieces
+
+    def _usage(self) -> Json:
+        if self._form.model.reasoning is None:
+            return super()._usage()
+        num_tokens = sum(parser.num_reasoning_tokens for parser in self._parsers.values())
+        return {**super()._usage(), "completion_tokens_details": {"reasoning_tokens": num_tokens}}
 
     def _call(self, piece: ToolCallDelta) -> Json:
         """Return the start of a tool call, or more of its arguments."""
         if piece.name is None:
             return {"function": {"arguments": piece.arguments}}
         function = {"name": piece.name, "arguments": piece.arguments}
-        return {"id": self._tool_calling.new_call_id(), "type": "function", "function": function}
+        return {"id": self._form.new_call_id(), "type": "function", "function": function}
 
     def _finish_reason(self, completion: CompletionOutput) -> str | None:
         # Without a stop string or stop token, a constraint or the end of the text ended the output.
@@ -115,3 +119,9 @@ class ChatCompletionBuilder(ChoicesBuilder):
         if self._request.num_logprobs is None:
             return None
         return {"content": list_logprobs(parts, self._request.num_logprobs), "refusal": None}
+
+
+def _reasoning(pieces: Iterable[Piece]) -> Json:
+    """Return the reasoning under both names that vLLM has for it."""
+    text = "".join(piece.text for piece in pieces if isinstance(piece, ReasoningDelta))
+    return {"reasoning": text, "reasoning_content": text} if text else {}

@@ -3,7 +3,6 @@
 `mmlora.inputs.chat` validates the messages.
 """
 
-from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
@@ -14,7 +13,6 @@ from mmlora.server.bodies import FirstOnly
 from mmlora.server.openai.protocol import GenerationRequest, completion_limit, read_constraint
 from mmlora.server.openai.schemas import MESSAGES
 from mmlora.server.openai.tools.choice import ToolChoice, read_tool_choice
-from mmlora.structured_outputs import StructuredOutputsParams
 
 
 class ToolRequest(GenerationRequest):
@@ -37,15 +35,6 @@ class ToolRequest(GenerationRequest):
         if self.tools is None and self.tool_choice is None:
             return None
         return read_tool_choice(self.tools, self.tool_choice, self.parallel_tool_calls, is_flat=self.HAS_FLAT_TOOLS)
-
-    def output_constraint(self, text_format: Mapping[str, Any] | None = None) -> StructuredOutputsParams | None:
-        """Return the constraint of `read_constraint`, or that of a forced tool call.
-
-        Raises:
-            RequestError: a field is malformed, or constraints contradict each other.
-        """
-        constraint = read_constraint(self, text_format)
-        return constraint if self.tooling is None else self.tooling.constrain(constraint)
 
 
 class ChatCompletionRequest(ToolRequest):
@@ -92,7 +81,7 @@ class ChatCompletionRequest(ToolRequest):
             "max_tokens": completion_limit(self.max_tokens, self.max_completion_tokens),
             "logprobs": self.num_logprobs,
             "prompt_logprobs": self.prompt_logprobs,
-            "structured_outputs": self.output_constraint(),
+            "structured_outputs": read_constraint(self),
         }
 
 

@@ -10,7 +10,7 @@ from mmlora.server.lora.served_models import ServedModels
 from mmlora.server.openai.chat.output import ChatCompletionBuilder
 from mmlora.server.openai.chat.protocol import parse_chat_request
 from mmlora.server.openai.generation import Generation, GenerationService
-from mmlora.server.openai.tools.choice import ToolCalling
+from mmlora.server.openai.model_format import ModelFormat
 
 
 class ChatService(GenerationService):
@@ -18,27 +18,24 @@ class ChatService(GenerationService):
 
     Args:
         llm, models, max_request_bytes: see `GenerationService`.
-        tool_calling: how the model calls tools.
+        model_format: how the model writes reasoning and tool calls.
     """
 
     FIELDS = {"logprobs": "top_logprobs"}
 
-    def __init__(self, llm: AsyncLLM, models: ServedModels, max_request_bytes: int, tool_calling: ToolCalling) -> None:
+    def __init__(self, llm: AsyncLLM, models: ServedModels, max_request_bytes: int, model_format: ModelFormat) -> None:
         super().__init__(llm, models, max_request_bytes)
-        self._tool_calling = tool_calling
+        self._model_format = model_format
 
     def _parse(self, request: Request, body: bytes, caller: str) -> Generation:
         chat = parse_chat_request(body)
-        options, tools = chat.sampling_options(), None
-        if chat.tooling is not None:
-            options |= self._tool_calling.sampling_options(chat.tooling)
-            tools = list(chat.tooling.tools.values())
+        form = self._model_format.read(chat)
         prompt = self._llm.input_processor.chat_prompt(
             chat.messages,
             chat_template_kwargs=chat.chat_template_kwargs,
             add_generation_prompt=chat.add_generation_prompt,
             continue_final_message=bool(chat.continue_final_message),
-            tools=tools,
+            tools=form.tools,
             mm_processor_kwargs=chat.mm_processor_kwargs,
             cache_salt=chat.cache_salt,
             caller=caller,
@@ -48,6 +45,6 @@ class ChatService(GenerationService):
         is_echo = bool(chat.echo) and chat.messages[-1]["role"] == "assistant"
         prefix = text_of(prompt.turns[-1]) if is_echo else ""
         name = chat.model or self._models.base_name
-        builder = ChatCompletionBuilder(request_id, name, chat, self._tool_calling, prefix=prefix)
-        params = self._llm.default_sampling_params(**options)
+        builder = ChatCompletionBuilder(request_id, name, chat, form, prefix=prefix)
+        params = self._llm.default_sampling_params(**form.sampling_options)
         return Generation(chat, {request_id: prompt}, prompt.media, params, builder)

@@ -1,10 +1,12 @@
-"""`OutputItems`: the output of a response as a sequence of messages and function calls, built from text deltas."""
+"""`OutputItems`: the output of a response as reasoning, messages and function calls, built from output deltas."""
 
 import uuid
-from collections.abc import Callable
 
+from mmlora.outputs import RequestOutput
+from mmlora.server.openai.model_format import OutputFormat
 from mmlora.server.openai.output import Json
-from mmlora.server.openai.tools.parser import Piece, TextParser
+from mmlora.server.openai.reasoning import OutputParser
+from mmlora.server.openai.tools.parser import Piece, ReasoningDelta
 
 Event = tuple[str, Json]  # type and content
 
@@ -57,6 +59,49 @@ class MessageItem:
         return {"type": "output_text", "text": "".join(self._texts), "annotations": [], "logprobs": self._logprobs[:]}
 
 
+class ReasoningItem:
+    """Reasoning with one text part.
+
+    Args:
+        output_index: index in the response's output.
+    """
+
+    def __init__(self, output_index: int) -> None:
+        self._head = {"id": f"rs_{uuid.uuid4().hex}", "type": "reasoning", "summary": []}
+        self._place = {"output_index": output_index}
+        self._part_place = {"item_id": self._head["id"], **self._place, "content_index": 0}
+        self._texts: list[str] = []
+
+    def open(self) -> list[Event]:
+        """Return the events that start the item and its part."""
+        item = {**self._head, "status": "in_progress", "content": []}
+        return [
+            ("response.output_item.added", {**self._place, "item": item}),
+            ("response.content_part.added", {**self._part_place, "part": self._part()}),
+        ]
+
+    def add(self, text: str, logprobs: list[Json]) -> list[Event]:
+        """Add text, and return the event; reasoning has no log probabilities."""
+        self._texts.append(text)
+        return [("response.reasoning_text.delta", {**self._part_place, "delta": text})]
+
+    def close(self, status: str) -> list[Event]:
+        """Return the events that end the text, the part and the item."""
+        part = self._part()
+        return [
+            ("response.reasoning_text.done", {**self._part_place, "text": part["text"]}),
+            ("response.content_part.done", {**self._part_place, "part": part}),
+            ("response.output_item.done", {**self._place, "item": self.content(status)}),
+        ]
+
+    def content(self, status: str) -> Json:
+        """Return the item so far."""
+        return {**self._head, "status": status, "content": [self._part()]}
+
+    def _part(self) -> Json:
+        return {"type": "reasoning_text", "text": "".join(self._texts)}
+
+
 class FunctionCallItem:
     """A function call.
 
@@ -101,22 +146,29 @@ class OutputItems:
     """The items of one response; at most the last of them is open.
 
     Args:
-        parser: finds tool calls in the text; None without tools.
-        new_call_id: creates the id of a call.
+        form: form of the output.
     """
 
-    def __init__(self, parser: TextParser | None, new_call_id: Callable[[], str]) -> None:
-        self._parser = parser
-        self._new_call_id = new_call_id
+    def __init__(self, form: OutputFormat) -> None:
+        self._form = form
+        self._parser: OutputParser | None = None
         self._num_items = 0
         self._closed: list[Json] = []
-        self._open: MessageItem | FunctionCallItem | None = None
+        self._open: MessageItem | FunctionCallItem | ReasoningItem | None = None
         self._logprobs: list[Json] = []  # of tokens whose text is still in the parser
 
-    def feed(self, text: str, logprobs: list[Json]) -> list[Event]:
-        """Add a text delta with the log probabilities of its tokens, and return the events."""
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Number of tokens of the reasoning."""
+        return self._parser.num_reasoning_tokens if self._parser is not None else 0
+
+    def feed(self, output: RequestOutput, logprobs: list[Json]) -> list[Event]:
+        """Add the text of an output delta with the log probabilities of its tokens, and return the events."""
+        delta = output.outputs[0]
         self._logprobs += logprobs
-        pieces: list[Piece] = self._parser.feed(text) if self._parser is not None else [text] if text else []
+        if self._parser is None:
+            self._parser = self._form.new_parser(output.prompt)
+        pieces = self._parser.feed(delta.text, len(delta.token_ids))
         return [event for piece in pieces for event in self._add_piece(piece)]
 
     def finish(self, status: str, *, is_stopped: bool = False) -> list[Event]:
@@ -149,15 +201,19 @@ class OutputItems:
             if not isinstance(self._open, MessageItem):
                 logprobs = _logprobs_of_text(piece, logprobs) if self._num_items else logprobs
                 events = self._open_item(MessageItem(self._num_items))
+        elif isinstance(piece, ReasoningDelta):
+            text, is_last = piece.text, False
+            if self._open is None:
+                events = self._open_item(ReasoningItem(self._num_items))
         else:
             text, is_last = piece.arguments, piece.is_last
             if piece.name is not None:
-                events = self._open_item(FunctionCallItem(self._num_items, piece.name, self._new_call_id()))
+                events = self._open_item(FunctionCallItem(self._num_items, piece.name, self._form.new_call_id()))
         assert self._open is not None
         events += self._open.add(text, logprobs)
         return events + (self._close_item("completed") if is_last else [])
 
-    def _open_item(self, item: MessageItem | FunctionCallItem) -> list[Event]:
+    def _open_item(self, item: MessageItem | FunctionCallItem | ReasoningItem) -> list[Event]:
         events = self._close_item("completed")
         self._open = item
         self._num_items += 1

@@ -73,7 +73,7 @@ class ResponseObjectBuilder(ResponseBuilder):
     def _feed(self, output: RequestOutput) -> list[Event]:
         delta = output.outputs[0]
         logprobs = list_logprobs([delta], self._num_top) if self._num_top is not None else []
-        return self._items.feed(delta.text, list(map(_token, logprobs)))
+        return self._items.feed(output, list(map(_token, logprobs)))
 
     def _finish(self) -> list[Event]:
         return self._items.finish(self._status, is_stopped=self._outputs[-1].outputs[0].stop_reason is not None)
@@ -102,7 +102,7 @@ class ResponseObjectBuilder(ResponseBuilder):
             # OpenAI bills writes to the prompt cache; the prefix cache here stores every prompt for free.
             "input_tokens_details": {**counts["prompt_tokens_details"], "cache_write_tokens": 0},
             "output_tokens": counts["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": self._items.num_reasoning_tokens},
             "total_tokens": counts["total_tokens"],
         }
 

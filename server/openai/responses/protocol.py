@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, JsonValue, WithJsonSchema
 from mmlora.errors import RequestError
 from mmlora.server.bodies import FirstOnly
 from mmlora.server.openai.chat.protocol import ToolRequest
-from mmlora.server.openai.protocol import check_other_fields
+from mmlora.server.openai.protocol import check_other_fields, read_constraint
 from mmlora.server.openai.schemas import INPUT
 from mmlora.server.openai.tools.choice import ToolChoice
 from mmlora.utils.text import shorten
@@ -110,7 +110,7 @@ class ResponsesRequest(ToolRequest):
         check_other_fields({f"text.{name}": value for name, value in text.items()}, TEXT_VALUES)
         if not isinstance(text_format, dict | None):
             raise RequestError(f"text.format={shorten(text_format, json.dumps)} must be an object", "text.format")
-        return {"structured_outputs": self.output_constraint(text_format)}
+        return {"structured_outputs": read_constraint(self, text_format)}
 
 
 def _length(value: Any, name: str) -> int:

@@ -1,5 +1,6 @@
 """`ToolChoice`: the tools of a request and how they may be called. `ToolCalling`: how the model calls them."""
 
+import functools
 import json
 import re
 import secrets
@@ -14,8 +15,9 @@ from mmlora.errors import RequestError
 from mmlora.server.openai.protocol import check_other_fields
 from mmlora.server.openai.tools.forced import NamedToolParser, RequiredToolParser
 from mmlora.server.openai.tools.formats import find_format
+from mmlora.server.openai.tools.grammar import call_list, calls_or_answer, lenient, parameters_of
 from mmlora.server.openai.tools.parser import TextParser, ToolCallParser
-from mmlora.structured_outputs import ANY_OBJECT, StructuredOutputsParams
+from mmlora.structured_outputs import StructuredOutputsParams, token_or_text
 from mmlora.utils.text import shorten
 
 MAX_TOOLS = 128
@@ -57,25 +59,9 @@ class ToolChoice:
     def constraint(self) -> StructuredOutputsParams | None:
         """The constraint that forces the required call; None for a free choice."""
         if self.name is not None:
-            schema = _parameters(self.tools[self.name])
-            return StructuredOutputsParams(json=_lenient(schema, self.tools[self.name]), name="tools")
-        if not self.must_call:
-            return None
-        calls = [_call_schema(name, tool, index) for index, (name, tool) in enumerate(self.tools.items())]
-        limit = {} if self.is_parallel else {"maxItems": 1}
-        schema = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, **limit}
-        return StructuredOutputsParams(json=_lenient(schema, *self.tools.values()), name="tools")
-
-    def constrain(self, constraint: StructuredOutputsParams | None) -> StructuredOutputsParams | None:
-        """Return the constraint of the output: that of another field, or that of a forced call.
-
-        Raises:
-            RequestError: another field sets a constraint although tools may be called.
-        """
-        if constraint is not None and self.tools:
-            text = f"{constraint.name} cannot be combined with tools unless tool_choice is 'none'"
-            raise RequestError(text, constraint.name)
-        return constraint or self.constraint
+            tool = self.tools[self.name]
+            return StructuredOutputsParams(json=lenient(parameters_of(tool), tool), name="tools")
+        return call_list(self.tools, is_parallel=self.is_parallel) if self.must_call else None
 
 
 class ToolCalling:
@@ -90,31 +76,52 @@ class ToolCalling:
 
     def __init__(self, parser: str | None, chat_template: str, tokenizer: Any) -> None:
         self._can_choose = parser is not None
+        self._tokenizer = tokenizer
         self._format = find_format(parser or "auto", chat_template)
         self._special_marks = find_special_tokens(tokenizer, self._format.marks if self._format is not None else ())
 
-    def sampling_options(self, choice: ToolChoice) -> dict[str, Any]:
-        """Return the sampling options of a free choice: markers that are special tokens stay in the text.
+    def sampling_options(self, choice: ToolChoice, answer: StructuredOutputsParams | None) -> dict[str, Any]:
+        """Return the sampling options for a tool choice.
+
+        For a free choice, markers that are special tokens stay in the text.
+
+        Args:
+            choice: the tools and how they may be called.
+            answer: the constraint of an output without calls.
 
         Raises:
-            RequestError: automatic choice is disabled, or the format is unknown.
+            RequestError: a free choice is disabled, or the format is unknown, or the constraint cannot be combined
+                with tools.
         """
-        if not choice.tools or choice.is_forced:
-            return {}
+        if not choice.tools:
+            return {"structured_outputs": answer}
+        if answer is not None and answer.name == "structured_outputs":
+            text = "structured_outputs cannot be combined with tools unless tool_choice is 'none'; use a JSON schema"
+            raise RequestError(f"{text} as the format of the response", answer.name)
+        if choice.is_forced:
+            return {"structured_outputs": choice.constraint}
         if self._format is None or not self._can_choose:
             reason = "was started without automatic tool choice"
             if self._can_choose:
                 reason = "has no parser for the tool calls of this model (--tool-call-parser names one)"
             text = f"tool_choice='auto' cannot be served: the server {reason}; allowed: none, required, or a named tool"
             raise RequestError(text, "tool_choice")
-        return {"kept_special_token_ids": sorted(self._special_marks.values())}
+        kept = {"kept_special_token_ids": sorted(self._special_marks.values())}
+        if answer is None:
+            return kept
+        mark = functools.partial(token_or_text, self._tokenizer)
+        combined = calls_or_answer(self._format, choice.tools, answer, mark, is_parallel=choice.is_parallel)
+        return {**kept, "structured_outputs": combined}
 
-    def new_parser(self, choice: ToolChoice, *, skips_special_tokens: bool = True) -> TextParser | None:
+    def new_parser(
+        self, choice: ToolChoice, *, skips_special_tokens: bool = True, is_exclusive: bool = False
+    ) -> TextParser | None:
         """Return a parser of the calls of one choice; None if there can be none.
 
         Args:
             choice: the tools that may be called.
             skips_special_tokens: remove markers that are special tokens from the content.
+            is_exclusive: the output has either calls or content.
         """
         if choice.name is not None:
             return NamedToolParser(choice.name)
@@ -122,7 +129,8 @@ class ToolCalling:
             return RequiredToolParser(choice.tools)
         if not choice.tools or self._format is None:
             return None
-        return ToolCallParser(self._format, choice.tools, self._special_marks if skips_special_tokens else ())
+        hidden = self._special_marks if skips_special_tokens else ()
+        return ToolCallParser(self._format, choice.tools, hidden, is_exclusive=is_exclusive)
 
     def new_call_id(self) -> str:
         """Return a new call id in the form that the model's chat template requires."""
@@ -219,24 +227,3 @@ def _chosen_name(choice: Any, is_flat: bool) -> str | None:
         allowed = f'none, auto, required or {{"type": "function", {form}}}'
         raise RequestError(f"tool_choice={shorten(choice, json.dumps)} must be {allowed}", "tool_choice")
     return name
-
-
-def _parameters(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the JSON schema of a tool's arguments, which are always an object."""
-    return {**ANY_OBJECT, **(tool["function"].get("parameters") or {})}
-
-
-def _call_schema(name: str, tool: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """Return the JSON schema of a call; the `$id` keeps local references of the tool's schema valid."""
-    return {
-        "type": "object",
-        "properties": {"name": {"const": name}, "arguments": {**_parameters(tool), "$id": f"tool:///{index}"}},
-        "required": ["name", "arguments"],
-        "additionalProperties": False,
-    }
-
-
-def _lenient(schema: Mapping[str, Any], *tools: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Mark a schema so that unsupported keywords are ignored, unless all tools are strict."""
-    is_strict = all(tool["function"].get("strict") is True for tool in tools)
-    return {**schema, "x-guidance": {"lenient": not is_strict}}

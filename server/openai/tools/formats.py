@@ -17,7 +17,9 @@ class ToolCallFormat:
         hints: a chat template of the family contains at least one of these strings.
         needs: it contains all of these strings.
         has_short_ids: its templates require call ids of nine letters and digits.
-        is_xml: a call is `<function=name>` with a `<parameter=name>` for each argument.
+        syntax: what a start marker precedes: `object` (one call in JSON), `list` (a list of calls), `named` (the name
+            and then the arguments, or a list) or `xml` (`<function=name>` with a `<parameter=name>` for each argument).
+        arguments_key: field of the arguments in calls in JSON.
     """
 
     name: str
@@ -29,7 +31,13 @@ class ToolCallFormat:
     hints: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     has_short_ids: bool = False
-    is_xml: bool = False
+    syntax: str = "object"
+    arguments_key: str = "arguments"
+
+    @property
+    def is_xml(self) -> bool:
+        """Whether calls are written in XML."""
+        return self.syntax == "xml"
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -44,21 +52,29 @@ FORMATS = (
         inner=("[CALL_ID]", "[ARGS]"),
         hints=("[TOOL_CALLS]",),
         has_short_ids=True,
+        syntax="named",
     ),
     ToolCallFormat(
         "phi4_mini_json",
         ("<|tool_call|>", "functools"),
         ("<|/tool_call|>",),
         hints=("<|/tool|>", "<|/tool_call|>"),
+        syntax="list",
     ),
-    ToolCallFormat("granite", ("<|tool_call|>", "<tool_call>"), ("</tool_call>",), hints=("<|tool_call|>",)),
+    ToolCallFormat(
+        "granite",
+        ("<|tool_call|>", "<tool_call>"),
+        ("</tool_call>",),
+        hints=("<|tool_call|>",),
+        syntax="list",
+    ),
     ToolCallFormat(
         "qwen3_coder",
         ("<tool_call>", "<function="),
         ("</tool_call>",),
         hints=("<tool_call>",),
         needs=("<function=", "<parameter="),
-        is_xml=True,
+        syntax="xml",
     ),
     ToolCallFormat("hermes", ("<tool_call>",), ("</tool_call>",), hints=("<tool_call>",)),
     ToolCallFormat(
@@ -66,6 +82,7 @@ FORMATS = (
         ("<|python_tag|>",),
         bare="{",
         separators=";",
+        arguments_key="parameters",
         hints=("<|python_tag|>", '"parameters": dictionary of argument name'),
     ),
 )

@@ -33,7 +33,14 @@ class ToolCallDelta:
     is_last: bool = False
 
 
-Piece = str | ToolCallDelta  # content, or part of a call
+@dataclass(frozen=True)
+class ReasoningDelta:
+    """Text of the reasoning before content and calls."""
+
+    text: str
+
+
+Piece = str | ReasoningDelta | ToolCallDelta  # content, reasoning, or part of a call
 
 
 class TextParser(Protocol):
@@ -66,10 +73,14 @@ class ToolCallParser:
         format: tool call format of the model.
         tools: the tools that may be called.
         hidden: markers that are not shown to clients.
+        is_exclusive: content is followed by no calls; markers in it are part of it.
     """
 
-    def __init__(self, format: ToolCallFormat, tools: Tools, hidden: Collection[str] = ()) -> None:
+    def __init__(
+        self, format: ToolCallFormat, tools: Tools, hidden: Collection[str] = (), *, is_exclusive: bool = False
+    ) -> None:
         self._format = format
+        self._is_exclusive = is_exclusive
         self._starts = format.starts
         self._marks = {*format.starts, *hidden}
         self._hidden = re.compile("|".join(map(re.escape, hidden))) if hidden else None
@@ -117,13 +128,14 @@ class ToolCallParser:
             position, mark = min(found)
             yield from self._open(position, len(mark))
             return
-        held = 0 if is_last else _num_held_back(self._pending, self._marks)
+        held = 0 if is_last else num_held_back(self._pending, self._marks)
         yield from self._emit_content(len(self._pending) - held)
         self._must_wait = True
 
     def _open(self, position: int, head: int) -> Iterator[Piece]:
         yield from self._emit_content(position)
-        self._block, self._state = self._new_block(head), self._read_call
+        if self._starts or not self._is_exclusive:
+            self._block, self._state = self._new_block(head), self._read_call
 
     def _read_call(self, is_last: bool) -> Iterator[Piece]:
         """State at a marker, or at a bracket that needs none."""
@@ -172,13 +184,14 @@ class ToolCallParser:
         shown = text.rstrip()
         self._blanks = text[len(shown) :]
         if shown:
+            self._starts = () if self._is_exclusive else self._starts
             yield shown
 
     def _without_hidden(self, text: str) -> str:
         return self._hidden.sub("", text) if self._hidden is not None else text
 
 
-def _num_held_back(text: str, marks: Collection[str]) -> int:
+def num_held_back(text: str, marks: Collection[str]) -> int:
     """Return the length of the longest suffix of the text that is a prefix of a marker."""
     longest = max(map(len, marks), default=1)
     ends = (text[-length:] for length in range(min(longest - 1, len(text)), 0, -1))

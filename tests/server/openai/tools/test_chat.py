@@ -99,6 +99,48 @@ def test_a_required_call_is_made(server: RunningServer) -> None:
     assert len(set(ids)) == len(ids)
 
 
+ANSWER = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}, "n": {"enum": [1, 2]}},
+    "required": ["ok", "n"],
+    "additionalProperties": False,
+}
+JSON_ANSWER = {"type": "json_schema", "json_schema": {"name": "answer", "schema": ANSWER, "strict": True}}
+
+
+@pytest.mark.parametrize("is_strict", [True, False])
+def test_with_a_response_format_the_output_is_a_call_or_an_answer(server: RunningServer, is_strict: bool) -> None:
+    """A model that generates random tokens does both, and nothing else."""
+    spaces = [token for space in " \n\t\r" for token in server.llm.tokenizer.encode(space, add_special_tokens=False)]
+    options: dict[str, Any] = {"response_format": JSON_ANSWER, "seed": 6, "n": 24, "parallel_tool_calls": False}
+    options["tools"] = [tool("who", parameters=SCHEMAS["who"], strict=is_strict)]
+    options["logit_bias"] = dict.fromkeys(map(str, spaces), -100)
+    answer, chunks = create(server, **options), create_stream(server, **options)
+    kinds = set()
+    for index in range(24):
+        found = taken(answer, index)
+        assert found == joined(chunks, index)
+        kinds.add(found["reason"])
+        if found["reason"] == "tool_calls":
+            assert found["content"] is None and found["calls"]
+            check_calls(found["calls"])
+        elif found["reason"] == "stop":
+            assert not found["calls"]
+            Draft202012Validator(ANSWER).validate(json.loads(found["content"]))
+    assert {"tool_calls", "stop"} <= kinds
+
+
+@pytest.mark.parametrize("response_format", [JSON_ANSWER, {"type": "json_object"}], ids=lambda value: value["type"])
+def test_a_tool_choice_decides_between_call_and_answer(server: RunningServer, response_format: dict[str, Any]) -> None:
+    for seed in range(3):
+        options: dict[str, Any] = {"response_format": response_format, "seed": seed, "max_tokens": 8}
+        assert taken(create(server, tool_choice="required", **options))["calls"]
+        assert taken(create(server, tool_choice=NAMED, **options))["calls"][0]["name"] == "add"
+        found = taken(create(server, tool_choice="none", **options))
+        assert found["content"].startswith("{") and not found["calls"]
+        assert taken(create(server, tools=[], **options))["content"].startswith("{")
+
+
 def test_one_call_without_parallel_tool_calls(server: RunningServer) -> None:
     answer = create(server, tool_choice="required", parallel_tool_calls=False, n=8, seed=2)
     whole = [taken(answer, index) for index in range(8) if answer.choices[index].finish_reason == "tool_calls"]
@@ -297,7 +339,8 @@ def history(**call: Any) -> list[dict[str, Any]]:
         ({"tool_choice": {"type": "function", "function": {"name": "sub"}}}, "tool_choice", "'sub'"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice", "needs tools"),
         ({"tools": None, "tool_choice": NAMED}, "tool_choice", "'add'"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "tool_choice"),
+        ({"structured_outputs": {"json": {}}}, "structured_outputs", "tool_choice"),
+        ({"response_format": {"type": "yaml"}}, "response_format", "yaml"),
         ({"tools": [tool("a", parameters={"type": "banana"})], "tool_choice": "required"}, "tools", "tools: "),
         ({"tools": [tool("a", parameters={"not": {}}, strict=True)], "tool_choice": "required"}, "tools", "not"),
         (

@@ -1,0 +1,84 @@
+"""`ModelFormat`: how a model writes reasoning and tool calls, for the endpoints with tools."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mmlora.server.openai.chat.protocol import ToolRequest
+from mmlora.server.openai.reasoning import OutputParser
+from mmlora.server.openai.tools.choice import ToolCalling, find_special_tokens
+from mmlora.structured_outputs import ReasoningMarks
+
+
+class ModelFormat:
+    """How the model writes reasoning and tool calls.
+
+    Args:
+        tool_calling: how it calls tools.
+        reasoning: markers of its reasoning; None if it has none.
+        tokenizer: the model's tokenizer.
+    """
+
+    def __init__(self, tool_calling: ToolCalling, reasoning: ReasoningMarks | None, tokenizer: Any) -> None:
+        self.tool_calling = tool_calling
+        self.reasoning = reasoning
+        marks = () if reasoning is None else (reasoning.start, reasoning.end)
+        self.special_marks: Mapping[str, int] = find_special_tokens(tokenizer, marks)
+
+    def read(self, request: ToolRequest) -> "OutputFormat":
+        """Return the form of the outputs of a request.
+
+        Raises:
+            RequestError: a field is malformed, or fields contradict each other.
+        """
+        options = request.sampling_options()
+        answer = options["structured_outputs"]
+        if request.tooling is not None:
+            options |= self.tool_calling.sampling_options(request.tooling, answer)
+        if self.reasoning is not None:
+            kept = {*options.get("kept_special_token_ids", ()), *self.special_marks.values()}
+            constraint = options["structured_outputs"]
+            after = None if constraint is None else replace(constraint, reasoning=self.reasoning)
+            options |= {"kept_special_token_ids": sorted(kept), "structured_outputs": after}
+        return OutputFormat(self, request, options, is_exclusive=answer is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class OutputFormat:
+    """Form of the outputs of one request.
+
+    Attributes:
+        model: how the model writes.
+        request: the request.
+        sampling_options: fields of `SamplingParams`.
+        is_exclusive: an output has either calls or content.
+    """
+
+    model: ModelFormat
+    request: ToolRequest
+    sampling_options: Mapping[str, Any]
+    is_exclusive: bool = False
+
+    @property
+    def tools(self) -> list[Mapping[str, Any]] | None:
+        """The tools for the chat template; None without any."""
+        return None if self.request.tooling is None else list(self.request.tooling.tools.values())
+
+    def new_parser(self, prompt: str | None) -> OutputParser:
+        """Return a parser of one output.
+
+        Args:
+            prompt: the rendered prompt, which may open the reasoning.
+        """
+        skips, content, reasoning = self.request.skip_special_tokens is not False, None, self.model.reasoning
+        if self.request.tooling is not None:
+            content = self.model.tool_calling.new_parser(
+                self.request.tooling, skips_special_tokens=skips, is_exclusive=self.is_exclusive
+            )
+        is_open = reasoning is not None and reasoning.is_open(prompt or "")
+        hidden = self.model.special_marks if skips else ()
+        return OutputParser(reasoning, is_open=is_open, content=content, hidden=hidden)
+
+    def new_call_id(self) -> str:
+        """Return a new call id in the form that the model's chat template requires."""
+        return self.model.tool_calling.new_call_id()
