@@ -115,7 +115,9 @@ def mix_adapters(mix: LoRAMix, adapters: Sequence[Adapter]) -> Adapter:
 def _check_addable(adapter: Adapter) -> None:
     for name, weights in adapter.modules.items():
         lora = weights.lora
-        if lora is not None and lora.magnitude is not None:
+        if any(
+            found is not None and found.magnitude is not None for found in (lora, *weights.parameter_loras.values())
+        ):
             raise RequestError(f"adapter {adapter.name!r} uses DoRA, whose magnitudes cannot be added up in a mix")
         if lora is not None and lora.lora_B.shape[1] != lora.lora_A.shape[0]:
             raise RequestError(f"adapter {adapter.name!r} adapts {name} by groups, which cannot be added up in a mix")

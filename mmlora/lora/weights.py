@@ -16,7 +16,8 @@ class LoRAWeights:
         lora_B: `[out_features, r]`, the weight of a 1 x 1 convolution, or `[out_features, r * num_experts]`.
         scaling: `alpha / r`, or `alpha / √r` with rsLoRA.
         bias: bias of lora_B, `[out_features]` (`lora_bias`); `scaling` applies to it, too.
-        magnitude: DoRA magnitudes, one value per output feature.
+        magnitude: DoRA magnitudes, one value per output feature; `[num_experts, out_features]` for experts, NaN for
+            rows that are not changed.
         num_experts: number of matrices in a parameter `[num_experts, …, …]`; 1 for a single matrix.
     """
 

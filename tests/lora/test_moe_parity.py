@@ -10,7 +10,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mmlora import LLM, LoRAMix, LoRARequest
-from mmlora.errors import AdapterMismatch
+from mmlora.errors import AdapterMismatch, RequestError
 from mmlora.lora.adapter import Adapter
 from mmlora.lora.layers.slots import LoRASlots
 from mmlora.lora.loading.files import read_adapter
 from mmlora.lora.loading.load import load_adapter
 from mmlora.lora.loading.module_index import ModuleIndex
+from mmlora.lora.mix import mix_adapters
 from tests.checkpoints import load_reference, save_text_model
 from tests.equality import check_equal, greedy, recorded_logits
 from tests.lora.test_peft_parity import PROMPTS, continue_greedily
@@ -358,13 +359,64 @@ def test_parameters_that_granite_renamed_equal_the_changes_added_by_hand(case: s
     torch.testing.assert_close(apply(tmp_path, model), logits_of(changed), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "case", ["all-projections", "router", "only-up", "other-projections-by-expert", "rank-pattern"]
+)
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_dora_scales_the_rows_of_each_expert(name: str, case: str, tmp_path: Path) -> None:
+    """PEFT has no DoRA for parameters; the reference is its formula for Linears, `m · W' / ‖W'‖`, by hand."""
+    family, model = FAMILIES[name], build(name)
+    found = cases(family)[case]
+    changed = save(tmp_path, family, model, replace(found, config={**found.config, "use_dora": True}))
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for linear, weight in old_linears(family, changed).items():
+        if f"base_model.model.{linear}.lora_A.weight" in tensors:
+            magnitude = torch.rand(len(weight)) + 0.5
+            weight *= (magnitude / weight.norm(dim=1))[:, None]
+            tensors[f"base_model.model.{linear}.lora_magnitude_vector"] = magnitude
+    save_file(tensors, file)
+    torch.testing.assert_close(apply(tmp_path, model), logits_of(changed), rtol=0, atol=1e-5)
+    adapter = load(tmp_path, model)
+    mix = LoRAMix([(LoRARequest("a", 1, str(tmp_path)), 0.5)])
+    with pytest.raises(RequestError, match="uses DoRA, whose magnitudes cannot be added up"):
+        mix_adapters(mix, [adapter])
+
+
+@pytest.mark.parametrize("entry", ["experts", "mlp", "block"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_replaced_experts_have_their_old_names(name: str, entry: str, tmp_path: Path) -> None:
+    family, model = FAMILIES[name], build(name)
+    entry = {"mlp": f"{family.block}.experts", "block": family.block}.get(entry, entry)
+    changed, tensors = copy.deepcopy(model), {}
+    for linear, weight in old_linears(family, changed).items():
+        if ".experts." in linear or (entry == family.block and linear.endswith(f".{family.router}")):
+            weight += torch.randn(weight.shape) * 0.1
+            tensors[f"base_model.model.{linear}.weight"] = weight.clone()
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    content = {"peft_type": "LORA", "r": 4, "target_modules": [], "modules_to_save": [entry]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    torch.testing.assert_close(apply(tmp_path, model), logits_of(changed), rtol=0, atol=1e-5)
+    missing = sorted(tensors)[0]
+    save_file(
+        {key: tensor for key, tensor in tensors.items() if key != missing}, tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.raises(
+        AdapterMismatch, match=r"there are \d weights for \w+ of model\.layers\.0\.mlp\.experts; it has \d"
+    ):
+        load(tmp_path, model)
+    save_file({**tensors, missing: torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterMismatch, match=rf"tensor {missing} is \[2, 2\]; model\.layers\.0\.mlp\.experts has"):
+        load(tmp_path, model)
+
+
 def test_replaced_modules_have_their_old_names(tmp_path: Path) -> None:
     """The router and the fused experts of Granite, and the router of Mixtral, under `modules_to_save`."""
     olds = {"router.layer": "router.weight", "input_linear": "experts.gate_up_proj"}
-    for name, replaced in {"granitemoe": olds, "mixtral": {"gate": "gate.weight"}}.items():
+    for name, replacements in {"granitemoe": olds, "mixtral": {"gate": "gate.weight"}}.items():
         model = build(name)
         changed, tensors = copy.deepcopy(model), {}
-        for old, new in replaced.items():
+        for old, new in replacements.items():
             prefix = "model.layers.1." + ("mlp" if name == "mixtral" else "block_sparse_moe")
             parameter = changed.get_parameter(f"{prefix}.{new}")
             parameter += torch.randn(parameter.shape)
@@ -372,7 +424,7 @@ def test_replaced_modules_have_their_old_names(tmp_path: Path) -> None:
                 weight = changed.get_parameter(f"{prefix.replace('layers.1', f'layers.{layer}')}.{new}")
                 tensors[f"base_model.model.model.layers.{layer}.block_sparse_moe.{old}.weight"] = weight
         save_file({key: tensor.clone() for key, tensor in tensors.items()}, tmp_path / "adapter_model.safetensors")
-        content = {"peft_type": "LORA", "r": 4, "target_modules": [], "modules_to_save": list(replaced)}
+        content = {"peft_type": "LORA", "r": 4, "target_modules": [], "modules_to_save": list(replacements)}
         (tmp_path / "adapter_config.json").write_text(json.dumps(content))
         torch.testing.assert_close(apply(tmp_path, model), logits_of(changed), rtol=0, atol=1e-5)
 
@@ -423,7 +475,7 @@ BROKEN: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], str]] = {
             **{k.replace("block_sparse_moe", "mlp"): t * 1 for k, t in found.items() if "0.w1" in k},
         },
         {},
-        r"several sets of tensors match one weight: model\.layers\.\d\.mlp\.experts\.0\.w1 is one of them",
+        r"several sets of tensors match one weight: model\.layers\.\d\.mlp\.experts\.0\.w1",
     ),
     "fused-too": (
         lambda found: {
@@ -432,19 +484,7 @@ BROKEN: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], str]] = {
             "base_model.model.model.layers.0.mlp.experts.lora_B.weight": torch.ones(48, 12),
         },
         {"target_parameters": ["experts.gate_up_proj"]},
-        r"several sets of tensors match one weight: .*experts\.0\.w1 is one of them",
-    ),
-    "dora": (
-        lambda found: {
-            **found,
-            **{
-                key.replace("lora_B.weight", "lora_magnitude_vector"): torch.ones(len(tensor))
-                for key, tensor in found.items()
-                if "lora_B" in key
-            },
-        },
-        {"use_dora": True},
-        r"use_dora is not supported for .*experts\.0\.w1: the experts are fused in model\.layers\.0\.mlp\.experts",
+        r"several sets of tensors match one weight: model\.layers\.0\.mlp\.experts\.gate_up_proj",
     ),
     "lora-bias": (
         lambda found: {
@@ -456,12 +496,21 @@ BROKEN: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], str]] = {
             },
         },
         {"lora_bias": True},
-        r"lora_bias is not supported for .*experts\.0\.w1",
+        r"lora_bias is not supported for .*experts\.0\.w1: the fused experts have no biases",
+    ),
+    "router-bias": (
+        lambda found: {
+            "base_model.model.model.layers.0.mlp.gate.lora_A.weight": torch.ones(4, 32),
+            "base_model.model.model.layers.0.mlp.gate.lora_B.weight": torch.ones(3, 4),
+            "base_model.model.model.layers.0.mlp.gate.lora_B.bias": torch.ones(3),
+        },
+        {"lora_bias": True, "target_modules": ["gate"]},
+        r"weight of model\.layers\.0\.mlp\.gate is \[3, 32\]; only matrices take lora_A and lora_B and magnitude",
     ),
     "replaced-expert": (
         lambda found: {**found, f"{E0}.w1.weight": torch.ones(24, 32)},
         {"modules_to_save": ["experts.0.w1"]},
-        r"1 of 37 tensors match no module of this model: .*experts\.0\.w1\.weight",
+        r"there are 1 weights for gate_up_proj of model\.layers\.0\.mlp\.experts; it has 6",
     ),
 }
 

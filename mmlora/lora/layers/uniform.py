@@ -93,8 +93,7 @@ class LoRAWholeModule(LoRALayer):
     def set_slot(self, slot: int, weights: ModuleWeights) -> None:
         parameters = self.parameters_on_device(weights)
         for name, lora in weights.parameter_loras.items():
-            old = parameters.get(name, getattr(self.base, name))
-            parameters[name] = old + self._delta(lora, old)
+            parameters[name] = self._changed(lora, parameters.get(name, getattr(self.base, name)))
         self._patches[slot] = parameters
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
@@ -105,13 +104,24 @@ class LoRAWholeModule(LoRALayer):
             return self.base(*arguments, **options)
         return functional_call(self.base, parameters, arguments, options)
 
+    def _changed(self, lora: LoRAWeights, parameter: torch.Tensor) -> torch.Tensor:
+        """Return a parameter with its low-rank change, and with DoRA the rows scaled to their magnitudes."""
+        delta = self._delta(lora, parameter)
+        if lora.magnitude is None:
+            return parameter + delta.to(parameter.dtype)
+        changed = parameter.float() + delta
+        magnitude = self.on_device(lora.magnitude).float()
+        norm: torch.Tensor = torch.linalg.norm(changed, dim=-1)
+        factor = (magnitude / norm).masked_fill(magnitude.isnan(), 1.0)
+        return (changed * factor[..., None]).to(parameter.dtype)
+
     def _delta(self, lora: LoRAWeights, parameter: torch.Tensor) -> torch.Tensor:
-        """Return the low-rank change of a parameter: one matrix, or one per expert."""
+        """Return the low-rank change of a parameter in float32: one matrix, or one per expert."""
         lora_A, lora_B = self.on_device(lora.lora_A).float(), self.on_device(lora.lora_B).float()
         if parameter.ndim == 2:
-            return (lora.scaling * (lora_B @ lora_A)).to(parameter.dtype)
+            return lora.scaling * (lora_B @ lora_A)
         by_expert_A = lora_A.view(lora.num_experts, -1, lora_A.shape[1])  # [num_experts, r, in]
         by_expert_B = lora_B.view(lora_B.shape[0], -1, lora.num_experts)  # [out, r, num_experts]
         is_transposed = getattr(self.base, "is_transposed", False)
         pattern = "ore,eri->eio" if is_transposed else "ore,eri->eoi"
-        return (lora.scaling * torch.einsum(pattern, by_expert_B, by_expert_A)).to(parameter.dtype)
+        return lora.scaling * torch.einsum(pattern, by_expert_B, by_expert_A)

@@ -14,7 +14,7 @@ def fuse_experts(pieces: Mapping[Target, LoRAWeights], shape: torch.Size) -> LoR
 
     The ranks of the parts of an expert, such as gate and up, follow one another: lora_A is stacked and lora_B is
     block-diagonal. Experts and parts without a change, and ranks below the largest, are zeros. Scalings that differ are
-    folded into lora_B.
+    folded into lora_B. DoRA magnitudes of rows without a change are NaN.
 
     Args:
         pieces: the changes, each with the place of its weight; at least one.
@@ -29,6 +29,7 @@ def fuse_experts(pieces: Mapping[Target, LoRAWeights], shape: torch.Size) -> LoR
     is_uniform = len({piece.scaling for piece in pieces.values()}) == 1
     lora_A = first.lora_A.new_zeros(num_experts, rank, in_features)
     lora_B = first.lora_B.new_zeros(out_features, rank, num_experts)
+    magnitude = None if first.magnitude is None else first.magnitude.new_full((num_experts, out_features), torch.nan)
     for target, piece in pieces.items():
         assert target.expert is not None
         height = out_features // target.num_parts
@@ -36,10 +37,12 @@ def fuse_experts(pieces: Mapping[Target, LoRAWeights], shape: torch.Size) -> LoR
         ranks = slice(starts[target.part], starts[target.part] + piece.lora_A.shape[0])
         lora_A[target.expert, ranks] = piece.lora_A
         lora_B[rows, ranks, target.expert] = piece.lora_B if is_uniform else piece.lora_B.float() * piece.scaling
+        if magnitude is not None and piece.magnitude is not None:
+            magnitude[target.expert, rows] = piece.magnitude
     if not torch.isfinite(lora_B).all():
         raise AdapterMismatch(f"lora_B of an expert of {target.module} overflows {lora_B.dtype} with its scaling")
     scaling = first.scaling if is_uniform else 1.0
-    return LoRAWeights(lora_A.flatten(0, 1), lora_B.flatten(1), scaling, num_experts=num_experts)
+    return LoRAWeights(lora_A.flatten(0, 1), lora_B.flatten(1), scaling, None, magnitude, num_experts)
 
 
 def _rank_offsets(pieces: Mapping[Target, LoRAWeights]) -> tuple[dict[int, int], int]:

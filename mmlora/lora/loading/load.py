@@ -13,8 +13,9 @@ from mmlora.lora.loading.conversions import Target
 from mmlora.lora.loading.files import CONFIG_FILE, AdapterFiles
 from mmlora.lora.loading.foreign_keys import explain
 from mmlora.lora.loading.module_index import ModuleIndex
-from mmlora.lora.loading.module_reader import ModuleReader, TensorKey, parse_key
-from mmlora.lora.loading.peft_config import PeftConfig, ignored_keys
+from mmlora.lora.loading.module_reader import ModuleReader
+from mmlora.lora.loading.peft_config import PeftConfig, ignored_keys, selects_parent
+from mmlora.lora.loading.tensor_keys import TensorKey, parse_key
 from mmlora.lora.weights import ModuleWeights
 
 logger = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ def _has_parameter(key: TensorKey, target: Target, index: ModuleIndex) -> bool:
     if key.role != "parameter":
         return True
     if target.parameter:
-        return key.parameter == "weight" and target.expert is None
+        return key.parameter == "weight"
     return index.parameter(target.module, key.parameter) is not None
 
 
@@ -180,7 +181,7 @@ def _check_complete(
     """Refuse a file without the tensors that its configuration lists."""
     for entry in config.modules_to_save:
         saved = [name for name in index.modules if name.endswith(entry)]
-        saved += [target.module for name, target in targets.items() if name.endswith(entry)]
+        saved += [target.module for name, target in targets.items() if selects_parent(entry, name)]
         owners = [owner for name in saved for owner in index.modules if owner == name or owner.startswith(f"{name}.")]
         missing = [name for name in owners if index.has_parameters(name) and name not in modules]
         if not saved or missing:

@@ -1,10 +1,9 @@
-"""Tensors of a PEFT file: parse their keys, check their shapes and convert them to the `ModuleWeights` of a module."""
+"""Tensors of a PEFT file: check their shapes and values and convert them to the `ModuleWeights` of a module."""
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Final
+from dataclasses import replace
+from typing import Final, TypeVar
 
 import torch
 from torch import nn
@@ -16,72 +15,13 @@ from mmlora.lora.loading.files import CONFIG_FILE
 from mmlora.lora.loading.fused_experts import fuse_experts
 from mmlora.lora.loading.module_index import ModuleIndex, linear_shape
 from mmlora.lora.loading.peft_config import PeftConfig
+from mmlora.lora.loading.tensor_keys import TensorKey, group_keys
 from mmlora.lora.weights import LoRAWeights, ModuleWeights, TokenRows
 
-PEFT_PREFIX: Final = "base_model.model."
-_BASE: Final = ".base_layer"
-_ROLES: Final = {
-    "lora_A.weight": "lora_A",
-    "lora_B.weight": "lora_B",
-    "lora_B.bias": "lora_bias",
-    "lora_embedding_A": "lora_A",
-    "lora_embedding_B": "lora_B",
-    "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude",
-    "token_adapter.trainable_tokens_delta": "token_rows",
-    "trainable_tokens_delta": "token_rows",
-}
-_ORIGINS: Final = {"modules_to_save": 1, "base_layer": 2, "original_module": 2}
-_LORA = re.compile(rf"(?P<module>.+?)\.(?P<role>{'|'.join(map(re.escape, _ROLES))})")
-# The name that PEFT gives to the only adapter of a model is in the keys of a state_dict(), which PEFT reads, too.
-_DEFAULT_NAME = re.compile(r"(?<=\.)(lora_(?:embedding_)?[AB]|lora_magnitude_vector)\.default(?=\.|$)")
-# Training state that inference never reads: VeLoRA's projections, MonteCLoRA's sampler.
-_TRAINING = re.compile(r"(?P<module>.+)\.lora_(velora_embed|monteclora_sampler\..+)")
 _DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _Roles = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class TensorKey:
-    """Parsed key of one tensor in a PEFT file.
-
-    Attributes:
-        key: the key in the file.
-        module: the module's name in the file, without PEFT's prefix and wrappers.
-        role: lora_A, lora_B, lora_bias, magnitude, token_rows, parameter, or training (never read).
-        parameter: name of the parameter in the module, for the role `parameter`.
-        depth: number of outer PEFT wrappers; PEFT nests one wrapper per low-rank parameter of a module.
-        origin: where a parameter was saved from. PEFT may write it several times; the lowest origin is used.
-    """
-
-    key: str
-    module: str
-    role: str
-    parameter: str = ""
-    depth: int = 0
-    origin: int = 0
-
-    @property
-    def is_from_base(self) -> bool:
-        """Whether it is a parameter of the base model that PEFT saved with the adapter."""
-        return self.origin == _ORIGINS["original_module"]
-
-
-def parse_key(key: str) -> TensorKey | None:
-    """Parse a key; return None when it names no parameter of a module."""
-    name = _DEFAULT_NAME.sub(r"\1", key.removeprefix(PEFT_PREFIX))
-    if match := _TRAINING.fullmatch(name):
-        return TensorKey(key, match["module"], "training")
-    if match := _LORA.fullmatch(name):
-        module = match["module"]
-        depth = module.count(_BASE)
-        return TensorKey(key, module.replace(_BASE, ""), _ROLES[match["role"]], depth=depth)
-    module, _, parameter = name.rpartition(".")
-    if not module or "lora_" in parameter or ".lora_" in module:
-        return None
-    last = module.rpartition(".")[2]
-    plain = module.removesuffix(f".{last}") if last in _ORIGINS else module
-    return TensorKey(key, plain.replace(_BASE, ""), "parameter", parameter, origin=_ORIGINS.get(last, 0))
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 class ModuleReader:
@@ -136,7 +76,7 @@ class ModuleReader:
         """Return the changes by tensors that name the module itself."""
         if len(names := {key.module for key in keys}) > 1:
             raise AdapterMismatch(f"several sets of tensors match one module: {', '.join(sorted(names))}")
-        by_depth, parameters = _group_keys(keys)
+        by_depth, parameters = group_keys(keys)
         name = keys[0].module
         kind = self._index.kind_of(module)
         loras: dict[str, LoRAWeights] = {}
@@ -155,7 +95,7 @@ class ModuleReader:
         replaced = {
             parameter: tensor
             for parameter, key in parameters.items()
-            if (tensor := self._parameter(name, module, key, has_lora=bool(loras))) is not None
+            if (tensor := self._parameter(name, module, key, self._tensors[key.key], has_lora=bool(loras))) is not None
         }
         if kind == "other":
             return ModuleWeights(None, replaced, loras, token_rows)
@@ -165,28 +105,27 @@ class ModuleReader:
         """Add the changes by tensors of modules of transformers 4 whose weights are in parameters of this module."""
         loras, replaced = dict(weights.parameter_loras), dict(weights.parameters)
         experts: dict[str, dict[Target, LoRAWeights]] = defaultdict(dict)
+        replacements: dict[str, dict[Target, TensorKey]] = defaultdict(dict)
         by_name: dict[str, list[TensorKey]] = defaultdict(list)
         for key in keys:
             by_name[key.module].append(key)
         for name, named in sorted(by_name.items()):
             target = self._targets[name]
-            by_depth, parameters = _group_keys(named)
-            is_known = target.parameter in (loras if by_depth else replaced) or target in experts[target.parameter]
-            if is_known or len(by_depth) > 1:
-                raise AdapterMismatch(f"several sets of tensors match one weight: {name} is one of them")
+            by_depth, parameters = group_keys(named)
             for roles in by_depth.values():
                 if target.expert is None:
-                    loras[target.parameter] = self._converted_lora(name, target, roles)
+                    _add_once(loras, target.parameter, self._converted_lora(name, target, roles), name)
                 else:
-                    experts[target.parameter][target] = self._expert_lora(name, target, roles)
+                    _add_once(experts[target.parameter], target, self._expert_lora(name, target, roles), name)
             for key in parameters.values():
-                tensor = self._parameter(name, module, replace(key, parameter=target.parameter), has_lora=False)
-                replaced.update({target.parameter: tensor} if tensor is not None else {})
+                _add_once(replacements[target.parameter], target, key, name)
         for parameter, pieces in experts.items():
-            base = self._index.parameter(module, parameter)
-            assert base is not None
-            if pieces:
-                loras[parameter] = fuse_experts(pieces, base.shape)
+            fused = fuse_experts(pieces, self._base(module, parameter).shape)
+            _add_once(loras, parameter, fused, f"{module}.{parameter}")
+        for parameter, found in replacements.items():
+            tensor = self._converted_parameter(module, parameter, found)
+            if tensor is not None:
+                _add_once(replaced, parameter, tensor, f"{module}.{parameter}")
         return replace(weights, parameters=replaced, parameter_loras=loras)
 
     def _converted_lora(self, name: str, target: Target, roles: Mapping[str, TensorKey]) -> LoRAWeights:
@@ -197,20 +136,34 @@ class ModuleReader:
             self._check_selected(name, names)
         return self._parameter_lora(target.module, target.parameter, roles, names)
 
+    def _converted_parameter(
+        self, module: str, parameter: str, keys: Mapping[Target, TensorKey]
+    ) -> torch.Tensor | None:
+        """Return a parameter that is replaced by the weights of modules of transformers 4; None if it is unchanged."""
+        shape = self._base(module, parameter).shape
+        (target, first), *_ = keys.items()
+        num_weights = 1 if target.expert is None else shape[0] * target.num_parts
+        if len(keys) != num_weights:
+            raise AdapterMismatch(f"there are {len(keys)} weights for {parameter} of {module}; it has {num_weights}")
+        ordered = sorted(keys.items(), key=lambda item: (item[0].expert or 0, item[0].part))
+        tensors = [self._tensors[key.key] for _, key in ordered]
+        for key, tensor in zip(keys.values(), tensors, strict=True):
+            if target.expert is not None and (*tensor.shape,) != (shape[1] // target.num_parts, shape[2]):
+                raise AdapterMismatch(f"tensor {key.key} is {list(tensor.shape)}; {module} has {list(shape)}")
+        whole = tensors[0] if target.expert is None else torch.cat(tensors).view(shape)
+        return self._parameter(first.module, module, replace(first, parameter=parameter), whole, has_lora=False)
+
     def _expert_lora(self, name: str, target: Target, roles: Mapping[str, TensorKey]) -> LoRAWeights:
         """Return the change of one expert's weight, which was a Linear of transformers 4."""
         self._check_selected(name, [name])
         found = self._found(name, roles)
         self._check_pair(name, roles)
         rank = self._rank(name, name)
-        base = self._index.parameter(target.module, target.parameter)
-        assert base is not None
-        _, out_features, in_features = base.shape
+        _, out_features, in_features = self._base(target.module, target.parameter).shape
         self._check_linear(name, found, rank, in_features, out_features // target.num_parts)
         self._check_extras(name, "linear", found)
-        if found.keys() != {"lora_A", "lora_B"}:
-            option = "use_dora" if "magnitude" in found else "lora_bias"
-            raise AdapterMismatch(f"{option} is not supported for {name}: the experts are fused in {target.module}")
+        if "lora_bias" in found:
+            raise AdapterMismatch(f"lora_bias is not supported for {name}: the fused experts have no biases")
         return self._cast(name, found, self._config.scaling_of(name))
 
     def _lora(self, name: str, module: str, kind: str, roles: Mapping[str, TensorKey]) -> LoRAWeights:
@@ -345,13 +298,16 @@ class ModuleReader:
     def _parameter_lora(
         self, module: str, parameter: str, roles: Mapping[str, TensorKey], names: Sequence[str]
     ) -> LoRAWeights:
-        found, base = self._found(module, roles), self._index.parameter(module, parameter)
+        found, base = self._found(module, roles), self._base(module, parameter)
         self._check_pair(module, roles)
-        assert base is not None
         rank = self._rank(module, *names)
-        if base.ndim not in (2, 3) or found.keys() != {"lora_A", "lora_B"}:
+        allowed = {"lora_A", "lora_B"}
+        if base.ndim == 2 and not any(map(self._config.targets_parameter, names)):  # selected as a Linear
+            self._check_extras(module, "linear", found)
+            allowed.add("magnitude")
+        if base.ndim not in (2, 3) or found.keys() - allowed:
             raise AdapterMismatch(
-                f"{parameter} of {module} is {list(base.shape)}; only matrices take lora_A and lora_B"
+                f"{parameter} of {module} is {list(base.shape)}; only matrices take {' and '.join(sorted(allowed))}"
             )
         num_experts = base.shape[0] if base.ndim == 3 else 1
         is_transposed = base.ndim == 3 and getattr(self._index.modules[module], "is_transposed", False)
@@ -377,10 +333,11 @@ class ModuleReader:
         order = torch.tensor(ids).argsort()
         return TokenRows(torch.tensor(ids)[order], self._checked(module, "rows", rows[order], weight.dtype))
 
-    def _parameter(self, name: str, module: str, key: TensorKey, *, has_lora: bool) -> torch.Tensor | None:
+    def _parameter(
+        self, name: str, module: str, key: TensorKey, tensor: torch.Tensor, *, has_lora: bool
+    ) -> torch.Tensor | None:
         """Return a replaced parameter; None when it equals the base model's."""
-        tensor, base = self._tensors[key.key], self._index.parameter(module, key.parameter)
-        assert base is not None
+        base = self._base(module, key.parameter)
         if tensor.shape != base.shape:
             raise AdapterMismatch(f"tensor {key.key} is {list(tensor.shape)}; {module} has {list(base.shape)}")
         if base.device.type != "meta" and _is_same(tensor, base, is_lenient=key.is_from_base):
@@ -394,6 +351,11 @@ class ModuleReader:
             cause = "differs from the base model" if key.is_from_base else "is not named by modules_to_save or bias"
             raise AdapterMismatch(f"tensor {key.key} {cause}")
         return self._checked(module, key.parameter, tensor, base.dtype)
+
+    def _base(self, module: str, parameter: str) -> torch.Tensor:
+        base = self._index.parameter(module, parameter)
+        assert base is not None, f"{module} has no {parameter}"
+        return base
 
     def _check_selected(self, module: str, names: Sequence[str]) -> None:
         """Refuse low-rank matrices for a module that the configuration selects by none of its names.
@@ -431,20 +393,10 @@ class ModuleReader:
         return cast
 
 
-def _group_keys(keys: Sequence[TensorKey]) -> tuple[dict[int, dict[str, TensorKey]], dict[str, TensorKey]]:
-    """Return the low-rank keys of a module by depth and role, and the keys of its parameters by parameter name.
-
-    Raises:
-        AdapterMismatch: two tensors have the same purpose.
-    """
-    by_depth: dict[int, dict[str, TensorKey]] = {}
-    parameters: dict[str, TensorKey] = {}
-    for key in sorted(keys, key=lambda key: key.origin):
-        known = parameters if key.role == "parameter" else by_depth.setdefault(key.depth, {})
-        first = known.setdefault(key.parameter if key.role == "parameter" else key.role, key)
-        if first is not key and first.origin == key.origin:
-            raise AdapterMismatch(f"tensors {first.key} and {key.key} name the same matrix")
-    return by_depth, parameters
+def _add_once(known: dict[K, V], key: K, value: V, name: str) -> None:
+    if key in known:
+        raise AdapterMismatch(f"several sets of tensors match one weight: {name}")
+    known[key] = value
 
 
 def _is_same(tensor: torch.Tensor, base: torch.Tensor, *, is_lenient: bool) -> bool:

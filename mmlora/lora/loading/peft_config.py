@@ -168,9 +168,7 @@ class PeftConfig:
 
     def saves(self, name: str) -> bool:
         """Return whether `modules_to_save` selects the module of this name or one of its parents."""
-        atoms = name.split(".")
-        parents = (".".join(atoms[: count + 1]) for count in range(len(atoms)))
-        return any(parent.endswith(entry) for parent in parents for entry in self.modules_to_save)
+        return any(selects_parent(entry, name) for entry in self.modules_to_save)
 
     def targets_parameter(self, name: str) -> bool:
         """Return whether `target_parameters` selects the parameter of this name."""
@@ -223,6 +221,12 @@ def refusals(content: Mapping[str, Any]) -> Iterator[str]:
             )
         elif key not in _KNOWN and not _is_ignored(key, value):
             yield f"the key {_shown(key, value)} is unknown; it might change the output"
+
+
+def selects_parent(entry: str, name: str) -> bool:
+    """Return whether an entry of `modules_to_save` selects the module of this name or one of its parents."""
+    atoms = name.split(".")
+    return any(".".join(atoms[: count + 1]).endswith(entry) for count in range(len(atoms)))
 
 
 def ignored_keys(content: Mapping[str, Any]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from mmlora.lora.loading.files import read_adapter
 from mmlora.lora.loading.foreign_keys import explain
 from mmlora.lora.loading.load import load_adapter
 from mmlora.lora.loading.module_index import ModuleIndex
-from mmlora.lora.loading.module_reader import parse_key
+from mmlora.lora.loading.tensor_keys import parse_key
 
 PREFIX = "base_model.model."
 Rename = Callable[[str], str]
