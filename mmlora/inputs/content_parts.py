@@ -147,7 +147,7 @@ def _any_form(text: str, name: str) -> tuple[str, ContentForm]:
     if _is_encoded_media(text):
         return text, "base64"
     if text.startswith("/"):
-        return f"file://{quote(text)}", "url"
+        return f"file://{quote(text, errors='surrogatepass')}", "url"
     raise RequestError(f"{name} is {shorten(text, json.dumps)}; it must be {_ANY_FORM}")
 
 

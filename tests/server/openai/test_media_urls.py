@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+import json
 import re
 import threading
 import time
@@ -18,7 +19,15 @@ from PIL import Image
 
 from mmlora.errors import MediaError
 from mmlora.llm import LLM
-from tests.server.conftest import RunningServer, ServerFactory, text_part, url_part, wait_for, wait_until_idle
+from tests.server.conftest import (
+    RunningServer,
+    ServerFactory,
+    post_json,
+    text_part,
+    url_part,
+    wait_for,
+    wait_until_idle,
+)
 from tests.web_server import WebServer, http_response, run_web_server
 
 
@@ -319,13 +328,32 @@ def test_an_empty_field_with_a_uuid_refers_to_the_cached_item(server: RunningSer
 
 @pytest.mark.parametrize("field", ["image", "url", "path", "image_url"])
 def test_files_elsewhere_are_refused_in_every_field(server: RunningServer, folder: Path, field: str) -> None:
-    for path in ("/etc/passwd", f"{folder}/../a.png", f"{folder}/missing.png", "/proc/self/environ", f"{folder}"):
+    for path in (
+        "/etc/passwd",
+        f"{folder}/\0",
+        f"{folder}/../a.png",
+        f"{folder}/missing.png",
+        "/proc/self/environ",
+        f"{folder}",
+    ):
         for form in (path, f"file://{path}")[field == "image_url" :]:
             with pytest.raises(BadRequestError, match="leads to no regular file under --allowed-local-media-path"):
                 server.ask({"type": "image", field: form})
     for url in ("http://127.0.0.2/a.png", "http://169.254.169.254/", "http://localhost:1/a.png"):
         with pytest.raises(BadRequestError, match="media URL|host"):
             server.ask({"type": "image", field: url})
+
+
+@pytest.mark.parametrize(
+    "text", ["/\ud800", "file:///\udc80", "\ud800", "http://\ud800/", "data:\ud800,x", "data:,\ud800"]
+)
+def test_lone_surrogates_are_refused(server: RunningServer, text: str) -> None:
+    """JSON can contain them, UTF-8 cannot."""
+    for field in ("image", "url", "path", "base64", "image_url", "uuid", "type", "text"):
+        part = {"type": "image", "image_url": None, field: text}
+        body = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": [part]}]})
+        response = post_json(f"{server.address}/v1/chat/completions", body)
+        assert response.status_code == 400 or (field, response.status_code) == ("uuid", 404), response.text
 
 
 def test_a_url_that_is_none_of_the_allowed_ones_is_refused_by_its_scheme(server: RunningServer) -> None:
