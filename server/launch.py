@@ -220,7 +220,8 @@ def announce(llm: AsyncLLM, models: ServedModels, args: ServerArgs, url: str) ->
     url = url if url.startswith("unix:") else f"{url}/v1"
     fields, is_json = summarize(llm, models, args, url), args.log_format == "json"
     ready = f"mmlora is ready: {url} serves {', '.join(models.names)}"
-    if not print_text(ready if is_json else f"{ready}\n{format_summary(fields)}"):
+    text = ready if is_json else f"{ready}\n{format_summary(fields)}"
+    if not print_text(text, errors="backslashreplace"):
         logger.warning("standard output cannot be written; %s", ready)
     if is_json:
         logger.info("mmlora is ready", extra={"fields": fields})

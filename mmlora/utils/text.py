@@ -64,14 +64,21 @@ def as_utf8(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def print_text(text: str) -> bool:
+def print_text(text: str, *, errors: str = "strict") -> bool:
     """Print text and return whether that was possible: its reader may have gone, or the disk may be full.
 
-    Characters that the encoding of standard output lacks are escaped. After a failure, nothing more is printed.
+    After a failure, nothing more is printed.
+
+    Args:
+        text: printed with a line break.
+        errors: what to do about characters that the encoding of standard output lacks, as for `str.encode`.
+
+    Raises:
+        UnicodeEncodeError: there are such characters, and `errors` is `strict`.
     """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        print(text.encode(encoding, errors).decode(encoding), flush=True)
         return True
     except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)

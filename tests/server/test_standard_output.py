@@ -15,7 +15,11 @@ import pytest
 from tests.server.conftest import wait_for
 from tests.server_process import END_S
 
-CODE = "from mmlora.utils.text import print_text as p; print(p('café ' * 50_000), p('x'), file=open('r', 'w'))"
+CODE = (
+    "from mmlora.utils.text import print_text; "
+    "first = print_text('café ' * 50_000, errors='backslashreplace'); "
+    "print(first, print_text('x'), file=open('r', 'w'))"
+)
 
 
 @pytest.mark.parametrize(
