@@ -22,6 +22,7 @@ from mmlora.server.http.origins import AllowedHosts, HostCheck, OriginCheck
 from mmlora.server.lora.served_models import ServedModels
 from mmlora.server.lora.updates import adapter_routes
 from mmlora.server.observability.prometheus import add_metrics
+from mmlora.server.observability.request_id import HEADER, RequestId
 from mmlora.server.observability.tracing import Tracer
 from mmlora.server.openai.chat.protocol import ChatCompletionRequest
 from mmlora.server.openai.chat.serving import ChatService
@@ -103,6 +104,7 @@ def build_app(
     if cors is not None:
         cors.add_to(app)
     add_metrics(app, llm, admission, prefix=metrics_prefix, log_requests=log_requests, tracer=tracer)
+    app.add_middleware(RequestId)
     if root_path:
         app.add_middleware(RootPath, root_path=root_path)
     _add_error_handlers(app)
@@ -175,5 +177,5 @@ def _add_error_handlers(app: FastAPI) -> None:
         return error_response(Refusal(error.status_code, message), error.headers)
 
     @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> Response:
-        return error_response(error)
+    async def unexpected(request: Request, error: Exception) -> Response:  # runs outside of all middleware
+        return error_response(error, {HEADER: request.state.request_id})

@@ -1,25 +1,39 @@
-"""`POST /tokenize` and `POST /detokenize`: convert a text or chat to tokens as the engine does, and back."""
+"""Tokens: `POST /tokenize` converts a text or chat as the engine does, `POST /detokenize` converts them back.
 
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, TypeVar
+`GET /tokenizer_info` describes the tokenizer.
+"""
+
+import asyncio
+from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from mmlora.async_llm import AsyncLLM
 from mmlora.errors import RequestError
-from mmlora.inputs.content_parts import type_of
-from mmlora.processors.modalities import PART_MODALITIES
+from mmlora.inputs.chat import ChatPrompt
 from mmlora.server.bodies import Body, FirstOnly, UTF8JSONResponse, body_schema, parse_body
 from mmlora.server.http.admission import read_body
+from mmlora.server.http.auth import CALLER
 from mmlora.server.lora.served_models import ServedModels
+from mmlora.server.openai.output import until_disconnect
+from mmlora.server.openai.tools.choice import read_tool_choice
 from mmlora.utils.text import shorten
+
+# Fields of a chat; the tokens of a text depend on none of them.
+CHAT_FIELDS: Final = (
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template_kwargs",
+    "tools",
+    "mm_processor_kwargs",
+)
 
 
 class TokenizeBody(Body):
-    """Body of `/tokenize`: a text in `prompt`, or a chat in `messages`.
+    """Body of `/tokenize`: a text in `prompt`, or a chat in `messages`, to which `CHAT_FIELDS` belong.
 
-    `add_special_tokens` is for texts, the options of the chat template are for chats.
+    By default, special tokens are added to a text and not to a chat, whose template writes them.
     """
 
     model: str | None = None
@@ -29,6 +43,8 @@ class TokenizeBody(Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: FirstOnly[dict[str, Any]] | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
 
@@ -54,6 +70,17 @@ class Prompt(BaseModel):
     prompt: str
 
 
+class TokenizerInfo(BaseModel):
+    """Response of `/tokenizer_info`: fields of `tokenizer_config.json`, with special tokens such as `bos_token`."""
+
+    model_config = ConfigDict(extra="allow")
+    tokenizer_class: str
+    chat_template: str | None
+    model_max_length: int
+    vocab_size: int
+    added_tokens_decoder: dict[str, dict[str, Any]]
+
+
 B = TypeVar("B", TokenizeBody, DetokenizeBody)
 
 
@@ -68,25 +95,31 @@ def token_routes(llm: AsyncLLM, models: ServedModels, max_request_bytes: int) ->
     tokens = TokenService(llm)
     routes = APIRouter()
 
-    async def respond(request: Request, model: type[B], convert: Callable[[B], dict[str, Any]]) -> UTF8JSONResponse:
+    async def read(request: Request, model: type[B]) -> B:
         content = await read_body(request, max_request_bytes)
-        body = await llm.run_in_pool(parse_body, model, content)
+        body: B = await llm.run_in_pool(parse_body, model, content)
         await models.find_adapter(body.model, None)
-        return UTF8JSONResponse(await llm.run_in_pool(convert, body))
+        return body
 
     @routes.post("/tokenize", openapi_extra=body_schema(TokenizeBody), response_model=Tokens)
     async def tokenize(request: Request) -> UTF8JSONResponse:
-        return await respond(request, TokenizeBody, tokens.tokenize)
+        body = await read(request, TokenizeBody)
+        return UTF8JSONResponse(await until_disconnect(request, tokens.tokenize(body, CALLER.get())))
 
     @routes.post("/detokenize", openapi_extra=body_schema(DetokenizeBody), response_model=Prompt)
     async def detokenize(request: Request) -> UTF8JSONResponse:
-        return await respond(request, DetokenizeBody, tokens.detokenize)
+        body = await read(request, DetokenizeBody)
+        return UTF8JSONResponse(await llm.run_in_pool(tokens.detokenize, body))
+
+    @routes.get("/tokenizer_info", response_model=TokenizerInfo)
+    def tokenizer_info() -> UTF8JSONResponse:
+        return UTF8JSONResponse(tokens.describe_tokenizer())
 
     return routes
 
 
 class TokenService:
-    """Converts prompts to tokens as the engine does, but without media, and tokens to text.
+    """Converts prompts to tokens as the engine does, and tokens to text.
 
     Args:
         llm: the engine.
@@ -97,16 +130,25 @@ class TokenService:
         # The embedding table is padded: ids beyond the tokenizer's vocabulary have no text but may be sampled.
         self._num_ids = max(llm.vocab_size, len(llm.tokenizer))
 
-    def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
-        """Return the tokens of a text or a chat.
+    async def tokenize(self, body: TokenizeBody, caller: str) -> dict[str, Any]:
+        """Return the tokens of a text or a chat; media of a chat are fetched, and count as in a chat completion.
+
+        Args:
+            body: the request.
+            caller: identifies the client; media uuids are scoped to it.
 
         Raises:
             RequestError: fields contradict each other, the text is too long, or the messages cannot be rendered.
+            MediaError: a media item cannot be used.
         """
         if (body.prompt is None) == (body.messages is None):
             received = "neither" if body.prompt is None else "both"
             raise RequestError(f"one of prompt and messages is needed; received {received}", "prompt")
-        ids = self._encode_prompt(body, body.prompt) if body.prompt is not None else self._encode_chat(body)
+        run = self._llm.run_in_pool
+        if body.prompt is not None:
+            ids = await run(self._encode_prompt, body, body.prompt)
+        else:
+            ids = await self._encode_chat(await run(self._chat_prompt, body, caller))
         return {
             "count": len(ids),
             "max_model_len": self._llm.max_model_len,
@@ -130,36 +172,57 @@ class TokenService:
         text = self._llm.tokenizer.decode(body.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return {"prompt": text}
 
+    def describe_tokenizer(self) -> dict[str, Any]:
+        """Return the configuration of the tokenizer, without paths."""
+        tokenizer = self._llm.tokenizer
+        return {
+            "tokenizer_class": type(tokenizer).__name__,
+            "chat_template": self._llm.input_processor.chat_template.source or None,
+            "model_max_length": self._llm.max_model_len,
+            "vocab_size": self._num_ids,
+            "padding_side": tokenizer.padding_side,
+            "truncation_side": tokenizer.truncation_side,
+            **{name: getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")},
+            **{name: getattr(tokenizer, name, None) for name in ("bos_token", "eos_token", "unk_token", "pad_token")},
+            **tokenizer.special_tokens_map,
+            "added_tokens_decoder": {
+                str(token_id): {
+                    "content": token.content,
+                    **{
+                        name: getattr(token, name)
+                        for name in ("lstrip", "normalized", "rstrip", "single_word", "special")
+                    },
+                }
+                for token_id, token in tokenizer.added_tokens_decoder.items()
+            },
+        }
+
     def _encode_prompt(self, body: TokenizeBody, prompt: str) -> list[int]:
-        for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
+        for name in CHAT_FIELDS:
             if getattr(body, name) is not None:
                 raise RequestError(f"{name} needs messages; received a prompt", name)
         return self._llm.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
 
-    def _encode_chat(self, body: TokenizeBody) -> list[int]:
-        if body.add_special_tokens:
-            text = "add_special_tokens=true needs a prompt; the chat template adds the special tokens of messages"
-            raise RequestError(text, "add_special_tokens")
-        messages = body.messages or []
-        for index, message in enumerate(messages):
-            _check_text_only(message, f"messages[{index}]")
-        prompt = self._llm.input_processor.chat_prompt(
-            messages,
+    def _chat_prompt(self, body: TokenizeBody, caller: str) -> ChatPrompt:
+        return self._llm.input_processor.chat_prompt(
+            body.messages or [],
             chat_template_kwargs=body.chat_template_kwargs,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=bool(body.continue_final_message),
+            tools=list(read_tool_choice(body.tools, None, None).tools.values()),
+            mm_processor_kwargs=body.mm_processor_kwargs,
+            add_special_tokens=bool(body.add_special_tokens),
+            caller=caller,
             is_strict=True,
         )
-        return self._llm.input_processor.render(prompt)[1]
 
-
-def _check_text_only(message: Mapping[str, Any], name: str) -> None:
-    content = message.get("content")
-    for part in content if isinstance(content, list) else ():
-        kind = type_of(part) if isinstance(part, Mapping) else None
-        if isinstance(kind, str) and kind in PART_MODALITIES:
-            text = (
-                f"{name}.content has a part of type {kind!r}; /tokenize takes text only "
-                "(the usage of a chat completion counts the tokens of media)"
-            )
-            raise RequestError(text, "messages")
+    async def _encode_chat(self, chat: ChatPrompt) -> list[int]:
+        tokenize = self._llm.input_processor.tokenize
+        if chat.media is None:
+            return await self._llm.run_in_pool(tokenize, chat)
+        await chat.media.fetch()
+        try:
+            return await self._llm.run_in_pool(tokenize, chat, pool="media")
+        except asyncio.CancelledError:
+            chat.media.cancel()
+            raise

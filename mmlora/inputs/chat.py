@@ -28,6 +28,7 @@ class ChatPrompt:
         template_kwargs: variables of the template.
         tools: OpenAI tools for the template.
         mm_processor_kwargs, cache_salt: as in other prompts.
+        add_special_tokens: add them to what the template renders, which usually has them.
     """
 
     turns: list[Turn]
@@ -37,6 +38,7 @@ class ChatPrompt:
     tools: Tools = ()
     mm_processor_kwargs: Mapping[str, Any] | None = None
     cache_salt: str | None = None
+    add_special_tokens: bool = False
 
     def render(self) -> str:
         """Return the rendered prompt.

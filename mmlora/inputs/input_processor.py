@@ -122,6 +122,7 @@ class InputProcessor:
         tools: Tools | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
         cache_salt: str | None = None,
+        add_special_tokens: bool = False,
         caller: str = "",
         is_strict: bool = False,
     ) -> ChatPrompt:
@@ -136,6 +137,7 @@ class InputProcessor:
             continue_final_message: leave the last message open, so that the output continues it.
             tools: OpenAI tools, passed to the template.
             mm_processor_kwargs, cache_salt: as in other prompts.
+            add_special_tokens: add them to what the template renders, which usually has them.
             caller: identifies the client; media uuids are scoped to it.
 
         Raises:
@@ -171,6 +173,7 @@ class InputProcessor:
             tools=tools or (),
             mm_processor_kwargs=mm_processor_kwargs,
             cache_salt=cache_salt,
+            add_special_tokens=add_special_tokens,
         )
 
     def render(self, chat: ChatPrompt) -> tuple[str, list[int]]:
@@ -179,8 +182,21 @@ class InputProcessor:
         Raises:
             RequestError: the template cannot render the chat, or the prompt is too long.
         """
-        text = chat.render()
-        return text, encode_text(self.tokenizer, text, self.max_model_len, "messages", add_special_tokens=False)
+        text, adds = chat.render(), chat.add_special_tokens
+        return text, encode_text(self.tokenizer, text, self.max_model_len, "messages", add_special_tokens=adds)
+
+    def tokenize(self, chat: ChatPrompt) -> list[int]:
+        """Return the tokens of a chat as `process` does, with the placeholders of its media expanded.
+
+        Raises:
+            RequestError: the template cannot render the chat, or the prompt is too long.
+            MediaError: a media item cannot be used, or the items do not match the placeholders.
+        """
+        _, token_ids = self.render(chat)
+        if chat.media is None:
+            return token_ids
+        processed = self._process_media(chat.media.load(), chat.mm_processor_kwargs, token_ids, "messages")
+        return self._expand(token_ids, processed)[0]
 
     def process(
         self,
@@ -378,8 +394,10 @@ class InputProcessor:
         bound = self._args.max_logprobs
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(params, name)
-            if value is not None and bound != -1 and (value > bound or value == -1):
-                raise RequestError(f"{name}={shorten(value)} exceeds max_logprobs={bound}", name)
+            number = self.vocab_size if value == -1 else value or 0
+            if number > bound != -1:
+                reason = f"; -1 is all {number} tokens of the vocabulary" if value == -1 else ""
+                raise RequestError(f"{name}={shorten(value)} exceeds max_logprobs={bound}{reason}", name)
         for name in ("logit_bias", "stop_token_ids", "kept_special_token_ids"):
             outside = [token for token in getattr(params, name) or () if token >= self.vocab_size]
             if outside:

@@ -17,7 +17,7 @@ from mmlora.server.errors import Refusal, error_response
 # `/` and `/playground/` are the playground page and its files; the page asks the user for the key.
 PUBLIC_PATHS: Final = frozenset({"/", "/health", "/ready"})
 PUBLIC_FOLDER: Final = "/playground/"
-EXPOSED_HEADERS: Final = ("retry-after", "x-mmlora-adapter", "x-mmlora-reason")
+EXPOSED_HEADERS: Final = ("retry-after", "x-mmlora-adapter", "x-mmlora-reason", "x-request-id")
 
 # Digest of the `Authorization` headers. Media uuids are scoped to it: clients with different keys share no media.
 CALLER: Final[ContextVar[str]] = ContextVar("CALLER", default="")

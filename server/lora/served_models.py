@@ -200,7 +200,7 @@ class ServedModels:
         """Return the adapter to apply, `BASE`, or None for the automatic choice.
 
         Args:
-            model: the base model's name (automatic choice), an adapter's, or a default's key; None is the base.
+            model: the base model's name (automatic choice), an adapter's, or a default's key; None and "" are the base.
             lora: None (as `model` says), `[]` (explicitly the base model), a name, or
                 `[{"name": …, "scale": …}, …]`.
 
@@ -267,7 +267,7 @@ class ServedModels:
         return parts
 
     def _names_adapter(self, model: str | None) -> TypeGuard[str]:
-        return model is not None and not self.is_base(model)
+        return bool(model) and not self.is_base(str(model))
 
     def _list_names(self) -> str:
         return f"served models are {_list_some(self.names)}"

@@ -34,7 +34,7 @@ def check_prompt_logprobs(num_prompt_tokens: int, num_top: int, vocab_size: int,
 
 
 def list_logprobs(parts: Iterable[CompletionOutput], num_top: int) -> list[Json]:
-    """Return the log probability of each token, with those of the `num_top` likeliest tokens."""
+    """Return the log probability of each token, with those of the `num_top` likeliest tokens; -1 for all tokens."""
     return [
         _token_logprobs(token, top, num_top)
         for part in parts
@@ -133,7 +133,7 @@ def _entry(top: TokenLogprobs, token_id: int) -> Json:
 
 
 def _token_logprobs(token_id: int, top: TokenLogprobs, num_top: int) -> Json:
-    ranked = sorted(top.values(), key=lambda entry: entry.rank)[:num_top]
+    ranked = sorted(top.values(), key=lambda entry: entry.rank)[: num_top if num_top >= 0 else None]
     return {
         **_token(top[token_id].decoded_token, top[token_id].logprob),
         "top_logprobs": [_token(entry.decoded_token, entry.logprob) for entry in ranked],

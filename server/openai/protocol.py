@@ -11,11 +11,12 @@ from collections.abc import Collection, Mapping, Sequence
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Final, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, create_model
 
 from mmlora.errors import ConstraintError, RequestError
 from mmlora.sampling_params import SamplingParams
 from mmlora.server.bodies import MAX_FIELDS, Body, FirstOnly, has_no_effect, parse_body
+from mmlora.server.observability.request_id import CLIENT_ID
 from mmlora.structured_outputs import CONSTRAINT_FIELDS, StructuredOutputsParams
 from mmlora.utils.text import shorten
 
@@ -143,6 +144,7 @@ class GenerationRequest(SamplingFields, CommonFields):  # type: ignore[valid-typ
     mm_processor_kwargs: dict[str, Any] | None = None
     prompt_logprobs: int | None = None
     return_token_ids: bool | None = None
+    request_id: Annotated[str, Field(pattern=CLIENT_ID)] | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
 
@@ -166,7 +168,7 @@ class GenerationRequest(SamplingFields, CommonFields):  # type: ignore[valid-typ
         """
         request = parse_body(cls, body)
         check_other_fields(request.model_extra or {}, {**NEUTRAL_EXTRAS, **cls.NEUTRAL_VALUES})
-        if any(option for _, option in request.stream_options or ()) and not request.stream:
+        if request.stream_options is not None and request.stream_options.model_fields_set and not request.stream:
             raise RequestError("stream_options needs stream=true", "stream_options")
         return request
 

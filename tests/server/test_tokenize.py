@@ -1,16 +1,19 @@
-"""`/tokenize` and `/detokenize`: the engine's tokens, and named errors."""
+"""`/tokenize`, `/detokenize` and `/tokenizer_info`: the engine's tokens, and named errors."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
 import pytest
 
+from mmlora.inputs import input_processor
 from mmlora.server.api import build_app
 from mmlora.server.args import LoRAModule
 from mmlora.server.launch import load_served_models
 from tests.server.conftest import RunningServer, ServerFactory, input_audio_part, run_app, text_part, url_part
+from tests.server.openai.tools.definitions import TEMPLATE
 
 CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": [text_part("what is two plus three?")]}]
 
@@ -111,7 +114,7 @@ def test_a_text_over_the_context_length_is_still_tokenized(server: RunningServer
         ({"prompt": "a", "return_token_strs": "yes"}, 400, "return_token_strs", '"yes"'),
         ({"prompt": "a" * 200_000}, 400, "prompt", "200000 characters"),
         ({"messages": []}, 400, "messages", "messages"),
-        ({"messages": CHAT, "add_special_tokens": True}, 400, "add_special_tokens", "needs a prompt"),
+        ({"prompt": "a", "tools": [{}]}, 400, "tools", "needs messages"),
         ({"messages": [{"role": "<|banana|>", "content": "x"}]}, 400, "messages", "messages[0].role"),
         ({"messages": [{"role": "user"}]}, 400, "messages", "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, 400, None, "video"),
@@ -127,22 +130,81 @@ def test_an_invalid_tokenize_request_gets_a_named_error(
     assert error["param"] == param and text in error["message"]
 
 
-def test_media_are_refused_by_name(server: RunningServer, wav: bytes, png: bytes) -> None:
-    for part in (
-        input_audio_part(wav),
-        url_part("image_url", png, "image/png"),
-        url_part("audio_url", wav, "audio/wav"),
-    ):
-        untyped = {name: value for name, value in part.items() if name != "type"}
-        errors = [
-            error_of(
-                post(server, "tokenize", messages=[CHAT[0], {"role": "user", "content": [text_part("hi"), form]}]), 400
-            )
-            for form in (part, untyped)
-        ]
-        error = errors[0]
-        assert error == errors[1] and error["param"] == "messages"
-        assert f"messages[1].content has a part of type {part['type']!r}; /tokenize takes text only" in error["message"]
+@pytest.mark.parametrize("case", ["audio", "image", "both", "urls"])
+def test_media_count_as_in_a_completion(server: RunningServer, wav: bytes, png: bytes, case: str) -> None:
+    parts = {
+        "audio": [input_audio_part(wav)],
+        "image": [url_part("image_url", png, "image/png"), text_part("and")],
+        "both": [input_audio_part(wav), text_part("or"), url_part("image_url", png, "image/png")],
+        "urls": [url_part("audio_url", wav, "audio/wav"), url_part("audio_url", wav, "audio/wav")],
+    }[case]
+    messages = [CHAT[0], {"role": "user", "content": [text_part("hi"), *parts]}]
+    result = tokenize(server, messages=messages)
+    body = {"messages": messages, "max_tokens": 1, "return_token_ids": True}
+    completion = post(server, "v1/chat/completions", **body).json()
+    assert result["tokens"] == completion["prompt_token_ids"]
+    assert result["count"] == completion["usage"]["prompt_tokens"]
+    without = [CHAT[0], {"role": "user", "content": [part for part in messages[1]["content"] if "text" in part]}]
+    assert result["count"] >= tokenize(server, messages=without)["count"] + 8
+
+
+def test_unusable_media_are_refused(server: RunningServer) -> None:
+    for content, text in ((b"no image", "neither"), (b"\x89PNG\r\n\x1a\n cut", "image")):
+        messages = [{"role": "user", "content": [url_part("image_url", content, "image/png")]}]
+        error = error_of(post(server, "tokenize", messages=messages), 400)
+        assert error["code"] == "media_error" and text in error["message"]
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+
+
+def test_tools_count_as_in_a_completion(start_server: ServerFactory) -> None:
+    server = start_server(chat_template=TEMPLATE)
+    plain = tokenize(server, messages=CHAT)["tokens"]
+    assert tokenize(server, messages=CHAT, tools=[])["tokens"] == plain
+    result = tokenize(server, messages=CHAT, tools=[TOOL])
+    body = {"messages": CHAT, "tools": [TOOL], "max_tokens": 1, "return_token_ids": True}
+    assert result["tokens"] == post(server, "v1/chat/completions", **body).json()["prompt_token_ids"] != plain
+    error = error_of(post(server, "tokenize", messages=CHAT, tools=[{"type": "function"}]), 400)
+    assert error["param"] == "tools"
+
+
+def test_special_tokens_can_be_added_to_a_chat(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    received, encode = [], input_processor.encode_text
+
+    def record(*arguments: Any, add_special_tokens: bool) -> list[int]:
+        received.append(add_special_tokens)
+        return encode(*arguments, add_special_tokens=add_special_tokens)
+
+    monkeypatch.setattr("mmlora.inputs.input_processor.encode_text", record)
+    for fields in ({}, {"add_special_tokens": False}, {"add_special_tokens": True}):
+        tokenize(server, messages=CHAT, **fields)
+        assert post(server, "v1/chat/completions", messages=CHAT, max_tokens=1, **fields).status_code == 200
+    assert received == [False, False, False, False, True, True]
+
+
+def test_the_tokenizer_is_described_without_paths(server: RunningServer) -> None:
+    info = httpx.get(f"{server.address}/tokenizer_info").raise_for_status().json()
+    tokenizer = server.llm.tokenizer
+    assert info["chat_template"] == tokenizer.chat_template and info["eos_token"] == tokenizer.eos_token
+    assert {"bos_token", "pad_token", "unk_token"} <= info.keys()
+    assert (info["model_max_length"], info["tokenizer_class"]) == (512, type(tokenizer).__name__)
+    for token_id, entry in info["added_tokens_decoder"].items():
+        assert tokenizer.convert_ids_to_tokens(int(token_id)) == entry["content"]
+    assert len(info["added_tokens_decoder"]) == len(tokenizer.added_tokens_decoder) > 0
+    text = json.dumps(info)
+    assert server.llm.args.model not in text and "/tmp" not in text and "_file" not in text
+
+
+def test_an_empty_model_is_the_base_model(server: RunningServer, wav: bytes) -> None:
+    assert tokenize(server, prompt="hi", model="")["tokens"] == tokenize(server, prompt="hi")["tokens"]
+    audio = {"role": "user", "content": [input_audio_part(wav)]}
+    answers = [post(server, "v1/chat/completions", messages=[audio], max_tokens=2, model=m).json() for m in ("", None)]
+    for answer in answers:
+        assert (answer["model"], answer["lora"]["reason"]) == ("tiny", "default:audio")
+    assert post(server, "v1/completions", prompt="hi", max_tokens=2, model="").json()["model"] == "tiny"
+    assert post(server, "v1/responses", input="hi", max_output_tokens=2, model="").json()["model"] == "tiny"
+    assert post(server, "v1/completions", prompt="hi", max_tokens=2, model="", lora="words").status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -194,8 +256,10 @@ def test_an_invalid_detokenize_request_gets_a_named_error(
 def test_both_need_the_api_key_and_limit_their_bodies(server: RunningServer) -> None:
     models = load_served_models(server.llm)
     with run_app(build_app(server.llm, models, api_key="key", max_request_bytes=200)) as address:
+        headers = {"authorization": "Bearer key"}
+        assert httpx.get(f"{address}/tokenizer_info").status_code == 401
+        assert httpx.get(f"{address}/tokenizer_info", headers=headers).status_code == 200
         for route, body in (("tokenize", {"prompt": "a"}), ("detokenize", {"tokens": [1]})):
-            headers = {"authorization": "Bearer key"}
             assert httpx.post(f"{address}/{route}", json=body).status_code == 401
             assert httpx.post(f"{address}/{route}", json=body, headers=headers).status_code == 200
             large = {"prompt": "a" * 200} if "prompt" in body else {"tokens": [1] * 200}

@@ -41,7 +41,6 @@ class ChatCompletionRequest(ToolRequest):
     """The supported fields of a chat completion request."""
 
     NEUTRAL_VALUES = {
-        "add_special_tokens": (None, False),
         "audio": (None,),
         "chat_template": (None, ""),
         "documents": (None, []),
@@ -60,6 +59,7 @@ class ChatCompletionRequest(ToolRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     echo: bool | None = None
+    add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
 

@@ -1,12 +1,11 @@
 """`ChatService`: chat completions."""
 
-import uuid
-
 from starlette.requests import Request
 
 from mmlora.async_llm import AsyncLLM
 from mmlora.inputs.chat import text_of
 from mmlora.server.lora.served_models import ServedModels
+from mmlora.server.observability.request_id import response_ids
 from mmlora.server.openai.chat.output import ChatCompletionBuilder
 from mmlora.server.openai.chat.protocol import parse_chat_request
 from mmlora.server.openai.generation import Generation, GenerationService
@@ -38,13 +37,14 @@ class ChatService(GenerationService):
             tools=form.tools,
             mm_processor_kwargs=chat.mm_processor_kwargs,
             cache_salt=chat.cache_salt,
+            add_special_tokens=bool(chat.add_special_tokens),
             caller=caller,
             is_strict=True,
         )
-        request_id = f"chatcmpl-{uuid.uuid4().hex}"
+        response_id, request_id = response_ids(request, "chatcmpl-", chat.request_id)
         is_echo = bool(chat.echo) and chat.messages[-1]["role"] == "assistant"
         prefix = text_of(prompt.turns[-1]) if is_echo else ""
         name = chat.model or self._models.base_name
-        builder = ChatCompletionBuilder(request_id, name, chat, form, prefix=prefix)
+        builder = ChatCompletionBuilder(response_id, name, chat, form, prefix=prefix)
         params = self._llm.default_sampling_params(**form.sampling_options)
         return Generation(chat, {request_id: prompt}, prompt.media, params, builder)

@@ -40,17 +40,26 @@ class CompletionBuilder(ChoicesBuilder):
         model: model name in the response.
         request: the request.
         tokenizer: of the model.
+        request_id: prefix of the ids of the engine's requests; by default the response's id.
     """
 
     WHOLE = CHUNK = "text_completion"
     EMPTY_DELTA: ClassVar[Json] = {"text": ""}
 
-    def __init__(self, response_id: str, model: str, request: CompletionRequest, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        response_id: str,
+        model: str,
+        request: CompletionRequest,
+        tokenizer: Any,
+        *,
+        request_id: str | None = None,
+    ) -> None:
         super().__init__(response_id, model, request)
         self._request = request
         self._tokenizer = tokenizer
         self.repeats_prompt = bool(request.echo or request.return_token_ids) or request.prompt_logprobs is not None
-        self.request_ids = [f"{response_id}-{index}" for index in range(len(request.prompts))]
+        self.request_ids = [f"{request_id or response_id}-{index}" for index in range(len(request.prompts))]
         self._prompt_indices = {name: index for index, name in enumerate(self.request_ids)}
         self._prefixes: dict[str, _Prefix] = {}  # by request id
         self._detokenizers: dict[int, Detokenizer] = {}  # by choice; their text still has the stop strings

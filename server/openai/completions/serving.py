@@ -1,11 +1,11 @@
 """`CompletionService`: legacy completions, of one prompt or several."""
 
-import uuid
 from typing import Any
 
 from starlette.requests import Request
 
 from mmlora.processors.media.loader import PromptMedia, parse_references
+from mmlora.server.observability.request_id import response_ids
 from mmlora.server.openai.completions.output import CompletionBuilder
 from mmlora.server.openai.completions.protocol import CompletionRequest, TextOrTokens, parse_completion_request
 from mmlora.server.openai.generation import Generation, GenerationService, name_prompt
@@ -17,7 +17,8 @@ class CompletionService(GenerationService):
     def _parse(self, request: Request, body: bytes, caller: str) -> Generation:
         fields = parse_completion_request(body)
         name = fields.model or self._models.base_name
-        builder = CompletionBuilder(f"cmpl-{uuid.uuid4().hex}", name, fields, self._llm.tokenizer)
+        response_id, request_id = response_ids(request, "cmpl-", fields.request_id)
+        builder = CompletionBuilder(response_id, name, fields, self._llm.tokenizer, request_id=request_id)
         references = parse_references(
             fields.multi_modal_data or {},
             fields.multi_modal_uuids or {},

@@ -65,7 +65,7 @@ class ResponsesRequest(ToolRequest):
     return_token_ids: Literal[False] | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     include: FirstOnly[Includable] | None = None
-    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    top_logprobs: Annotated[int, Field(ge=-1)] | None = None
     text: dict[str, Any] | None = None
     metadata: Metadata | None = None
     prompt_cache_key: Label | None = None

@@ -1,11 +1,10 @@
 """`ResponsesService`: OpenAI's Responses API."""
 
-import uuid
-
 from starlette.requests import Request
 
 from mmlora.async_llm import AsyncLLM
 from mmlora.server.lora.served_models import ServedModels
+from mmlora.server.observability.request_id import response_ids
 from mmlora.server.openai.generation import Generation, GenerationService
 from mmlora.server.openai.model_format import ModelFormat
 from mmlora.server.openai.responses.input import as_messages
@@ -42,9 +41,9 @@ class ResponsesService(GenerationService):
             caller=caller,
             is_strict=True,
         )
-        request_id = f"resp_{uuid.uuid4().hex}"
+        response_id, request_id = response_ids(request, "resp_", fields.request_id)
         items = OutputItems(form)
         name = fields.model or self._models.base_name
-        builder = ResponseObjectBuilder(request_id, name, fields, self._defaults, items)
+        builder = ResponseObjectBuilder(response_id, name, fields, self._defaults, items)
         params = self._llm.default_sampling_params(**form.sampling_options)
         return Generation(fields, {request_id: prompt}, prompt.media, params, builder)

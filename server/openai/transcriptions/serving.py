@@ -1,6 +1,5 @@
 """`TranscriptionService`: transcriptions and translations of speech."""
 
-import uuid
 from typing import Any
 
 from starlette.requests import Request
@@ -10,6 +9,7 @@ from mmlora.errors import RequestError
 from mmlora.models.transcription import LANGUAGES, TranscriptionPrompt
 from mmlora.server.errors import Refusal
 from mmlora.server.lora.served_models import ServedModels
+from mmlora.server.observability.request_id import response_ids
 from mmlora.server.openai.generation import Generation, GenerationService
 from mmlora.server.openai.transcriptions.output import TranscriptionBuilder
 from mmlora.server.openai.transcriptions.protocol import AudioRequest, TranscriptionRequest, TranslationRequest
@@ -61,7 +61,8 @@ class TranscriptionService(GenerationService):
         separator = prompt.language_separator if form.language is None else None
         builder = TranscriptionBuilder(form, chat.media, language, separator)
         params = self._llm.default_sampling_params(**form.sampling_options())
-        return Generation(form, {f"transcription-{uuid.uuid4().hex}": chat}, chat.media, params, builder)
+        _, request_id = response_ids(request, "transcription-")
+        return Generation(form, {request_id: chat}, chat.media, params, builder)
 
     def _prompt(self) -> TranscriptionPrompt:
         """Return the model's prompts for transcription.

@@ -208,10 +208,11 @@ def test_every_shared_field_is_supported_or_refused() -> None:
         "mm_processor_kwargs",
         "priority",
         "cache_salt",
+        "request_id",
         "structured_outputs",
         *SAMPLING_FIELDS,
     }
-    refused = {"max_tokens", "prompt_logprobs", "response_format"}
+    refused = {"max_tokens", "prompt_logprobs", "response_format", "return_token_ids"}
     assert GenerationRequest.model_fields.keys() - read == refused
 
 

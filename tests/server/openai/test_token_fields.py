@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -114,8 +116,7 @@ def test_where_a_stream_has_token_counts(
 
 
 def test_options_without_a_stream(server: RunningServer) -> None:
-    for options in ({}, {"include_usage": False}, {"include_usage": None, "continuous_usage_stats": False}):
-        assert ask(server, CHAT, stream_options=options)["status"] == 200
+    assert ask(server, CHAT, stream_options={})["status"] == 200
     refused = ask(server, CHAT, stream_options={"continuous_usage_stats": True})
     assert (refused["status"], refused["error"]["param"]) == (400, "stream_options")
 
@@ -178,3 +179,38 @@ def test_log_probabilities_of_the_prompt_are_null_unless_requested(server: Runni
     assert ask(server, CHAT)["prompt_logprobs"] is None
     assert [choice["prompt_logprobs"] for choice in ask(server, COMPLETION)["choices"]] == [None, None]
     assert ask(server, CHAT, prompt_logprobs=0)["prompt_logprobs"][1].keys()
+
+
+@pytest.mark.parametrize("max_logprobs", [-1, None])
+def test_minus_one_is_the_vocabulary(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, max_logprobs: int | None
+) -> None:
+    vocab_size = server.llm.vocab_size
+    args = dataclasses.replace(server.llm.args, max_logprobs=max_logprobs or vocab_size)
+    monkeypatch.setattr(server.llm.input_processor, "_args", args)
+    (choice,) = ask(server, CHAT, logprobs=True, top_logprobs=-1, max_tokens=2)["choices"]
+    assert [len(entry["top_logprobs"]) for entry in choice["logprobs"]["content"]] == [vocab_size] * 2
+    probability = sum(math.exp(entry["logprob"]) for entry in choice["logprobs"]["content"][0]["top_logprobs"])
+    assert probability == pytest.approx(1, abs=1e-3)
+    listed = ask(server, CHAT, prompt_logprobs=-1)["prompt_logprobs"]
+    assert {len(entry) for entry in listed[1:]} == {vocab_size}
+    include = {"include": ["message.output_text.logprobs"], "top_logprobs": -1, "input": "hi", "max_output_tokens": 2}
+    response = httpx.post(f"{server.address}/v1/responses", json=include, timeout=60).json()
+    part = response["output"][0]["content"][0]
+    assert {len(entry["top_logprobs"]) for entry in part["logprobs"]} == {vocab_size}
+    scored = ask(server, COMPLETION, logprobs=-1, max_tokens=1, prompt="one")["choices"][0]["logprobs"]
+    assert len(scored["tokens"]) == 1 and len(scored["top_logprobs"][0]) > vocab_size / 2
+
+
+@pytest.mark.parametrize("field", ["top_logprobs", "prompt_logprobs"])
+def test_the_vocabulary_may_exceed_the_limit(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    vocab_size = server.llm.vocab_size
+    monkeypatch.setattr(
+        server.llm.input_processor, "_args", dataclasses.replace(server.llm.args, max_logprobs=vocab_size - 1)
+    )
+    refused = ask(server, CHAT, logprobs=True, **{field: -1})
+    assert (refused["status"], refused["error"]["param"]) == (400, field)
+    assert f"all {vocab_size} tokens" in refused["error"]["message"]
+    assert ask(server, CHAT, logprobs=True, **{field: vocab_size - 1})["status"] == 200
