@@ -76,9 +76,10 @@ def load_model(config: PretrainedConfig, path: Path, *, dtype: torch.dtype, devi
     model_class = find_model_class(config)
     layout = find_layout(path)
     options = {"key_mapping": dict(layout.key_mapping)} if layout is not None else {}
-    check_weights(load_meta_model(config), read_headers(str(path), None, path), layout)
+    tensors = read_headers(str(path), None, path)
     with _view_without_adapter(path) as view, without_load_report():
         try:
+            check_weights(load_meta_model(config), tensors, layout)
             model, info = model_class.from_pretrained(
                 view, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
             )

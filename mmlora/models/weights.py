@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from mmlora.errors import ConfigError
 from mmlora.lora.loading.load import listed
 from mmlora.models.layouts.base import Layout
+from mmlora.utils.text import printable, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,9 @@ WRAPPERS: Final[Mapping[str, str]] = {
     "module": "save the module that DistributedDataParallel wraps (model.module)",
 }
 LONGEST_DIFFERENCE: Final = 3  # parts of a name
+MAX_PARTS: Final = 64
+MAX_NAME_CHARS: Final = 160
+INTEGERS: Final = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})  # of safetensors
 
 
 @dataclass(frozen=True)
@@ -94,30 +98,18 @@ def check_weights(model: Any, tensors: Mapping[str, StoredTensor], layout: Layou
     Raises:
         ConfigError: names tensors that are missing, unknown, or of another shape.
     """
-    found = _map_tensors(model, tensors, layout)
     name = layout.name if layout is not None else model.config.model_type
-    missing = _untied(found.missing_keys, model.all_tied_weights_keys)
+    _check_types(name, model, tensors)
+    found = _map_tensors(model, tensors, layout)
     unknown = [key for key in found.unexpected_keys if layout is None or not layout.left_out.fullmatch(key)]
-    if missing:
-        reason = _explain(missing, unknown, model)
-        raise ConfigError(f"{len(missing)} tensor(s) of a {name} checkpoint are missing: {listed(missing)}{reason}")
-    if found.conversion_errors:
-        keys = listed(found.conversion_errors)
-        raise ConfigError(f"some tensors of a {name} checkpoint cannot be joined, parts may be missing: {keys}")
-    if found.mismatched_keys:
-        shapes = listed(f"{key} is {[*stored]} instead of {[*wanted]}" for key, stored, wanted in found.mismatched_keys)
-        raise ConfigError(f"{len(found.mismatched_keys)} tensor(s) of a {name} checkpoint have other shapes: {shapes}")
+    _check_found(name, model, found, unknown)
     applied = [key for key in unknown if layout is not None or _belongs_to_module(key, model)]
     if applied:
         reason = "" if layout is not None else "; their modules have no such parameter, so the output would change"
-        raise ConfigError(f"{len(applied)} tensor(s) of a {name} checkpoint are unknown: {listed(applied)}{reason}")
+        raise ConfigError(f"{len(applied)} tensor(s) of a {name} checkpoint are unknown: {_listed(applied)}{reason}")
     if unknown:
-        logger.warning(
-            "%d tensor(s) of the checkpoint are not used, because %s has no such modules: %s",
-            len(unknown),
-            type(model).__name__,
-            listed(unknown),
-        )
+        reason = f"because {type(model).__name__} has no such modules"
+        logger.warning("%d tensor(s) of the checkpoint are not used, %s: %s", len(unknown), reason, _listed(unknown))
 
 
 def check_initialized(missing: Collection[str]) -> None:
@@ -130,7 +122,7 @@ def check_initialized(missing: Collection[str]) -> None:
         ConfigError: names them.
     """
     if names := [name for name in missing if not name.endswith(COUNTER)]:
-        raise ConfigError(f"{len(names)} tensor(s) would be random, because the files lack them: {listed(names)}")
+        raise ConfigError(f"{len(names)} tensor(s) would be random, because the files lack them: {_listed(names)}")
 
 
 @contextmanager
@@ -146,6 +138,35 @@ def without_load_report() -> Iterator[None]:
         yield
     finally:
         source.removeFilter(is_other)
+
+
+def _check_types(name: str, model: torch.nn.Module, tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse integers in place of weights: `transformers` would use them without the scales of their quantization."""
+    parameters = {key.rpartition(".")[2] for key, value in model.named_parameters() if value.is_floating_point()}
+    integers = [key for key, tensor in tensors.items() if tensor.dtype in INTEGERS]
+    quantized = [key for key in integers if key.rpartition(".")[2] in parameters]
+    if quantized:
+        types = "/".join(sorted({tensors[key].dtype for key in quantized}))
+        count = f"{len(quantized)} tensor(s) of a {name} checkpoint are quantized ({types})"
+        raise ConfigError(f"{count}: {_listed(quantized)}")
+
+
+def _check_found(name: str, model: Any, found: Any, unknown: Sequence[str]) -> None:
+    """Check that every tensor of the model has been found, in its shape."""
+    if parts := found.conversion_errors:
+        reason = "parts are missing or have other shapes"
+        raise ConfigError(f"{len(parts)} tensor(s) of a {name} checkpoint cannot be joined, {reason}: {_listed(parts)}")
+    if missing := _untied(found.missing_keys, model.all_tied_weights_keys):
+        reason = _explain(missing, unknown, model)
+        raise ConfigError(f"{len(missing)} tensor(s) of a {name} checkpoint are missing: {_listed(missing)}{reason}")
+    if differing := found.mismatched_keys:
+        shapes = _listed(f"{key} is {[*stored]} instead of {[*wanted]}" for key, stored, wanted in differing)
+        raise ConfigError(f"{len(differing)} tensor(s) of a {name} checkpoint have other shapes: {shapes}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Join the first names for a message; those of files may contain anything."""
+    return listed(printable(shorten(name, str, MAX_NAME_CHARS)) for name in names)
 
 
 def _map_tensors(model: Any, tensors: Mapping[str, StoredTensor], layout: Layout | None) -> Any:
@@ -188,18 +209,17 @@ def _explain(missing: Sequence[str], unknown: Sequence[str], model: Any) -> str:
             "embeddings"
         )
     if (extra := _common_difference(unknown, missing)) is not None:
-        return f"; the files have {extra + '.'!r} in the names of such tensors"
+        return f"; the files have {printable(extra) + '.'!r} in the names of such tensors"
     if (extra := _common_difference(missing, unknown)) is not None:
-        return f"; the files lack {extra + '.'!r} in the names of such tensors"
-    return f"; the files have instead: {listed(unknown)}" if unknown else ""
+        return f"; the files lack {printable(extra) + '.'!r} in the names of such tensors"
+    return f"; the files have instead: {_listed(unknown)}" if unknown else ""
 
 
 def _common_difference(longer: Collection[str], shorter: Collection[str]) -> str | None:
     """Return the part that every name in `longer` has in addition to a name in `shorter`; None if there is none."""
     wanted = set(shorter)
     counts: Counter[str] = Counter()
-    for name in longer:
-        parts = name.split(".")
+    for parts in (name.split(".")[:MAX_PARTS] for name in longer):
         for start in range(len(parts)):
             for end in range(start + 1, min(start + LONGEST_DIFFERENCE, len(parts)) + 1):
                 if ".".join((*parts[:start], *parts[end:])) in wanted:

@@ -160,6 +160,45 @@ def test_an_expert_of_the_older_format_is_missed(checkpoint: Callable[[str], tup
             check(path, {name: tensor for name, tensor in tensors.items() if expert not in name})
 
 
+def test_experts_that_cannot_be_joined_are_named(checkpoint: Callable[[str], tuple[Path, Headers]]) -> None:
+    path, tensors = checkpoint("mixtral")
+    smaller = {
+        name: StoredTensor("F32", (5, 60), 1200) if "experts.1.w1" in name else tensor
+        for name, tensor in tensors.items()
+    }
+    message = r"^3 tensor\(s\) of a mixtral checkpoint cannot be joined, .*: model.layers.0.mlp.experts.gate_up_proj, "
+    with pytest.raises(ConfigError, match=message):
+        check(path, smaller)
+
+
+def test_integers_are_not_weights(checkpoint: Callable[[str], tuple[Path, Headers]]) -> None:
+    path, tensors = checkpoint("llama")
+    check(path, {**tensors, "model.layers.0.self_attn.rotary_emb.position_ids": StoredTensor("I64", (9,), 72)})
+    name = "model.layers.1.mlp.up_proj.weight"
+    for dtype in ("I8", "U8"):
+        with pytest.raises(
+            ConfigError, match=rf"1 tensor\(s\) of a llama checkpoint are quantized \({dtype}\): {name}"
+        ):
+            check(path, {**tensors, name: StoredTensor(dtype, tensors[name].shape, 4)})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "..", "model..x", "model.(layers[0", "x\nforged\x1b[2J", "m." * 9999],
+    ids=["empty", "dots", "empty part", "brackets", "control characters", "long"],
+)
+def test_any_name_is_printed_in_one_line(
+    name: str, checkpoint: Callable[[str], tuple[Path, Headers]], caplog: pytest.LogCaptureFixture
+) -> None:
+    path, tensors = checkpoint("llama")
+    check(path, with_tensor(tensors, name, [2]))
+    (record,) = caplog.records
+    assert record.getMessage().isprintable() and len(record.getMessage()) < 400
+    with pytest.raises(ConfigError) as caught:
+        check(path, {f"{name}.{key}": tensor for key, tensor in tensors.items()})
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 3000
+
+
 def config_with(path: Path, folder: Path, **fields: Any) -> Path:
     copy = Path(shutil.copytree(path, folder / "config"))
     content = json.loads((copy / "config.json").read_text())
