@@ -14,7 +14,7 @@ from PIL import Image
 
 from mmlora.errors import MediaError, RequestError
 from mmlora.inputs.content_parts import read_part
-from mmlora.processors.media.loader import MediaReference, load_media
+from mmlora.processors.media.loader import MediaLoader, MediaReference, load_media
 
 PICTURE = Image.new("RGB", (8, 6), "red")
 CLIP = (np.zeros(1600, np.float32), 16000)
@@ -214,3 +214,10 @@ def test_unusable_python_objects_are_named_when_they_are_decoded():
     reference = read_part({"type": "image", "image": 5})
     with pytest.raises(MediaError, match="media content is a int"):
         load_media(reference.content, expected="image")
+
+
+def test_a_path_that_is_not_unicode_leads_to_no_file(tmp_path):
+    for path in ("/\ud800.png", "/a/\udc80"):
+        reference = read_part({"type": "image", "path": path})
+        with pytest.raises(MediaError, match="leads to no regular file"):
+            MediaLoader(local_path=str(tmp_path)).load_url(reference.content)
