@@ -2,9 +2,10 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -16,6 +17,7 @@ from mmlora.lora.weights import LoRAWeights, ModuleWeights
 from mmlora.utils.text import is_finite_number
 
 MAX_MIX_PARTS = 16
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,7 @@ def mix_adapters(mix: LoRAMix, adapters: Sequence[Adapter]) -> Adapter:
 def _check_addable(adapter: Adapter) -> None:
     for name, weights in adapter.modules.items():
         lora = weights.lora
-        if any(
-            found is not None and found.magnitude is not None for found in (lora, *weights.parameter_loras.values())
-        ):
+        if any(found.magnitude is not None for _, found in weights.loras):
             raise RequestError(f"adapter {adapter.name!r} uses DoRA, whose magnitudes cannot be added up in a mix")
         if lora is not None and lora.lora_B.shape[1] != lora.lora_A.shape[0]:
             raise RequestError(f"adapter {adapter.name!r} adapts {name} by groups, which cannot be added up in a mix")
@@ -131,14 +131,19 @@ def _check_addable(adapter: Adapter) -> None:
 
 def _add_up(parts: Sequence[tuple[ModuleWeights, float]]) -> ModuleWeights:
     loras = [(weights.lora, scale) for weights, scale in parts if weights.lora is not None]
-    by_parameter: dict[str, list[tuple[LoRAWeights, float]]] = defaultdict(list)
-    for weights, scale in parts:
-        for name, lora in weights.parameter_loras.items():
-            by_parameter[name].append((lora, scale))
     return ModuleWeights(
         _concatenate(loras) if loras else None,
-        parameter_loras={name: _concatenate(found) for name, found in by_parameter.items()},
+        parameter_loras=_add_up_by_key([(weights.parameter_loras, scale) for weights, scale in parts]),
+        expert_loras=_add_up_by_key([(weights.expert_loras, scale) for weights, scale in parts]),
     )
+
+
+def _add_up_by_key(parts: Sequence[tuple[Mapping[K, LoRAWeights], float]]) -> dict[K, LoRAWeights]:
+    found: dict[K, list[tuple[LoRAWeights, float]]] = defaultdict(list)
+    for loras, scale in parts:
+        for key, lora in loras.items():
+            found[key].append((lora, scale))
+    return {key: _concatenate(same) for key, same in found.items()}
 
 
 def _concatenate(parts: Sequence[tuple[LoRAWeights, float]]) -> LoRAWeights:

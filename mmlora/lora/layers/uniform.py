@@ -85,7 +85,7 @@ class LoRAWholeModule(LoRALayer):
     Such a module may permute or repeat rows (norms of heads get them transposed, experts several times), so one call
     uses one adapter: an adapter that changes such a module in the language model runs in a separate forward pass
     (`Adapter.needs_own_pass`), as every adapter does in towers. Low-rank changes of parameters (`target_parameters`,
-    such as fused experts) are merged into a copy of the parameter, so the slot takes as much memory as the parameter.
+    fused or single experts) are merged into a copy of the parameter, so the slot takes as much memory as the parameter.
     """
 
     _patches: dict[int, dict[str, torch.Tensor]]  # parameters by name
@@ -94,6 +94,11 @@ class LoRAWholeModule(LoRALayer):
         parameters = self.parameters_on_device(weights)
         for name, lora in weights.parameter_loras.items():
             parameters[name] = self._changed(lora, parameters.get(name, getattr(self.base, name)))
+        for name in {rows.parameter for rows in weights.expert_loras}:
+            parameters[name] = parameters.get(name, getattr(self.base, name)).detach().clone()
+        for rows, lora in weights.expert_loras.items():
+            matrix = parameters[rows.parameter][rows.expert, rows.start : rows.stop]
+            matrix.copy_(self._changed(lora, matrix))
         self._patches[slot] = parameters
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
@@ -112,8 +117,7 @@ class LoRAWholeModule(LoRALayer):
         changed = parameter.float() + delta
         magnitude = self.on_device(lora.magnitude).float()
         norm: torch.Tensor = torch.linalg.norm(changed, dim=-1)
-        factor = (magnitude / norm).masked_fill(magnitude.isnan(), 1.0)
-        return (changed * factor[..., None]).to(parameter.dtype)
+        return (changed * (magnitude / norm)[..., None]).to(parameter.dtype)
 
     def _delta(self, lora: LoRAWeights, parameter: torch.Tensor) -> torch.Tensor:
         """Return the low-rank change of a parameter in float32: one matrix, or one per expert."""

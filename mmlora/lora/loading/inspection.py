@@ -32,7 +32,7 @@ class Inspection:
         num_tensors: in its file.
         num_bytes: host memory in float32; size of the tensors in the file when it does not load.
         max_rank: largest rank.
-        ranks: number of modules by rank.
+        ranks: number of low-rank changes by rank.
         kinds: number of modules by kind of change (lora, dora, replaced, token rows).
         parts: coverage of each part of the model.
         unmatched: tensors that match no module.
@@ -133,8 +133,8 @@ def _text(value: object) -> str | None:
 def _ranks(adapter: Adapter | None) -> dict[int, int]:
     ranks: dict[int, int] = {}
     for weights in adapter.modules.values() if adapter is not None else ():
-        if weights.lora is not None:
-            rank = weights.lora.lora_A.shape[0]
+        for _, lora in weights.loras:
+            rank = lora.lora_A.shape[0] // lora.num_experts
             ranks[rank] = ranks.get(rank, 0) + 1
     return dict(sorted(ranks.items()))
 
@@ -142,9 +142,9 @@ def _ranks(adapter: Adapter | None) -> dict[int, int]:
 def _kinds(adapter: Adapter | None) -> dict[str, int]:
     kinds = {"lora": 0, "dora": 0, "replaced": 0, "token_rows": 0}
     for weights in adapter.modules.values() if adapter is not None else ():
-        is_dora = weights.lora is not None and weights.lora.magnitude is not None
-        kinds["dora"] += is_dora
-        kinds["lora"] += (weights.lora is not None and not is_dora) or bool(weights.parameter_loras)
+        is_dora = [lora.magnitude is not None for _, lora in weights.loras]
+        kinds["dora"] += any(is_dora)
+        kinds["lora"] += not all(is_dora)
         kinds["replaced"] += bool(weights.parameters)
         kinds["token_rows"] += weights.token_rows is not None
     return kinds

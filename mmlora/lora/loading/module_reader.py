@@ -12,11 +12,10 @@ from transformers.pytorch_utils import Conv1D
 from mmlora.errors import AdapterMismatch
 from mmlora.lora.loading.conversions import Target
 from mmlora.lora.loading.files import CONFIG_FILE
-from mmlora.lora.loading.fused_experts import fuse_experts
 from mmlora.lora.loading.module_index import ModuleIndex, linear_shape
 from mmlora.lora.loading.peft_config import PeftConfig
 from mmlora.lora.loading.tensor_keys import TensorKey, group_keys
-from mmlora.lora.weights import LoRAWeights, ModuleWeights, TokenRows
+from mmlora.lora.weights import ExpertRows, LoRAWeights, ModuleWeights, TokenRows
 
 _DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _Roles = dict[str, torch.Tensor]
@@ -98,13 +97,13 @@ class ModuleReader:
             if (tensor := self._parameter(name, module, key, self._tensors[key.key], has_lora=bool(loras))) is not None
         }
         if kind == "other":
-            return ModuleWeights(None, replaced, loras, token_rows)
-        return ModuleWeights(loras.get("weight"), replaced, {}, token_rows)
+            return ModuleWeights(None, replaced, loras, token_rows=token_rows)
+        return ModuleWeights(loras.get("weight"), replaced, token_rows=token_rows)
 
     def _add_converted(self, module: str, weights: ModuleWeights, keys: Sequence[TensorKey]) -> ModuleWeights:
         """Add the changes by tensors of modules of transformers 4 whose weights are in parameters of this module."""
         loras, replaced = dict(weights.parameter_loras), dict(weights.parameters)
-        experts: dict[str, dict[Target, LoRAWeights]] = defaultdict(dict)
+        experts: dict[ExpertRows, LoRAWeights] = {}
         replacements: dict[str, dict[Target, TensorKey]] = defaultdict(dict)
         by_name: dict[str, list[TensorKey]] = defaultdict(list)
         for key in keys:
@@ -116,17 +115,22 @@ class ModuleReader:
                 if target.expert is None:
                     _add_once(loras, target.parameter, self._converted_lora(name, target, roles), name)
                 else:
-                    _add_once(experts[target.parameter], target, self._expert_lora(name, target, roles), name)
+                    _add_once(experts, self._rows_of(target), self._expert_lora(name, target, roles), name)
             for key in parameters.values():
                 _add_once(replacements[target.parameter], target, key, name)
-        for parameter, pieces in experts.items():
-            fused = fuse_experts(pieces, self._base(module, parameter).shape)
-            _add_once(loras, parameter, fused, f"{module}.{parameter}")
+        for rows in experts:
+            if rows.parameter in loras:
+                raise AdapterMismatch(f"several sets of tensors match one weight: {module}.{rows.parameter}")
         for parameter, found in replacements.items():
             tensor = self._converted_parameter(module, parameter, found)
             if tensor is not None:
                 _add_once(replaced, parameter, tensor, f"{module}.{parameter}")
-        return replace(weights, parameters=replaced, parameter_loras=loras)
+        return replace(weights, parameters=replaced, parameter_loras=loras, expert_loras=experts)
+
+    def _rows_of(self, target: Target) -> ExpertRows:
+        assert target.expert is not None
+        height = self._base(target.module, target.parameter).shape[1] // target.num_parts
+        return ExpertRows(target.parameter, target.expert, target.part * height, (target.part + 1) * height)
 
     def _converted_lora(self, name: str, target: Target, roles: Mapping[str, TensorKey]) -> LoRAWeights:
         """Return the change of a parameter that was the weight of a module of its own in transformers 4."""
@@ -159,8 +163,8 @@ class ModuleReader:
         found = self._found(name, roles)
         self._check_pair(name, roles)
         rank = self._rank(name, name)
-        _, out_features, in_features = self._base(target.module, target.parameter).shape
-        self._check_linear(name, found, rank, in_features, out_features // target.num_parts)
+        rows, in_features = self._rows_of(target), self._base(target.module, target.parameter).shape[2]
+        self._check_linear(name, found, rank, in_features, rows.stop - rows.start)
         self._check_extras(name, "linear", found)
         if "lora_bias" in found:
             raise AdapterMismatch(f"lora_bias is not supported for {name}: the fused experts have no biases")
