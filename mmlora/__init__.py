@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from mmlora.config import EngineArgs
     from mmlora.engine.llm_engine import LLMEngine
     from mmlora.engine.metrics import EngineMetrics
+    from mmlora.inputs.prompts import TextPrompt, TokensPrompt
     from mmlora.llm import LLM
     from mmlora.lora.mix import LoRAMix
     from mmlora.lora.request import BASE, LoRARequest
     from mmlora.lora.store.manager import LoRAInfo
     from mmlora.outputs import CompletionOutput, LoRAChoice, RequestOutput
-    from mmlora.sampling_params import SamplingParams
+    from mmlora.sampling_params import RequestOutputKind, SamplingParams
     from mmlora.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.2.0"
@@ -33,8 +34,11 @@ __all__ = [
     "LoRAMix",
     "LoRARequest",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "StructuredOutputsParams",
+    "TextPrompt",
+    "TokensPrompt",
 ]
 
 _MODULES = {
@@ -42,12 +46,13 @@ _MODULES = {
     "mmlora.config": "EngineArgs",
     "mmlora.engine.llm_engine": "LLMEngine",
     "mmlora.engine.metrics": "EngineMetrics",
+    "mmlora.inputs.prompts": "TextPrompt TokensPrompt",
     "mmlora.llm": "LLM",
     "mmlora.lora.mix": "LoRAMix",
     "mmlora.lora.request": "BASE LoRARequest",
     "mmlora.lora.store.manager": "LoRAInfo",
     "mmlora.outputs": "CompletionOutput LoRAChoice RequestOutput",
-    "mmlora.sampling_params": "SamplingParams",
+    "mmlora.sampling_params": "RequestOutputKind SamplingParams",
     "mmlora.structured_outputs": "StructuredOutputsParams",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}

@@ -21,8 +21,8 @@ class ConfigError(MMLoRAError):
         self.problems = problems
 
 
-class RequestError(MMLoRAError):
-    """A request is invalid or not supported.
+class RequestError(MMLoRAError, ValueError):
+    """A request is invalid or not supported. It is a `ValueError`, too, which callers of vLLM catch.
 
     Attributes:
         param: name of the invalid field or argument, if known.

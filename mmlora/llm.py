@@ -2,7 +2,8 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any, Final, TypeVar
 
 from tqdm.auto import tqdm
 
@@ -16,8 +17,15 @@ from mmlora.lora.request import LoRARequest
 from mmlora.lora.store.manager import LoRAManager
 from mmlora.outputs import RequestOutput
 from mmlora.sampling_params import SamplingParams
+from mmlora.utils.text import shorten
 
 T = TypeVar("T")
+# Methods of vLLM's `LLM` that this one does not have.
+UNSUPPORTED_METHODS: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("encode", "embed", "classify", "score", "reward"), "mmlora generates text"),
+    "beam_search": "use n=… and the cumulative_logprob of the completions",
+    **dict.fromkeys(("sleep", "wake_up", "collective_rpc", "apply_model"), "the engine runs in this process"),
+}
 
 
 class LLM(LoRAMethods):
@@ -50,24 +58,27 @@ class LLM(LoRAMethods):
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt] | None = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         lora_request: LoRARequest | object | Sequence[LoRARequest | object | None] | None = None,
-        use_tqdm: bool = True,
+        use_tqdm: bool | Callable[..., Any] = True,
         priority: int | Sequence[int] | None = None,
+        *,
+        prompt_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts.
 
         Args:
-            prompts: one prompt or a list of them: text, token ids, or a mapping with `prompt` or
-                `prompt_token_ids`, `multi_modal_data` (`{"audio": (array, rate) | [...], "image": PIL | [...]}`),
+            prompts: one prompt or a list of them: text, token ids, or a mapping (`TextPrompt`, `TokensPrompt`) with
+                `prompt` or `prompt_token_ids`, `multi_modal_data` (`{"audio": (array, rate) | [...], "image": PIL}`),
                 `mm_processor_kwargs` and `cache_salt` (prompts share caches only under the same salt).
             sampling_params: one for all, or one per prompt; by default those of the model.
             lora_request: one for all, or one per prompt. `None` selects the adapter by the modalities of the
                 prompt; `BASE` is the base model.
-            use_tqdm: whether to show a progress bar.
+            use_tqdm: whether to show a progress bar, or a function that creates one.
             priority: one for all, or one per prompt, by default 0; lower is served earlier. Needs
                 `scheduling_policy="priority"`.
+            prompt_token_ids: token ids of one prompt, or of each prompt, instead of `prompts`.
 
         Returns:
             One output per prompt, in order. A request that failed while running has `error` set.
@@ -78,8 +89,10 @@ class LLM(LoRAMethods):
                 while requests of `llm_engine.add_request` are unfinished.
         """
         self.llm_engine.lock.check_process()  # before work in threads, which a fork does not have
-        batch = _as_prompts(prompts)
-        params = _one_per_prompt(sampling_params, len(batch), "sampling_params")
+        if (prompts is None) is (prompt_token_ids is None):
+            raise RequestError("give either prompts or prompt_token_ids")
+        batch = _as_prompts(prompts if prompt_token_ids is None else prompt_token_ids)
+        params = [_with_whole_outputs(p) for p in _one_per_prompt(sampling_params, len(batch), "sampling_params")]
         loras = _one_per_prompt(lora_request, len(batch), "lora_request")
         priorities = _one_per_prompt(0 if priority is None else priority, len(batch), "priority")
         self.llm_engine.prefetch_loras(loras)
@@ -93,7 +106,7 @@ class LLM(LoRAMethods):
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = True,
+        use_tqdm: bool | Callable[..., Any] = True,
         lora_request: LoRARequest | object | Sequence[LoRARequest | object | None] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool | None = None,
@@ -102,6 +115,7 @@ class LLM(LoRAMethods):
         continue_final_message: bool = False,
         priority: int | Sequence[int] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_content_format: str = "auto",
     ) -> list[RequestOutput]:
         """Generate the next message of one conversation, or of each in a list.
 
@@ -116,10 +130,14 @@ class LLM(LoRAMethods):
             mm_processor_kwargs: options of the media processor.
             continue_final_message: leave the final message open, so that the output continues it.
             tools: in OpenAI's format, passed to the template; tool calls in the output are not parsed.
+            chat_template_content_format: only `auto`: the format is detected from the template.
 
         Raises:
             RequestError: a conversation cannot be served; no conversation was started.
         """
+        if chat_template_content_format != "auto":
+            received = f"chat_template_content_format={shorten(chat_template_content_format)}"
+            raise RequestError(f"{received} must be 'auto': the format is detected from the template")
         if not messages:
             raise RequestError("messages must be a list of at least one message")
         conversations: Any = [messages] if isinstance(messages[0], Mapping) else messages
@@ -146,7 +164,12 @@ class LLM(LoRAMethods):
         """See `LoRAMethods.between_steps`."""
         self.llm_engine.between_steps(function)
 
-    def _run(self, inputs: Sequence[EngineInput], use_tqdm: bool) -> list[RequestOutput]:
+    def __getattr__(self, name: str) -> Any:
+        if name in UNSUPPORTED_METHODS:
+            raise AttributeError(f"LLM.{name} is not supported: {UNSUPPORTED_METHODS[name]}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _run(self, inputs: Sequence[EngineInput], use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
         engine, request_ids = self.llm_engine, [request_input.request_id for request_input in inputs]
         with engine.lock.session():
             if engine.has_unfinished_requests:
@@ -162,9 +185,10 @@ class LLM(LoRAMethods):
                 raise
         return [finished[request_id] for request_id in request_ids]
 
-    def _step_until_finished(self, count: int, use_tqdm: bool) -> dict[str, RequestOutput]:
+    def _step_until_finished(self, count: int, use_tqdm: bool | Callable[..., Any]) -> dict[str, RequestOutput]:
         finished: dict[str, RequestOutput] = {}
-        with tqdm(total=count, disable=not use_tqdm, desc="Processed prompts") as progress:
+        bar = use_tqdm if callable(use_tqdm) else tqdm
+        with bar(total=count, disable=not use_tqdm, desc="Processed prompts") as progress:
             while self.llm_engine.has_unfinished_requests:
                 for output in self.llm_engine.step():
                     if output.finished:
@@ -182,6 +206,13 @@ def _as_prompts(prompts: Any) -> list[Prompt]:
     if prompts and all(isinstance(token, int) for token in prompts):
         return [prompts]
     return list(prompts)
+
+
+def _with_whole_outputs(params: Any) -> Any:
+    """Return sampling parameters whose finished output holds everything; `LLM` returns nothing else."""
+    if isinstance(params, SamplingParams) and params.output_kind is not None:
+        return replace(params, output_kind=None)
+    return params
 
 
 def _one_per_prompt(value: T | Sequence[T] | None, count: int, name: str) -> list[Any]:

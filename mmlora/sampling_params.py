@@ -5,6 +5,7 @@ The HTTP request models, the defaults of a model and the Python API all read the
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import cache
 from types import NoneType
 from typing import Annotated, NoReturn, TypeGuard, get_args, get_origin, get_type_hints
@@ -14,6 +15,7 @@ from mmlora.structured_outputs import StructuredOutputsParams
 from mmlora.utils.text import shorten
 
 MAX_STOPS, MAX_STOP_CHARS = 64, 1024  # the output is searched for all of them after each token
+MAX_BAD_WORDS = 1024  # each step compares the end of the output with all of them
 MAX_STOP_TOKENS = 1024  # each sampled token is compared with all of them
 
 
@@ -42,6 +44,14 @@ class Bounds:
         return is_high_enough and (self.high is None or value <= self.high)
 
 
+class RequestOutputKind(Enum):
+    """What the outputs of a request hold: everything so far, only what is new, or everything, once at the end."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
 @dataclass
 class SamplingParams:
     """Sampling options of one request; names and meanings follow the OpenAI API and vLLM.
@@ -67,6 +77,13 @@ class SamplingParams:
         ignore_eos: continue after end-of-text.
         logprobs: report the k most likely tokens at each step; -1 for the whole vocabulary.
         prompt_logprobs: the same for the prompt's tokens.
+        allowed_token_ids: the only tokens that may be sampled; end-of-text is among them only if it is listed.
+        bad_words: words that may not be generated, at the start of the text or after a space.
+        truncate_prompt_tokens: keep the last k tokens of the prompt, counted before placeholders are expanded; -1 keeps
+            what leaves room for `max_tokens`.
+        detokenize: whether completions have text; without it, stop strings are not possible.
+        output_kind: what outputs hold; None for deltas from `AsyncLLM` and everything so far from `LLMEngine.step`.
+            `LLM` always returns everything.
         skip_special_tokens: leave special tokens out of the text.
         kept_special_token_ids: special tokens that stay in the text all the same, such as the markers of tool calls.
         structured_outputs: constraint on the completion's form.
@@ -93,6 +110,11 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: Annotated[int | None, Bounds(-1)] = None
     prompt_logprobs: Annotated[int | None, Bounds(-1)] = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
+    truncate_prompt_tokens: Annotated[int | None, Bounds(-1)] = None
+    detokenize: bool = True
+    output_kind: RequestOutputKind | None = None
     skip_special_tokens: bool = True
     kept_special_token_ids: Sequence[int] | None = None
     structured_outputs: StructuredOutputsParams | None = None
@@ -106,6 +128,17 @@ class SamplingParams:
         self._check_stop_strings()
         self._check_token_ids("stop_token_ids")
         self._check_token_ids("kept_special_token_ids")
+        self._check_token_ids("allowed_token_ids")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            self._refuse("allowed_token_ids", "allowed_token_ids is empty; at least one token is needed")
+        self._check_bad_words()
+        if self.truncate_prompt_tokens == 0:
+            self._refuse("truncate_prompt_tokens", "truncate_prompt_tokens=0 must be -1, or at least 1")
+        if not self.detokenize and self.stop_strings:
+            self._refuse("stop", f"stop={shorten(self.stop)} needs detokenize=True")
+        if not isinstance(self.output_kind, RequestOutputKind | None):
+            received = f"output_kind={shorten(self.output_kind)}"
+            self._refuse("output_kind", f"{received} must be a RequestOutputKind or None")
         if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
             received = f"structured_outputs is a {type(self.structured_outputs).__name__}"
             self._refuse("structured_outputs", f"{received}; it must be a StructuredOutputsParams or None")
@@ -147,6 +180,16 @@ class SamplingParams:
             longest = max(map(len, self.stop_strings))
             received = f"stop has {len(self.stop_strings)} strings of up to {longest} characters"
             self._refuse("stop", f"{received}; the limit is {MAX_STOPS} of up to {MAX_STOP_CHARS}")
+
+    def _check_bad_words(self) -> None:
+        words = self.bad_words if self.bad_words is not None else ()
+        if isinstance(words, str) or not isinstance(words, Sequence) or not all(isinstance(w, str) for w in words):
+            self._refuse("bad_words", f"bad_words={shorten(words)} must be a list of strings")
+        if any(not word.strip() for word in words):
+            self._refuse("bad_words", "bad_words contains an empty string; every word needs at least one character")
+        if len(words) > MAX_BAD_WORDS or any(len(word) > MAX_STOP_CHARS for word in words):
+            received = f"bad_words has {len(words)} words of up to {max(map(len, words))} characters"
+            self._refuse("bad_words", f"{received}; the limit is {MAX_BAD_WORDS} of up to {MAX_STOP_CHARS}")
 
     def _check_token_ids(self, name: str) -> None:
         ids = getattr(self, name)

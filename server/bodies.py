@@ -87,6 +87,10 @@ def validate_fields(model: type[M], fields: Mapping[str, Any]) -> M:
     try:
         return model.model_validate(fields)
     except ValidationError as error:
+        for detail in error.errors(include_url=False)[:MAX_REPORTED]:
+            cause = detail.get("ctx", {}).get("error")
+            if isinstance(cause, RequestError):  # of a validator; it names the field
+                raise cause from None
         raise _field_error(model, error.errors(include_url=False)[:MAX_REPORTED]) from None
 
 

@@ -3,10 +3,11 @@
 import asyncio
 import time
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
-from mmlora import AsyncLLM, EngineArgs, LoRARequest, SamplingParams
+from mmlora import AsyncLLM, EngineArgs, LoRARequest, RequestOutputKind, SamplingParams
 from mmlora.errors import AdapterNotFound, EngineDeadError, MediaError, RequestError
 
 LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
@@ -63,6 +64,24 @@ def test_deltas_add_up_to_the_output_of_the_engine(llm):
                 if params.logprobs is not None:
                     entries = [entry for output in outputs for entry in output.outputs[index].logprobs]
                     assert len(entries) == len(tokens) and all(t in e for t, e in zip(tokens, entries, strict=True))
+
+    run(check())
+
+
+@pytest.mark.parametrize("kind", RequestOutputKind)
+def test_outputs_hold_what_their_kind_says(llm, kind):
+    async def check():
+        whole = tokens_of(await collect(llm))
+        outputs = await collect(llm, params=replace(SHORT, output_kind=kind))
+        counts = [len(output.outputs[0].token_ids) for output in outputs]
+        if kind is RequestOutputKind.FINAL_ONLY:
+            assert counts == [8]
+        elif kind is RequestOutputKind.CUMULATIVE:
+            assert counts[-1] == 8 and counts == sorted(counts)
+        else:
+            assert sum(counts) == 8
+        assert (tokens_of(outputs) if sum(counts) == 8 else outputs[-1].outputs[0].token_ids) == whole
+        assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
 
     run(check())
 

@@ -9,7 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from mmlora import BASE, LLM, LLMEngine, LoRARequest, SamplingParams
+from mmlora import (
+    BASE,
+    LLM,
+    LLMEngine,
+    LoRARequest,
+    RequestOutputKind,
+    SamplingParams,
+    TextPrompt,
+    TokensPrompt,
+)
 from mmlora.errors import ConfigError, MediaError, RequestError
 from tests.checkpoints import AUDIO_ID, END_ID, END_OF_TEXT_ID, AdapterSpec, save_adapter, save_text_model
 
@@ -303,6 +312,119 @@ def test_priorities_are_one_for_all_or_one_per_prompt(tiny_phi4, monkeypatch):
     llm.chat(chats, GREEDY, use_tqdm=False, priority=[1, 0])
     llm.generate(["a", "b"], GREEDY, use_tqdm=False, priority=7)
     assert list(dict.fromkeys(ran)) == ["1", "3", "2", "0", "5", "4", "6", "7"]
+
+
+def test_only_allowed_tokens_are_generated(llm):
+    free = answer(llm, max_tokens=12)
+    allowed = sorted(set(range(100, 110)) - set(free.token_ids))
+    assert set(answer(llm, max_tokens=12, allowed_token_ids=allowed).token_ids) <= set(allowed)
+    stopped = answer(llm, ignore_eos=False, max_tokens=12, allowed_token_ids=[END_ID])
+    assert (stopped.token_ids, stopped.finish_reason) == ([END_ID], "stop")
+    with pytest.raises(RequestError, match="allowed_token_ids: token id 263 is outside the vocabulary") as caught:
+        answer(llm, allowed_token_ids=[1, 263])
+    assert caught.value.param == "allowed_token_ids"
+
+
+def test_bad_words_are_not_generated(llm):
+    bias = dict.fromkeys(llm.get_tokenizer()("ab ").input_ids, 50)
+    free = answer(llm, logit_bias=bias, max_tokens=24).text
+    for word in {free[3:4], free[3:5].strip(), free[5:8].strip()} - {""}:
+        text = answer(llm, logit_bias=bias, max_tokens=24, bad_words=["zzz", word]).text
+        assert word in free and word not in text and len(text) == 24, (word, text)
+    with pytest.raises(RequestError, match="bad_words: .* cannot be tokenized"):
+        answer(llm, bad_words=["\ud800"])
+
+
+def test_a_prompt_is_truncated_from_the_left(llm):
+    ids = llm.get_tokenizer()("one two three").input_ids
+    for prompt in ("one two three", ids, {"prompt_token_ids": ids}):
+        for limit, kept in ((4, ids[-4:]), (1, ids[-1:]), (len(ids), ids), (256, ids), (-1, ids)):
+            params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, truncate_prompt_tokens=limit)
+            (output,) = llm.generate([prompt], params, use_tqdm=False)
+            assert output.prompt_token_ids == kept
+            assert ids_of(output) == answer(llm, kept).token_ids
+            if limit == 4:
+                assert output.prompt == llm.get_tokenizer().decode(kept)
+    long = SamplingParams(max_tokens=50, ignore_eos=True, truncate_prompt_tokens=-1)
+    (output,) = llm.generate("x" * 1000, long, use_tqdm=False)
+    assert (len(output.prompt_token_ids), len(ids_of(output))) == (256 - 50, 50)
+    with pytest.raises(RequestError, match="truncate_prompt_tokens=257 exceeds max_model_len=256"):
+        answer(llm, truncate_prompt_tokens=257)
+
+
+def ids_of(output):
+    return output.outputs[0].token_ids
+
+
+def test_completions_without_text(llm):
+    text, bare = answer(llm, stop_token_ids=[END_ID]), answer(llm, detokenize=False, stop_token_ids=[END_ID])
+    assert (bare.text, bare.token_ids, bare.finish_reason) == ("", text.token_ids, text.finish_reason)
+    assert answer(llm, detokenize=False, kept_special_token_ids=[END_ID], logit_bias={END_ID: 100}).text == ""
+
+
+@pytest.mark.parametrize("kind", [None, *RequestOutputKind])
+def test_outputs_hold_what_their_kind_says(llm, kind):
+    engine, outputs = llm.llm_engine, []
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=0, output_kind=kind)
+    whole = answer(llm, max_tokens=6)
+    engine.add_request("r", "hello", params)
+    while engine.has_unfinished_requests:
+        outputs += engine.step()
+    counts = [len(ids_of(output)) for output in outputs]
+    expected = {None: list(range(1, 7)), RequestOutputKind.DELTA: [1] * 6, RequestOutputKind.FINAL_ONLY: [6]}
+    assert counts == expected.get(kind, list(range(1, 7)))
+    assert [len(output.outputs[0].logprobs) for output in outputs] == counts
+    if kind is RequestOutputKind.DELTA:
+        assert "".join(output.outputs[0].text for output in outputs) == whole.text
+    else:
+        assert outputs[-1].outputs[0].text == whole.text and ids_of(outputs[-1]) == whole.token_ids
+    assert answer(llm, max_tokens=6, output_kind=kind).token_ids == whole.token_ids
+
+
+def test_prompts_of_vllm(llm):
+    ids = llm.get_tokenizer()("hello").input_ids
+    own = answer(llm).token_ids
+    for prompt in (
+        TextPrompt(prompt="hello"),
+        TokensPrompt(prompt_token_ids=ids),
+        TokensPrompt(prompt_token_ids=ids, prompt="hello"),
+    ):
+        assert ids_of(llm.generate(prompt, GREEDY, use_tqdm=False)[0]) == own
+    assert ids_of(llm.generate(prompt_token_ids=ids, sampling_params=GREEDY, use_tqdm=False)[0]) == own
+    outputs = llm.generate(prompt_token_ids=[ids, ids], sampling_params=GREEDY, use_tqdm=False)
+    assert [ids_of(output) for output in outputs] == [own, own]
+    for arguments in ({}, {"prompts": "hello", "prompt_token_ids": ids}):
+        with pytest.raises(RequestError, match="either prompts or prompt_token_ids"):
+            llm.generate(**arguments)
+
+
+def test_a_progress_bar_of_the_caller_is_used(llm):
+    from tqdm import tqdm
+
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *args, **kwargs):
+            bars.append(self)
+            super().__init__(*args, **kwargs)
+
+    llm.generate(["a", "b"], GREEDY, use_tqdm=Bar)
+    assert [bar.n for bar in bars] == [2]
+
+
+def test_methods_of_vllm_that_are_missing_say_why(llm):
+    for name in ("encode", "embed", "classify", "score", "beam_search", "sleep"):
+        with pytest.raises(AttributeError, match=rf"LLM.{name} is not supported: "):
+            getattr(llm, name)
+    assert not hasattr(llm, "no_such_method")
+    with pytest.raises(RequestError, match="chat_template_content_format='openai' must be 'auto'"):
+        llm.chat([{"role": "user", "content": "x"}], chat_template_content_format="openai")
+
+
+def test_errors_of_requests_are_value_errors(llm):
+    for call in (lambda: llm.generate("", GREEDY), lambda: SamplingParams(n=0), lambda: llm.chat([])):
+        with pytest.raises(ValueError, match="empty|n=0|at least one message"):
+            call()
 
 
 def test_penalties_keep_tokens_from_coming_back(llm):

@@ -35,6 +35,21 @@ WRONG = [
     ("seed", 2**63),
     ("seed", -(2**63) - 1),
     ("seed", "7"),
+    ("allowed_token_ids", []),
+    ("allowed_token_ids", [-1]),
+    ("allowed_token_ids", "12"),
+    ("allowed_token_ids", [1.0]),
+    ("bad_words", "word"),
+    ("bad_words", [""]),
+    ("bad_words", [" "]),
+    ("bad_words", [5]),
+    ("bad_words", ["x" * 1025]),
+    ("bad_words", ["x"] * 1025),
+    ("truncate_prompt_tokens", 0),
+    ("truncate_prompt_tokens", -2),
+    ("truncate_prompt_tokens", 1.5),
+    ("output_kind", "DELTA"),
+    ("output_kind", 1),
     ("presence_penalty", 2.1),
     ("frequency_penalty", -2.1),
     ("repetition_penalty", 0),
@@ -155,3 +170,10 @@ def test_a_new_option_is_declared_once():
     assert validate_fields(model, {}).typical_p is None
     with pytest.raises(RequestError, match="typical_p: Input should be a valid number"):
         validate_fields(model, {"typical_p": []})
+
+
+def test_stop_strings_need_text():
+    assert SamplingParams(detokenize=False, stop=[], stop_token_ids=[1]).stop_strings == ()
+    with pytest.raises(RequestError, match="stop='x' needs detokenize=True") as caught:
+        SamplingParams(detokenize=False, stop="x")
+    assert caught.value.param == "stop" and isinstance(caught.value, ValueError)

@@ -101,6 +101,8 @@ def _doctor(model: str | None, is_json: bool, **options: Any) -> int:
     try:
         found = diagnose(args)
         print_text(json.dumps(asdict(found), indent=2) if is_json else found.as_text())
+    except MMLoRAError:
+        raise
     except (*LIBRARY_ERRORS, MemoryError) as error:  # raised by libraries on malformed files
         raise ConfigError(f"model {args.model!r} cannot be inspected: {type(error).__name__}: {error}") from error
     return 2 if found.problem is not None else 0
@@ -115,6 +117,8 @@ def _inspect(adapter: str, model: str | None, is_json: bool) -> int:
     try:
         found = examine_adapter(adapter, path)
         print_text(json.dumps(asdict(found), indent=2) if is_json else found.as_text())
+    except MMLoRAError:
+        raise
     except (RuntimeError, ValueError, OverflowError, MemoryError) as error:  # raised by libraries on malformed files
         reason = f"{type(error).__name__}: {error}"
         raise AdapterError(f"adapter {adapter!r} cannot be inspected for model {path!r}: {reason}") from error

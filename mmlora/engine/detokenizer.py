@@ -21,6 +21,7 @@ class Detokenizer:
         include_stop: whether the text includes the stop string.
         skip_special_tokens: whether the text omits special tokens.
         kept_token_ids: special tokens that it contains all the same.
+        is_enabled: whether there is any text.
     """
 
     def __init__(
@@ -32,14 +33,16 @@ class Detokenizer:
         include_stop: bool = False,
         skip_special_tokens: bool = True,
         kept_token_ids: Collection[int] = (),
+        is_enabled: bool = True,
     ) -> None:
         self.text = ""
         self._tokenizer = tokenizer
+        self._is_enabled = is_enabled
         self._stop = stop
         self._max_stop_length = max(map(len, stop), default=0)
         self._include_stop = include_stop
         self._skip_special_tokens = skip_special_tokens
-        self._kept_token_ids = frozenset(kept_token_ids if skip_special_tokens else ())
+        self._kept_token_ids = frozenset(kept_token_ids if skip_special_tokens and is_enabled else ())
         self._window = self._end_of(prompt_token_ids)  # tokens that the spelling of the next ones may depend on
         self._window_text = self._decode(self._window)
         self._borders: list[int] = []  # lengths of the window that end at a character boundary
@@ -95,6 +98,8 @@ class Detokenizer:
             self._window_text = self._decode(self._window)
 
     def _decode(self, token_ids: list[int]) -> str:
+        if not self._is_enabled:
+            return ""
         text: str = self._tokenizer.decode(
             token_ids, skip_special_tokens=self._skip_special_tokens, clean_up_tokenization_spaces=False
         )

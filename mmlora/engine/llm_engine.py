@@ -29,7 +29,7 @@ from mmlora.inputs.input_processor import Prompt
 from mmlora.lora.request import LoRARequest
 from mmlora.lora.store.manager import LoRAInfo, LoRAManager
 from mmlora.outputs import RequestOutput
-from mmlora.sampling_params import SamplingParams
+from mmlora.sampling_params import RequestOutputKind, SamplingParams
 from mmlora.towers.encoder import EncoderJob
 from mmlora.utils.locks import EngineLock
 
@@ -278,7 +278,7 @@ class LLMEngine(LoRAMethods):
         """Compute one step.
 
         Args:
-            is_delta: completions hold only what is new since the last call.
+            is_delta: completions hold only what is new since the last call, unless the request has an `output_kind`.
 
         Returns:
             The state of every request that has new tokens or is finished; each request has exactly one finished output.
@@ -305,6 +305,7 @@ class LLMEngine(LoRAMethods):
             stop=params.stop_strings,
             include_stop=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
+            is_enabled=params.detokenize,
             kept_token_ids=params.kept_special_token_ids or (),
         )
         seq = Sequence(request, index, list(request.input.prompt_token_ids), detokenizer, generator)
@@ -455,7 +456,11 @@ class LLMEngine(LoRAMethods):
         for request in requests:
             if self._requests.get(request.request_id) is not request:
                 continue  # its final output has been returned
-            outputs.append(build_output(request, is_delta=is_delta))
+            kind = request.input.params.output_kind
+            if kind is not RequestOutputKind.FINAL_ONLY or request.is_finished:
+                outputs.append(
+                    build_output(request, is_delta=is_delta if kind is None else kind is RequestOutputKind.DELTA)
+                )
             if request.is_finished:
                 self._forget(request)
         if self._lora is not None:

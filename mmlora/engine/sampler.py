@@ -163,11 +163,28 @@ def _adjust_logits(row: torch.Tensor, seq: Sequence, stop_ids: frozenset[int]) -
     params = seq.params
     if params.logit_bias:
         row[list(params.logit_bias)] += torch.tensor(list(params.logit_bias.values()), device=row.device)
+    if params.allowed_token_ids is not None:
+        allowed = list(params.allowed_token_ids)
+        kept = row[allowed]
+        row.fill_(float("-inf"))
+        row[allowed] = kept
+    if seq.request.input.bad_words:
+        row[_bad_tokens(seq)] = float("-inf")
     if seq.num_output_tokens < params.min_tokens:
         blocked = stop_ids.union(params.stop_token_ids or ())
         row[[token for token in blocked if token < row.numel()]] = float("-inf")
     if params.has_penalties:
         _apply_penalties(row, seq)
+
+
+def _bad_tokens(seq: Sequence) -> list[int]:
+    """Return the tokens that would complete a bad word."""
+    num_tokens, num_outputs = len(seq.token_ids), seq.num_output_tokens
+    return [
+        word[-1]
+        for word in seq.request.input.bad_words
+        if len(word) - 1 <= num_outputs and tuple(seq.token_ids[num_tokens - len(word) + 1 :]) == word[:-1]
+    ]
 
 
 def _mask_logits(logits: torch.Tensor, seqs: list[Sequence]) -> None:
@@ -187,8 +204,8 @@ def _mask_logits(logits: torch.Tensor, seqs: list[Sequence]) -> None:
 def _no_token(was_finite: bool) -> MMLoRAError:
     if was_finite:
         return RequestError(
-            "no token can be chosen: repetition_penalty, logit_bias, stop_token_ids, min_tokens and "
-            "structured_outputs of this request leave no finite logit"
+            "no token can be chosen: repetition_penalty, logit_bias, stop_token_ids, min_tokens, "
+            "allowed_token_ids, bad_words and structured_outputs of this request leave no finite logit"
         )
     return MMLoRAError("the model's logits for this request hold NaN or infinity")
 

@@ -54,4 +54,5 @@ class EngineInput:
     group: str | None = None  # requests of a group share the turns of one request; None: the request has its own
     cache_salt: str | None = None  # only requests with the same salt share cached prefixes and encoded media
     matchers: tuple[Matcher, ...] = ()  # one per output at its start state; empty without a constraint
+    bad_words: tuple[tuple[int, ...], ...] = ()  # tokens that may not be generated in this order
     num_media_tokens: Mapping[str, int] = field(default_factory=dict)  # placeholder tokens in the prompt, by modality

@@ -16,6 +16,7 @@ from mmlora.inputs.chat import ChatPrompt, check_tools, read_messages
 from mmlora.inputs.chat_template import ChatTemplate, Message, Tools, load_chat_template
 from mmlora.inputs.engine_input import EngineInput, MediaInput
 from mmlora.inputs.media_budget import MediaBudget, too_long
+from mmlora.inputs.prompts import check_options, prompt_fields
 from mmlora.lora.adapter import Adapter
 from mmlora.lora.mix import LoRAMix, MixCache
 from mmlora.lora.request import BASE, LoRARequest
@@ -37,8 +38,6 @@ from mmlora.towers.base import PromptLayout, Towers
 from mmlora.towers.encoder import encoder_key
 from mmlora.utils.text import describe_type, shorten
 
-PROMPT_KEYS: Final = ("prompt", "prompt_token_ids", "multi_modal_data", "mm_processor_kwargs", "cache_salt")
-MAX_SALT_CHARS: Final = 1024  # the engine thread hashes it, and caches keep it
 MAX_CHARS_PER_TOKEN: Final = 256  # more than the longest token of any vocabulary in use
 MAX_TEMPLATES: Final = 32  # cached chat templates
 Prompt = str | Sequence[int] | Mapping[str, Any] | ChatPrompt
@@ -151,7 +150,7 @@ class InputProcessor:
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
         check_tools(tools or ())
-        _check_options(mm_processor_kwargs, cache_salt)
+        check_options(mm_processor_kwargs, cache_salt)
         turns = read_messages(messages, is_strict=is_strict)
         references = [part for _, parts in turns for part in parts if not isinstance(part, str)]
         if references:
@@ -230,11 +229,13 @@ class InputProcessor:
             items = prompt.media.load() if prompt.media is not None else {}
             options, salt = prompt.mm_processor_kwargs, prompt.cache_salt
         else:
-            fields = _prompt_fields(prompt)
+            fields = prompt_fields(prompt)
             text, token_ids = self._tokenize(fields)
             items = self._load_media(fields.get("multi_modal_data") or {})
             options, salt = fields.get("mm_processor_kwargs"), fields.get("cache_salt")
         field = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
+        if params.truncate_prompt_tokens is not None:
+            text, token_ids = self._truncate(text, token_ids, params)
         processed = self._process_media(items, options, token_ids, field)
         token_ids, ranges = self._expand(token_ids, processed)
         self._check_tokens(token_ids, field)
@@ -264,6 +265,7 @@ class InputProcessor:
             priority=priority,
             cache_salt=salt,
             matchers=self._compile(params, text),
+            bad_words=self._tokenize_bad_words(params),
             num_media_tokens=num_media_tokens,
         )
 
@@ -273,6 +275,32 @@ class InputProcessor:
             return text, list(token_ids)
         assert isinstance(text, str)
         return text, self.encode(text)
+
+    def _truncate(self, text: str | None, token_ids: list[int], params: SamplingParams) -> tuple[str | None, list[int]]:
+        """Return the last `truncate_prompt_tokens` tokens of a prompt and their text, or a shorter prompt as it is."""
+        limit = params.truncate_prompt_tokens or len(token_ids)
+        if limit == -1:
+            limit = max(1, self.max_model_len - (params.max_tokens or 1))
+        if len(token_ids) <= limit:
+            return text, token_ids
+        kept = token_ids[-limit:]
+        return self.tokenizer.decode(kept, clean_up_tokenization_spaces=False), kept
+
+    def _tokenize_bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """Return the tokens of each bad word, and those after a space if these are as many and begin differently."""
+        found: list[tuple[int, ...]] = []
+        for word in params.bad_words or ():
+            try:
+                plain, spaced = (
+                    tuple(self.tokenizer.encode(prefix + word.lstrip(), add_special_tokens=False))
+                    for prefix in ("", " ")
+                )
+            except (TypeError, ValueError) as error:  # such as a lone surrogate
+                raise RequestError(f"bad_words: {shorten(word)} cannot be tokenized: {error}", "bad_words") from None
+            found.append(plain)
+            if len(spaced) == len(plain) and spaced[0] != plain[0]:
+                found.append(spaced)
+        return tuple(tokens for tokens in found if tokens)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Tokenize a prompt. Numbered placeholders become the model's own; no placeholder is expanded.
@@ -398,7 +426,10 @@ class InputProcessor:
             if number > bound != -1:
                 reason = f"; -1 is all {number} tokens of the vocabulary" if value == -1 else ""
                 raise RequestError(f"{name}={shorten(value)} exceeds max_logprobs={bound}{reason}", name)
-        for name in ("logit_bias", "stop_token_ids", "kept_special_token_ids"):
+        if (params.truncate_prompt_tokens or 0) > self.max_model_len:
+            received = f"truncate_prompt_tokens={shorten(params.truncate_prompt_tokens)}"
+            raise RequestError(f"{received} exceeds max_model_len={self.max_model_len}", "truncate_prompt_tokens")
+        for name in ("logit_bias", "stop_token_ids", "kept_special_token_ids", "allowed_token_ids"):
             outside = [token for token in getattr(params, name) or () if token >= self.vocab_size]
             if outside:
                 message = f"token id {shorten(outside[0])} is outside the vocabulary of {self.vocab_size}"
@@ -439,30 +470,6 @@ def _not_invoked(adapter: Adapter, choice: LoRAChoice) -> LoRAChoice:
     return LoRAChoice(None, None, choice.reason, warning)
 
 
-def _prompt_fields(prompt: str | Sequence[int] | Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a prompt as a mapping with `prompt`, `prompt_token_ids` or both.
-
-    Raises:
-        RequestError: it has another type or unknown keys.
-    """
-    if isinstance(prompt, str):
-        return {"prompt": prompt}
-    if isinstance(prompt, Mapping):
-        unknown = sorted(str(key) for key in prompt if key not in PROMPT_KEYS)
-        if unknown:
-            reason = why_unsupported(unknown[0]) or f"allowed: {', '.join(PROMPT_KEYS)}"
-            raise RequestError(f"prompt has unknown key(s) {', '.join(unknown)}; {reason}")
-        if prompt.get("prompt") is None and prompt.get("prompt_token_ids") is None:
-            raise RequestError("a prompt needs 'prompt' or 'prompt_token_ids'")
-        _check_types(prompt)
-        return prompt
-    if not isinstance(prompt, Sequence):
-        raise RequestError(f"prompt is {describe_type(prompt)}; it must be text, token ids or a mapping")
-    fields = {"prompt_token_ids": prompt}
-    _check_types(fields)
-    return fields
-
-
 def _as_list(contents: object) -> list[object]:
     """Return one item or a list of items as a list; an `(array, rate)` tuple is one item."""
     if contents is None:
@@ -489,23 +496,3 @@ def encode_text(
         return list(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
     except (TypeError, ValueError) as error:
         raise RequestError(f"the prompt cannot be tokenized: {error}", field) from None
-
-
-def _check_types(fields: Mapping[str, Any]) -> None:
-    text, ids = fields.get("prompt"), fields.get("prompt_token_ids")
-    if text is not None and not isinstance(text, str):
-        raise RequestError(f"'prompt' is {describe_type(text)}; it must be text")
-    is_ids = isinstance(ids, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
-    if ids is not None and not is_ids:
-        raise RequestError("'prompt_token_ids' must be a list of integers")
-    _check_options(fields.get("mm_processor_kwargs"), fields.get("cache_salt"))
-
-
-def _check_options(options: object, salt: object) -> None:
-    if options is not None and not isinstance(options, Mapping):
-        message = f"mm_processor_kwargs is {describe_type(options)}; it must be a mapping"
-        raise RequestError(message, "mm_processor_kwargs")
-    if salt is not None and not (isinstance(salt, str) and salt):
-        raise RequestError(f"cache_salt={shorten(salt)} must be non-empty text", "cache_salt")
-    if isinstance(salt, str) and len(salt) > MAX_SALT_CHARS:
-        raise RequestError(f"cache_salt has {len(salt)} characters; the limit is {MAX_SALT_CHARS}", "cache_salt")

@@ -256,6 +256,8 @@ def _read_soundfile(data: bytes, name: str, limits: MediaLimits) -> tuple[Sample
             file.seekable = lambda: False
             _check_duration(claimed, rate, limits)
             samples = _read_mono(file, min(int(limits.max_duration_s * rate), limits.max_samples) + 1)
+    except MediaError:
+        raise
     except (soundfile.SoundFileError, RuntimeError, ValueError, OSError) as error:
         # Unlike the exception's text, `error_string` has no address of our buffer.
         raise _UndecodableError(getattr(error, "error_string", error)) from error

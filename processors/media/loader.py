@@ -441,6 +441,8 @@ def load_base64(
         _check_base64_size(text, 0, limits)
         packed = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
         decoded = base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
+    except MediaError:
+        raise
     except (binascii.Error, ValueError) as error:
         raise MediaError(f"malformed base64 media ({shorten(data)}): {error}") from error
     return load_media(decoded, limits, expected=expected, decode=decode)

@@ -47,8 +47,6 @@ REPLACED_FIELDS: Final = {
 # fields may be null, false or empty.
 NEUTRAL_EXTRAS: Final[Mapping[str, tuple[JsonValue, ...]]] = {
     **dict.fromkeys(REPLACED_FIELDS, (None,)),
-    "allowed_token_ids": (None,),
-    "bad_words": (None, []),
     "include_reasoning": (None, True),
     "length_penalty": (None, 1),
     "logits_processors": (None, []),
@@ -56,14 +54,13 @@ NEUTRAL_EXTRAS: Final[Mapping[str, tuple[JsonValue, ...]]] = {
     "routed_experts_prompt_start": (None, 0),
     "spaces_between_special_tokens": (None, True),
     "thinking_token_budget": (None, -1),
-    "truncate_prompt_tokens": (None,),
     "use_beam_search": (None, False),
 }
 FORMAT_TYPES: Final = ("text", "json_object", "json_schema")
 MAX_ENTRIES: Final = 65536  # entries of a mapping
 # Fields of `SamplingParams` that each endpoint sets itself: name, type or meaning differ, or clients cannot set them.
 ENDPOINT_FIELDS: Final = frozenset(
-    {"max_tokens", "logprobs", "prompt_logprobs", "structured_outputs", "kept_special_token_ids"}
+    "max_tokens logprobs prompt_logprobs structured_outputs kept_special_token_ids output_kind".split()
 )
 
 

@@ -83,6 +83,28 @@ def test_logit_bias_is_added():
     assert next_token(LOGITS, params=SamplingParams(temperature=0, logit_bias={5: 100})) == 5
 
 
+def test_only_allowed_tokens_are_sampled():
+    assert next_token(LOGITS, params=SamplingParams(temperature=0, allowed_token_ids=[0, 1])) in (0, 1)
+    best = max((0, 1, 5), key=lambda token: LOGITS[token])
+    assert next_token(LOGITS, params=SamplingParams(temperature=0, allowed_token_ids=[0, 1, 5, 5])) == best
+    for seed in range(20):
+        assert next_token(LOGITS, params=SamplingParams(temperature=9, allowed_token_ids=[5, 0]), seed=seed) in (0, 5)
+    stuck = SamplingParams(temperature=0, allowed_token_ids=[2], min_tokens=1, stop_token_ids=[2])
+    assert "allowed_token_ids" in str(next_token(LOGITS, params=stuck))
+
+
+@pytest.mark.parametrize(
+    ("output", "is_banned"),
+    [((), False), ((1,), False), ((1, 2), True), ((0, 1, 2), True), ((1, 2, 0), False), ((2, 2), False)],
+    ids=str,
+)
+def test_the_last_token_of_a_bad_word_is_not_sampled(output, is_banned):
+    sequence = {"prompt": [1, 2], "output": output, "bad_words": ((1, 2, 3),)}  # the prompt does not count
+    token = next_token(LOGITS, params=GREEDY, **sequence)
+    assert (token != 3) is is_banned
+    assert next_token(LOGITS, params=GREEDY, **{**sequence, "bad_words": ((3,),)}) != 3
+
+
 def penalized(logits, prompt, output, presence=0.0, frequency=0.0, repetition=1.0):
     scores = list(logits)
     for token in set(prompt) | set(output):

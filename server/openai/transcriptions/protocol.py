@@ -18,7 +18,10 @@ EMPTY_TEXTS = ("null", "none", "false", "[]", "{}")  # as forms write values tha
 # The output is one text without stop strings and special tokens.
 FormSamplingFields = sampling_model(
     SamplingParams,
-    without=("n", "logit_bias", "stop", "stop_token_ids", "include_stop_str_in_output", "skip_special_tokens"),
+    without=(
+        *("n", "logit_bias", "stop", "stop_token_ids", "include_stop_str_in_output", "skip_special_tokens"),
+        *("allowed_token_ids", "bad_words", "truncate_prompt_tokens", "detokenize"),
+    ),
 )
 
 

@@ -25,6 +25,7 @@ from tests.server.conftest import RunningServer, ServerFactory
 TEXTS = ["tell me a story", "what is two plus three?", "héllo wörld, 日本 ✓"]
 EXTRAS = frozenset(
     "lora multi_modal_data top_k min_p repetition_penalty stop_token_ids ignore_eos min_tokens skip_special_tokens "
+    "allowed_token_ids bad_words truncate_prompt_tokens detokenize return_token_ids "
     "prompt_logprobs add_special_tokens mm_processor_kwargs include_stop_str_in_output".split()
 )
 
@@ -116,6 +117,15 @@ def test_usage_counts_cached_tokens(server: RunningServer) -> None:
     assert usage.prompt_tokens_details.cached_tokens == sum(n or 0 for n in cached) > 16
 
 
+def test_text_can_be_left_out(server: RunningServer, llm: LLM) -> None:
+    own = generate(llm, TEXTS[0])[0].outputs[0]
+    completion: Any = complete(server, TEXTS[0], detokenize=False, return_token_ids=True)
+    assert (completion.choices[0].text, completion.choices[0].token_ids) == ("", own.token_ids)
+    chunks: list[Any] = stream(server, TEXTS[0], detokenize=False, return_token_ids=True)
+    assert [token for chunk in chunks for choice in chunk.choices for token in choice.token_ids or ()] == own.token_ids
+    assert all(choice.text == "" for chunk in chunks for choice in chunk.choices)
+
+
 def test_the_prompts_of_a_request_share_its_turns(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     add_input, groups = server.llm.engine.add_input, list[list[str | None]]()
     monkeypatch.setattr(
@@ -138,6 +148,9 @@ def test_sampling_fields_reach_the_engine(server: RunningServer, llm: LLM) -> No
         {"stop": [greedy.text[3]], "include_stop_str_in_output": True},
         {"stop_token_ids": [greedy.token_ids[3]]},
         {"ignore_eos": True, "min_tokens": 5, "max_tokens": 40, "skip_special_tokens": False},
+        {"allowed_token_ids": list(range(100, 140))},
+        {"bad_words": [greedy.text[1]]},
+        {"truncate_prompt_tokens": 4},
     ]
     for options in fields:
         own = generate(llm, TEXTS[0], **options)[0].outputs[0]
