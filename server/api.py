@@ -122,9 +122,10 @@ def generation_routes(
         reasoning_parser: see `find_marks`.
     """
     common = llm, models, max_request_bytes
-    template = llm.input_processor.chat_template.source
-    tool_calling = ToolCalling(tool_call_parser, template, llm.tokenizer)
-    model_format = ModelFormat(tool_calling, find_marks(reasoning_parser, template), llm.tokenizer)
+    template = llm.input_processor.chat_template
+    tool_calling = ToolCalling(tool_call_parser, template.source, llm.tokenizer)
+    reasoning = find_marks(reasoning_parser, template.source)
+    model_format = ModelFormat(tool_calling, reasoning, llm.tokenizer, template.variables)
     chat, response = ChatService(*common, model_format), ResponsesService(*common, model_format)
     completion = CompletionService(*common)
     transcription = TranscriptionService(*common, TranscriptionRequest)

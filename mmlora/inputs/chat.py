@@ -13,6 +13,7 @@ from mmlora.processors.media.loader import PromptMedia
 from mmlora.utils.text import describe_type, shorten
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
+REASONING_FIELDS: Final = ("reasoning_content", "reasoning")  # one text under two names
 ROLE: Final = re.compile(r"[\w.-]{1,64}")  # templates write roles between control tokens
 UNSUPPORTED_FIELDS: Final = ("audio", "function_call")  # of messages: they stand for content that is not in the prompt
 
@@ -95,7 +96,7 @@ def _read_message(message: Any, name: str, is_strict: bool) -> Turn:
     if is_strict:
         _check_strictly(message, name)
     content = message.get("content")
-    message = _with_parsed_calls(message, name)
+    message = _with_reasoning(_with_parsed_calls(message, name))
     if content is None or isinstance(content, str):
         return message, [content or ""]
     if not isinstance(content, Sequence):
@@ -137,6 +138,13 @@ def _with_parsed_calls(message: Message, name: str) -> Message:
     if not isinstance(calls, Sequence) or isinstance(calls, str):
         raise RequestError(f"{name}.tool_calls is {describe_type(calls)}; it must be a list of calls")
     return {**message, "tool_calls": [_parse_call(call, f"{name}.tool_calls[{i}]") for i, call in enumerate(calls)]}
+
+
+def _with_reasoning(message: Message) -> Message:
+    """Return a message whose reasoning has both names under which templates look for it."""
+    texts = [message.get(name) for name in REASONING_FIELDS]
+    reasoning = next((text for text in texts if isinstance(text, str)), None)
+    return message if reasoning is None else {**message, **dict.fromkeys(REASONING_FIELDS, reasoning)}
 
 
 def _parse_call(call: Any, name: str) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """`ChatTemplate`: a Jinja chat template whose capabilities are detected when it is loaded."""
 
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
+from jinja2.meta import find_undeclared_variables
 
 from mmlora.errors import ConfigError, RequestError
 from mmlora.inputs.content_parts import Part
@@ -17,6 +19,7 @@ Turn = tuple[Message, list[Part]]  # a message, and the parts of its content
 
 MAX_REASON_CHARS: Final = 400
 LIST_REPR: Final = "'type':"  # shows that a template printed a list of parts with Python's repr
+GENERATION_TAG: Final = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # an extension of transformers
 PHI4_CALL_MARKS: Final = "<|tool_call|>", "<|/tool_call|>"
 # Contents of the conversations that detect the capabilities of a template.
 _PROBE_TEXTS: Final = "quartz", "basalt", "gneiss"
@@ -63,6 +66,7 @@ class ChatTemplate:
         media_parts: modalities whose parts are rendered as placeholders. For other modalities, placeholders are
             inserted into the text content.
         has_tools, has_tool_calls: `tools`, and `tool_calls` of assistant messages, are rendered.
+        variables: variables that the template reads, such as `enable_thinking`.
 
     Args:
         tokenizer: the model's tokenizer, which renders the template.
@@ -79,6 +83,7 @@ class ChatTemplate:
         self.needs_parts = False
         self.media_parts: Collection[str] = ()
         self.has_tools = self.has_tool_calls = False
+        self.variables = _variables(self.source)
         if self.source:
             self._detect_capabilities()
 
@@ -205,6 +210,15 @@ class ChatTemplate:
             return self._apply(messages, {"add_generation_prompt": True, **(kwargs or {})})
         except Exception:  # a template may raise anything for a conversation that it does not support
             return None
+
+
+def _variables(source: str) -> frozenset[str]:
+    """Return the variables that a template does not define itself; none if it cannot be parsed."""
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        return frozenset(find_undeclared_variables(environment.parse(GENERATION_TAG.sub("", source))))
+    except TemplateError:
+        return frozenset()
 
 
 def _turn(role: str, text: str) -> Turn:

@@ -1,13 +1,18 @@
 """`ModelFormat`: how a model writes reasoning and tool calls, for the endpoints with tools."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
+from mmlora.errors import RequestError
 from mmlora.server.openai.chat.protocol import ToolRequest
 from mmlora.server.openai.reasoning import OutputParser
 from mmlora.server.openai.tools.choice import ToolCalling, find_special_tokens
 from mmlora.structured_outputs import ReasoningMarks
+
+# Variables by which chat templates take a reasoning effort: as it is, or as true or false.
+EFFORT: Final = "reasoning_effort"
+SWITCHES: Final = ("enable_thinking", "thinking")
 
 
 class ModelFormat:
@@ -17,9 +22,17 @@ class ModelFormat:
         tool_calling: how it calls tools.
         reasoning: markers of its reasoning; None if it has none.
         tokenizer: the model's tokenizer.
+        variables: variables of its chat template.
     """
 
-    def __init__(self, tool_calling: ToolCalling, reasoning: ReasoningMarks | None, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        tool_calling: ToolCalling,
+        reasoning: ReasoningMarks | None,
+        tokenizer: Any,
+        variables: Collection[str] = (),
+    ) -> None:
+        self.variables = variables
         self.tool_calling = tool_calling
         self.reasoning = reasoning
         marks = () if reasoning is None else (reasoning.start, reasoning.end)
@@ -40,7 +53,26 @@ class ModelFormat:
             constraint = options["structured_outputs"]
             after = None if constraint is None else replace(constraint, reasoning=self.reasoning)
             options |= {"kept_special_token_ids": sorted(kept), "structured_outputs": after}
-        return OutputFormat(self, request, options, is_exclusive=answer is not None)
+        variables = {**self._effort_variables(request), **(request.chat_template_kwargs or {})}
+        return OutputFormat(self, request, options, variables, is_exclusive=answer is not None)
+
+    def _effort_variables(self, request: ToolRequest) -> dict[str, Any]:
+        """Return the reasoning effort as variables of the chat template.
+
+        Raises:
+            RequestError: the template has none of these variables; only `none` is then possible.
+        """
+        effort = request.effort
+        if effort is None:
+            return {}
+        known: dict[str, Any] = {name: effort != "none" for name in SWITCHES if name in self.variables}
+        if EFFORT in self.variables:
+            known[EFFORT] = effort
+        if not known and effort != "none":
+            name = EFFORT if request.reasoning_effort is not None else "reasoning"
+            text = f"the chat template of this model has none of the variables {EFFORT}, {', '.join(SWITCHES)}"
+            raise RequestError(f'{name}="{effort}" is not supported: {text}; allowed: "none"', name)
+        return known
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,12 +83,14 @@ class OutputFormat:
         model: how the model writes.
         request: the request.
         sampling_options: fields of `SamplingParams`.
+        template_variables: variables of the chat template.
         is_exclusive: an output has either calls or content.
     """
 
     model: ModelFormat
     request: ToolRequest
     sampling_options: Mapping[str, Any]
+    template_variables: Mapping[str, Any]
     is_exclusive: bool = False
 
     @property

@@ -87,6 +87,21 @@ class InputMessage(BaseModel):
     content: Annotated[Any, _content(INPUT_PARTS, 1)]
 
 
+class ReasoningPart(BaseModel):
+    """Text of reasoning, or of its summary."""
+
+    type: Literal["reasoning_text", "summary_text"]
+    text: str
+
+
+class Reasoning(BaseModel):
+    """Reasoning of an earlier response."""
+
+    type: Literal["reasoning"]
+    content: list[ReasoningPart] | None = None
+    summary: list[ReasoningPart] | None = None
+
+
 class FunctionCall(BaseModel):
     """Function call of an earlier response."""
 
@@ -105,7 +120,8 @@ class FunctionCallOutput(BaseModel):
 
 
 MESSAGES: Final = json_schema(Annotated[list[Message], Field(min_length=1)])
-INPUT: Final = json_schema(str | Annotated[list[InputMessage | FunctionCall | FunctionCallOutput], Field(min_length=1)])
+InputItem = InputMessage | Reasoning | FunctionCall | FunctionCallOutput
+INPUT: Final = json_schema(str | Annotated[list[InputItem], Field(min_length=1)])
 
 
 class StreamEvent(BaseModel):
@@ -250,7 +266,7 @@ class IncompleteDetails(BaseModel):
 
 
 class OutputItem(BaseModel):
-    """Message or function call."""
+    """Reasoning, message or function call."""
 
     id: str
     type: str

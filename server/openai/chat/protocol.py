@@ -3,16 +3,28 @@
 `mmlora.inputs.chat` validates the messages.
 """
 
+import json
+from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Final
 
-from pydantic import Field, WithJsonSchema
+from pydantic import Field, JsonValue, WithJsonSchema
 
 from mmlora.errors import RequestError
 from mmlora.server.bodies import FirstOnly
-from mmlora.server.openai.protocol import GenerationRequest, completion_limit, read_constraint
+from mmlora.server.openai.protocol import GenerationRequest, check_other_fields, completion_limit, read_constraint
 from mmlora.server.openai.schemas import MESSAGES
 from mmlora.server.openai.tools.choice import ToolChoice, read_tool_choice
+from mmlora.utils.text import shorten
+
+EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+# Other fields of `reasoning`, with their values that have no effect: there are no summaries.
+REASONING_VALUES: Final[Mapping[str, tuple[JsonValue, ...]]] = {
+    "reasoning.context": (None, "auto"),
+    "reasoning.generate_summary": (None, "auto"),
+    "reasoning.mode": (None, "standard"),
+    "reasoning.summary": (None, "auto"),
+}
 
 
 class ToolRequest(GenerationRequest):
@@ -24,6 +36,27 @@ class ToolRequest(GenerationRequest):
     tool_choice: dict[str, Any] | str | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+
+    @cached_property
+    def effort(self) -> str | None:
+        """The reasoning effort, for which there are two fields; None if neither is given.
+
+        Raises:
+            RequestError: a field is malformed or not supported, or they differ.
+        """
+        others = {f"reasoning.{name}": value for name, value in (self.reasoning or {}).items() if name != "effort"}
+        check_other_fields(others, REASONING_VALUES)
+        efforts = {"reasoning": (self.reasoning or {}).get("effort"), "reasoning_effort": self.reasoning_effort}
+        given = {name: effort for name, effort in efforts.items() if effort is not None}
+        for name, effort in given.items():
+            if effort not in EFFORTS:
+                raise RequestError(f"{name}={shorten(effort, json.dumps)} must be one of {', '.join(EFFORTS)}", name)
+        if len(set(given.values())) > 1:
+            text = f"reasoning.effort={given['reasoning']} and reasoning_effort={given['reasoning_effort']} differ"
+            raise RequestError(f"{text}; send only one of them", "reasoning_effort")
+        return next(iter(given.values()), None)
 
     @cached_property
     def tooling(self) -> ToolChoice | None:
@@ -49,8 +82,7 @@ class ChatCompletionRequest(ToolRequest):
         "modalities": (None, ["text"]),
         "moderation": (None,),
         "prediction": (None,),
-        "reasoning_effort": (None,),
-        "verbosity": (None,),
+        "verbosity": (None, "medium"),
         "web_search_options": (None,),
     }
 

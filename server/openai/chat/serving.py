@@ -31,7 +31,7 @@ class ChatService(GenerationService):
         form = self._model_format.read(chat)
         prompt = self._llm.input_processor.chat_prompt(
             chat.messages,
-            chat_template_kwargs=chat.chat_template_kwargs,
+            chat_template_kwargs=form.template_variables,
             add_generation_prompt=chat.add_generation_prompt,
             continue_final_message=bool(chat.continue_final_message),
             tools=form.tools,

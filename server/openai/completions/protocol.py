@@ -20,7 +20,7 @@ TextOrTokens = str | list[int]
 class CompletionRequest(GenerationRequest):
     """The supported fields of a legacy completion request."""
 
-    NEUTRAL_VALUES = {"suffix": (None, "")}
+    NEUTRAL_VALUES = {"reasoning_effort": (None, "none"), "suffix": (None, ""), "verbosity": (None, "medium")}
 
     prompt: Annotated[Any, WithJsonSchema(json_schema(str | list[str] | list[int] | list[list[int]]))]
     multi_modal_data: dict[str, Any] | None = None

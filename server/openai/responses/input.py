@@ -12,6 +12,7 @@ from mmlora.server.bodies import has_no_effect
 from mmlora.server.openai.output import Json
 from mmlora.utils.text import shorten
 
+REASONING_MESSAGE_KEYS = {"role", "content", "reasoning_content"}
 INPUT_ROLES = ("system", "developer", "user", "assistant")
 PART_FIELDS = {
     "input_text": ("type", "text", "prompt_cache_breakpoint"),
@@ -34,7 +35,7 @@ def as_messages(instructions: str | None, given: Any) -> list[Json]:
 
     Args:
         instructions: become the first message, with the system role.
-        given: text, or a list of messages, function calls and function call outputs.
+        given: text, or a list of messages, reasoning, function calls and function call outputs.
 
     Raises:
         RequestError: naming the malformed item or part.
@@ -56,7 +57,12 @@ def _messages(items: list[Any]) -> list[Json]:
             raise _must_be(place, item, "an object")
         match item.get("type", "message"):
             case "message":
-                messages.append(_message(item, place))
+                message = _message(item, place)
+                if message["role"] == "assistant" and _is_only_reasoning(messages):
+                    message |= messages.pop() | {"content": message["content"]}
+                messages.append(message)
+            case "reasoning":
+                _add_reasoning(messages, _reasoning(item, place))
             case "function_call":
                 call = _call(item, place)
                 call_ids.add(call["id"])
@@ -68,7 +74,8 @@ def _messages(items: list[Any]) -> list[Json]:
                 messages.append(_output(item, call_ids, place))
             case kind:
                 allowed = (
-                    "message, function_call or function_call_output: this server has no other tools and stores nothing"
+                    "message, reasoning, function_call or function_call_output: this server has no other tools and "
+                    "stores nothing"
                 )
                 raise _must_be(f"{place}.type", kind, allowed)
     return messages
@@ -79,6 +86,34 @@ def _message(item: Json, place: str) -> Json:
     if role not in INPUT_ROLES:
         raise _must_be(f"{place}.role", role, f"one of {', '.join(INPUT_ROLES)}")
     return {"role": role, "content": _content(item, "content", place)}
+
+
+def _is_only_reasoning(messages: list[Json]) -> bool:
+    """Return whether the last message is a reasoning item, which a message or call of the same turn may follow."""
+    return bool(messages) and messages[-1].keys() == REASONING_MESSAGE_KEYS
+
+
+def _add_reasoning(messages: list[Json], text: str) -> None:
+    """Add the text of a reasoning item, for the message or call that follows."""
+    if text and _is_only_reasoning(messages):
+        messages[-1]["reasoning_content"] += f"\n\n{text}"
+    elif text:
+        messages.append({"role": "assistant", "content": None, "reasoning_content": text})
+
+
+def _reasoning(item: Json, place: str) -> str:
+    """Return the text of a reasoning item, or else its summary; encrypted content has none."""
+    texts: list[str] = []
+    for field, kind in (("content", "reasoning_text"), ("summary", "summary_text")):
+        parts = item.get(field) or []
+        if not isinstance(parts, list):
+            raise _must_be(f"{place}.{field}", parts, "a list of parts")
+        for index, part in enumerate(parts if not texts else []):
+            where = f"{place}.{field}[{index}]"
+            if not isinstance(part, dict) or part.get("type") != kind:
+                raise _must_be(where, part, f"an object of the type {kind}")
+            texts.append(_text(part, "text", where))
+    return "\n\n".join(texts)
 
 
 def _call(item: Json, place: str) -> Json:

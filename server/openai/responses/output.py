@@ -136,7 +136,7 @@ def _echo(request: ResponsesRequest, defaults: SamplingParams) -> Json:
         "parallel_tool_calls": request.parallel_tool_calls is not False,
         "previous_response_id": None,
         "prompt_cache_key": request.prompt_cache_key,
-        "reasoning": {"effort": None, "summary": None},
+        "reasoning": {"effort": request.effort, "summary": (request.reasoning or {}).get("summary")},
         "safety_identifier": request.safety_identifier,
         "service_tier": "default",
         "store": False,

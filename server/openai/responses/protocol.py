@@ -52,7 +52,6 @@ class ResponsesRequest(ToolRequest):
         "moderation": (None,),
         "previous_response_id": (None, ""),
         "prompt": (None,),
-        "reasoning": (None, {}, {"effort": None, "summary": None}),
         "truncation": (None, "disabled"),
     }
 

@@ -34,7 +34,7 @@ class ResponsesService(GenerationService):
         form = self._model_format.read(fields)
         prompt = self._llm.input_processor.chat_prompt(
             messages,
-            chat_template_kwargs=fields.chat_template_kwargs,
+            chat_template_kwargs=form.template_variables,
             tools=form.tools,
             mm_processor_kwargs=fields.mm_processor_kwargs,
             cache_salt=fields.cache_salt,

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
 
 from mmlora.server.openai.tools.formats import ToolCallFormat
-from mmlora.structured_outputs import StructuredOutputsParams
+from mmlora.structured_outputs import ConstraintCompiler, StructuredOutputsParams
+from tests.checkpoints import END_ID, build_tokenizer
 from tests.server.conftest import RunningServer
 
 TEMPLATE = (
@@ -70,3 +75,35 @@ def prompt_of(
         response = httpx.post(f"{server.address}/v1/{path}", json={LIMITS[path]: 1, **body}, timeout=60)
     assert response.status_code == 200, response.text
     return str(prompts[0])
+
+
+def new_tokenizer(special: list[str], added: list[str] | None = None) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of bytes with more special tokens, and added tokens that are not special."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in special], special_tokens=True)
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in added or []])
+    return tokenizer
+
+
+def generate(
+    tokenizer: Any, params: StructuredOutputsParams, seed: int, prompt: str = "", *, end: str = "</parameter>"
+) -> list[int]:
+    """Return random tokens that follow a constraint.
+
+    Outputs are short: blanks are rare, and where any text may follow, `end` often does.
+    """
+    rng = random.Random(seed)
+    matcher = ConstraintCompiler(tokenizer, frozenset({END_ID})).compile(params, prompt)
+    blanks = {tokenizer.convert_tokens_to_ids(tokenizer.tokenize(blank)[0]) for blank in " \t\n\r"}
+    closing, tokens = tokenizer(end, add_special_tokens=False).input_ids, list[int]()
+    while not matcher.is_complete:
+        assert matcher.error is None and len(tokens) < 3000
+        allowed = [int(i) for i in np.flatnonzero(matcher.allowed(len(tokenizer), can_end=True))]
+        token = rng.choice([i for i in allowed if i not in blanks or rng.random() < 0.05] or allowed)
+        if token == END_ID:
+            break
+        is_free = closing[0] in allowed and len(allowed) > 100 and rng.random() < 0.2
+        for next_token in closing if is_free else [token]:
+            tokens.append(next_token)
+            matcher.advance(next_token)
+    return tokens

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import random
 from collections import Counter
 from typing import Any
 
-import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
-from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerFast
 
 from mmlora.engine.detokenizer import Detokenizer
 from mmlora.errors import ConstraintError
@@ -20,6 +16,7 @@ from mmlora.server.openai.tools.formats import FORMATS, ToolCallFormat
 from mmlora.server.openai.tools.parser import ToolCallDelta, ToolCallParser, join_calls
 from mmlora.structured_outputs import ConstraintCompiler, StructuredOutputsParams
 from tests.checkpoints import END_ID, build_tokenizer
+from tests.server.openai.tools.definitions import generate, new_tokenizer
 
 ANSWER = {
     "type": "object",
@@ -49,38 +46,6 @@ SCHEMAS = {"add": ADD, "tell.it": TELL, "now": {"type": "object", "additionalPro
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": schema}} for name, schema in SCHEMAS.items()]
 RESPONSE_FORMAT = StructuredOutputsParams(json=ANSWER, name="response_format")
 NAMES = [format.name for format in FORMATS]
-
-
-def new_tokenizer(special: list[str], added: list[str] | None = None) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of bytes with more special tokens, and added tokens that are not special."""
-    tokenizer = build_tokenizer()
-    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in special], special_tokens=True)
-    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in added or []])
-    return tokenizer
-
-
-def generate(
-    tokenizer: Any, params: StructuredOutputsParams, seed: int, prompt: str = "", *, end: str = "</parameter>"
-) -> list[int]:
-    """Return random tokens that follow a constraint.
-
-    Outputs are short: blanks are rare, and where any text may follow, `end` often does.
-    """
-    rng = random.Random(seed)
-    matcher = ConstraintCompiler(tokenizer, frozenset({END_ID})).compile(params, prompt)
-    blanks = {tokenizer.convert_tokens_to_ids(tokenizer.tokenize(blank)[0]) for blank in " \t\n\r"}
-    closing, tokens = tokenizer(end, add_special_tokens=False).input_ids, list[int]()
-    while not matcher.is_complete:
-        assert matcher.error is None and len(tokens) < 3000
-        allowed = [int(i) for i in np.flatnonzero(matcher.allowed(len(tokenizer), can_end=True))]
-        token = rng.choice([i for i in allowed if i not in blanks or rng.random() < 0.05] or allowed)
-        if token == END_ID:
-            break
-        is_free = closing[0] in allowed and len(allowed) > 100 and rng.random() < 0.2
-        for next_token in closing if is_free else [token]:
-            tokens.append(next_token)
-            matcher.advance(next_token)
-    return tokens
 
 
 def combined(tokenizer: Any, format: ToolCallFormat, *, is_parallel: bool = True, tools: Any = None) -> dict[str, Any]:
