@@ -19,5 +19,5 @@ class Qwen25OmniTowers(GeneralTowers):
         del arguments["mm_token_type_ids"]
         masks = [item.tensors["feature_attention_mask"] for _, item in media if item.modality == "audio"]
         if masks:
-            arguments["audio_seqlens"] = torch.cat(masks).sum(-1)
+            arguments["audio_seqlens"] = torch.cat([mask.sum(-1) for mask in masks])  # clips differ in length
         return {"attention_mask": torch.ones(1, len(token_ids), dtype=torch.long), **arguments}

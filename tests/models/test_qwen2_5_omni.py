@@ -13,8 +13,10 @@ from mmlora.errors import ConfigError, MediaError
 from mmlora.processors.media.audio import AudioItem
 from tests.checkpoints import save_adapter
 from tests.equality import greedy
-from tests.families.table import adapter_of, save_family
+from tests.families.reference import FamilyReference
+from tests.families.table import FAMILIES, adapter_of, save_family
 from tests.media import clip, picture
+from tests.reference import Media
 
 PROMPT = {
     "prompt": "<|user|><|vision_bos|><|IMAGE|><|vision_eos|><|audio_bos|><|AUDIO|><|audio_eos|>?<|end|><|assistant|>",
@@ -75,6 +77,16 @@ def test_a_prompt_without_valid_positions_is_refused(thinker: Path, text: str) -
     with pytest.raises(MediaError, match="cannot compute positions for the media of this prompt"):
         llm.generate(prompt, use_tqdm=False)
     assert llm.generate(PROMPT, greedy(), use_tqdm=False)[0].error is None
+
+
+def test_clips_of_different_lengths_equal_transformers(thinker: Path) -> None:
+    clips = [clip(0.5, 7), clip(1.3, 8), clip(0.3, 9)]
+    text = "<|user|>A <|audio_bos|><|AUDIO|><|audio_eos|>, " + 2 * "<|audio_bos|><|AUDIO|><|audio_eos|>" + "<|end|>"
+    expected = FamilyReference(thinker, FAMILIES["qwen2_5_omni_thinker"]).generate(text, Media(audios=clips))
+    prompt = {"prompt": text, "multi_modal_data": {"audio": clips}}
+    output = load(thinker).generate(prompt, greedy(), use_tqdm=False)[0]
+    assert list(output.prompt_token_ids) == expected.prompt_ids
+    assert list(output.outputs[0].token_ids) == expected.token_ids
 
 
 def test_a_short_clip_is_small(thinker: Path) -> None:
