@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-PoolName = Literal["input", "media", "loader"]
+PoolName = Literal["input", "media", "large_body", "loader"]
 NUM_LOADERS: Final = 16  # most only wait, for a load in another thread or for the end of a step
 
 
@@ -134,7 +134,7 @@ class AsyncLLM:
         self.histograms = RequestHistograms()
         self._pools: dict[PoolName, ThreadPoolExecutor] = {
             name: ThreadPoolExecutor(count, thread_name_prefix=f"mmlora-{name}")
-            for name, count in zip(get_args(PoolName), (num_workers, num_workers, NUM_LOADERS), strict=True)
+            for name, count in zip(get_args(PoolName), (num_workers, num_workers, 1, NUM_LOADERS), strict=True)
         }
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, RequestStream] = {}  # used by the engine thread only
@@ -189,8 +189,8 @@ class AsyncLLM:
         """Run blocking work in a thread pool.
 
         Args:
-            pool: `input` for work on text; `media` for large bodies and media, so that text does not wait for them;
-                `loader` for work that may load adapters.
+            pool: `input` for work on text; `media` for media, so that text does not wait for them; `large_body`, with
+                one thread, for parsing that stops all threads for a while; `loader` for work that may load adapters.
 
         Raises:
             EngineDeadError: the engine was shut down.

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, TypeAdapter, ValidationError, model_validator
 from pydantic_core import from_json
@@ -11,7 +11,11 @@ from starlette.responses import JSONResponse
 from mmlora.errors import RequestError
 from mmlora.utils.text import shorten
 
+if TYPE_CHECKING:
+    from mmlora.async_llm import PoolName
+
 MAX_FIELDS: Final = 256
+MAX_SMALL_BYTES: Final = 2**20
 MAX_VALUES: Final = 2**20  # in one body: parsing more of them would delay other requests
 MAX_REPORTED: Final = 8  # fields in one message
 JSON_REASONS: Final[Mapping[str, str]] = {  # by the type that pydantic expected
@@ -62,6 +66,11 @@ class UTF8JSONResponse(JSONResponse):
         """Encode the content."""
         text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         return text.encode("utf-8", "replace")
+
+
+def pool_of(body: bytes) -> "PoolName":
+    """Return the thread pool of `AsyncLLM` that parses a body: large ones one by one, since they stop all threads."""
+    return "large_body" if len(body) > MAX_SMALL_BYTES else "input"
 
 
 def parse_body(model: type[M], body: bytes) -> M:

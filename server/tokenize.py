@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mmlora.async_llm import AsyncLLM
 from mmlora.errors import RequestError
 from mmlora.inputs.chat import ChatPrompt
-from mmlora.server.bodies import Body, FirstOnly, UTF8JSONResponse, body_schema, parse_body
+from mmlora.server.bodies import Body, FirstOnly, UTF8JSONResponse, body_schema, parse_body, pool_of
 from mmlora.server.http.admission import read_body
 from mmlora.server.http.auth import CALLER
 from mmlora.server.lora.served_models import ServedModels
@@ -97,7 +97,7 @@ def token_routes(llm: AsyncLLM, models: ServedModels, max_request_bytes: int) ->
 
     async def read(request: Request, model: type[B]) -> B:
         content = await read_body(request, max_request_bytes)
-        body: B = await llm.run_in_pool(parse_body, model, content)
+        body: B = await llm.run_in_pool(parse_body, model, content, pool=pool_of(content))
         await models.find_adapter(body.model, None)
         return body
 

@@ -1,17 +1,16 @@
 """Loading of media: references in a request, URLs, bytes and objects become decoded items, within limits."""
 
 import asyncio
-import base64
-import binascii
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 from urllib.parse import unquote, unquote_to_bytes
 
 from mmlora.errors import MediaError, MediaNotFound
 from mmlora.processors.fetch.file_source import FileSource
 from mmlora.processors.media.audio import AudioItem
+from mmlora.processors.media.base64_text import decode_base64, decode_head, decoded_size
 from mmlora.processors.media.cache import CachedMedia, MediaCache
 from mmlora.processors.media.items import (
     DEFAULT_CACHE_BYTES,
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 MAX_URLS: Final = 128  # http(s) URLs of one prompt, so that a request cannot flood another server
 MAX_UUID_CHARS: Final = 256
 HTTP_SCHEMES: Final = ("http", "https")
-Decode = Callable[[Modality, bytes], MediaItem]
 SCHEMES: Final = "data:, http:, https: and file:"
 
 _MAX_SCHEME_CHARS: Final = 32
@@ -58,6 +56,12 @@ _UNSUPPORTED_MAGIC: Final = {
     b"RIFF": "a RIFF container that is neither WAVE nor WEBP",
 }
 _TEXT_CONTROL = frozenset(b"\t\n\r\f\x1b")
+
+
+class Decode(Protocol):
+    """Decodes a file, see `WorkerPool.decode`."""
+
+    def __call__(self, modality: Modality, data: bytes, *, is_base64: bool = False) -> MediaItem: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -353,9 +357,7 @@ def load_media(
     Raises:
         MediaError: unusable content, or content of another modality than `expected`.
     """
-    modality = _modality_of(content)
-    if expected is not None and modality.name != expected:
-        raise MediaError(f"the content is {modality.name}, but {expected} was expected here")
+    modality = _expected_modality(content, expected)
     if isinstance(content, MediaItem):
         return content
     if isinstance(content, bytes | bytearray | memoryview):
@@ -414,7 +416,7 @@ def load_data_url(
         raise MediaError(f"malformed data: URL ({shorten(url)}): no comma after the media type")
     if url[5:comma].rstrip().lower().endswith(";base64"):
         if url.find("%", comma) < 0:
-            _check_base64_size(url, comma + 1, limits)
+            _check_size(decoded_size(url, comma + 1, limits.max_bytes), limits)
             return load_base64(url[comma + 1 :], limits, expected=expected, decode=decode)
         _check_size((len(url) - comma - 1) // 4, limits)  # a lower bound: each character may be written as three
         return load_base64(unquote(url[comma + 1 :]), limits, expected=expected, decode=decode)
@@ -436,22 +438,14 @@ def load_base64(
     """
     if not isinstance(data, str | bytes):
         raise MediaError(f"base64 media must be a string, got {describe_type(data)}")
-    try:
-        text = data.decode("ascii") if isinstance(data, bytes) else data
-        _check_base64_size(text, 0, limits)
-        packed = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
-        decoded = base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
-    except MediaError:
-        raise
-    except (binascii.Error, ValueError) as error:
-        raise MediaError(f"malformed base64 media ({shorten(data)}): {error}") from error
-    return load_media(decoded, limits, expected=expected, decode=decode)
-
-
-def _check_base64_size(text: str, start: int, limits: MediaLimits) -> None:
-    """Check the decoded length, computed from the encoded one without a copy."""
-    num_ignored = sum(text.count(character, start) for character in "= \t\r\n")
-    _check_size((len(text) - start - num_ignored) * 3 // 4, limits)
+    if not data.isascii():
+        raise MediaError(f"malformed base64 media ({shorten(data)}): it has characters outside of ASCII")
+    text = data.decode("ascii") if isinstance(data, bytes) else data
+    _check_size(decoded_size(text, 0, limits.max_bytes), limits)
+    head = decode_head(text)
+    if decode is None or not head:
+        return load_media(decode_base64(text), limits, expected=expected, decode=decode)
+    return decode(_expected_modality(head, expected), text.encode("ascii"), is_base64=True)
 
 
 def _check_size(num_bytes: int, limits: MediaLimits) -> None:
@@ -467,6 +461,13 @@ def _as_list(contents: object) -> list[Any]:
     if contents is None:
         return []
     return contents if isinstance(contents, list) else [contents]
+
+
+def _expected_modality(content: object, expected: str | None) -> Modality:
+    modality = _modality_of(content)
+    if expected is not None and modality.name != expected:
+        raise MediaError(f"the content is {modality.name}, but {expected} was expected here")
+    return modality
 
 
 def _modality_of(content: object) -> Modality:

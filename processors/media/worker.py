@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mmlora.errors import MediaError
+from mmlora.processors.media.base64_text import decode_base64
 from mmlora.processors.media.channel import Channel
 from mmlora.processors.media.items import MediaItem, MediaLimits
 from mmlora.processors.modalities import MODALITIES
@@ -45,8 +46,9 @@ def main() -> None:
 
 def _answer(channel: Channel, job: dict[str, Any], limits: MediaLimits) -> None:
     """Decode one file and send the item, or the error."""
-    data = bytes(channel.read(job["num_bytes"]))
+    content = bytes(channel.read(job["num_bytes"]))
     try:
+        data = decode_base64(content.decode("ascii")) if job["is_base64"] else content
         item: MediaItem = MODALITIES[job["modality"]].decode(data, limits)
     except MediaError as error:
         channel.send({"error": str(error)[:MAX_ERROR_CHARS]})

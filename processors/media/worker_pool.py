@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -94,7 +95,7 @@ class Worker:
             except OSError as error:
                 raise MMLoRAError(f"the media decoder cannot be started: {error}") from error
 
-    def decode(self, modality: Modality, data: bytes, budget: DecodeBudget) -> MediaItem:
+    def decode(self, modality: Modality, data: bytes, budget: DecodeBudget, *, is_base64: bool) -> MediaItem:
         """Decode one file; the time is taken from the budget. Any error but a `MediaError` stops the process.
 
         Raises:
@@ -108,7 +109,7 @@ class Worker:
             start_s = time.monotonic()
             try:
                 channel.deadline_s = start_s + budget.rest_s
-                channel.send({"modality": modality.name, "num_bytes": len(data)}, [data])
+                channel.send({"modality": modality.name, "num_bytes": len(data), "is_base64": is_base64}, [data])
                 return self._receive(channel, modality)
             finally:
                 budget.rest_s -= time.monotonic() - start_s
@@ -169,6 +170,10 @@ class WorkerPool:
 
     Processes are started on first use, or by `start`. They end with the pool, and when the server is killed.
 
+    Attributes:
+        decode_s: seconds that processes were busy.
+        num_lost: processes that were replaced, by reason: `timeout`, `cancelled` or `crashed`.
+
     Args:
         limits: on each file.
         num_workers: maximum number of processes.
@@ -176,6 +181,8 @@ class WorkerPool:
     """
 
     def __init__(self, limits: MediaLimits, *, num_workers: int, timeout_s: float) -> None:
+        self.decode_s = 0.0
+        self.num_lost: Counter[str] = Counter(timeout=0, cancelled=0, crashed=0)
         self._limits = limits
         self._timeout_s = timeout_s
         self._workers = [Worker(limits, timeout_s) for _ in range(num_workers)]
@@ -198,29 +205,36 @@ class WorkerPool:
         """Return the budget of a prompt."""
         return DecodeBudget(self._timeout_s)
 
-    def decode(self, modality: Modality, data: bytes, budget: DecodeBudget) -> MediaItem:
+    def decode(self, modality: Modality, data: bytes, budget: DecodeBudget, *, is_base64: bool = False) -> MediaItem:
         """Decode one file of a prompt; blocks until a worker is free and has decoded it.
+
+        Args:
+            modality: of the file.
+            data: the file, or its base64.
+            budget: of the prompt.
+            is_base64: whether `data` is base64, which workers decode, too: 64 MiB would stop all threads for 0.4 s.
 
         Raises:
             MediaError: it cannot be decoded within the limits of time and memory, or the prompt was cancelled.
             EngineDeadError: the pool was closed.
         """
-        too_slow = MediaError(f"decoding the media of the prompt takes more than the allowed {self._timeout_s:g} s")
         if budget.rest_s <= 0:
-            raise too_slow
-        worker = self._take_worker(budget)
+            raise self._too_slow()
+        worker, rest_s = self._take_worker(budget), budget.rest_s
         try:
-            return worker.decode(modality, data, budget)
+            return worker.decode(modality, data, budget, is_base64=is_base64)
         except TimeoutError as error:
-            raise too_slow from error
+            self._count_lost("timeout")
+            raise self._too_slow() from error
         except (EOFError, OSError) as error:
+            self._count_lost("cancelled" if self._is_closed or budget.is_cancelled else "crashed")
             self.check_open(budget)
             raise MediaError(
-                f"the decoder crashed on this {modality.name} of {len(data)} bytes: it is damaged, or needs more "
-                f"memory than the allowed {size_text(memory_limit(self._limits))}"
+                f"the decoder crashed on this {modality.name}, which is damaged or needs more memory than the allowed "
+                f"{size_text(memory_limit(self._limits))}"
             ) from error
         finally:
-            self._free_worker(worker, budget)
+            self._free_worker(worker, budget, rest_s - budget.rest_s)
 
     def check_open(self, budget: DecodeBudget) -> None:
         """Raise the error of `decode` if nothing is decoded for this prompt any more."""
@@ -257,15 +271,23 @@ class WorkerPool:
             self._open.add(budget)
             return worker
 
-    def _free_worker(self, worker: Worker, budget: DecodeBudget) -> None:
+    def _free_worker(self, worker: Worker, budget: DecodeBudget, decode_s: float) -> None:
         if not self._is_closed:
             with suppress(MMLoRAError):  # the next request that needs it reports why
                 worker.start()  # if it was stopped
         with self._changed:
+            self.decode_s += decode_s
             budget.worker = None
             self._open.discard(budget)
             self._idle.append(worker)
             self._changed.notify_all()
+
+    def _count_lost(self, reason: str) -> None:
+        with self._changed:
+            self.num_lost[reason] += 1
+
+    def _too_slow(self) -> MediaError:
+        return MediaError(f"decoding the media of the prompt takes more than the allowed {self._timeout_s:g} s")
 
 
 def _stop_all(workers: Sequence[Worker]) -> None:

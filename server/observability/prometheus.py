@@ -19,6 +19,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from mmlora.async_llm import AsyncLLM
 from mmlora.engine.metrics import AdapterMetrics, EngineMetrics, Histogram, RequestHistograms
+from mmlora.processors.media.worker_pool import WorkerPool
 from mmlora.server.http.admission import Admission
 from mmlora.server.observability.access_log import AccessLog, HttpCounts
 from mmlora.server.observability.tracing import Tracer
@@ -72,6 +73,7 @@ class EngineCollector(Collector):
         metrics, make = self._llm.metrics, self._factory
         yield from _request_metrics(make, metrics)
         yield from _cache_metrics(make, metrics)
+        yield from _decode_metrics(make, self._llm.media.workers)
         yield from _adapter_metrics(make, metrics)
         yield from _residency_metrics(make, metrics)
         yield from _latency_metrics(make, self._llm.histograms)
@@ -137,6 +139,12 @@ def _cache_metrics(make: _MetricFactory, metrics: EngineMetrics) -> Iterator[Met
     yield make.counter("encoder_cache_queries", "Media items looked up in the encoder cache", num_queries)
     yield make.counter("encoder_cache_hits", "Media items found in the encoder cache", metrics.total_encoder_hits)
     yield make.gauge("encoder_cache_bytes", "Bytes of cached encoded media", metrics.num_encoder_cache_bytes)
+
+
+def _decode_metrics(make: _MetricFactory, workers: WorkerPool) -> Iterator[Metric]:
+    yield make.counter("media_decode_seconds", "Seconds that media decoders were busy", workers.decode_s)
+    text = "Media decoders that were killed or have crashed, by reason"
+    yield make.counter("media_decoders_lost", text, _labelled(workers.num_lost.copy()), ["reason"])
 
 
 def _adapter_metrics(make: _MetricFactory, metrics: EngineMetrics) -> Iterator[Metric]:

@@ -5,16 +5,17 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Final, TypeVar
+from typing import ClassVar, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mmlora.async_llm import AsyncLLM, PoolName, PreparedRequest
+from mmlora.async_llm import AsyncLLM, PreparedRequest
 from mmlora.errors import EngineDeadError, MMLoRAError, RequestError
 from mmlora.inputs.input_processor import Prompt
 from mmlora.processors.media.loader import PromptMedia
 from mmlora.sampling_params import SamplingParams
+from mmlora.server.bodies import pool_of
 from mmlora.server.errors import Refusal, error_body, status_of
 from mmlora.server.http.admission import read_body
 from mmlora.server.http.auth import CALLER
@@ -24,7 +25,6 @@ from mmlora.server.openai.output import Outputs, ResponseBuilder, close, raise_f
 from mmlora.server.openai.protocol import CommonFields
 
 T = TypeVar("T")
-MAX_TEXT_BYTES: Final = 2**20  # larger bodies are parsed in the threads for media
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,15 @@ class GenerationService(ABC):
         Raises:
             MMLoRAError: the request cannot be served, or failed before the response began.
         """
-        body = await read_body(request, self._max_request_bytes, is_json=self.TAKES_JSON)
-        pool: PoolName = "media" if len(body) > MAX_TEXT_BYTES else "input"
         with rename_param(self.FIELDS):
-            generation = await self._llm.run_in_pool(self._parse, request, body, CALLER.get(), pool=pool)
+            generation = await self._read(request)
             outputs = self._generate(generation)
             return await respond_with(request, generation.builder, outputs, is_stream=bool(generation.request.stream))
+
+    async def _read(self, request: Request) -> Generation:
+        """Read and parse the body, which is not kept."""
+        body = await read_body(request, self._max_request_bytes, is_json=self.TAKES_JSON)
+        return await self._llm.run_in_pool(self._parse, request, body, CALLER.get(), pool=pool_of(body))
 
     @abstractmethod
     def _parse(self, request: Request, body: bytes, caller: str) -> Generation:

@@ -7,7 +7,7 @@ import pytest
 
 from mmlora.errors import MediaError
 from mmlora.processors.media.items import MediaLimits
-from mmlora.processors.media.loader import load_base64, load_data_url, load_media
+from mmlora.processors.media.loader import MediaLoader, load_base64, load_data_url, load_media
 
 
 @pytest.fixture
@@ -68,6 +68,48 @@ def test_expected_modality_reaches_the_content(png, encode_audio):
         load_data_url("data:image/png;base64," + base64.b64encode(encode_audio()).decode(), expected="image")
     with pytest.raises(MediaError, match="is image, but audio"):
         load_base64(base64.b64encode(png).decode(), expected="audio")
+
+
+@pytest.fixture(scope="module")
+def loader():
+    loader = MediaLoader(MediaLimits(max_bytes=100_000))
+    yield loader
+    loader.workers.close()
+
+
+def test_base64_that_a_worker_decodes_has_the_same_content_and_errors(loader, encode_image, picture):
+    png = encode_image(picture())
+    expected, text = load_media(png).content_hash, base64.b64encode(png).decode()
+    accepted = [
+        text,
+        text.rstrip("="),
+        base64.encodebytes(png).decode(),
+        base64.urlsafe_b64encode(png).decode(),
+        text.encode(),
+        " " * 5000 + text,
+        "\n".join(text),
+    ]
+    assert [loader.load_base64(variant, expected="image").content_hash for variant in accepted] == [expected] * 7
+    refused = [text[:-9] + "*" + text[-8:], "*" + text, text + "é", "A", "", text[:-30], text[:40], "aGVsbG8h" * 200]
+    for variant in refused:
+        with pytest.raises(MediaError) as here:
+            load_base64(variant, loader.limits, expected="image")
+        with pytest.raises(MediaError) as there:
+            loader.load_base64(variant, expected="image")
+        assert str(there.value) == str(here.value)
+    with pytest.raises(MediaError, match="is image, but audio was expected"):
+        loader.load_base64(text, expected="audio")
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_the_size_of_base64_is_limited_before_a_worker_decodes_it(loader, encode_image, picture, extra):
+    png = encode_image(picture())
+    text = base64.encodebytes(png.ljust(loader.limits.max_bytes + extra, b"\0")).decode()
+    if extra:
+        with pytest.raises(MediaError, match="claims about 100001 bytes, more than the allowed 100000"):
+            loader.load_base64(text, expected="image")
+    else:
+        assert loader.load_base64(text, expected="image").modality == "image"
 
 
 class ClaimedLength(str):

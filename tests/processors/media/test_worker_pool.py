@@ -157,6 +157,7 @@ def test_the_time_limit_kills_the_worker_and_spares_the_next_request(png):
     with pytest.raises(MediaError, match="media of the prompt takes more than the allowed 0.3 s"):
         decode(pool, png)
     assert time.monotonic() - start_s < 10 and process.returncode == -signal.SIGKILL
+    assert pool.num_lost == {"timeout": 1, "cancelled": 0, "crashed": 0} and 0.3 <= pool.decode_s < 10
     assert process_of(pool).pid != process.pid  # started before the next request needs it
     assert decode(pool, png).image.size == (60, 40)
     pool.close()
@@ -182,7 +183,7 @@ def test_cancelling_ends_the_decoding_at_once(pool, png, is_large):
     thread.join(20)
     assert not thread.is_alive() and time.monotonic() - start_s < 10
     assert isinstance(results[0], MediaError) and "cancelled" in str(results[0])
-    assert process.returncode == -signal.SIGKILL
+    assert process.returncode == -signal.SIGKILL and pool.num_lost["cancelled"] == 1
     with pytest.raises(MediaError, match="cancelled"):
         decode(pool, png, budget)
     assert decode(pool, png).image.size == (60, 40)
@@ -223,6 +224,7 @@ def test_a_crash_fails_one_file_only(pool, png):
     process.send_signal(signal.SIGCONT)
     thread.join(20)
     assert isinstance(results[0], MediaError) and "crashed on this image" in str(results[0])
+    assert pool.num_lost["crashed"] == 1
     assert decode(pool, png).image.size == (60, 40)
 
 

@@ -129,6 +129,8 @@ def test_every_request_is_counted_once(server: RunningServer, wav: bytes, png: b
     assert found("http_requests_total", route="other", status="404") == 1
     assert found("http_requests_total", route="/v1/models/{name:path}", status="200") == 1
     assert found("http_requests_total", route="/metrics", status="200") == 1, "this scrape has not ended"
+    assert (found("media_decode_seconds_total") or 0) > 0
+    assert [found("media_decoders_lost_total", reason=reason) for reason in ("timeout", "crashed")] == [0, 0]
     # The audio was encoded with its adapter, and next to the image without one; the image's adapter has no towers.
     assert (found("encoder_cache_queries_total"), found("encoder_cache_bytes")) == (
         (found("encoder_cache_hits_total") or 0) + server.llm.engine.metrics.total_encoder_misses,
