@@ -36,8 +36,8 @@ class RequestError(MMLoRAError, ValueError):
 class ContextLengthExceeded(RequestError):
     """A prompt does not fit into the model's context.
 
-    Clients recognize it by its code in HTTP error bodies, `context_length_exceeded`, and by the words "maximum context
-    length is … tokens".
+    Clients recognize it by its code in HTTP error bodies, `context_length_exceeded`, and by the words "prompt is too
+    long" and "maximum context length is … tokens".
     """
 
 

@@ -488,8 +488,8 @@ def encode_text(
     """
     if len(text) > max_model_len * MAX_CHARS_PER_TOKEN:
         raise ContextLengthExceeded(
-            f"the prompt has {len(text)} characters, which cannot fit into max_model_len={max_model_len}; "
-            f"this model's maximum context length is {max_model_len} tokens",
+            f"the prompt is too long: it has {len(text)} characters, which cannot fit into "
+            f"max_model_len={max_model_len}; this model's maximum context length is {max_model_len} tokens",
             field,
         )
     try:

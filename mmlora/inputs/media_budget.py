@@ -71,7 +71,7 @@ def _shape(item: MediaItem) -> tuple[object, ...]:
 def too_long(size: str, max_model_len: int, field: str) -> ContextLengthExceeded:
     """Return the error for a prompt of a size, in the words that clients recognize; `field` is that of the request."""
     return ContextLengthExceeded(
-        f"the prompt has {size}; this model's maximum context length is {max_model_len} tokens, "
+        f"the prompt is too long: it has {size}; this model's maximum context length is {max_model_len} tokens, "
         f"max_model_len={max_model_len}, and the output needs at least one",
         field,
     )

@@ -140,9 +140,10 @@ class Deadline:
 
 
 def _is_generation(scope: Scope) -> bool:
-    """Return whether a request runs the model, as every POST of OpenAI's API does."""
+    """Return whether a request runs the model, as every POST of OpenAI's API does, or decodes media for `/tokenize`."""
     path = route_path(scope)
-    return scope["method"] == "POST" and path.startswith("/v1/") and path not in ADAPTER_UPDATES
+    is_limited = path.startswith("/v1/") or path == "/tokenize"
+    return scope["method"] == "POST" and is_limited and path not in ADAPTER_UPDATES
 
 
 def _limit_body_time(receive: Receive, end: float, timeout: float) -> Receive:

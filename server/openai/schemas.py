@@ -169,6 +169,9 @@ class Usage(BaseModel):
     prompt_tokens_details: CachedTokens
 
 
+PromptLogprobs = list[dict[str, Any] | None] | None  # by token id, for each token of the prompt
+
+
 class Choice(BaseModel):
     """One of `n` completions."""
 
@@ -220,6 +223,7 @@ class ChatCompletion(ChoicesResponse):
 
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
+    prompt_logprobs: PromptLogprobs
 
 
 class CompletionLogprobs(BaseModel):
@@ -234,6 +238,7 @@ class CompletionChoice(Choice):
 
     text: str
     logprobs: CompletionLogprobs | None
+    prompt_logprobs: PromptLogprobs
 
 
 class Completion(ChoicesResponse):

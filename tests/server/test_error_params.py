@@ -39,8 +39,9 @@ def refuse(server: RunningServer, path: str, body: dict[str, Any]) -> dict[str, 
 
 
 def check_too_long(error: dict[str, Any], param: str) -> None:
-    """Check an error as LiteLLM and LangChain do: by the words, and by the code in its text."""
+    """Check an error as clients do: LiteLLM and LangChain by its words, others by its code."""
     assert (error["code"], error["param"], error["type"]) == ("context_length_exceeded", param, "invalid_request_error")
+    assert "the prompt is too long" in error["message"]
     assert "this model's maximum context length is 512 tokens" in error["message"]
 
 

@@ -75,7 +75,7 @@ def test_the_wait_is_estimated_from_the_rate_at_which_requests_end(monkeypatch: 
     assert admission.num_open == 10 and admission.num_refused["queue_full"] == 1
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize"])
 def test_a_full_queue_is_a_429_with_retry_after(server: RunningServer, path: str) -> None:
     admission = Admission(capacity=1, max_queued=1)
     with serving(server, admission) as bounded:
