@@ -497,6 +497,14 @@ BROKEN: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], str]] = {
         {"lora_bias": True, "target_modules": ["gate"]},
         r"weight of model\.layers\.0\.mlp\.gate is \[3, 32\]; only matrices take lora_A and lora_B and magnitude",
     ),
+    "router-of-no-dimension": (
+        lambda found: {
+            "base_model.model.model.layers.0.mlp.gate.lora_A.weight": torch.ones(4, 32),
+            "base_model.model.model.layers.0.mlp.gate.lora_B.weight": torch.tensor(1.0),
+        },
+        {"target_modules": ["gate"]},
+        r"model\.layers\.0\.mlp\.gate is weight \[3, 32\], but lora_A is \[4, 32\] and lora_B is \[\]",
+    ),
     "replaced-expert": (
         lambda found: {**found, f"{E0}.w1.weight": torch.ones(24, 32)},
         {"modules_to_save": ["experts.0.w1"]},

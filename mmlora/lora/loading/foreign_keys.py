@@ -78,6 +78,12 @@ _CAUSES: Final = (
         None,
         "the keys are those of FSDP's flattened shards; save a full state dict (FULL_STATE_DICT)",
     ),
+    _Cause(
+        re.compile(r"^(base_model\.model\.|)(?!base_model\.|model\.)"),
+        r"\1model.",
+        "the keys lack 'model.', so the adapter was trained on the model without its head (AutoModel); train it on the "
+        "whole model, or add 'model.' to the keys ('base_model.model.model.…')",
+    ),
 )
 
 
@@ -88,18 +94,19 @@ def explain(keys: Collection[str], matching: Callable[[Iterable[str]], Collectio
         keys: the keys that match no module.
         matching: returns those of the given keys that match a module.
     """
-    remedies: dict[str, None] = {}
-    renamed = set()
+    causes: dict[str, list[_Cause]] = {}  # by the key that PEFT would write
     for key in keys:
+        found = []
         for cause in _CAUSES:
-            if not cause.pattern.search(key):
-                continue
-            remedies[cause.remedy] = None
-            if cause.replacement is None:
-                break
-            key = cause.pattern.sub(cause.replacement, key)
-        else:
-            renamed.add(key)
-    if not remedies or (renamed and not matching(renamed)):
-        return None
-    return "; ".join(remedies)
+            if cause.pattern.search(key):
+                found.append(cause)
+                key = cause.pattern.sub(cause.replacement, key) if cause.replacement is not None else key
+        causes[key] = found
+    matched = matching(causes)
+    remedies = dict.fromkeys(
+        cause.remedy
+        for key, found in causes.items()
+        for cause in found
+        if key in matched or any(cause.replacement is None for cause in found)
+    )
+    return "; ".join(remedies) or None

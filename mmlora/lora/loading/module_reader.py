@@ -305,13 +305,11 @@ class ModuleReader:
         found, base = self._found(module, roles), self._base(module, parameter)
         self._check_pair(module, roles)
         rank = self._rank(module, *names)
-        allowed = {"lora_A", "lora_B"}
-        if base.ndim == 2 and not any(map(self._config.targets_parameter, names)):  # selected as a Linear
-            self._check_extras(module, "linear", found)
-            allowed.add("magnitude")
-        if base.ndim not in (2, 3) or found.keys() - allowed:
+        is_linear = base.ndim == 2 and not any(map(self._config.targets_parameter, names))  # in transformers 4
+        allowed = ("lora_A", "lora_B", "magnitude") if is_linear else ("lora_A", "lora_B")
+        if base.ndim not in (2, 3) or not found.keys() <= {*allowed}:
             raise AdapterMismatch(
-                f"{parameter} of {module} is {list(base.shape)}; only matrices take {' and '.join(sorted(allowed))}"
+                f"{parameter} of {module} is {list(base.shape)}; only matrices take {' and '.join(allowed)}"
             )
         num_experts = base.shape[0] if base.ndim == 3 else 1
         is_transposed = base.ndim == 3 and getattr(self._index.modules[module], "is_transposed", False)
@@ -319,6 +317,8 @@ class ModuleReader:
         rows = rank * num_experts
         what = f"{parameter} {list(base.shape)}"
         self._check_shapes(module, found, rank, what, (rows, in_features), (out_features, rows))
+        if is_linear:
+            self._check_extras(module, "linear", found)
         return replace(self._cast(module, found, self._config.scaling_of(*names)), num_experts=num_experts)
 
     def _token_rows(self, name: str, module: str, key: TensorKey) -> TokenRows:

@@ -37,6 +37,14 @@ FOREIGN: dict[str, tuple[Rename, str]] = {
     "state-dict": (lambda key: key.replace(".weight", ".sql-v2.weight"), r"name of the adapter.*lora_A\.NAME\.weight"),
     "value-head": (lambda key: f"pretrained_model.{key}", "a prefix before 'base_model.model.'"),
     "wrapped-twice": (lambda key: f"base_model.model.{key}", "a prefix before 'base_model.model.'"),
+    "without-head": (
+        lambda key: key.replace("base_model.model.model.", "base_model.model."),
+        r"lack 'model\.', so the adapter was trained on the model without its head",
+    ),
+    "without-head-and-prefix": (
+        lambda key: f"module.{key.replace('base_model.model.model.', '')}",
+        r"'module\.' is that of DataParallel.*; the keys lack 'model\.'",
+    ),
     "kohya": (
         lambda key: key.replace("lora_A", "lora_down").replace("lora_B", "lora_up"),
         "lora_down and lora_up are Kohya's names",
@@ -70,7 +78,7 @@ def test_a_foreign_layout_is_named_with_its_remedy(
     assert "nothing matches a module of this model" in str(refused.value)
 
 
-@pytest.mark.parametrize("layout", ["compiled", "ddp", "fsdp", "state-dict", "checkpointing"])
+@pytest.mark.parametrize("layout", ["compiled", "ddp", "fsdp", "state-dict", "checkpointing", "without-head"])
 def test_peft_does_not_read_these_layouts_either(
     tiny_llama: nn.Module, adapter: Path, edit_tensors: Any, peft_reference: Any, layout: str
 ) -> None:
@@ -132,7 +140,23 @@ def test_a_cause_is_named_only_if_its_removal_gives_a_module(
     with pytest.raises(AdapterMismatch, match="nothing matches a module") as refused:
         load_adapter(read_adapter(adapter), "a", ModuleIndex(tiny_llama), dtype=torch.float32)
     assert "DataParallel" not in str(refused.value)
-    assert explain(["layers.0.a_module.q.weight", "x_orig_mod.y.weight"], lambda keys: list(keys)) is None
+    assert explain(["model.layers.0.a_module.q.weight", "model.x_orig_mod.y.weight"], lambda keys: list(keys)) is None
+
+
+def test_only_causes_of_keys_that_they_explain_are_named(
+    tiny_llama: nn.Module, adapter: Path, edit_tensors: Any
+) -> None:
+    edit_tensors(
+        adapter,
+        lambda found: {
+            **{key.replace(".1.", ".1._orig_mod."): tensor for key, tensor in found.items()},
+            "module.nothing.lora_A.weight": torch.ones(1),
+            "layers.9.lora_A.other.weight": torch.ones(1),
+        },
+    )
+    with pytest.raises(AdapterMismatch, match=r"6 of 10 tensors match no module.*torch.compile's") as refused:
+        load_adapter(read_adapter(adapter), "a", ModuleIndex(tiny_llama), dtype=torch.float32)
+    assert not re.search("DataParallel|without its head|name of the adapter", str(refused.value))
 
 
 @pytest.mark.parametrize("chosen", ["lora_A", "lora", "layers.1.self_attn.v_proj.lora_B"])
