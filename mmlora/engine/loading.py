@@ -43,6 +43,8 @@ from mmlora.models.loader import (
 from mmlora.models.longrope import replace_longrope
 from mmlora.models.media_check import check_media, process_blank_media
 from mmlora.models.transcription import PROMPT_FIELD, TranscriptionPrompt, read_checkpoint_prompt
+from mmlora.models.weights import check_weights, read_headers
+from mmlora.processors.base import MultiModalProcessor, ProcessedMedia
 from mmlora.structured_outputs import ConstraintCompiler
 from mmlora.towers.encoder import MediaEncoder
 
@@ -97,14 +99,12 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
     default_paths = choose_default_adapters(args, config, path)
     default_paths = parse_defaults(default_paths, processor.modalities if processor is not None else ())
     _check_limits(args, processor.modalities if processor is not None else frozenset())
-    blank = process_blank_media(processor, args.mm_processor_kwargs)
-    if blank:  # without weights, as far as possible
-        blank = check_media(blank, processor, get_towers(load_meta_model(config)), is_meta=True)
+    unchecked = _check_without_weights(args, config, path, processor)
     model = load_model(config, path, dtype=dtype, device=device)
     towers = get_towers(model)
     backend, layout = choose_backend(device), KVLayout.from_config(config, args.block_size, dtype)
     check_decoder(model, towers, backend, layout, max_model_len)
-    check_media(blank, processor, towers, is_meta=False)
+    check_media(unchecked, processor, towers, is_meta=False)
     long_length = replace_longrope(model)
     adapters = LoadedAdapters()
     if args.uses_lora:
@@ -156,6 +156,16 @@ def load_engine_parts(args: EngineArgs) -> EngineParts:
         sampling_defaults=sampling_defaults,
         transcription_prompt=transcription,
     )
+
+
+def _check_without_weights(
+    args: EngineArgs, config: PretrainedConfig, path: Path, processor: MultiModalProcessor | None
+) -> list[ProcessedMedia]:
+    """Check what names and shapes show, before weights are read; return media that need weights for the check."""
+    model = load_meta_model(config)
+    check_weights(model, read_headers(str(path), None, path), find_layout(path))
+    blank = process_blank_media(processor, args.mm_processor_kwargs)
+    return check_media(blank, processor, get_towers(model), is_meta=True)
 
 
 def _check_limits(args: EngineArgs, modalities: frozenset[str]) -> None:

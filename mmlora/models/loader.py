@@ -18,7 +18,7 @@ from mmlora.config import EngineArgs
 from mmlora.errors import ConfigError
 from mmlora.models.config import find_model_class
 from mmlora.models.families import find_layout
-from mmlora.models.weights import check_initialized, check_weights, read_headers, without_load_report
+from mmlora.models.weights import check_initialized, without_load_report
 from mmlora.utils.library_errors import LIBRARY_ERRORS
 
 CONFIG_FILES = ["*.json"]
@@ -71,15 +71,13 @@ def load_model(config: PretrainedConfig, path: Path, *, dtype: torch.dtype, devi
     """Load the class that the checkpoint names, in eval mode, with its decoder on paged attention.
 
     Raises:
-        ConfigError: the weights cannot be loaded, or are not those of the class.
+        ConfigError: the weights cannot be loaded, or lack some of the class; `check_weights` finds more.
     """
     model_class = find_model_class(config)
     layout = find_layout(path)
     options = {"key_mapping": dict(layout.key_mapping)} if layout is not None else {}
-    tensors = read_headers(str(path), None, path)
     with _view_without_adapter(path) as view, without_load_report():
         try:
-            check_weights(load_meta_model(config), tensors, layout)
             model, info = model_class.from_pretrained(
                 view, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
             )

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from mmlora.errors import ConfigError
 from mmlora.lora.loading.load import listed
 from mmlora.models.layouts.base import Layout
+from mmlora.utils.library_errors import LIBRARY_ERRORS
 from mmlora.utils.text import printable, shorten
 
 logger = logging.getLogger(__name__)
@@ -180,6 +181,8 @@ def _map_tensors(model: Any, tensors: Mapping[str, StoredTensor], layout: Layout
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         found, _ = type(model)._load_pretrained_model(model, contents, None, config)
+    except LIBRARY_ERRORS as error:
+        raise ConfigError(f"the weights cannot be loaded as {type(model).__name__}: {error}") from error
     finally:
         if has_progress_bar:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

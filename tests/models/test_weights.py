@@ -243,6 +243,6 @@ def test_the_start_does_not_rely_on_headers_alone(
     checkpoint: Callable[[str], tuple[Path, Headers]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = changed(checkpoint("llama")[0], tmp_path, lambda old: {k: v for k, v in old.items() if "norm" not in k})
-    monkeypatch.setattr("mmlora.models.loader.check_weights", lambda *_: None)
+    monkeypatch.setattr("mmlora.engine.loading.check_weights", lambda *_: None)
     with pytest.raises(ConfigError, match=r"7 tensor\(s\) would be random, because the files lack them: model.layers"):
         load(path)
