@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.mmlora-installed
 
-.PHONY: setup demo test test-slow check format eval models clean
+.PHONY: setup demo test test-slow test-clients check format eval models clean
 
 setup: $(STAMP)
 
@@ -25,7 +25,12 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=15 -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=30 -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=30 -m "(slow or not slow) and not clients"
+
+# Installs the clients that people use under .cache/clients and runs each against a server; KIND leaves some out.
+KIND ?= clients
+test-clients: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=15 -m "$(KIND)" tests/clients
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -45,4 +50,4 @@ models: $(STAMP)
 	$(BIN)/python -m tests.models.models_page
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
