@@ -36,7 +36,7 @@ def model(**options: object) -> ChatOpenAI:
 PICTURE_PART = {"type": "image", "base64": encode(PICTURE), "mime_type": "image/png"}
 CLIP_PART = {"type": "audio", "base64": encode(CLIP), "mime_type": "audio/flac"}
 for responses in (False, True):
-    chat = model(use_responses_api=responses, max_tokens=128)
+    chat = model(use_responses_api=responses, max_tokens=1024)
     assert_equal(chat.invoke(QUESTION).text, ANSWER)
     assert_equal("".join(chunk.text for chunk in chat.stream(QUESTION)), ANSWER)
     described = chat.invoke([HumanMessage([PICTURE_PART, {"type": "text", "text": "describe the picture"}])])
@@ -44,13 +44,13 @@ for responses in (False, True):
     if not responses:  # Responses has no audio part.
         heard = chat.invoke([HumanMessage([CLIP_PART, {"type": "text", "text": "transcribe the audio"}])])
         assert_equal(heard.text, TRANSCRIPT)
-    call = chat.bind_tools([paint], tool_choice="required").invoke(QUESTION)
+    call = chat.bind_tools([paint], tool_choice="required", strict=True, parallel_tool_calls=False).invoke(QUESTION)
     assert_equal(call.tool_calls[0]["name"], "paint")
     result = paint.invoke(call.tool_calls[0])
     assert isinstance(result, ToolMessage) and result.text.startswith("painted"), result
     chat.bind_tools([paint]).invoke([HumanMessage(QUESTION), call, result])
     for method in ("json_schema", "function_calling"):
-        structured = chat.with_structured_output(Shape, method=method)
+        structured = chat.with_structured_output(Shape, method=method, strict=True)
         assert isinstance(structured.invoke(QUESTION), Shape), method
     with_tools = chat.with_structured_output(Shape, method="json_schema", include_raw=True, tools=[paint], strict=True)
     both = with_tools.invoke(QUESTION)

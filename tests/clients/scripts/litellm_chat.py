@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from samples import ANSWER, BASE_URL, CLIP, DESCRIPTION, MODEL, PICTURE, QUESTION, TRANSCRIPT, assert_equal, data_url
 
 
-class Shape(BaseModel):
+class Shape(BaseModel, extra="forbid"):
     color: Literal["red", "green", "blue"]
     is_big: bool
 
@@ -19,7 +19,12 @@ TOOL = {
     "type": "function",
     "function": {
         "name": "paint",
-        "parameters": {"type": "object", "properties": {"big": {"type": "boolean"}}, "required": ["big"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"big": {"type": "boolean"}},
+            "required": ["big"],
+            "additionalProperties": False,
+        },
     },
 }
 QUESTIONS = [{"role": "user", "content": QUESTION}]
@@ -38,14 +43,16 @@ for provider in ("openai", "hosted_vllm"):
         "api_base": BASE_URL,
         "api_key": "none",
         "temperature": 0,
-        "max_tokens": 64,
+        "max_tokens": 1024,
     }
     whole = litellm.completion(messages=QUESTIONS, **options)
     assert_equal(whole.choices[0].message.content, ANSWER)
     chunks = litellm.completion(messages=QUESTIONS, stream=True, stream_options={"include_usage": True}, **options)
     assert_equal("".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices), ANSWER)
     assert_equal(litellm.completion(messages=PICTURES, **options).choices[0].message.content, DESCRIPTION)
-    called = litellm.completion(messages=QUESTIONS, tools=[TOOL], tool_choice="required", **options)
+    called = litellm.completion(
+        messages=QUESTIONS, tools=[TOOL], tool_choice="required", parallel_tool_calls=False, **options
+    )
     assert_equal(called.choices[0].message.tool_calls[0].function.name, "paint")
     shaped = litellm.completion(messages=QUESTIONS, response_format=Shape, **options)
     Shape(**json.loads(shaped.choices[0].message.content))

@@ -44,7 +44,7 @@ PARTS: list[tuple[list[dict[str, Any]], str]] = [
     ),
 ]
 client = OpenAI(base_url=BASE_URL, api_key="none", max_retries=0)
-options: Any = {"model": MODEL, "temperature": 0, "max_tokens": 64}
+options: Any = {"model": MODEL, "temperature": 0, "max_tokens": 1024}
 
 assert_equal([MODEL in {model.id for model in client.models.list()}], [True])
 for content, expected in PARTS:
@@ -61,7 +61,9 @@ for content, expected in PARTS:
 
 question: Any = [{"role": "user", "content": QUESTION}]
 tools: Any = [{"type": "function", "function": ADD}]
-forced = client.chat.completions.create(messages=question, tools=tools, tool_choice="required", **options)
+forced = client.chat.completions.create(
+    messages=question, tools=tools, tool_choice="required", parallel_tool_calls=False, **options
+)
 calls: Any = forced.choices[0].message.tool_calls
 assert_equal((forced.choices[0].finish_reason, calls[0].function.name), ("tool_calls", "paint"))
 turns: Any = [
@@ -77,15 +79,20 @@ with client.chat.completions.stream(messages=question, response_format=Shape, **
     stream.until_done()
     assert isinstance(stream.get_final_completion().choices[0].message.parsed, Shape)
 
-response = client.responses.create(model=MODEL, input=QUESTION, temperature=0, max_output_tokens=64)
+response = client.responses.create(model=MODEL, input=QUESTION, temperature=0, max_output_tokens=1024)
 assert_equal(response.output_text, ANSWER)
-with client.responses.stream(model=MODEL, input=QUESTION, temperature=0, max_output_tokens=64) as events:
+with client.responses.stream(model=MODEL, input=QUESTION, temperature=0, max_output_tokens=1024) as events:
     events.until_done()
     assert_equal(events.get_final_response().output_text, ANSWER)
-shape = client.responses.parse(model=MODEL, input=QUESTION, text_format=Shape, temperature=0, max_output_tokens=64)
+shape = client.responses.parse(model=MODEL, input=QUESTION, text_format=Shape, temperature=0, max_output_tokens=1024)
 assert isinstance(shape.output_parsed, Shape), shape
 called = client.responses.create(
-    model=MODEL, input=QUESTION, tools=[{"type": "function", **ADD}], tool_choice="required", max_output_tokens=64
+    model=MODEL,
+    input=QUESTION,
+    tools=[{"type": "function", **ADD}],
+    tool_choice="required",
+    parallel_tool_calls=False,
+    max_output_tokens=1024,
 )
 assert_equal(called.output[0].type, "function_call")
 

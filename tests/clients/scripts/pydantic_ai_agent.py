@@ -26,7 +26,9 @@ def paint(color: Literal["red", "green"]) -> str:
 async def main() -> None:
     provider = OpenAIProvider(base_url=BASE_URL, api_key="none")
     for kind in (OpenAIChatModel, OpenAIResponsesModel):
-        model = kind(MODEL, provider=provider, settings={"temperature": 0, "max_tokens": 256})
+        model = kind(
+            MODEL, provider=provider, settings={"temperature": 0, "max_tokens": 512, "parallel_tool_calls": False}
+        )
         agent = Agent(model)
         assert_equal((await agent.run(QUESTION)).output, ANSWER)
         async with agent.run_stream(QUESTION) as stream:

@@ -18,7 +18,7 @@ const paint = tool({
 });
 
 for (const model of [openai(MODEL), openai.chat(MODEL), compatible(MODEL)]) {
-  const options = { model, maxRetries: 0, temperature: 0, maxOutputTokens: 128 };
+  const options = { model, maxRetries: 0, temperature: 0, maxOutputTokens: 1024 };
   assert.equal((await generateText({ ...options, prompt: QUESTION })).text, ANSWER);
   const stream = streamText({ ...options, prompt: QUESTION, onError: ({ error }) => assert.fail(String(error)) });
   assert.equal(await stream.text, ANSWER);
@@ -30,7 +30,7 @@ for (const model of [openai(MODEL), openai.chat(MODEL), compatible(MODEL)]) {
   const typed = await generateText({ ...options, prompt: QUESTION, output: Output.object({ schema }) });
   assert.ok(schema.safeParse(typed.output).success);
   painted.length = 0;
-  await generateText({ ...options, prompt: QUESTION, tools: { paint }, toolChoice: "required", stopWhen: stepCountIs(1) });
+  await generateText({ ...options, prompt: QUESTION, tools: { paint }, toolChoice: { type: "tool", toolName: "paint" }, stopWhen: stepCountIs(1) });
   assert.ok(painted.length > 0);
   // A tool and a typed output in one request: either is a valid result of the step.
   const both = await generateText({
