@@ -23,13 +23,13 @@ MODES = (
 )
 for mode in MODES:
     client = instructor.from_openai(OpenAI(base_url=BASE_URL, api_key="none", max_retries=0), mode=mode)
-    tokens = {"max_output_tokens" if mode is instructor.Mode.RESPONSES_TOOLS else "max_tokens": 1024}
+    tokens = {"max_output_tokens" if mode is instructor.Mode.RESPONSES_TOOLS else "max_tokens": 512}
     shape = client.create(
         model=MODEL, messages=[{"role": "user", "content": QUESTION}], response_model=Shape, max_retries=3, **tokens
     )
     assert isinstance(shape, Shape), (mode, shape)
 client = instructor.from_openai(OpenAI(base_url=BASE_URL, api_key="none"), mode=instructor.Mode.TOOLS)
 parts = client.create_partial(
-    model=MODEL, messages=[{"role": "user", "content": QUESTION}], response_model=Shape, max_tokens=1024
+    model=MODEL, messages=[{"role": "user", "content": QUESTION}], response_model=Shape, max_tokens=512
 )
 assert list(parts)[-1].color in ("red", "green", "blue")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from langchain.agents import create_agent
+from langchain.agents.structured_output import ProviderStrategy
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
@@ -13,7 +14,7 @@ from pydantic import BaseModel, SecretStr
 from samples import ANSWER, BASE_URL, CLIP, DESCRIPTION, MODEL, PICTURE, QUESTION, TRANSCRIPT, assert_equal, encode
 
 
-class Shape(BaseModel):
+class Shape(BaseModel, extra="forbid"):  # a small model would invent further fields
     """A shape of the picture."""
 
     color: Literal["red", "green", "blue"]
@@ -36,7 +37,7 @@ def model(**options: object) -> ChatOpenAI:
 PICTURE_PART = {"type": "image", "base64": encode(PICTURE), "mime_type": "image/png"}
 CLIP_PART = {"type": "audio", "base64": encode(CLIP), "mime_type": "audio/flac"}
 for responses in (False, True):
-    chat = model(use_responses_api=responses, max_tokens=1024)
+    chat = model(use_responses_api=responses, max_tokens=512)
     assert_equal(chat.invoke(QUESTION).text, ANSWER)
     assert_equal("".join(chunk.text for chunk in chat.stream(QUESTION)), ANSWER)
     described = chat.invoke([HumanMessage([PICTURE_PART, {"type": "text", "text": "describe the picture"}])])
@@ -55,7 +56,7 @@ for responses in (False, True):
     with_tools = chat.with_structured_output(Shape, method="json_schema", include_raw=True, tools=[paint], strict=True)
     both = with_tools.invoke(QUESTION)
     assert both["raw"].tool_calls or isinstance(both["parsed"], Shape), both
-    agent = create_agent(chat, tools=[paint], response_format=Shape)
+    agent = create_agent(chat, tools=[paint], response_format=ProviderStrategy(Shape, strict=True))
     state = agent.invoke({"messages": [HumanMessage(QUESTION)]}, {"recursion_limit": 50})
     assert isinstance(state["structured_response"], Shape), state
 

@@ -43,7 +43,7 @@ for provider in ("openai", "hosted_vllm"):
         "api_base": BASE_URL,
         "api_key": "none",
         "temperature": 0,
-        "max_tokens": 1024,
+        "max_tokens": 512,
     }
     whole = litellm.completion(messages=QUESTIONS, **options)
     assert_equal(whole.choices[0].message.content, ANSWER)

@@ -28,7 +28,7 @@ def ask(text: str, *blocks: ImageBlock | AudioBlock) -> list[ChatMessage]:
 
 
 common = {"model": MODEL, "api_base": BASE_URL, "api_key": "none", "temperature": 0, "max_retries": 0}
-chat = OpenAILike(**common, max_tokens=1024, is_chat_model=True, is_function_calling_model=True)
+chat = OpenAILike(**common, max_tokens=512, is_chat_model=True, is_function_calling_model=True)
 assert_equal(chat.chat(ask(QUESTION)).message.content, ANSWER)
 assert_equal(list(chat.stream_chat(ask(QUESTION)))[-1].message.content, ANSWER)
 assert_equal(asyncio.run(chat.achat(ask(QUESTION))).message.content, ANSWER)

@@ -8,7 +8,7 @@ import { ANSWER, BASE_URL, CLIP, DESCRIPTION, MODEL, PICTURE, QUESTION, TRANSCRI
 
 const client = new OpenAI({ baseURL: BASE_URL, apiKey: "none", maxRetries: 0 });
 const Shape = z.object({ color: z.enum(["red", "green", "blue"]), is_big: z.boolean() });
-const options = { model: MODEL, temperature: 0, max_tokens: 1024 };
+const options = { model: MODEL, temperature: 0, max_tokens: 512 };
 const user = (content) => [{ role: "user", content }];
 const picture = { type: "image_url", image_url: { url: `data:image/png;base64,${encode(PICTURE)}` } };
 const clip = { type: "input_audio", input_audio: { data: encode(CLIP), format: "flac" } };
@@ -50,7 +50,7 @@ const runner = client.chat.completions.runTools({
 });
 await runner.done();
 assert.ok(painted.length > 0);
-const response = await client.responses.create({ model: MODEL, input: QUESTION, temperature: 0, max_output_tokens: 1024 });
+const response = await client.responses.create({ model: MODEL, input: QUESTION, temperature: 0, max_output_tokens: 512 });
 assert.equal(response.output_text, ANSWER);
 const heard = await client.audio.transcriptions.create({ model: MODEL, file: fs.createReadStream(CLIP) });
 assert.equal(heard.text, TRANSCRIPT);

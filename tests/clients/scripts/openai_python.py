@@ -44,7 +44,7 @@ PARTS: list[tuple[list[dict[str, Any]], str]] = [
     ),
 ]
 client = OpenAI(base_url=BASE_URL, api_key="none", max_retries=0)
-options: Any = {"model": MODEL, "temperature": 0, "max_tokens": 1024}
+options: Any = {"model": MODEL, "temperature": 0, "max_tokens": 512}
 
 assert_equal([MODEL in {model.id for model in client.models.list()}], [True])
 for content, expected in PARTS:
@@ -79,12 +79,12 @@ with client.chat.completions.stream(messages=question, response_format=Shape, **
     stream.until_done()
     assert isinstance(stream.get_final_completion().choices[0].message.parsed, Shape)
 
-response = client.responses.create(model=MODEL, input=QUESTION, temperature=0, max_output_tokens=1024)
+response = client.responses.create(model=MODEL, input=QUESTION, temperature=0, max_output_tokens=512)
 assert_equal(response.output_text, ANSWER)
-with client.responses.stream(model=MODEL, input=QUESTION, temperature=0, max_output_tokens=1024) as events:
+with client.responses.stream(model=MODEL, input=QUESTION, temperature=0, max_output_tokens=512) as events:
     events.until_done()
     assert_equal(events.get_final_response().output_text, ANSWER)
-shape = client.responses.parse(model=MODEL, input=QUESTION, text_format=Shape, temperature=0, max_output_tokens=1024)
+shape = client.responses.parse(model=MODEL, input=QUESTION, text_format=Shape, temperature=0, max_output_tokens=512)
 assert isinstance(shape.output_parsed, Shape), shape
 called = client.responses.create(
     model=MODEL,
@@ -92,7 +92,7 @@ called = client.responses.create(
     tools=[{"type": "function", **ADD}],
     tool_choice="required",
     parallel_tool_calls=False,
-    max_output_tokens=1024,
+    max_output_tokens=512,
 )
 assert_equal(called.output[0].type, "function_call")
 

@@ -18,7 +18,7 @@ const paint = tool({
 });
 
 for (const model of [openai(MODEL), openai.chat(MODEL), compatible(MODEL)]) {
-  const options = { model, maxRetries: 0, temperature: 0, maxOutputTokens: 1024 };
+  const options = { model, maxRetries: 0, temperature: 0, maxOutputTokens: 512 };
   assert.equal((await generateText({ ...options, prompt: QUESTION })).text, ANSWER);
   const stream = streamText({ ...options, prompt: QUESTION, onError: ({ error }) => assert.fail(String(error)) });
   assert.equal(await stream.text, ANSWER);
