@@ -210,7 +210,7 @@ class ConstraintCompiler:
         if params.reasoning is not None:
             grammars[0]["name"] = "output"
             is_open = params.reasoning.is_open(prompt)
-            grammars.insert(0, {"lark_grammar": _after_reasoning(params.reasoning, is_open, self._hf_tokenizer)})
+            grammars.insert(0, {"lark_grammar": _after_reasoning(params.reasoning, is_open, self._added_tokens)})
         matcher = LLMatcher(tokenizer, json.dumps({"grammars": grammars}), log_level=0, limits=limits)
         if matcher.is_error():
             params.refuse(_reason(matcher))
@@ -220,6 +220,10 @@ class ConstraintCompiler:
         return start
 
     @cached_property
+    def _added_tokens(self) -> dict[str, tuple[int, bool]]:
+        return added_tokens(self._hf_tokenizer)
+
+    @cached_property
     def _tokenizer(self) -> Any:
         """llguidance's tokenizer, created on first use."""
         from llguidance.hf import from_tokenizer
@@ -227,28 +231,35 @@ class ConstraintCompiler:
         return from_tokenizer(self._hf_tokenizer, eos_token=sorted(self._stop_ids))
 
 
-def token_or_text(tokenizer: Any, text: str) -> str:
-    """Return an expression of Lark for a marker that may be one token, which a literal would not match."""
-    token = added_token(tokenizer, text)
-    return json.dumps(text) if token is None else f"({json.dumps(text)} | <[{token}]>)"
+def added_tokens(tokenizer: Any) -> dict[str, tuple[int, bool]]:
+    """Return the id of each added token of a tokenizer by its text, and whether it is special."""
+    found = getattr(tokenizer, "added_tokens_decoder", {})
+    return {added.content: (token, bool(added.special)) for token, added in found.items()}
 
 
-def added_token(tokenizer: Any, text: str) -> int | None:
-    """Return the id of a text that is an added token of a tokenizer, special or not; None if it is not."""
-    return next((i for i, added in tokenizer.added_tokens_decoder.items() if added.content == text), None)
+def token_or_text(added: Mapping[str, tuple[int, bool]], text: str) -> str:
+    """Return the Lark expression of a marker, which may be an added token: a literal would not match that.
+
+    Args:
+        added: see `added_tokens`.
+        text: the marker.
+    """
+    return f"({json.dumps(text)} | <[{added[text][0]}]>)" if text in added else json.dumps(text)
 
 
-def _after_reasoning(marks: ReasoningMarks, is_open: bool, tokenizer: Any) -> str:
+def _after_reasoning(marks: ReasoningMarks, is_open: bool, added: Mapping[str, tuple[int, bool]]) -> str:
     """Return the grammar of reasoning, which is optional unless it is open, and then `@output`."""
-    start, end = token_or_text(tokenizer, marks.start), json.dumps(marks.end)
-    token = added_token(tokenizer, marks.end)
-    # Text in a grammar does not match added tokens; llguidance calls all of them special.
-    others = sorted(i for i, added in tokenizer.added_tokens_decoder.items() if not added.special and i != token)
-    text = "(" + " | ".join(["/(?s:.+)/", *(f"<[{i}]>" for i in others)]) + ")*"
-    thought = f"{text} <[{token}]>" if token is not None else "to_end"
-    rules = "" if token is not None else f"\nto_end[suffix={end}]: /(?s:.*)/"
+    end, rules = added.get(marks.end), [r"BLANKS: /[ \t\r\n]{1,40}/"]
+    if end is None:
+        thought = "thought"
+        rules.append(f"thought[suffix={json.dumps(marks.end)}]: /(?s:.*)/")
+    else:
+        # Text in a grammar does not match added tokens, of which only the special ones are no text.
+        others = ",".join(str(token) for token, is_special in added.values() if not is_special and token != end[0])
+        thought = f"(/(?s:.+)/{f' | <[{others}]>' if others else ''})* <[{end[0]}]>"
+    start = token_or_text(added, marks.start)
     thinking = f"{start}? BLANKS? {thought} BLANKS?" if is_open else f"({start} {thought} BLANKS?)?"
-    return f"start: {thinking} @output\nBLANKS: /[ \\t\\r\\n]{{1,40}}/{rules}"
+    return "\n".join([f"start: {thinking} @output", *rules])
 
 
 def _grammars(params: StructuredOutputsParams) -> list[dict[str, Any]]:

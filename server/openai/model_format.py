@@ -8,7 +8,7 @@ from mmlora.errors import RequestError
 from mmlora.server.openai.chat.protocol import ToolRequest
 from mmlora.server.openai.reasoning import OutputParser
 from mmlora.server.openai.tools.choice import ToolCalling, find_special_tokens
-from mmlora.structured_outputs import ReasoningMarks
+from mmlora.structured_outputs import ReasoningMarks, added_tokens
 
 # Variables by which chat templates take a reasoning effort: as it is, or as true or false.
 EFFORT: Final = "reasoning_effort"
@@ -36,7 +36,7 @@ class ModelFormat:
         self.tool_calling = tool_calling
         self.reasoning = reasoning
         marks = () if reasoning is None else (reasoning.start, reasoning.end)
-        self.special_marks: Mapping[str, int] = find_special_tokens(tokenizer, marks)
+        self.special_marks: Mapping[str, int] = find_special_tokens(added_tokens(tokenizer), marks)
 
     def read(self, request: ToolRequest) -> "OutputFormat":
         """Return the form of the outputs of a request.

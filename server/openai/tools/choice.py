@@ -17,7 +17,7 @@ from mmlora.server.openai.tools.forced import NamedToolParser, RequiredToolParse
 from mmlora.server.openai.tools.formats import find_format
 from mmlora.server.openai.tools.grammar import call_list, calls_or_answer, lenient, parameters_of
 from mmlora.server.openai.tools.parser import TextParser, ToolCallParser
-from mmlora.structured_outputs import StructuredOutputsParams, token_or_text
+from mmlora.structured_outputs import StructuredOutputsParams, added_tokens, token_or_text
 from mmlora.utils.text import shorten
 
 MAX_TOOLS = 128
@@ -76,9 +76,11 @@ class ToolCalling:
 
     def __init__(self, parser: str | None, chat_template: str, tokenizer: Any) -> None:
         self._can_choose = parser is not None
-        self._tokenizer = tokenizer
+        self._added_tokens = added_tokens(tokenizer)
         self._format = find_format(parser or "auto", chat_template)
-        self._special_marks = find_special_tokens(tokenizer, self._format.marks if self._format is not None else ())
+        self._special_marks = find_special_tokens(
+            self._added_tokens, self._format.marks if self._format is not None else ()
+        )
 
     def sampling_options(self, choice: ToolChoice, answer: StructuredOutputsParams | None) -> dict[str, Any]:
         """Return the sampling options for a tool choice.
@@ -109,7 +111,7 @@ class ToolCalling:
         kept = {"kept_special_token_ids": sorted(self._special_marks.values())}
         if answer is None:
             return kept
-        mark = functools.partial(token_or_text, self._tokenizer)
+        mark = functools.partial(token_or_text, self._added_tokens)
         combined = calls_or_answer(self._format, choice.tools, answer, mark, is_parallel=choice.is_parallel)
         return {**kept, "structured_outputs": combined}
 
@@ -139,11 +141,14 @@ class ToolCalling:
         return f"call_{secrets.token_hex(12)}"
 
 
-def find_special_tokens(tokenizer: Any, texts: Iterable[str]) -> dict[str, int]:
-    """Return the ids of those texts that are special tokens, which decoded text usually lacks."""
-    ids = {text: tokenizer.convert_tokens_to_ids(text) for text in texts}
-    known = {text: token for text, token in ids.items() if token not in (None, tokenizer.unk_token_id)}
-    return {text: token for text, token in known.items() if not tokenizer.decode([token], skip_special_tokens=True)}
+def find_special_tokens(added: Mapping[str, tuple[int, bool]], texts: Iterable[str]) -> dict[str, int]:
+    """Return the ids of those texts that are special tokens, which decoded text usually lacks.
+
+    Args:
+        added: see `added_tokens`.
+        texts: markers.
+    """
+    return {text: added[text][0] for text in texts if text in added and added[text][1]}
 
 
 def read_tool_choice(

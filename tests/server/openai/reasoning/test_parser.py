@@ -13,7 +13,7 @@ from mmlora.server.openai.tools.choice import find_special_tokens
 from mmlora.server.openai.tools.forced import RequiredToolParser
 from mmlora.server.openai.tools.formats import find_format
 from mmlora.server.openai.tools.parser import Piece, ReasoningDelta, ToolCallParser, join_calls
-from mmlora.structured_outputs import ReasoningMarks, StructuredOutputsParams
+from mmlora.structured_outputs import ReasoningMarks, StructuredOutputsParams, added_tokens
 from tests.checkpoints import build_tokenizer
 from tests.server.openai.tools.definitions import ADD_CALL, CALL, generate, new_tokenizer
 
@@ -94,7 +94,7 @@ def test_calls_are_found_after_reasoning_only() -> None:
 def test_markers_that_are_special_tokens_are_hidden() -> None:
     marks = FORMATS["mistral"]
     tokenizer = new_tokenizer([marks.start, marks.end])
-    special = find_special_tokens(tokenizer, (marks.start, marks.end))
+    special = find_special_tokens(added_tokens(tokenizer), (marks.start, marks.end))
     assert len(special) == 2
     detokenizer = Detokenizer(tokenizer, [], kept_token_ids=special.values())
     for token in tokenizer("[THINK]Why?<|system|>[/THINK]Yes[/THINK].").input_ids:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,9 @@ from jsonschema import Draft202012Validator
 from mmlora.engine.detokenizer import Detokenizer
 from mmlora.errors import ConstraintError
 from mmlora.server.openai.tools.choice import ToolCalling, find_special_tokens, read_tool_choice
-from mmlora.server.openai.tools.formats import FORMATS, ToolCallFormat
+from mmlora.server.openai.tools.formats import FORMATS, ToolCallFormat, find_format
 from mmlora.server.openai.tools.parser import ToolCallDelta, ToolCallParser, join_calls
-from mmlora.structured_outputs import ConstraintCompiler, StructuredOutputsParams
+from mmlora.structured_outputs import ConstraintCompiler, ReasoningMarks, StructuredOutputsParams, added_tokens
 from tests.checkpoints import END_ID, build_tokenizer
 from tests.server.openai.tools.definitions import generate, new_tokenizer
 
@@ -56,7 +57,7 @@ def combined(tokenizer: Any, format: ToolCallFormat, *, is_parallel: bool = True
 
 def outcome(tokenizer: Any, format: ToolCallFormat, tokens: list[int]) -> tuple[str, list[ToolCallDelta]]:
     """Return content and calls of generated tokens, read as the server does."""
-    marks = find_special_tokens(tokenizer, format.marks)
+    marks = find_special_tokens(added_tokens(tokenizer), format.marks)
     detokenizer = Detokenizer(tokenizer, [], kept_token_ids=marks.values())
     for token in tokens:
         detokenizer.append(token)
@@ -91,6 +92,23 @@ def test_an_output_is_a_valid_call_or_a_valid_answer(name: str, is_special: bool
             found[call.name] += 1
             Draft202012Validator(SCHEMAS[call.name]).validate(json.loads(call.arguments))
     assert set(found) == {"answer", "call", "calls", *SCHEMAS}
+
+
+def test_calls_or_an_answer_follow_reasoning() -> None:
+    format, marks = find_format("hermes", ""), ["<think>", "</think>"]
+    assert format is not None
+    for tokenizer in (build_tokenizer(), new_tokenizer(marks), new_tokenizer([], [*marks, *format.marks, "\n\n"])):
+        params = replace(combined(tokenizer, format)["structured_outputs"], reasoning=ReasoningMarks(*marks))
+        kinds = set()
+        for seed in range(20):
+            tokens = generate(tokenizer, params, seed, "<think>\n" if seed % 2 else "", end="</think>")
+            text = tokenizer.decode(tokens, skip_special_tokens=False)
+            thought, mark, rest = text.rpartition("</think>")
+            content, calls = outcome(tokenizer, format, tokenizer(rest, add_special_tokens=False).input_ids)
+            assert bool(calls) != bool(content.strip()) and (seed % 2 == 0 or mark)
+            assert not content.strip() or Draft202012Validator(ANSWER).is_valid(json.loads(content))
+            kinds |= {"call" if calls else "answer", "thought" if thought else "none"}
+        assert kinds == {"call", "answer", "thought", "none"}
 
 
 @pytest.mark.parametrize("name", NAMES)
