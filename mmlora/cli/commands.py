@@ -20,7 +20,7 @@ from mmlora.config import EngineArgs
 from mmlora.errors import AdapterError, ConfigError, MMLoRAError
 from mmlora.server.args import ServerArgs
 from mmlora.utils.text import one_line, print_text
-from mmlora.utils.vllm_options import ignored_line
+from mmlora.utils.vllm_options import ignored_line, remove_vllm_options
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def _doctor(model: str | None, is_json: bool, **options: Any) -> int:
 
     by_name = {flag.name: flag for flag in flags_of(EngineArgs)}
     given = {name: by_name[name].read_argument(value) for name, value in options.items() if value is not None}
-    args = EngineArgs(model or assistant_path(), **given)
+    args = EngineArgs(model or assistant_path(), **remove_vllm_options(given)[0])
     try:
         found = diagnose(args)
         print_text(json.dumps(asdict(found), indent=2) if is_json else found.as_text())

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mmlora import EngineArgs
+from mmlora import EngineArgs, cli
 from mmlora.cli.arguments import normalize, parse_int, parse_value
 from mmlora.cli.options import vllm_flags
 from mmlora.errors import ConfigError
@@ -157,6 +157,12 @@ def test_the_length_may_be_automatic(served: Callable[..., Served], value: str, 
     assert served("m", "--config", str(file))[0].max_model_len is None
 
 
+def test_doctor_reads_the_same_spellings(capsys: pytest.CaptureFixture[str]) -> None:
+    for value, context in (("1K", "1024"), ("auto", "2048"), ("1.5k", "1500")):
+        assert cli.main(["doctor", "--device", "cpu", "--max_model_len", value]) == 0
+        assert f"{context} of 2048 tokens" in capsys.readouterr().out
+
+
 def test_the_model_may_be_an_option(served: Callable[..., Served], capsys: pytest.CaptureFixture[str]) -> None:
     assert served("--model", "a/b", "--api-key", "x", "y")[0].model == "a/b"
     assert served("a/b", "--model=a/b")[0].model == "a/b"
@@ -189,8 +195,6 @@ def test_values_that_would_change_something_are_refused(
 
 
 def test_all_problems_with_options_of_vllm_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
-    from mmlora import cli
-
     code = cli.main(["serve", "m", "-tp", "4", "--quantization", "awq", "--max-loras", "0", "--no-such"])
     assert [line.split(": ")[2].split("=")[0] for line in lines_of(capsys, code)] == [
         "--no-such",

@@ -290,6 +290,38 @@ def test_a_request_with_many_sequences_does_not_hold_back_another(adapters, kind
     assert all(seq.num_output_tokens == 100 for seq in big)
 
 
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 3])
+def test_requests_alternate_in_few_places(max_num_seqs):
+    scheduler = make_scheduler(max_num_seqs=max_num_seqs)
+    big = make_group(n=12, max_tokens=3)
+    for seq in big:
+        scheduler.add(seq)
+    step(scheduler)
+    others = [make_group(max_tokens=3)[0] for _ in range(3)]
+    for seq in others:
+        scheduler.add(seq)
+    while any(seq.status is not Status.FINISHED for seq in others):
+        step(scheduler)
+    assert sum(seq.status is Status.FINISHED for seq in big) <= 1 + 3 + max_num_seqs
+    run_to_end(scheduler)
+
+
+def test_many_long_prompts_hold_back_another_for_one_prefill():
+    scheduler = make_scheduler(num_blocks=400, max_num_seqs=64, budget=16)
+    for seq in make_group(length=60, n=20, max_tokens=4, group="batch"):
+        scheduler.add(seq)
+    for _ in range(6):
+        step(scheduler)
+    short = make_group()[0]
+    scheduler.add(short)
+    num_steps = 0
+    while short.status is Status.WAITING:
+        step(scheduler)
+        num_steps += 1
+    assert num_steps <= -(-60 // 16) + 1
+    run_to_end(scheduler)
+
+
 def test_a_request_with_many_sequences_leaves_blocks_for_another():
     scheduler = make_scheduler(num_blocks=24, max_num_seqs=16)
     for seq in make_group(n=16, max_tokens=60):

@@ -485,8 +485,8 @@ def test_groups_take_turns_in_the_queue():
 
 
 def test_the_queue_of_groups_matches_a_list():
-    rng, queue, waiting, running = random.Random(1), WaitingQueue(), [], []
-    requests = [make_sequence(adapter=rng.choice([A, B, None])) for _ in range(8)]
+    rng, queue, waiting, running, turns = random.Random(1), WaitingQueue(), [], [], {}
+    requests, now, orders = [make_sequence(adapter=rng.choice([A, B, None])) for _ in range(8)], 0, {}
     for step in range(3000):
         action = rng.random()
         if action < 0.5:
@@ -496,18 +496,31 @@ def test_the_queue_of_groups_matches_a_list():
             is_front = rng.random() < 0.2
             (queue.appendleft if is_front else queue.append)(seq, step)
             waiting.insert(0 if is_front else len(waiting), seq)
+            now += 1
+            orders[seq] = -now if is_front else now
         elif action < 0.8 and waiting:
             seq = waiting.pop(rng.randrange(len(waiting)))
             queue.remove(seq)
-            queue.count_start(seq)
-            running.append(seq)
+            if rng.random() < 0.8:
+                queue.count_start(seq)
+                running.append(seq)
+                now += 1
+                turns[seq.group] = now
         elif running:
             queue.count_end(running.pop(rng.randrange(len(running))))
         groups = [seq.group for seq in running]
+        for group in set(turns) - set(groups) - {seq.group for seq in waiting}:
+            del turns[group]
         assert queue.max_running == max(map(groups.count, groups), default=0)
+        assert queue._last_turns.keys() == turns.keys()
+
+        def rank(seq, groups=groups):
+            order = orders[seq]
+            return groups.count(seq.group), order if order < 0 else max(order, turns.get(seq.group, 0)), order
+
         for adapter in (A, B, None):
             lane = [seq for seq in waiting if seq.adapter is adapter]
-            head, first = queue.head(adapter), min(lane, key=lambda seq: groups.count(seq.group), default=None)
+            head, first = queue.head(adapter), min(lane, key=rank, default=None)
             assert (head[1] if head else None) is first
             if head is not None:
                 assert head[0].num_running == groups.count(first.group)

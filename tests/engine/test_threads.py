@@ -6,7 +6,9 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from mmlora import BASE, LLM, AsyncLLM, EngineArgs, LLMEngine, LoRARequest, SamplingParams
 from mmlora.errors import EngineInUseError
@@ -14,6 +16,8 @@ from mmlora.utils.locks import EngineLock, FairLock
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 TIMEOUT_S = 60
+AUDIO = (np.sin(np.arange(8000) / 20).astype(np.float32), 16000)
+IMAGE = Image.new("RGB", (42, 42), "red")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,11 @@ def make_jobs(loras):
         params = SamplingParams(
             n=1 + index % 3, temperature=index % 2, seed=index, max_tokens=4 + index % 7, ignore_eos=True
         )
-        prompts = ["hello"[: 1 + index % 5], "other words"][: 1 + index % 2]
+        prompts: list[object] = ["hello"[: 1 + index % 5], "other words"][: 1 + index % 2]
+        if index % 6 == 5:
+            prompts.append({"prompt": "<|audio|>x", "multi_modal_data": {"audio": AUDIO}})
+        if index % 6 == 4:
+            prompts.append({"prompt": "<|image|>x", "multi_modal_data": {"image": IMAGE}})
         jobs.append((prompts, params, loras[index % len(loras)]))
     return jobs
 
