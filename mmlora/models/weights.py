@@ -143,9 +143,10 @@ def without_load_report() -> Iterator[None]:
 
 def _check_types(name: str, model: torch.nn.Module, tensors: Mapping[str, StoredTensor]) -> None:
     """Refuse integers in place of weights: `transformers` would use them without the scales of their quantization."""
-    parameters = {key.rpartition(".")[2] for key, value in model.named_parameters() if value.is_floating_point()}
-    integers = [key for key, tensor in tensors.items() if tensor.dtype in INTEGERS]
-    quantized = [key for key in integers if key.rpartition(".")[2] in parameters]
+    kinds = {(_last(key), value.ndim) for key, value in model.named_parameters() if value.is_floating_point()}
+    integers = {key: tensor for key, tensor in tensors.items() if tensor.dtype in INTEGERS}
+    # Not a mask of older libraries that is called `bias` and has four dimensions.
+    quantized = [key for key, tensor in integers.items() if (_last(key), len(tensor.shape)) in kinds]
     if quantized:
         types = "/".join(sorted({tensors[key].dtype for key in quantized}))
         count = f"{len(quantized)} tensor(s) of a {name} checkpoint are quantized ({types})"
@@ -163,6 +164,10 @@ def _check_found(name: str, model: Any, found: Any, unknown: Sequence[str]) -> N
     if differing := found.mismatched_keys:
         shapes = _listed(f"{key} is {[*stored]} instead of {[*wanted]}" for key, stored, wanted in differing)
         raise ConfigError(f"{len(differing)} tensor(s) of a {name} checkpoint have other shapes: {shapes}")
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -173,7 +173,8 @@ def test_experts_that_cannot_be_joined_are_named(checkpoint: Callable[[str], tup
 
 def test_integers_are_not_weights(checkpoint: Callable[[str], tuple[Path, Headers]]) -> None:
     path, tensors = checkpoint("llama")
-    check(path, {**tensors, "model.layers.0.self_attn.rotary_emb.position_ids": StoredTensor("I64", (9,), 72)})
+    masks = {"position_ids": StoredTensor("I64", (9,), 72), "bias": StoredTensor("BOOL", (1, 1, 9, 9), 81)}
+    check(path, {**tensors, **{f"model.layers.0.self_attn.{name}": mask for name, mask in masks.items()}})
     name = "model.layers.1.mlp.up_proj.weight"
     for dtype in ("I8", "U8"):
         with pytest.raises(
