@@ -155,6 +155,14 @@ def test_unusable_media_are_refused(server: RunningServer) -> None:
         assert error["code"] == "media_error" and text in error["message"]
 
 
+def test_unknown_fields_without_a_value_are_ignored(server: RunningServer) -> None:
+    empty = {"chat_template": None, "future_1": False, "future_2": "", "future_3": [], "future_4": {}}
+    assert tokenize(server, prompt="hi", **empty) == tokenize(server, prompt="hi")
+    assert post(server, "detokenize", tokens=[100], **empty).status_code == 200
+    for value in (0, True, "x", [None]):
+        assert error_of(post(server, "tokenize", prompt="hi", future=value), 400)["param"] == "future"
+
+
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 
 
