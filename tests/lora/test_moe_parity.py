@@ -324,8 +324,12 @@ GRANITE_CASES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("is_old", [False, True], ids=["peft-0.19", "peft-0.18"])
 @pytest.mark.parametrize("case", GRANITE_CASES)
-def test_parameters_that_granite_renamed_equal_the_changes_added_by_hand(case: str, tmp_path: Path) -> None:
+def test_parameters_that_granite_renamed_equal_the_changes_added_by_hand(
+    case: str, is_old: bool, tmp_path: Path
+) -> None:
+    """PEFT before 0.19 read the parameter of experts as `[num_experts, in_features, out_features]`."""
     model, (names, config) = build("granitemoe"), GRANITE_CASES[case]
     changed, tensors = copy.deepcopy(model), {}
     parameters = dict(changed.named_parameters())
@@ -335,10 +339,12 @@ def test_parameters_that_granite_renamed_equal_the_changes_added_by_hand(case: s
             rank = 2 if old == "input_linear" and "rank_pattern" in config else 4
             weight = parameters[f"{prefix}.{new}"]
             experts = weight.shape[0] if weight.ndim == 3 else 1
-            lora_A = torch.randn(rank * experts, weight.shape[-1]) * weight.shape[-1] ** -0.5
-            lora_B = torch.randn(weight.shape[-2], rank * experts) * 0.3
+            is_swapped = is_old and weight.ndim == 3
+            height, width = reversed(weight.shape[-2:]) if is_swapped else weight.shape[-2:]
+            lora_A = torch.randn(rank * experts, width) * width**-0.5
+            lora_B = torch.randn(height, rank * experts) * 0.3
             stacked_B, stacked_A = lora_B.view(-1, rank, experts), lora_A.view(experts, rank, -1)
-            delta = torch.einsum("ore,eri->eoi", stacked_B, stacked_A)
+            delta = torch.einsum("ore,eri->eio" if is_swapped else "ore,eri->eoi", stacked_B, stacked_A)
             weight += 8 / rank * (delta if weight.ndim == 3 else delta[0])
             tensors[f"base_model.model.{prefix}.{old}.lora_A.weight"] = lora_A
             tensors[f"base_model.model.{prefix}.{old}.lora_B.weight"] = lora_B

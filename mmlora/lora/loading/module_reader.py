@@ -54,6 +54,7 @@ class ModuleReader:
         self._dtype = dtype
         self._max_lora_rank = max_lora_rank
         self.max_rank = 0
+        self._layouts: set[str] = set()  # of fused experts: old, new, square
 
     def read(self, module: str, keys: Sequence[TensorKey]) -> ModuleWeights:
         """Return the weights of one module.
@@ -316,10 +317,33 @@ class ModuleReader:
         out_features, in_features = reversed(base.shape[-2:]) if is_transposed else base.shape[-2:]
         rows = rank * num_experts
         what = f"{parameter} {list(base.shape)}"
+        if base.ndim == 3 and not is_transposed:
+            self._update_layout(found, num_experts, (rows, in_features), (out_features, rows))
         self._check_shapes(module, found, rank, what, (rows, in_features), (out_features, rows))
         if is_linear:
             self._check_extras(module, "linear", found)
         return replace(self._cast(module, found, self._config.scaling_of(*names)), num_experts=num_experts)
+
+    def _update_layout(
+        self, found: _Roles, num_experts: int, shape_A: tuple[int, int], shape_B: tuple[int, int]
+    ) -> None:
+        """Transpose the change of experts that PEFT before 0.19 saved, which took out_features for in_features.
+
+        The layout of square experts cannot be seen, and PEFT reads them in its new layout. So square experts next to
+        experts in the old layout are refused.
+        """
+        shapes = tuple(found["lora_A"].shape), tuple(found["lora_B"].shape)
+        old = (shape_B[::-1], shape_A[::-1])
+        self._layouts.add("square" if old == (shape_A, shape_B) else "old" if shapes == old else "new")
+        if {"square", "old"} <= self._layouts:
+            raise AdapterMismatch(
+                "some experts have the layout of PEFT before 0.19, and others are square, so that their layout cannot "
+                "be seen; convert the adapter to the layout of PEFT 0.19"
+            )
+        if shapes == old and shapes != (shape_A, shape_B):
+            by_expert = found["lora_A"].reshape(num_experts, -1, shape_B[0])  # [num_experts, r, out]
+            found["lora_A"] = found["lora_B"].reshape(shape_A[1], -1, num_experts).permute(2, 1, 0).reshape(shape_A)
+            found["lora_B"] = by_expert.permute(2, 1, 0).reshape(shape_B)
 
     def _token_rows(self, name: str, module: str, key: TensorKey) -> TokenRows:
         rows = self._found(module, {"token_rows": key})["token_rows"]
