@@ -22,7 +22,7 @@ from mmlora.processors.media.channel import Channel
 from mmlora.processors.media.items import MediaItem, MediaLimits
 from mmlora.processors.modalities import MODALITIES
 
-NICENESS: Final = 5  # decoding gives way to the engine
+NICENESS: Final = 10  # decoding gives way to the engine
 MAX_ERROR_CHARS: Final = 4096
 
 

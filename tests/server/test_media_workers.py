@@ -72,12 +72,13 @@ def test_text_is_served_while_all_workers_are_busy(server: ServerProcess, pictur
 
 
 def test_clients_that_leave_free_the_workers(server: ServerProcess, picture_chat: dict[str, Any]) -> None:
-    stopped = stop_workers(server)
+    stopped, start_s = stop_workers(server), time.monotonic()
     with ThreadPoolExecutor(4) as pool:
         for leaving in [pool.submit(post, server, picture_chat, 0.5) for _ in range(4)]:
             with pytest.raises(httpx.ReadTimeout):
                 leaving.result()
     wait_for(lambda: not any(map(is_running, stopped)))
+    assert time.monotonic() - start_s < 15, "before --media-decode-timeout"
     assert post(server, picture_chat).status_code == 200
 
 

@@ -1,11 +1,14 @@
 """Decoding in worker processes: equal results, limits of time and memory, cancellation, crashes, and no orphans."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from PIL import Image
 
 from mmlora.errors import EngineDeadError, MediaError
 from mmlora.processors.media import worker_pool
+from mmlora.processors.media.channel import Channel
 from mmlora.processors.media.items import DEFAULT_LIMITS, MediaLimits
 from mmlora.processors.media.loader import MediaLoader, MediaReference, PromptMedia, load_media, sniff_modality
 from mmlora.processors.media.worker_pool import WorkerPool
@@ -317,12 +321,12 @@ def test_the_worker_imports_neither_torch_nor_transformers():
 
 IN_FOLDER = """
 import os, shutil, sys
+from mmlora.processors.media.loader import MediaLoader
 folder = sys.argv[1]
-sys.path[:] = [entry for entry in sys.path if entry] + ["", {root!r}]
 os.chdir(folder)
+sys.path[:0] = ["", folder]
 if sys.argv[2] == "deleted":
     shutil.rmtree(folder)
-from mmlora.processors.media.loader import MediaLoader
 print(MediaLoader().load(bytes.fromhex(sys.argv[3])).image.size)
 """
 
@@ -331,25 +335,41 @@ print(MediaLoader().load(bytes.fromhex(sys.argv[3])).image.size)
 def test_the_worker_needs_and_imports_nothing_of_the_current_directory(tmp_path, png, state):
     for name in ("numpy", "PIL", "json", "av"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the current directory')")
-    printed = run_python(IN_FOLDER.format(root=str(ROOT)), str(tmp_path), state, png.hex(), PYTHONPATH="")
+    printed = run_python(IN_FOLDER, str(tmp_path), state, png.hex())
     assert printed.strip() == "(60, 40)"
 
 
-def test_a_busy_worker_ends_when_its_server_is_killed(large_png):
-    code = (
-        "import sys, threading, time\n"
-        "from mmlora.processors.media.loader import MediaLoader\n"
-        "loader, data = MediaLoader(), open(sys.argv[1], 'rb').read()\n"
-        "threading.Thread(target=lambda: [loader.load(data) for _ in range(100)], daemon=True).start()\n"
-        "while not loader.workers._open or not loader.workers._workers[0]._is_ready: time.sleep(0.01)\n"
-        "print(loader.workers._workers[0]._process.pid, flush=True)\n"
-        "time.sleep(600)\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", code, str(large_png)], stdout=subprocess.PIPE, cwd=ROOT) as server:
-        assert server.stdout is not None
-        worker = Path(f"/proc/{int(server.stdout.readline())}")
-        server.kill()
-        wait_for(lambda: not worker.exists() or "\nState:\tZ" in (worker / "status").read_text(), 10)
+BUSY_WORKER = """
+import types
+from mmlora.processors.media import worker
+
+def decode(*_):
+    while True:
+        pass
+
+worker.MODALITIES = {"image": types.SimpleNamespace(decode=decode)}
+worker.main()
+"""
+
+
+def test_a_busy_worker_ends_when_its_server_is_killed():
+    """The end of the server closes its end of the channel."""
+    ours, theirs = socket.socketpair()
+    options = {"limits": asdict(DEFAULT_LIMITS), "timeout_s": 600, "memory_bytes": 2**31}
+    command = [sys.executable, "-c", BUSY_WORKER, json.dumps(options)]
+    with theirs:
+        process = subprocess.Popen(command, stdin=theirs.fileno(), cwd=ROOT)
+    channel = Channel(ours)
+    try:
+        assert channel.receive() == {"is_ready": True}
+        channel.send({"modality": "image", "num_bytes": 1, "is_base64": False}, [b"x"])
+        time.sleep(0.2)
+        assert process.poll() is None
+        channel.close()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_busy_process_ends_after_the_time_limit_although_nobody_watches():
