@@ -52,8 +52,11 @@ class ReasoningMarks:
 
     def is_open(self, prompt: str) -> bool:
         """Return whether an output of this prompt begins inside the reasoning."""
-        prompt = prompt.rstrip()
-        return prompt.endswith(self.start) or (self.starts_open and not prompt.endswith(self.end))
+        return prompt.rstrip().endswith(self.start) or (self.starts_open and not self.is_closed(prompt))
+
+    def is_closed(self, prompt: str) -> bool:
+        """Return whether this prompt ends after the reasoning, so that its outputs should have none."""
+        return prompt.rstrip().endswith(self.end)
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,7 @@ class ConstraintCompiler:
             params.refuse(f"constraints cannot read the tokenizer of this model: {error}")
         limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
         grammars = _grammars(params)
-        if params.reasoning is not None:
+        if params.reasoning is not None and not params.reasoning.is_closed(prompt):
             grammars[0]["name"] = "output"
             is_open = params.reasoning.is_open(prompt)
             grammars.insert(0, {"lark_grammar": _after_reasoning(params.reasoning, is_open, self._added_tokens)})

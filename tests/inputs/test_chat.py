@@ -11,6 +11,7 @@ from PIL import Image
 
 from mmlora.config import EngineArgs
 from mmlora.errors import ConfigError, MediaError, RequestError
+from mmlora.inputs.chat import read_messages
 from mmlora.inputs.chat_template import ChatTemplate, load_chat_template
 from mmlora.inputs.input_processor import InputProcessor
 from mmlora.processors.media import loader
@@ -166,6 +167,24 @@ def test_text_that_looks_like_a_part_is_text():
     assert render(parts, chat_template=qwen)["prompt"] == f"<v><|image|></v>{text}"
     assert render([parts[1]], chat_template=qwen)["prompt"] == text
     assert render(parts, chat_template=PRINTS_LISTS)["prompt"].count("<|image|>") == 1
+
+
+def test_templates_find_reasoning_under_either_name():
+    for name in ("reasoning", "reasoning_content"):
+        message = {"role": "assistant", "content": "x", name: "y"}
+        assert read_messages([message]) == [({**message, "reasoning": "y", "reasoning_content": "y"}, ["x"])]
+
+
+@pytest.mark.parametrize(
+    ("template", "variables"),
+    [
+        ("{{ messages[0]['thinking'] }}{% generation %}{{ mood }}{% endgeneration %}", {"messages", "mood"}),
+        ("{% if not thinking is defined %}{% set thinking = 1 %}{% endif %}{{ thinking }}", {"thinking"}),
+        ("{% set thinking = 1 %}{{ thinking }}", set()),
+    ],
+)
+def test_the_variables_of_a_template_are_found(template, variables):
+    assert ChatTemplate(TOKENIZER, {}, template).variables == variables
 
 
 def test_template_arguments_reach_the_template():

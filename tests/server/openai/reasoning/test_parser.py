@@ -137,6 +137,9 @@ def test_a_constraint_starts_after_the_reasoning(kind: str, constraint: dict[str
     marks = [THINK.start, THINK.end]
     tokenizer = build_tokenizer() if kind == "text" else new_tokenizer(*([marks] if kind == "special" else [[], marks]))
     params = StructuredOutputsParams(**constraint, reasoning=THINK)
+    closed = "<|assistant|><think>\n\n</think>\n\n"
+    contents = {tokenizer.decode(generate(tokenizer, params, seed, closed)) for seed in range(12)}
+    assert not any("think" in content or content.startswith("<") for content in contents)
     found = set()
     for prompt, is_open in (("<|assistant|>", False), ("<|assistant|><think>\n", True)):
         for seed in range(12):
