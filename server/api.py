@@ -179,4 +179,5 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:  # runs outside of all middleware
-        return error_response(error, {HEADER: request.state.request_id})
+        request_id = request.scope.get("state", {}).get("request_id")
+        return error_response(error, {HEADER: request_id} if request_id is not None else None)

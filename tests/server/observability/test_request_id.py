@@ -11,7 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.conftest import RunningServer, ServerFactory, still_serving
+from mmlora.server.api import build_app
+from mmlora.server.launch import load_served_models
+from tests.server.conftest import RunningServer, ServerFactory, run_app, still_serving
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 COMPLETION = {"prompt": ["hi", "ho"], "max_tokens": 2}
@@ -94,6 +96,11 @@ def test_streams_and_errors_have_the_id(server: RunningServer, monkeypatch: pyte
     monkeypatch.setattr(server.llm.input_processor, "chat_prompt", lambda *_, **__: 1 / 0)
     answer = post(server, "/v1/chat/completions", CHAT, "e-2")
     assert (answer.status_code, answer.headers.get_list("x-request-id")) == (500, ["e-2"])
+    with run_app(build_app(server.llm, load_served_models(server.llm), root_path="/llm")) as address:
+        behind_proxy = RunningServer(server.llm, f"{address}/llm")
+        answer = post(behind_proxy, "/v1/chat/completions", CHAT, "e-3")
+    assert (answer.status_code, answer.headers.get_list("x-request-id")) == (500, ["e-3"])
+    assert answer.json()["error"]["message"] == "internal server error"
     assert GENERATED.fullmatch(httpx.get(f"{server.address}/health").headers["x-request-id"])
 
 
