@@ -136,7 +136,7 @@ def _read_tensors(directory: Path, shown: str) -> dict[str, torch.Tensor]:
         return tensors
     except (SafetensorError, OSError, ValueError, KeyError, MemoryError) as error:
         raise AdapterError(
-            f"{WEIGHTS_FILE} in {shown} ({len(content)} bytes) is not a valid safetensors file: {reason_of(error)}"
+            f"{shown}/{WEIGHTS_FILE} ({len(content)} bytes) is not a valid safetensors file: {reason_of(error)}"
         ) from None
 
 
@@ -207,9 +207,9 @@ def _read_config(path: Path, shown: str | None = None) -> Mapping[str, Any]:
             raise ValueError(f"it has {path.stat().st_size} bytes; the limit is {MAX_CONFIG_BYTES}")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise AdapterMismatch(f"{CONFIG_FILE} in {shown} cannot be read as JSON: {reason_of(error)}") from None
+        raise AdapterMismatch(f"{shown}/{CONFIG_FILE} cannot be read as JSON: {reason_of(error)}") from None
     if not isinstance(content, dict):
-        raise AdapterMismatch(f"{CONFIG_FILE} in {shown} contains a {type(content).__name__}; it must be a JSON object")
+        raise AdapterMismatch(f"{shown}/{CONFIG_FILE} contains a {type(content).__name__}; it must be a JSON object")
     return content
 
 
