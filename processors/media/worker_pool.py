@@ -80,10 +80,10 @@ class Worker:
             return
         self.stop()
         self._is_killed = False
-        ours, theirs = socket.socketpair()
-        self._channel = Channel(ours)
-        with theirs:
-            try:
+        try:
+            ours, theirs = socket.socketpair()
+            self._channel = Channel(ours)
+            with theirs:
                 self._process = subprocess.Popen(
                     self._command,
                     stdin=theirs.fileno(),
@@ -92,8 +92,8 @@ class Worker:
                     env=_environment(),
                     start_new_session=True,  # Ctrl-C in a terminal is for the server
                 )
-            except OSError as error:
-                raise MMLoRAError(f"the media decoder cannot be started: {error}") from error
+        except OSError as error:
+            raise MMLoRAError(f"the media decoder cannot be started: {error}") from error
 
     def decode(self, modality: Modality, data: bytes, budget: DecodeBudget, *, is_base64: bool) -> MediaItem:
         """Decode one file; the time is taken from the budget. Any error but a `MediaError` stops the process.
@@ -272,15 +272,18 @@ class WorkerPool:
             return worker
 
     def _free_worker(self, worker: Worker, budget: DecodeBudget, decode_s: float) -> None:
-        if not self._is_closed:
-            with suppress(MMLoRAError):  # the next request that needs it reports why
-                worker.start()  # if it was stopped
         with self._changed:
             self.decode_s += decode_s
-            budget.worker = None
-            self._open.discard(budget)
-            self._idle.append(worker)
-            self._changed.notify_all()
+            budget.worker = None  # from now on, `cancel` kills no process that the next request uses
+        try:
+            if not self._is_closed:
+                with suppress(MMLoRAError):  # the next request that needs it reports why
+                    worker.start()  # if it was stopped
+        finally:
+            with self._changed:
+                self._open.discard(budget)
+                self._idle.append(worker)
+                self._changed.notify_all()
 
     def _count_lost(self, reason: str) -> None:
         with self._changed:

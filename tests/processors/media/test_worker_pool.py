@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmlora.errors import EngineDeadError, MediaError
+from mmlora.errors import EngineDeadError, MediaError, MMLoRAError
 from mmlora.processors.media import worker_pool
 from mmlora.processors.media.channel import Channel
 from mmlora.processors.media.items import DEFAULT_LIMITS, MediaLimits
@@ -237,6 +237,38 @@ def test_a_worker_that_died_while_idle_is_replaced(pool, png):
     process_of(pool).kill()
     process_of(pool).wait()
     assert decode(pool, png).image.size == (60, 40)
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again(monkeypatch, png):
+    def fail():
+        raise OSError(24, "Too many open files")
+
+    pool = WorkerPool(DEFAULT_LIMITS, num_workers=1, timeout_s=TIMEOUT_S)
+    with monkeypatch.context() as patch:
+        patch.setattr(worker_pool.socket, "socketpair", fail)
+        for _ in range(2):
+            thread, results = in_thread(decode, pool, png)
+            thread.join(TIMEOUT_S)
+            assert type(results[0]) is MMLoRAError  # not a fault of the client
+            assert "cannot be started: [Errno 24] Too many open files" in str(results[0])
+    assert decode(pool, png).modality == "image"
+    pool.close()
+
+
+def test_a_late_cancellation_spares_the_process_of_the_next_request(pool, png):
+    budget = pool.new_budget()
+    start = pool._workers[0].start
+
+    def start_late():
+        start()
+        pool.cancel(budget)  # as by another thread while this one frees the worker
+
+    decode(pool, png, budget)
+    pool._workers[0].start = start_late
+    pool._free_worker(pool._take_worker(budget := pool.new_budget()), budget, 0.0)
+    pool._workers[0].start = start
+    assert decode(pool, png).modality == "image"
+    assert not pool.num_lost["crashed"]
 
 
 def test_the_memory_limit_is_named(monkeypatch, large_png, png):
