@@ -26,7 +26,10 @@ class FairLock:
     @property
     def is_mine(self) -> bool:
         """Whether the calling thread holds the lock."""
-        return bool(self._queue) and self._queue[0] == threading.get_ident()
+        try:
+            return self._queue[0] == threading.get_ident()
+        except IndexError:  # nobody holds it; another thread may have left it just now
+            return False
 
     def check_process(self) -> None:
         """Check that no fork created this process: it has copies of locks, but none of the threads that hold them.

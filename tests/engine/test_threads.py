@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -309,6 +310,21 @@ def test_a_fair_lock_is_taken_in_the_order_of_asking(pool):
     for thread in threads:
         thread.result(TIMEOUT_S)
     assert order == list(range(6))
+
+
+def test_asking_for_the_holder_of_a_lock_survives_its_release():
+    class Left(deque):
+        """A queue that the last thread leaves while another one looks at it."""
+
+        def __len__(self):
+            length = super().__len__()
+            self.clear()
+            return length
+
+    lock = FairLock()
+    assert not lock.is_mine
+    lock._queue = Left([threading.get_ident() + 1])
+    assert not lock.is_mine
 
 
 def test_a_loop_of_calls_does_not_starve_a_pause(pool):
