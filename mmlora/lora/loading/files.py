@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
 from mmlora.errors import AdapterError, AdapterMismatch, AdapterNotFound, ResolverError
+from mmlora.lora.loading.header import read_header
 from mmlora.utils.text import shorten
 
 CONFIG_FILE: Final = "adapter_config.json"
@@ -30,19 +32,31 @@ _HUB_PATH: Final = re.compile(
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """Content of an adapter, read from a directory or given in memory.
+    """Content of an adapter, from a directory or from memory.
 
     Attributes:
         config: the parsed `adapter_config.json`.
-        tensors: by the keys of the file.
+        outline: by the keys of the file: the tensors, or for an adapter from a directory their types and shapes, on the
+            meta device.
         path: the directory it was read from; None for an adapter from memory.
         given_path: the path or Hub id that was asked for, which may be relative.
+        weights_file: contains the tensors of the outline; None if the outline has their values.
     """
 
     config: Mapping[str, Any]
-    tensors: Mapping[str, torch.Tensor]
+    outline: Mapping[str, torch.Tensor]
     path: Path | None = None
     given_path: str | None = None
+    weights_file: Path | None = None
+
+    @cached_property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """By the keys of the file; read at the first access.
+
+        Raises:
+            AdapterError: the file is corrupt, or was changed since its header was read.
+        """
+        return self.outline if self.weights_file is None else _read_tensors(self.weights_file, self.origin)
 
     @property
     def origin(self) -> str:
@@ -77,7 +91,7 @@ def files_from_memory(config: object, tensors: object) -> AdapterFiles:
 
 
 def read_adapter(directory: Path, given_path: str | None = None) -> AdapterFiles:
-    """Read both files of an adapter directory.
+    """Read the configuration of an adapter directory, and the header of its tensors.
 
     Args:
         directory: see `resolve_adapter_path`.
@@ -87,12 +101,13 @@ def read_adapter(directory: Path, given_path: str | None = None) -> AdapterFiles
         AdapterNotFound: a file is missing.
         AdapterMismatch: the configuration is not a JSON object, or is that of another PEFT method whose tensors cannot
             be read.
-        AdapterError: the tensors are truncated or corrupt.
+        AdapterError: the file of the tensors is truncated, or its header is invalid.
     """
     shown = given_path or str(directory)
     config = _read_config(directory / CONFIG_FILE, shown)
     try:
-        return AdapterFiles(config, _read_tensors(directory, shown), directory, given_path)
+        path = _find_tensors(directory, shown)
+        return AdapterFiles(config, _read_outline(path, shown), directory, given_path, path)
     except AdapterError:
         reason = method_refusal(config)
         if reason is None:
@@ -112,32 +127,33 @@ def method_refusal(config: Mapping[str, Any]) -> str | None:
     return f"peft_type {shorten(method, str if is_name else repr)} is not supported; allowed: {METHOD}{hint}"
 
 
-def _read_tensors(directory: Path, shown: str) -> dict[str, torch.Tensor]:
-    """Read all tensors of an adapter into memory, without a memory map, so that later changes of the file are not seen.
-
-    Args:
-        directory: of the adapter.
-        shown: the directory in errors.
-
-    Raises:
-        AdapterNotFound: there is no safetensors file.
-        AdapterError: it is truncated or corrupt.
-    """
+def _find_tensors(directory: Path, shown: str) -> Path:
     path = directory / WEIGHTS_FILE
     if not path.is_file():
         pickled = sorted(file.name for file in directory.glob("adapter_model*") if file.name != WEIGHTS_FILE)
         found = f"; {', '.join(pickled)} cannot be used: only safetensors is read" if pickled else ""
         raise AdapterNotFound(f"no {WEIGHTS_FILE} in {shown}{found}")
-    content = b""
+    return path
+
+
+def _read_outline(path: Path, shown: str) -> Mapping[str, torch.Tensor]:
     try:
-        content = path.read_bytes()
-        tensors = load_safetensors(content)
-        _check_keys(content)
-        return tensors
+        return read_header(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise _invalid(path, shown, error) from None
+
+
+def _read_tensors(path: Path, shown: str) -> Mapping[str, torch.Tensor]:
+    """Read all tensors into memory, without a memory map, so that later changes of the file are not seen."""
+    try:
+        return load_safetensors(path.read_bytes())
     except (SafetensorError, OSError, ValueError, KeyError, MemoryError) as error:
-        raise AdapterError(
-            f"{shown}/{WEIGHTS_FILE} ({len(content)} bytes) is not a valid safetensors file: {reason_of(error)}"
-        ) from None
+        raise _invalid(path, shown, error) from None
+
+
+def _invalid(path: Path, shown: str, error: Exception) -> AdapterError:
+    size = f" ({path.stat().st_size} bytes)" if path.is_file() else ""
+    return AdapterError(f"{shown}/{WEIGHTS_FILE}{size} is not a valid safetensors file: {reason_of(error)}")
 
 
 def reason_of(error: Exception) -> str:
@@ -211,22 +227,6 @@ def _read_config(path: Path, shown: str | None = None) -> Mapping[str, Any]:
     if not isinstance(content, dict):
         raise AdapterMismatch(f"{shown}/{CONFIG_FILE} contains a {type(content).__name__}; it must be a JSON object")
     return content
-
-
-def _check_keys(content: bytes) -> None:
-    """Refuse a safetensors header with a duplicate key, of which the reader would silently use one.
-
-    Raises:
-        ValueError: a key is duplicate.
-    """
-
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) != len(keys):
-            raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r} in its header")
-        return dict(pairs)
-
-    json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")], object_pairs_hook=unique)
 
 
 def _as_json(value: object) -> object:

@@ -48,15 +48,10 @@ def load_adapter(
     """
     try:
         config = PeftConfig.from_dict(files.config)
-        _check_gathered(files.tensors)
-        keys, targets, unmatched = _match(files.tensors, index, strict)
-        reader = ModuleReader(files.tensors, targets, index, config, dtype, max_lora_rank)
-        modules = {}
-        for module in sorted(keys):
-            _check_part(module, index.part_of(module), config, allow_media_parts)
-            modules[module] = reader.read(module, keys[module])
-        _tie_token_rows(modules, index)
-        _check_complete(modules, targets, index, config)
+        options = index, config, dtype, max_lora_rank, strict, allow_media_parts
+        if files.weights_file is not None:
+            _read_modules(files.outline, *options)  # a file that does not fit is refused before its values are read
+        modules, unmatched, max_rank = _read_modules(files.tensors, *options)
         _check_invocation(modules, index, config)
     except AdapterMismatch as error:
         raise AdapterMismatch(f"adapter {name!r} ({files.origin}): {error}") from None
@@ -64,7 +59,32 @@ def load_adapter(
         logger.warning("adapter %r: ignored unknown keys of %s: %s", name, CONFIG_FILE, listed(ignored))
     if unmatched:
         logger.warning("adapter %r: %d modules matched, ignored %s", name, len(modules), listed(unmatched))
-    return _build(files, name, index, config, modules, unmatched, reader.max_rank)
+    return _build(files, name, index, config, modules, unmatched, max_rank)
+
+
+def _read_modules(
+    tensors: Mapping[str, torch.Tensor],
+    index: ModuleIndex,
+    config: PeftConfig,
+    dtype: torch.dtype,
+    max_lora_rank: int | None,
+    strict: bool,
+    allow_media_parts: bool,
+) -> tuple[dict[str, ModuleWeights], list[str], int]:
+    """Return the weights of each module, the keys that match no module, and the largest rank.
+
+    Tensors on the meta device are checked as far as types and shapes allow.
+    """
+    _check_gathered(tensors)
+    keys, targets, unmatched = _match(tensors, index, strict)
+    reader = ModuleReader(tensors, targets, index, config, dtype, max_lora_rank)
+    modules = {}
+    for module in sorted(keys):
+        _check_part(module, index.part_of(module), config, allow_media_parts)
+        modules[module] = reader.read(module, keys[module])
+    _tie_token_rows(modules, index)
+    _check_complete(modules, targets, index, config)
+    return modules, unmatched, reader.max_rank
 
 
 def _build(

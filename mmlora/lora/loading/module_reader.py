@@ -27,7 +27,7 @@ class ModuleReader:
     """Converts the tensors of one adapter, module by module.
 
     Args:
-        tensors: all tensors of its file.
+        tensors: all tensors of its file; on the meta device, only types and shapes are checked.
         targets: where the model has the weight of each module in the file.
         index: modules of the model.
         config: of the adapter.
@@ -368,6 +368,8 @@ class ModuleReader:
         base = self._base(module, key.parameter)
         if tensor.shape != base.shape:
             raise AdapterMismatch(f"tensor {key.key} is {list(tensor.shape)}; {module} has {list(base.shape)}")
+        if tensor.is_meta:
+            return None
         if base.device.type != "meta" and _is_same(tensor, base, is_lenient=key.is_from_base):
             return None
         is_bias = "bias" in key.parameter and (
@@ -415,7 +417,7 @@ class ModuleReader:
 
     def _checked(self, module: str, role: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         cast = tensor.to(dtype).contiguous()
-        if not torch.isfinite(cast).all():
+        if not cast.is_meta and not torch.isfinite(cast).all():
             cause = f"overflows {dtype}" if torch.isfinite(tensor).all() else "contains NaN or infinity"
             raise AdapterMismatch(f"{role} of {module} {cause}; every value must be finite")
         return cast

@@ -211,7 +211,7 @@ def test_a_disk_that_disappears_between_two_accesses_is_named(adapter: Path, mon
 
     monkeypatch.setattr(Path, "read_bytes", fail)
     with pytest.raises(AdapterError, match="Input/output error"):
-        read_adapter(adapter)
+        _ = read_adapter(adapter).tensors
 
 
 def test_an_adapter_from_memory_is_a_copy_with_pefts_own_configuration(adapter: Path) -> None:
