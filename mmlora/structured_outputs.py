@@ -31,6 +31,7 @@ MAX_DEPTH = 64  # of a schema
 MAX_REF_DEPTH = 1000  # levels of a schema and of everything it refers to, added up
 MAX_COLONS = 1000  # in a grammar, whose rules have one or two each
 MAX_MULTIPLE = 20_000  # number of states of the automaton for "multipleOf"
+MAX_INDEX_DIGITS = 9  # of an index in a reference
 MAX_LEXER_STATES = 50_000  # per matcher, about 2 kB each
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 # Without a limit, a model may repeat line breaks until max_tokens.
@@ -268,13 +269,7 @@ def _after_reasoning(marks: ReasoningMarks, is_open: bool, added: Mapping[str, t
 def _grammars(params: StructuredOutputsParams) -> list[dict[str, Any]]:
     """Return a constraint and its parts as grammars of llguidance; the first is where the output starts."""
     parts = params.parts or {}
-    if sum(map(_size, parts.values())) > MAX_CONSTRAINT_CHARS:
-        params.refuse(f"the JSON schemas have more than {MAX_CONSTRAINT_CHARS} characters in all")
     return [_grammar(params), *({**_grammar(part), "name": name} for name, part in parts.items())]
-
-
-def _size(params: StructuredOutputsParams) -> int:
-    return len(json.dumps(params.json))
 
 
 def _grammar(params: StructuredOutputsParams) -> dict[str, Any]:
@@ -315,37 +310,59 @@ def _checked_schema(params: StructuredOutputsParams, schema: Any) -> str:
     try:
         schema = json.loads(schema) if isinstance(schema, str) else schema
         schema = {} if schema is True else schema
-        multiples = [value for value in _values(schema, "multipleOf", 0) if is_finite_number(value)]
         text = json.dumps(schema, allow_nan=False)
-        multiple = math.lcm(*(Fraction(str(value)).numerator for value in multiples))
-        depth = _ref_depth(schema)
     except RecursionError:
-        params.refuse(f"the JSON schema is nested too deeply; the limit is {MAX_DEPTH} levels")
+        _refuse_nesting(params)
     except (TypeError, ValueError) as error:
-        params.refuse(f"the JSON schema is not valid JSON: {error}")
+        params.refuse(f"the JSON schema is not valid JSON: {str(error).partition('; use sys.')[0]}")
     if not isinstance(schema, Mapping):
         params.refuse(f"the JSON schema is {shorten(text, str)}; it must be an object, or true")
     if len(text) > MAX_CONSTRAINT_CHARS:
         params.refuse(f"the JSON schema has {len(text)} characters; the limit is {MAX_CONSTRAINT_CHARS}")
-    if multiple > MAX_MULTIPLE:
-        params.refuse(
-            f"the least common multiple of all values of multipleOf is {multiple}; the limit is {MAX_MULTIPLE}"
-        )
+    try:
+        _check_multiples(params, schema)
+        depth = _ref_depth(schema)
+    except RecursionError:
+        _refuse_nesting(params)
     if depth > MAX_REF_DEPTH:
         params.refuse(f"the JSON schema and its references have {depth} levels in all; the limit is {MAX_REF_DEPTH}")
     return text
 
 
-def _ref_depth(schema: Any) -> int:
+def _refuse_nesting(params: StructuredOutputsParams) -> NoReturn:
+    params.refuse(f"the JSON schema is nested too deeply; the limit is {MAX_DEPTH} levels")
+
+
+def _check_multiples(params: StructuredOutputsParams, schema: Mapping[str, Any]) -> None:
+    """Limit the least common multiple of all values of `multipleOf`.
+
+    Raises:
+        ConstraintError: it is too large.
+        RecursionError: the schema is nested too deeply.
+    """
+    multiple = 1
+    for value in _values(schema, "multipleOf", 0):
+        if is_finite_number(value):
+            multiple = math.lcm(multiple, Fraction(str(value)).numerator)
+        if multiple > MAX_MULTIPLE:  # now: further values would make it huge
+            received = f"the least common multiple of all values of multipleOf, such as {shorten(value)}"
+            params.refuse(f"{received}, exceeds the limit of {MAX_MULTIPLE}")
+
+
+def _ref_depth(schema: Mapping[str, Any]) -> int:
     """Return the depths of a schema and of each target of a reference, added up: an upper bound of any path."""
     refs = {ref for ref in _values(schema, "$ref", 0) if isinstance(ref, str)}
     targets = (find_target(schema, ref) for ref in refs)
-    return _depth(schema) + sum(_depth(schema if target is None else target) for target in targets)
+    depths: dict[int, int] = {}
+    depth = _find_depths(schema, depths)
+    return depth + sum(depth if target is None else depths[id(target)] for target in targets)
 
 
-def _depth(node: Any) -> int:
+def _find_depths(node: Any, depths: dict[int, int]) -> int:
+    """Return the depth of a node, and add it and those of all nodes in it to `depths`, by `id`."""
     children = node.values() if isinstance(node, Mapping) else node if _is_list(node) else ()
-    return 1 + max(map(_depth, children), default=0)
+    depths[id(node)] = depth = 1 + max((_find_depths(child, depths) for child in children), default=0)
+    return depth
 
 
 def find_target(schema: Any, ref: str) -> Any | None:
@@ -357,7 +374,7 @@ def find_target(schema: Any, ref: str) -> Any | None:
         key = unquote(key).replace("~1", "/").replace("~0", "~")
         if isinstance(node, Mapping) and key in node:
             node = node[key]
-        elif _is_list(node) and key.isdecimal() and int(key) < len(node):
+        elif _is_list(node) and key.isdecimal() and len(key) <= MAX_INDEX_DIGITS and int(key) < len(node):
             node = node[int(key)]
         else:
             return None

@@ -50,19 +50,23 @@ def as_messages(instructions: str | None, given: Any) -> list[Json]:
 
 def _messages(items: list[Any]) -> list[Json]:
     messages: list[Json] = []
+    thoughts: list[str] = []  # texts of the last reasoning items
     call_ids: set[str] = set()
     for index, item in enumerate(items):
         place = f"input[{index}]"
         if not isinstance(item, dict):
             raise _must_be(place, item, "an object")
-        match item.get("type", "message"):
+        kind = item.get("type", "message")
+        if kind != "reasoning":
+            _move_reasoning(thoughts, messages)
+        match kind:
             case "message":
                 message = _message(item, place)
                 if message["role"] == "assistant" and _is_only_reasoning(messages):
                     message |= messages.pop() | {"content": message["content"]}
                 messages.append(message)
             case "reasoning":
-                _add_reasoning(messages, _reasoning(item, place))
+                thoughts.append(_reasoning(item, place))
             case "function_call":
                 call = _call(item, place)
                 call_ids.add(call["id"])
@@ -72,12 +76,13 @@ def _messages(items: list[Any]) -> list[Json]:
                 messages[-1].setdefault("tool_calls", []).append(call)
             case "function_call_output":
                 messages.append(_output(item, call_ids, place))
-            case kind:
+            case _:
                 allowed = (
                     "message, reasoning, function_call or function_call_output: this server has no other tools and "
                     "stores nothing"
                 )
                 raise _must_be(f"{place}.type", kind, allowed)
+    _move_reasoning(thoughts, messages)
     return messages
 
 
@@ -93,11 +98,11 @@ def _is_only_reasoning(messages: list[Json]) -> bool:
     return bool(messages) and messages[-1].keys() == REASONING_MESSAGE_KEYS
 
 
-def _add_reasoning(messages: list[Json], text: str) -> None:
-    """Add the text of a reasoning item, for the message or call that follows."""
-    if text and _is_only_reasoning(messages):
-        messages[-1]["reasoning_content"] += f"\n\n{text}"
-    elif text:
+def _move_reasoning(thoughts: list[str], messages: list[Json]) -> None:
+    """Move the texts of reasoning items to a message, for the message or call that follows."""
+    text = "\n\n".join(filter(None, thoughts))
+    thoughts.clear()
+    if text:
         messages.append({"role": "assistant", "content": None, "reasoning_content": text})
 
 

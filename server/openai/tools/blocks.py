@@ -214,13 +214,14 @@ def kinds_of(schema: Any, root: Mapping[str, Any]) -> frozenset[str]:
             continue
         more: list[Any] = []
         if (named := part.get("type")) is not None:
-            found.update(kind for kind in (named if isinstance(named, list) else [named]) if isinstance(kind, str))
+            names = named[:MAX_SCHEMA_PARTS] if isinstance(named, list) else [named]
+            found.update(kind for kind in names if isinstance(kind, str))
         elif "const" in part:
             found.add(kind_of(part["const"]))
         elif isinstance(part.get("enum"), list):
             found.update(map(kind_of, part["enum"]))
         else:
-            more = [one for key in ("anyOf", "oneOf", "allOf") for one in _list(part.get(key))]
+            more = [one for key in ("anyOf", "oneOf", "allOf") for one in _list(part.get(key))[:MAX_SCHEMA_PARTS]]
             more += [find_target(root, part["$ref"])] if isinstance(part.get("$ref"), str) else []
         known = {id(one) for one in parts}
         parts += [one for one in more if id(one) not in known][: MAX_SCHEMA_PARTS - len(parts)]

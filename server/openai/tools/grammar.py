@@ -4,9 +4,10 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from mmlora.errors import ConstraintError
 from mmlora.server.openai.tools.blocks import kinds_of
 from mmlora.server.openai.tools.formats import ToolCallFormat
-from mmlora.structured_outputs import ANY_OBJECT, StructuredOutputsParams, find_target
+from mmlora.structured_outputs import ANY_OBJECT, MAX_CONSTRAINT_CHARS, StructuredOutputsParams, find_target
 
 Tool = Mapping[str, Any]  # OpenAI's
 MAX_REFS = 8  # from reference to reference
@@ -30,6 +31,9 @@ def calls_or_answer(
         answer: the constraint of the answer.
         mark: returns the Lark expression of a marker.
         is_parallel: several calls are allowed.
+
+    Raises:
+        ConstraintError: the schemas of the tools are too large.
     """
     rules = _Rules(format, tools, mark, is_parallel)
     separator = "".join(f'"{char}" ' for char in format.separators) + "BLANKS?"
@@ -87,6 +91,7 @@ class _Rules:
         self._start = f"({' | '.join(map(mark, format.starts))}) BLANKS?"
         self._end = f"BLANKS? {mark(format.ends[0])}" if format.ends else ""
         self._mark = mark
+        self._num_chars = 0  # of rules and parts
 
     def call(self) -> str:
         """Return the expression of one call or, where calls are a list, of all."""
@@ -130,21 +135,26 @@ class _Rules:
         """Yield the expression of each parameter, in the order of the schema."""
         schema = parameters_of(tool)
         properties, required = schema.get("properties"), schema.get("required")
+        names = {name for name in required if isinstance(name, str)} if isinstance(required, list) else set()
         if not isinstance(properties, Mapping):
             if schema.get("additionalProperties") is not False:
                 yield '("<parameter=" /[^<>\\n]{1,64}/ ">\\n" text BLANKS?)*'
             return
         for name, value in properties.items():
             parameter = f"{json.dumps(f'<parameter={name}>')} {self._value(value, schema, tool)} BLANKS?"
-            is_required = isinstance(required, list) and name in required
-            yield parameter if is_required else f"({parameter})?"
+            self._count(parameter)
+            yield parameter if name in names else f"({parameter})?"
 
     def _value(self, schema: Any, root: Mapping[str, Any], tool: Tool) -> str:
         """Return the expression of a value with its closing tag: text, one of several texts, or JSON."""
         kinds = kinds_of(schema, root)
         for _ in range(MAX_REFS):
-            if isinstance(schema, Mapping) and isinstance(schema.get("$ref"), str):
-                schema = find_target(root, schema["$ref"])
+            if not isinstance(schema, Mapping) or not isinstance(schema.get("$ref"), str):
+                break
+            target = find_target(root, schema["$ref"])
+            if not isinstance(target, Mapping):
+                break
+            schema = target
         options = schema.get("enum", [schema["const"]] if "const" in schema else None) if kinds else None
         if "string" in kinds and isinstance(options, list):
             texts = [json.dumps(option if isinstance(option, str) else json.dumps(option)) for option in options]
@@ -155,6 +165,14 @@ class _Rules:
         return f'"\\n" {self._part(lenient({**definitions, **schema}, tool))} "\\n"? "</parameter>"'
 
     def _part(self, schema: Mapping[str, Any]) -> str:
+        self._count(json.dumps(schema))
         name = f"part{len(self.parts)}"
         self.parts[name] = StructuredOutputsParams(json=schema, name="tools")
         return f"@{name}"
+
+    def _count(self, text: str) -> None:
+        """Refuse the tools as soon as they are too large: references let many parameters repeat one large schema."""
+        self._num_chars += len(text)
+        if self._num_chars > MAX_CONSTRAINT_CHARS:
+            message = f"tools: their JSON schemas need a grammar of more than {MAX_CONSTRAINT_CHARS} characters"
+            raise ConstraintError(message, "tools")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from mmlora.errors import ConfigError
 from mmlora.server.api import build_app
 from mmlora.server.args import ServerArgs
 from mmlora.server.launch import load_served_models
+from mmlora.server.openai.responses.input import as_messages
 from tests.server.conftest import RunningServer, ServerFactory, run_app
 from tests.server.openai.responses import checked, respond, stream
 from tests.server.openai.tools.definitions import ADD_CALL, CALL, prompt_of
@@ -193,6 +195,15 @@ def test_reasoning_of_earlier_turns_reaches_the_template(
     given = [*user, *items, {"type": "function_call_output", "call_id": items[1]["call_id"], "output": "2"}]
     prompt = prompt_of(server, monkeypatch, {"input": given}, "responses")
     assert f"<|assistant|><think>Why <b>?</think><tool_call>{ADD_CALL}" in prompt
+
+
+def test_many_reasoning_items_take_linear_time() -> None:
+    item = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "x" * 200}]}
+    start = time.process_time()
+    messages = as_messages(None, [item] * 30_000 + [{"role": "assistant", "content": "So."}])
+    assert time.process_time() - start < 5
+    reasoning = "\n\n".join(["x" * 200] * 30_000)
+    assert messages == [{"role": "assistant", "content": "So.", "reasoning_content": reasoning}]
 
 
 @pytest.mark.parametrize(

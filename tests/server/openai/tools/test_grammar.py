@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -160,6 +162,41 @@ def test_keywords_that_cannot_be_enforced_are_refused_for_strict_tools_only() ->
 def test_schemas_are_limited_in_all() -> None:
     functions = [{"name": f"a{i}", "parameters": {"enum": ["x" * 30_000]}} for i in range(5)]
     large = [{"type": "function", "function": function} for function in functions]
-    params = combined(build_tokenizer(), FORMATS[-2], tools=large)["structured_outputs"]
     with pytest.raises(ConstraintError, match="131072"):
-        ConstraintCompiler(build_tokenizer(), frozenset({END_ID})).compile(params)
+        combined(build_tokenizer(), FORMATS[-2], tools=large)
+
+
+def shared(value: Any) -> dict[str, Any]:
+    """Return a schema whose many parameters refer to one schema."""
+    return {"properties": {f"p{i}": {"$ref": "#/$defs/x"} for i in range(2000)}, "$defs": {"x": value}}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {**shared({"type": "integer"}), "definitions": "x" * 10**6},
+        shared({"enum": ["x"] * 10**5}),
+        shared({"type": ["string"] * 10**6}),
+        shared({"anyOf": [{"type": "string"}] * 10**6}),
+        {"properties": {f"p{i}": {} for i in range(20_000)}, "required": [f"q{i}" for i in range(20_000)]},
+    ],
+    ids=["definitions", "enum", "type", "anyOf", "required"],
+)
+def test_large_schemas_take_linear_time(schema: dict[str, Any]) -> None:
+    format = next(format for format in FORMATS if format.is_xml)
+    tools = [{"type": "function", "function": {"name": "a", "parameters": schema}}]
+    start = time.process_time()
+    with contextlib.suppress(ConstraintError):
+        combined(build_tokenizer(), format, tools=tools)
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("ref", ["#/nope", "#/properties/a/type", f"#/required/{'9' * 5000}"])
+def test_references_without_a_schema_are_ignored_or_refused(ref: str) -> None:
+    tokenizer, format = build_tokenizer(), next(format for format in FORMATS if format.is_xml)
+    for kind, text in (("string", None), ("integer", "tools")):
+        schema = {"properties": {"a": {"type": kind, "$ref": ref}}, "required": ["a"]}
+        tools = [{"type": "function", "function": {"name": "a", "parameters": schema}}]
+        params = combined(tokenizer, format, tools=tools)["structured_outputs"]
+        with pytest.raises(ConstraintError) if text is not None else contextlib.nullcontext():
+            ConstraintCompiler(tokenizer, frozenset({END_ID})).compile(params)
