@@ -9,16 +9,17 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, Final, TypeVar
 
 import regex
 
 from mmlora.errors import AdapterMismatch
 from mmlora.lora.loading.files import CONFIG_FILE, method_refusal
+from mmlora.lora.loading.patterns import PatternTable, match
 from mmlora.utils.text import is_finite_number, printable, shorten
 
 MAX_PATTERN_CHARS: Final = 100_000
-MATCH_TIMEOUT_S: Final = 1.0  # patterns come from adapter files, and some backtrack forever
 
 # Keys for training, provenance or initialisation, and settings of features that another key enables. `fan_in_fan_out`
 # follows from the module; VeLoRA and MonteCLoRA change only gradients and noise during training.
@@ -141,12 +142,20 @@ class PeftConfig:
 
     def rank_of(self, *names: str) -> int:
         """Return the rank of a module with one or several names; the first name with a pattern decides."""
-        return _lookup(self.rank_pattern, names, self.r)
+        return self._ranks.find(names, self.r)
 
     def scaling_of(self, *names: str) -> float:
         """Return the scaling of a module, from its alpha and rank: `alpha / r`, or `alpha / √r` with rsLoRA."""
         rank = self.rank_of(*names)
-        return _lookup(self.alpha_pattern, names, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+        return self._alphas.find(names, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    @cached_property
+    def _ranks(self) -> PatternTable[int]:
+        return PatternTable(self.rank_pattern)
+
+    @cached_property
+    def _alphas(self) -> PatternTable[float]:
+        return PatternTable(self.alpha_pattern)
 
     def selects(self, name: str) -> bool:
         """Return whether PEFT adapts the module of this name under this configuration."""
@@ -161,9 +170,9 @@ class PeftConfig:
         patterns = self.layers_pattern or (r"[^.]*",)
         # The first number after a list name is the layer; without a list name, a parent must precede the list.
         prefix = r"(?:^|.*?\.)" if self.layers_pattern else r".*?\."
-        found = (_match(rf"{prefix}{pattern}\.(\d+)\.", name, is_whole=False) for pattern in patterns)
-        match = next((match for match in found if match is not None), None)
-        layer = match.group(match.lastindex or 1) if match is not None else ""
+        found = (match(rf"{prefix}{pattern}\.(\d+)\.", name, is_whole=False) for pattern in patterns)
+        first = next((layer for layer in found if layer is not None), None)
+        layer = first.group(first.lastindex or 1) if first is not None else ""
         return layer.isdigit() and int(layer) in self.layers_to_transform
 
     def saves(self, name: str) -> bool:
@@ -261,17 +270,9 @@ def _shown(key: str, value: object) -> str:
     return f"{printable(shorten(key, str))}={shorten(value)}"
 
 
-def _lookup(pattern: Mapping[str, T], names: Sequence[str], default: T) -> T:
-    for name in names:
-        for key, value in pattern.items():
-            if name == key or _match(rf"(?:.*\.)?(?:{key})", name):
-                return value
-    return default
-
-
 def _is_named(selection: str | Sequence[str], name: str) -> bool:
     if isinstance(selection, str):
-        return _match(selection, name) is not None
+        return match(selection, name) is not None
     return any(name == entry or name.endswith(f".{entry}") for entry in selection)
 
 
@@ -296,21 +297,6 @@ def _check_pattern(pattern: str, key: str) -> str:
             f"{key} has {shorten(pattern)}, which is not a valid regular expression: {error}"
         ) from None
     return pattern
-
-
-def _match(pattern: str, name: str, *, is_whole: bool = True) -> "regex.Match[str] | None":
-    """Match a pattern with a name, or with its start if not `is_whole`.
-
-    Raises:
-        AdapterMismatch: matching exceeds the time limit.
-    """
-    match = regex.fullmatch if is_whole else regex.match
-    try:
-        return match(pattern, name, timeout=MATCH_TIMEOUT_S)
-    except TimeoutError:
-        raise AdapterMismatch(
-            f"the pattern {shorten(pattern)} takes more than {MATCH_TIMEOUT_S:g} s on {name!r}"
-        ) from None
 
 
 def _wrong(key: str, value: object, allowed: str) -> AdapterMismatch:

@@ -231,6 +231,34 @@ def test_the_first_pattern_and_the_first_name_decide() -> None:
     assert patterned.rank_of("other", NAME) == 2
 
 
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        ("q_proj", "self_attn.q_proj", NAME),
+        ("q.proj", "q_proj"),
+        ("q_proj", "q.proj"),
+        ("roj", "attn.q_proj", ".*"),
+        (".*k_proj", "1.self.attn.q_proj", "[kq]_proj"),
+        ("[kq]_proj", "q_proj"),
+        ("^q_proj", "(q|k)_proj", "q_proj"),
+        ("layers.1.self_attn.q_proj", "layers.1", "layers.+q_proj"),
+        ("elayers.1.self_attn.q_proj", "model.layers.2.self_attn.q_proj"),
+        ("model-layers.1.self_attn.q_proj", "proj", "q-proj"),
+    ],
+)
+def test_the_first_of_plain_and_other_patterns_decides(patterns: tuple[str, ...]) -> None:
+    expected = next((i for i, p in enumerate(patterns, 5) if re.fullmatch(rf"(?:.*\.)?(?:{p})", NAME)), 4)
+    assert config(rank_pattern={pattern: i for i, pattern in enumerate(patterns, 5)}).rank_of(NAME) == expected
+
+
+def test_a_pattern_for_each_of_many_experts_takes_no_quadratic_time() -> None:
+    names = [f"model.layers.{i}.mlp.experts.{j}.up_proj" for i in range(40) for j in range(100)]
+    start = time.monotonic()
+    patterned = config(rank_pattern={name: index + 1 for index, name in enumerate(names)})
+    assert [patterned.rank_of(name) for name in names] == [index + 1 for index in range(len(names))]
+    assert time.monotonic() - start < 60  # it took minutes
+
+
 def test_scaling_uses_each_modules_own_rank_and_alpha() -> None:
     patterns = {"rank_pattern": {"q_proj": 16}, "alpha_pattern": {"q_proj": 2, "v_proj": 6}}
     assert config(**patterns).scaling_of(NAME) == 2 / 16
