@@ -335,6 +335,12 @@ def test_bad_words_are_not_generated(llm):
         answer(llm, bad_words=["\ud800"])
 
 
+def test_bad_words_without_tokens_are_ignored(llm, monkeypatch):
+    free = answer(llm, max_tokens=4).token_ids
+    monkeypatch.setattr(llm.get_tokenizer(), "encode", lambda text, **_: [])  # as tokenizers that drop characters
+    assert answer(llm, max_tokens=4, bad_words=["\u200b"]).token_ids == free
+
+
 def test_a_prompt_is_truncated_from_the_left(llm):
     ids = llm.get_tokenizer()("one two three").input_ids
     for prompt in ("one two three", ids, {"prompt_token_ids": ids}):

@@ -297,10 +297,11 @@ class InputProcessor:
                 )
             except (TypeError, ValueError) as error:  # such as a lone surrogate
                 raise RequestError(f"bad_words: {shorten(word)} cannot be tokenized: {error}", "bad_words") from None
-            found.append(plain)
-            if len(spaced) == len(plain) and spaced[0] != plain[0]:
+            if plain:  # some tokenizers drop invisible characters
+                found.append(plain)
+            if plain and len(spaced) == len(plain) and spaced[0] != plain[0]:
                 found.append(spaced)
-        return tuple(tokens for tokens in found if tokens)
+        return tuple(found)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Tokenize a prompt. Numbered placeholders become the model's own; no placeholder is expanded.

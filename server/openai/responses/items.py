@@ -156,6 +156,7 @@ class OutputItems:
         self._closed: list[Json] = []
         self._open: MessageItem | FunctionCallItem | ReasoningItem | None = None
         self._logprobs: list[Json] = []  # of tokens whose text is still in the parser
+        self._num_new_logprobs = 0  # of the last delta
 
     @property
     def num_reasoning_tokens(self) -> int:
@@ -166,6 +167,7 @@ class OutputItems:
         """Add the text of an output delta with the log probabilities of its tokens, and return the events."""
         delta = output.outputs[0]
         self._logprobs += logprobs
+        self._num_new_logprobs = len(logprobs)
         if self._parser is None:
             self._parser = self._form.new_parser(output.prompt)
         pieces = self._parser.feed(delta.text, len(delta.token_ids))
@@ -203,6 +205,7 @@ class OutputItems:
                 events = self._open_item(MessageItem(self._num_items))
         elif isinstance(piece, ReasoningDelta):
             text, is_last = piece.text, False
+            self._logprobs = logprobs[-self._num_new_logprobs :]  # the same delta may have content, too
             if self._open is None:
                 events = self._open_item(ReasoningItem(self._num_items))
         else:

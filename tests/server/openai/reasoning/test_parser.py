@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mmlora.engine.detokenizer import Detokenizer
 from mmlora.server.openai.reasoning import FORMATS, THINK, OutputParser, find_marks
+from mmlora.server.openai.responses.items import OutputItems
 from mmlora.server.openai.tools.choice import find_special_tokens
 from mmlora.server.openai.tools.forced import RequiredToolParser
 from mmlora.server.openai.tools.formats import find_format
@@ -34,6 +36,21 @@ CASES = [
     ("", False, "", ""),
     ("", True, "", ""),
 ]
+
+
+@pytest.mark.parametrize("sizes", [[15], [9, 6], [1] * 15, [7, 1, 7], [13, 2]])
+def test_log_probabilities_follow_the_reasoning(sizes: list[int]) -> None:
+    form: Any = SimpleNamespace(new_parser=lambda prompt: OutputParser(THINK))
+    items, tokens, start = OutputItems(form), ["<think>", *"Why", "</think>", *"Yes. No it"], 0
+    for size in sizes:
+        delta = SimpleNamespace(text="".join(tokens[start : start + size]), token_ids=[0] * size)
+        output: Any = SimpleNamespace(outputs=[delta], prompt="")
+        items.feed(output, [{"token": token} for token in tokens[start : start + size]])
+        start += size
+    items.finish("completed")
+    reasoning, message = items.content("completed")
+    assert reasoning["content"][0]["text"] == "Why"
+    assert [entry["token"] for entry in message["content"][0]["logprobs"]] == tokens[5:]
 
 
 def join(pieces: list[Piece]) -> tuple[str, str]:
