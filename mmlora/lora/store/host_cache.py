@@ -15,6 +15,7 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from traceback import clear_frames
 from typing import Final
 from weakref import WeakSet, WeakValueDictionary, ref
 
@@ -127,6 +128,7 @@ class CacheEntry:
         except AdapterError as error:
             if not is_reload:
                 self.problem = str(error)
+            _release(error)
             raise
         return replace(adapter, uid=self.uid, generation=self.generation + is_reload)
 
@@ -531,6 +533,13 @@ class HostCache:
     def _record_pin(self, entry: CacheEntry, is_pinned: bool) -> None:
         if self._registry is not None and entry.is_recorded:
             self._registry.mark_pinned(entry.name, is_pinned)
+
+
+def _release(error: BaseException | None) -> None:
+    """Free the tensors of a failed load: the frames of its traceback would keep them as long as the error lives."""
+    while error is not None:
+        clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def _conflict(request: LoRARequest, other: CacheEntry, remedy: str) -> AdapterError:

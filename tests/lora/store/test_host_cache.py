@@ -1,7 +1,9 @@
 """Identity, eviction, reload and concurrency of the host cache."""
 
+import gc
 import shutil
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -231,6 +233,25 @@ def test_a_failed_load_leaves_nothing_behind(make_cache: Any, requests: Any) -> 
     with pytest.raises(AdapterMismatch, match="max_lora_rank=2"):
         cache.get(requests[0])
     assert cache.adapters == () and cache.entries == [] and cache.num_bytes == 0
+
+
+def test_the_error_of_a_failed_load_keeps_no_tensors(tiny_llama: nn.Module, requests: Any) -> None:
+    """Errors live long: in futures, in logs, and in reference cycles that are collected late."""
+    index, read = ModuleIndex(tiny_llama), list[weakref.ref[AdapterFiles]]()
+
+    def load(files: AdapterFiles, name: str) -> Adapter:
+        assert max(tensor.fill_(torch.nan).nbytes for tensor in files.tensors.values()) > 0
+        read.append(weakref.ref(files))
+        return load_adapter(files, name, index, dtype=torch.float32)
+
+    cache = HostCache(load)
+    gc.disable()
+    try:
+        with pytest.raises(AdapterMismatch, match="contains NaN") as raised:
+            cache.get(requests[0])
+        assert raised.value.__traceback__ is not None and [files() for files in read] == [None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
