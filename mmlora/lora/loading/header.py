@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -66,6 +67,6 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Refuse a duplicate key, of which readers would silently use one."""
     content = dict(pairs)
     if len(content) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r} in its header")
+        ((duplicate, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"duplicate key {duplicate!r} in its header")
     return content

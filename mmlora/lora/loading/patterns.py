@@ -12,7 +12,7 @@ from mmlora.utils.text import shorten
 
 MATCH_TIMEOUT_S: Final = 1.0  # patterns come from adapter files, and some backtrack forever
 
-_PLAIN: Final = re.compile(r"[\w.-]+")
+PLAIN: Final = re.compile(r"[\w.-]+")  # valid, and without other special characters than dots
 T = TypeVar("T")
 
 
@@ -48,7 +48,7 @@ class PatternTable(Generic[T]):
         self._plain: dict[int, dict[tuple[int, ...], dict[str, int]]] = defaultdict(lambda: defaultdict(dict))
         self._others: list[tuple[int, regex.Pattern[str]]] = []
         for pattern, index in self._indices.items():
-            if _PLAIN.fullmatch(pattern):
+            if PLAIN.fullmatch(pattern):
                 dots = tuple(place for place, character in enumerate(pattern) if character == ".")
                 self._plain[len(pattern)][dots][pattern] = index
             else:

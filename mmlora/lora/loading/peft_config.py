@@ -16,7 +16,7 @@ import regex
 
 from mmlora.errors import AdapterMismatch
 from mmlora.lora.loading.files import CONFIG_FILE, method_refusal
-from mmlora.lora.loading.patterns import PatternTable, match
+from mmlora.lora.loading.patterns import PLAIN, PatternTable, match
 from mmlora.utils.text import is_finite_number, printable, shorten
 
 MAX_PATTERN_CHARS: Final = 100_000
@@ -288,6 +288,8 @@ def _check_pattern(pattern: str, key: str) -> str:
     """
     if len(pattern) > MAX_PATTERN_CHARS:
         raise AdapterMismatch(f"{key} has a pattern of {len(pattern)} characters; the limit is {MAX_PATTERN_CHARS}")
+    if PLAIN.fullmatch(pattern):
+        return pattern
     try:
         for composed in (pattern, rf"(?:.*\.)?(?:{pattern})"):
             re.compile(composed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,12 @@ def test_a_file_that_changes_after_its_header_was_read_is_checked_again(
     (other / WEIGHTS).write_bytes(b"")
     with pytest.raises(AdapterError, match=r"\(0 bytes\) is not a valid safetensors file"):
         load_adapter(files, "x", index, dtype=torch.float32)
+
+
+def test_a_duplicate_key_among_many_is_found_in_no_quadratic_time(tmp_path: Path) -> None:
+    entries = [f'"k{number}": {json.dumps(ROW)}' for number in [*range(100_000), 99_999]]
+    path = write(tmp_path / "x", f"{{{', '.join(entries)}}}".encode(), 0)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="duplicate key 'k99999'"):
+        read_header(path)
+    assert time.monotonic() - start < 30  # it took minutes
