@@ -99,7 +99,7 @@ def check_weights(model: Any, tensors: Mapping[str, StoredTensor], layout: Layou
     Raises:
         ConfigError: names tensors that are missing, unknown, or of another shape.
     """
-    name = layout.name if layout is not None else model.config.model_type
+    name = layout.name if layout is not None else type(model).__name__
     _check_types(name, model, tensors)
     found = _map_tensors(model, tensors, layout)
     unknown = [key for key in found.unexpected_keys if layout is None or not layout.left_out.fullmatch(key)]

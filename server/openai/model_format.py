@@ -94,6 +94,11 @@ class OutputFormat:
     is_exclusive: bool = False
 
     @property
+    def is_plain(self) -> bool:
+        """Whether all text is content: there are no tools, and the model has no reasoning."""
+        return self.request.tooling is None and self.model.reasoning is None
+
+    @property
     def tools(self) -> list[Mapping[str, Any]] | None:
         """The tools for the chat template; None without any."""
         return None if self.request.tooling is None else list(self.request.tooling.tools.values())

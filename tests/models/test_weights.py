@@ -113,7 +113,7 @@ def test_a_tensor_that_would_change_a_module_is_refused(
 ) -> None:
     path, tensors = checkpoint("llama")
     name, shape = ADDED[case]
-    with pytest.raises(ConfigError, match=rf"^1 tensor\(s\) of a llama checkpoint are unknown: {name}; "):
+    with pytest.raises(ConfigError, match=rf"^1 tensor\(s\) of a LlamaForCausalLM checkpoint are unknown: {name}; "):
         check(path, with_tensor(tensors, name, shape))
 
 
@@ -147,7 +147,8 @@ def test_other_shapes_are_named(checkpoint: Callable[[str], tuple[Path, Headers]
     path, tensors = checkpoint("llama")
     rows = tensors["model.embed_tokens.weight"].shape[0]
     cut = changed(path, tmp_path, lambda old: {**old, "model.embed_tokens.weight": torch.zeros(rows - 1, 60)})
-    message = rf"1 tensor\(s\) of a llama checkpoint have other shapes: model.embed_tokens.weight is \[{rows - 1}, 60\]"
+    shape = rf"model.embed_tokens.weight is \[{rows - 1}, 60\]"
+    message = rf"1 tensor\(s\) of a LlamaForCausalLM checkpoint have other shapes: {shape}"
     with pytest.raises(ConfigError, match=message):
         load(cut)
 
@@ -166,7 +167,8 @@ def test_experts_that_cannot_be_joined_are_named(checkpoint: Callable[[str], tup
         name: StoredTensor("F32", (5, 60), 1200) if "experts.1.w1" in name else tensor
         for name, tensor in tensors.items()
     }
-    message = r"^3 tensor\(s\) of a mixtral checkpoint cannot be joined, .*: model.layers.0.mlp.experts.gate_up_proj, "
+    joined = "model.layers.0.mlp.experts.gate_up_proj"
+    message = rf"^3 tensor\(s\) of a MixtralForCausalLM checkpoint cannot be joined, .*: {joined}, "
     with pytest.raises(ConfigError, match=message):
         check(path, smaller)
 
@@ -178,7 +180,7 @@ def test_integers_are_not_weights(checkpoint: Callable[[str], tuple[Path, Header
     name = "model.layers.1.mlp.up_proj.weight"
     for dtype in ("I8", "U8"):
         with pytest.raises(
-            ConfigError, match=rf"1 tensor\(s\) of a llama checkpoint are quantized \({dtype}\): {name}"
+            ConfigError, match=rf"1 tensor\(s\) of a LlamaForCausalLM checkpoint are quantized \({dtype}\): {name}"
         ):
             check(path, {**tensors, name: StoredTensor(dtype, tensors[name].shape, 4)})
 
@@ -236,7 +238,7 @@ def test_shards_are_read_together(checkpoint: Callable[[str], tuple[Path, Header
     lost = path / "model-00002-of-00002.safetensors"
     left = {name: tensor for name, tensor in load_file(lost).items() if name != names[1]}
     save_file(left, lost, {"format": "pt"})
-    with pytest.raises(ConfigError, match=rf"1 tensor\(s\) of a llama checkpoint are missing: {names[1]}"):
+    with pytest.raises(ConfigError, match=rf"1 tensor\(s\) of a LlamaForCausalLM checkpoint are missing: {names[1]}"):
         load(path)
 
 

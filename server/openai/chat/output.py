@@ -54,7 +54,7 @@ class ChatCompletionBuilder(ChoicesBuilder):
         content = self._prefix + "".join(piece for piece in pieces if isinstance(piece, str))
         reasoning = _reasoning(pieces)
         message: Json = {"role": "assistant", "content": content, "refusal": None, **reasoning}
-        calls = [self._call(call) for call in join_calls(pieces)]
+        calls = [self._call(call) for call in join_calls(pieces)] if parts[-1].index in self._callers else []
         if calls or reasoning:
             message |= {"content": content or None, **({"tool_calls": calls} if calls else {})}
         return {
@@ -86,6 +86,8 @@ class ChatCompletionBuilder(ChoicesBuilder):
 
     def _pieces(self, output: RequestOutput, completion: CompletionOutput, *, is_last: bool) -> list[Piece]:
         """Split the next text of a choice into reasoning, content and tool calls."""
+        if self._form.is_plain:
+            return [completion.text] if completion.text else []
         index = completion.index
         if index not in self._parsers:
             self._parsers[index] = self._form.new_parser(output.prompt)
