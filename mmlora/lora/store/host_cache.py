@@ -15,7 +15,6 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from traceback import clear_frames
 from typing import Final
 from weakref import WeakSet, WeakValueDictionary, ref
 
@@ -129,7 +128,7 @@ class CacheEntry:
             if not is_reload:
                 self.problem = str(error)
             _release(error)
-            raise
+            raise error
         return replace(adapter, uid=self.uid, generation=self.generation + is_reload)
 
     def set_version(self, source: LoRARequest, adapter: Adapter) -> None:
@@ -538,7 +537,7 @@ class HostCache:
 def _release(error: BaseException | None) -> None:
     """Free the tensors of a failed load: the frames of its traceback would keep them as long as the error lives."""
     while error is not None:
-        clear_frames(error.__traceback__)
+        error.__traceback__ = None
         error = error.__context__
 
 
