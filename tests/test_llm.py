@@ -126,6 +126,7 @@ def test_adapters_are_one_for_all_or_one_per_prompt(llm, adapter_a, adapter_b):
         ({"prompts": "x", "sampling_params": SamplingParams(stop_token_ids=[263])}, "263 is outside the vocabulary"),
         ({"prompts": "x", "sampling_params": SamplingParams(logit_bias={300: 1})}, "300 is outside the vocabulary"),
         ({"prompts": {"prompt": "x", "multi_modal_data": [1]}}, "multi_modal_data is a list"),
+        ({"prompts": {"prompt": "x", "multi_modal_data": np.zeros(9)}}, "_data is .*; it must map modalities"),
         ({"prompts": {"prompt": "x", "multi_modal_data": {"video": 1}}}, "holds video; videos are not supported"),
         ({"prompts": {"prompt": "x", "mm_processor_kwargs": 5}}, "mm_processor_kwargs is a number"),
         ({"prompts": {"prompt": "x", "cache_salt": ""}}, "cache_salt='' must be non-empty text"),

@@ -47,7 +47,8 @@ def media_of(prompt: Prompt) -> object:
     """Return the media of a prompt as they were given, None without."""
     if isinstance(prompt, ChatPrompt):
         return prompt.media
-    return prompt.get("multi_modal_data") or None if isinstance(prompt, Mapping) else None
+    data = prompt.get("multi_modal_data") if isinstance(prompt, Mapping) else None
+    return None if isinstance(data, Mapping) and not data else data
 
 
 class InputProcessor:
@@ -231,7 +232,8 @@ class InputProcessor:
         else:
             fields = prompt_fields(prompt)
             text, token_ids = self._tokenize(fields)
-            items = self._load_media(fields.get("multi_modal_data") or {})
+            data = media_of(fields)
+            items = self._load_media(data) if data is not None else {}
             options, salt = fields.get("mm_processor_kwargs"), fields.get("cache_salt")
         field = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
         if params.truncate_prompt_tokens is not None:

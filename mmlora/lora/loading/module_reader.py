@@ -134,7 +134,7 @@ class ModuleReader:
         return ExpertRows(target.parameter, target.expert, target.part * height, (target.part + 1) * height)
 
     def _converted_lora(self, name: str, target: Target, roles: Mapping[str, TensorKey]) -> LoRAWeights:
-        """Return the change of a parameter that was the weight of a module of its own in transformers 4."""
+        """Return the change of a parameter that was the weight of a separate module in transformers 4."""
         names: tuple[str, ...] = (f"{name}.weight", f"{target.module}.{target.parameter}")
         if not any(map(self._config.targets_parameter, names)):
             names = (name,)

@@ -62,8 +62,8 @@ class LoRAInfo:
 class LoRAManager:
     """Adds, reloads, pins and removes adapters while requests run.
 
-    Changes of the host cache may come from any thread. `retain`, `release`, `activate_pinned` and `sync_slots` belong
-    to the engine thread, which syncs the slots between two steps.
+    Changes of the host cache may come from any thread. `retain`, `release`, `activate_pinned` and `sync_slots` must not
+    run during a step of another thread.
 
     Args:
         cache: adapters in host memory.
@@ -179,7 +179,7 @@ class LoRAManager:
 
         Args:
             lora: name or id.
-            run_in_engine: calls a function in the engine thread and waits; by default, the caller is that thread.
+            run_in_engine: calls a function while no step runs, and waits; by default, at once.
 
         Raises:
             AdapterError: it is unknown or cannot be loaded, too many are pinned, or the device has no room for it; it
