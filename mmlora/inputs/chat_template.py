@@ -18,6 +18,7 @@ Tools = Sequence[Mapping[str, Any]]
 Turn = tuple[Message, list[Part]]  # a message, and the parts of its content
 
 MAX_REASON_CHARS: Final = 400
+RESERVED: Final = frozenset({"chat_template", "conversation", "messages", "self", "tokenize"})  # no client sets them
 LIST_REPR: Final = "'type':"  # shows that a template printed a list of parts with Python's repr
 GENERATION_TAG: Final = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # an extension of transformers
 PHI4_CALL_MARKS: Final = "<|tool_call|>", "<|/tool_call|>"
@@ -96,8 +97,12 @@ class ChatTemplate:
             kwargs: variables of the template.
 
         Raises:
-            RequestError: the template fails, or does not support tools or tool calls.
+            RequestError: the template fails, does not support tools or tool calls, or a variable is reserved.
         """
+        reserved = sorted(RESERVED & kwargs.keys())
+        if reserved:
+            message = f"chat_template_kwargs has {', '.join(reserved)}, which templates cannot take from a request"
+            raise RequestError(message, "chat_template_kwargs")
         if not self.has_tool_calls and any("tool_calls" in message for message, _ in turns):
             turns = [self._with_calls_as_text(*turn) for turn in turns]
         if not tools:

@@ -69,9 +69,10 @@ class ModelFormat:
         if EFFORT in self.variables:
             known[EFFORT] = effort
         if not known and effort != "none":
-            name = EFFORT if request.reasoning_effort is not None else "reasoning"
+            is_flat = request.reasoning_effort is not None
+            name, shown = (EFFORT, EFFORT) if is_flat else ("reasoning", "reasoning.effort")
             text = f"the chat template of this model has none of the variables {EFFORT}, {', '.join(SWITCHES)}"
-            raise RequestError(f'{name}="{effort}" is not supported: {text}; allowed: "none"', name)
+            raise RequestError(f'{shown}="{effort}" is not supported: {text}; allowed: "none"', name)
         return known
 
 

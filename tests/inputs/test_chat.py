@@ -192,6 +192,13 @@ def test_template_arguments_reach_the_template():
     assert render("x", chat_template=template, chat_template_kwargs={"mood": "calm"})["prompt"] == "calm:x"
 
 
+@pytest.mark.parametrize("name", ["chat_template", "conversation", "messages", "self", "tokenize"])
+def test_reserved_template_arguments_are_refused_by_name(name):
+    with pytest.raises(RequestError, match=f"chat_template_kwargs has {name}, which") as caught:
+        render("x", chat_template_kwargs={"mood": "calm", name: []})
+    assert caught.value.param == "chat_template_kwargs"
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [

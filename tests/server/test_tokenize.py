@@ -119,7 +119,7 @@ def test_a_text_over_the_context_length_is_still_tokenized(server: RunningServer
         ({"messages": [{"role": "user"}]}, 400, "messages", "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, 400, None, "video"),
         ({"messages": [{"role": "user", "content": [3]}]}, 400, None, "content part"),
-        ({"messages": CHAT, "chat_template_kwargs": {"tokenize": True}}, 400, None, "tokenize"),
+        ({"messages": CHAT, "chat_template_kwargs": {"tokenize": True}}, 400, "chat_template_kwargs", "tokenize"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

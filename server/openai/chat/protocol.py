@@ -52,7 +52,8 @@ class ToolRequest(GenerationRequest):
         given = {name: effort for name, effort in efforts.items() if effort is not None}
         for name, effort in given.items():
             if effort not in EFFORTS:
-                raise RequestError(f"{name}={shorten(effort, json.dumps)} must be one of {', '.join(EFFORTS)}", name)
+                shown = "reasoning.effort" if name == "reasoning" else name
+                raise RequestError(f"{shown}={shorten(effort, json.dumps)} must be one of {', '.join(EFFORTS)}", name)
         if len(set(given.values())) > 1:
             text = f"reasoning.effort={given['reasoning']} and reasoning_effort={given['reasoning_effort']} differ"
             raise RequestError(f"{text}; send only one of them", "reasoning_effort")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -238,6 +239,14 @@ def test_no_effort_is_accepted_everywhere(plain: RunningServer, server: RunningS
             assert sent(where, reasoning=reasoning).status_code == 200
             response = sent(where, "responses", reasoning=reasoning)
             assert response.json()["reasoning"] == {"effort": None, "summary": None, **reasoning}
+
+
+@pytest.mark.parametrize("effort", ["high", "huge", ["high"]])
+def test_an_effort_that_is_refused_is_named(plain: RunningServer, effort: Any) -> None:
+    error = sent(plain, reasoning={"effort": effort}).json()["error"]
+    assert error["param"] == "reasoning" and error["message"].startswith(f"reasoning.effort={json.dumps(effort)} ")
+    error = sent(plain, reasoning_effort=str(effort)).json()["error"]
+    assert error["param"] == "reasoning_effort" and error["message"].startswith(f'reasoning_effort="{effort}" '), error
 
 
 def test_an_effort_reaches_the_template(
