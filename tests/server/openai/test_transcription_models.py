@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,9 +119,10 @@ def outputs(*texts: str) -> list[RequestOutput]:
 )
 def test_the_detected_language_is_cut_from_the_text(texts: tuple[str, ...], deltas: list[str], language: str) -> None:
     form = TranscriptionRequest(file=b"", response_format="verbose_json")
-    whole = TranscriptionBuilder(form, 1.0, None, "<asr_text>").complete(outputs(*texts))
+    media: Any = SimpleNamespace(audio_duration_s=1.0)
+    whole = TranscriptionBuilder(form, media, None, "<asr_text>").complete(outputs(*texts))
     assert (whole["text"], whole["language"]) == ("".join(deltas), language)
-    builder = TranscriptionBuilder(form, 1.0, None, "<asr_text>")
+    builder = TranscriptionBuilder(form, media, None, "<asr_text>")
     events = [json.loads(event[6:]) for output in outputs(*texts) for event in builder.events(output)]
     assert [event["delta"] for event in events] == deltas
     done = json.loads(next(builder.last_events())[6:])
