@@ -10,7 +10,6 @@ from urllib.parse import unquote, unquote_to_bytes
 from mmlora.errors import MediaError, MediaNotFound
 from mmlora.processors.fetch.file_source import FileSource
 from mmlora.processors.media.audio import AudioItem
-from mmlora.processors.media.base64_text import decode_base64, decode_head, decoded_size
 from mmlora.processors.media.cache import CachedMedia, MediaCache
 from mmlora.processors.media.items import (
     DEFAULT_CACHE_BYTES,
@@ -23,6 +22,7 @@ from mmlora.processors.media.items import (
 )
 from mmlora.processors.media.worker_pool import DecodeBudget, WorkerPool
 from mmlora.processors.modalities import AUDIO, MODALITIES, ContentForm, Modality
+from mmlora.utils.base64_text import decode_base64, decode_head, decoded_size
 from mmlora.utils.text import describe_type, shorten
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from mmlora.errors import MediaError
-from mmlora.processors.media.base64_text import decode_base64
 from mmlora.processors.media.channel import Channel
 from mmlora.processors.media.items import MediaItem, MediaLimits
 from mmlora.processors.modalities import MODALITIES
+from mmlora.utils.base64_text import decode_base64
 
 NICENESS: Final = 10  # decoding gives way to the engine
 MAX_ERROR_CHARS: Final = 4096

@@ -12,7 +12,7 @@ from tests.clients.environments import HERE, REQUIREMENTS, InstallError, command
 from tests.server_process import run_serve
 
 CLIENT_S = 300
-# Scripts by the file of their requirements. GuideLLM brings a torch of its own, which takes minutes to install.
+# Scripts by the file of their requirements. GuideLLM needs torch, which takes minutes to install.
 SCRIPTS = {
     "sdks.txt": (
         "openai_python.py",

@@ -93,7 +93,7 @@ HOSTS = ["example.org", "127.0.0.1", "localhost.", "localhost:80", "user@localho
     "url", [f"file://{path}" for path in OUTSIDE] + [f"file://{host}{{root}}/a.png" for host in HOSTS]
 )
 def test_the_file_system_is_not_asked_about_other_places(root, url, monkeypatch):
-    """Neither errors nor timing can tell whether something exists there."""
+    """Neither errors nor timing reveal what exists there."""
     source, asked = FileSource(str(root), MediaLimits()), []
     for name in ("open", "stat", "lstat", "readlink", "access", "listdir", "scandir", "getcwd", "fstat"):
         real = getattr(os, name)
