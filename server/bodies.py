@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, FailFast, TypeAdapter, ValidationError, model_validator
 from pydantic_core import from_json
 from starlette.responses import JSONResponse
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 MAX_FIELDS: Final = 256
 MAX_SMALL_BYTES: Final = 2**20
+_BLOCK_BYTES: Final = 2**18
 MAX_VALUES: Final = 2**20  # in one body: parsing more of them would delay other requests
 MAX_REPORTED: Final = 8  # fields in one message
 JSON_REASONS: Final[Mapping[str, str]] = {  # by the type that pydantic expected
@@ -114,13 +116,25 @@ def read_json(text: str | bytes, name: str) -> Any:
         RequestError: the text is not JSON, or has too many values.
     """
     content = text.encode() if isinstance(text, str) else text
-    num_values = sum(map(content.count, (b",", b"[", b"{")))  # an upper bound: strings may contain these characters
+    num_values = _max_num_values(content)
     if num_values > MAX_VALUES:
         raise RequestError(f"{name} has {num_values} commas and brackets; at most {MAX_VALUES} are allowed", name)
     try:
         return from_json(content)
     except ValueError as error:
         raise RequestError(f"{name} is not JSON: {error}", name) from None
+
+
+def _max_num_values(content: bytes) -> int:
+    """Return an upper bound on the number of values in JSON: strings may contain commas and brackets, too.
+
+    Unlike `bytes.count`, numpy lets other threads run meanwhile. Blocks stay in the CPU's cache.
+    """
+    if len(content) <= MAX_VALUES:
+        return sum(map(content.count, (b",", b"[", b"{")))
+    values = np.frombuffer(content, np.uint8)
+    blocks = (values[start : start + _BLOCK_BYTES] for start in range(0, len(values), _BLOCK_BYTES))
+    return sum(int(np.count_nonzero(block == character)) for block in blocks for character in b",[{")
 
 
 def body_schema(model: type[BaseModel], media_type: str = "application/json") -> dict[str, Any]:
