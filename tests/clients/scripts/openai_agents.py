@@ -41,7 +41,9 @@ async def main() -> None:
         plain = Agent(name="plain", model=model, model_settings=ModelSettings(temperature=0))
         assert_equal((await Runner.run(plain, QUESTION)).final_output, ANSWER)
         # The tool is required in the first turn; the second chooses between another call and the output.
-        settings = ModelSettings(temperature=1, tool_choice="required", parallel_tool_calls=False, max_tokens=512)
+        settings = ModelSettings(
+            temperature=1, tool_choice="required", parallel_tool_calls=False, max_tokens=512, extra_body={"seed": 1}
+        )
         typed = Agent(name="typed", model=model, tools=[paint], output_type=Shape, model_settings=settings)
         painted.clear()
         result = await Runner.run(typed, QUESTION, max_turns=40)
